@@ -1,0 +1,37 @@
+"""The main job on a laptop: a small decoder on the running Python's own library, no download.
+
+    gptjax train configs/quickstart.py
+
+README.md says what to expect.
+"""
+
+from gptjax.config import (
+    CheckpointConfig,
+    ComputeConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+
+
+def main() -> Config:
+    """GPT-2's architecture, 4 layers of width 256, a vocabulary of 4096, windows of 256 tokens."""
+    return Config(
+        run="runs/quickstart",
+        model=ModelConfig(
+            vocab_size=4096, context=512, layers=4, embed=256, heads=4, linear_bias=False
+        ),
+        compute=ComputeConfig(scan_layers=False, loss_chunks=2),
+        tokenizer=TokenizerConfig(vocab_size=4096),
+        data=DataConfig(store="data/quickstart", valid_fraction=0.02),
+        optim=OptimConfig(lr=2e-3, warmup_tokens=100_000, final_lr_ratio=0.05),
+        train=TrainConfig(tokens=1_400_000, batch_tokens=4096, seq_len=256),
+        eval=EvalConfig(prompts=("def ", "import ", "class "), sample_tokens=96),
+        checkpoint=CheckpointConfig(every=100),
+        log=LogConfig(every=10),
+    )

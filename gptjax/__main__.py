@@ -1,0 +1,8 @@
+"""`python -m gptjax` and the `gptjax` command."""
+
+import sys
+
+from gptjax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,289 @@
+"""Checkpoints: Orbax writes and reads the arrays; what is here makes them trustworthy.
+
+    RUN/checkpoints/<step>/state    the arrays, by path, whatever the mesh
+    RUN/checkpoints/<step>/meta     JSON: what they are, and a fingerprint of each
+
+A checkpoint exists when Orbax has renamed its folder into place. Saving is asynchronous; a thread
+waits for each save, so its failure is known without blocking the loop and without waiting for the
+next one. Restoring checks every array against its fingerprint: one that does not agree is set aside
+(`<step>.corrupt-<n>`) and the next older one is taken.
+"""
+
+import concurrent.futures
+import functools
+import hashlib
+import json
+import logging
+import math
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import gptjax
+from gptjax.config import CheckpointConfig
+from gptjax.errors import CheckpointError, MismatchError, OutputError
+
+FORMAT = 1
+_UNFINISHED = ".orbax-checkpoint-tmp"
+_FAILED_SAVES_LIMIT = 3
+
+Leaves = dict[str, Any]  # by path, "params/blocks/layer_0/attn/q"
+
+
+def leaves_by_path(tree: Any) -> Leaves:
+    """Leaves of a tree by slash-joined path."""
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}
+
+
+def _nested(leaves: Leaves) -> dict[str, Any]:
+    """Nested dicts of the paths' parts: what goes to disk, free of any library's containers."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        functools.reduce(lambda node, part: node.setdefault(part, {}), parents, tree)[name] = leaf
+    return tree
+
+
+# --- fingerprints ------------------------------------------------------------------------------
+
+
+def _fingerprint(x: jax.Array) -> jax.Array:
+    """Two 32-bit sums over all elements' bits, each weighted by an odd function of its index.
+
+    Integer sums do not depend on order, so neither on how the array is laid out; an odd weight
+    makes any single flipped bit change the sum.
+    """
+    bits = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
+    width = bits.dtype.itemsize * 8
+    bits = lax.bitcast_convert_type(bits, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
+    strides = [math.prod(x.shape[d + 1 :]) % 2**32 for d in range(x.ndim)]
+    iota = functools.partial(
+        lax.broadcasted_iota, jnp.uint32, x.shape, out_sharding=jax.typeof(x).sharding
+    )
+    index = sum((iota(d) * jnp.uint32(s) for d, s in enumerate(strides)), jnp.uint32(0))
+    first = jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+    second = jnp.sum(bits * ((index * jnp.uint32(2654435761)) | 1), dtype=jnp.uint32)
+    return jnp.stack([first, second])
+
+
+@jax.jit
+def _fingerprints(leaves: Leaves) -> Leaves:
+    return jax.tree.map(_fingerprint, leaves)
+
+
+def fingerprints(leaves: Leaves) -> dict[str, list[int]]:
+    """Fingerprint of each leaf, the same on every mesh."""
+    return {path: value.tolist() for path, value in jax.device_get(_fingerprints(leaves)).items()}
+
+
+# --- saving and restoring ----------------------------------------------------------------------
+
+
+def _orbax() -> Any:
+    """Orbax's own module, imported when first needed, silent below errors."""
+    from orbax.checkpoint import v1
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    return v1
+
+
+def _context(*, partial: bool = False) -> Any:
+    ocp = _orbax()
+    registry = ocp.handlers.local_registry()
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
+    context = ocp.Context()
+    context.checkpointables.registry = registry
+    context.pytree.loading.partial_load = partial
+    return context
+
+
+class Checkpoints:
+    """The checkpoints of one run. `describe(step)` gives the run's own part of the metadata."""
+
+    def __init__(
+        self,
+        folder: Path,
+        cfg: CheckpointConfig | None = None,
+        describe: Callable[[int], Mapping[str, Any]] = lambda step: {},
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """With `cfg`, for saving: clears away what an interrupted save has left."""
+        self.folder, self._cfg, self._describe, self._say = folder.absolute(), cfg, describe, say
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
+        self._failures: list[str] = []
+        self._failed_in_a_row = 0
+        if cfg is not None and self.folder.is_dir():
+            for path in self.folder.glob(f"*{_UNFINISHED}*"):
+                say(f"discarded unfinished checkpoint {path.name.split('.')[0]}")
+                shutil.rmtree(path, ignore_errors=True)
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, ascending."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
+
+    def save(self, step: int, state: Any) -> None:
+        """Begins to save; returns when the arrays have been copied off the devices.
+
+        What the save before did is settled first. Raises OutputError after three failures in a row.
+        """
+        self._settle()
+        leaves = leaves_by_path(state)
+        meta = {
+            "format": FORMAT,
+            "step": step,
+            **self._describe(step),
+            "versions": {
+                "gptjax": gptjax.__version__,
+                "python": platform.python_version(),
+                "jax": jax.__version__,
+                "flax": flax.__version__,
+            },
+            "devices": jax.device_count(),
+            "processes": jax.process_count(),
+            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "tree": {path: [list(x.shape), str(x.dtype)] for path, x in leaves.items()},
+            "fingerprints": fingerprints(leaves),
+        }
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _context():
+                response = _orbax().save_checkpointables_async(
+                    self.folder / str(step),
+                    {"state": _nested(leaves), "meta": meta},
+                    overwrite=True,
+                )
+        except (OSError, ValueError) as error:
+            self._failed(step, error)
+            return
+        self._saving = step, self._thread.submit(self._finish, step, response)
+
+    def _finish(self, step: int, response: Any) -> None:
+        """In the thread: waits for the commit, then lets go of what is no longer to be kept."""
+        assert self._cfg is not None
+        try:
+            response.result()
+        except BaseException:
+            for path in self.folder.glob(f"{step}{_UNFINISHED}*"):
+                shutil.rmtree(path, ignore_errors=True)  # gives the disk back
+            raise
+        forever = self._cfg.keep_every
+        for old in self.steps()[: -self._cfg.keep]:
+            if not (forever and old % forever == 0):
+                shutil.rmtree(self.folder / str(old), ignore_errors=True)
+
+    def failures(self) -> list[str]:
+        """Saves that are now known to have failed, each told once. Does not wait."""
+        if self._saving is not None and self._saving[1].done():
+            self._settle()
+        told, self._failures = self._failures, []
+        return told
+
+    def _settle(self) -> None:
+        """Waits for the save under way, if any."""
+        if self._saving is None:
+            return
+        (step, future), self._saving = self._saving, None
+        error = future.exception()
+        if error is None:
+            self._failed_in_a_row = 0
+        else:
+            self._failed(step, error)
+
+    def _failed(self, step: int, error: BaseException) -> None:
+        self._failed_in_a_row += 1
+        reason = str(error).split("\n")[0][:300]
+        self._failures.append(f"checkpoint {step} was not written: {reason}")
+        if self._failed_in_a_row >= _FAILED_SAVES_LIMIT:
+            raise OutputError(
+                f"{self._failed_in_a_row} checkpoints in a row were not written to {self.folder}, "
+                f"the last of them {step}: {reason}"
+            )
+
+    def finish(self) -> None:
+        """Waits until the last save is safe. Raises OutputError if it failed."""
+        self._settle()
+        if self._failed_in_a_row:
+            raise OutputError("; ".join(self._failures) or f"{self.folder}: the last save failed")
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """A checkpoint's metadata. Raises whatever reading raises."""
+        with _context():
+            return _orbax().load_checkpointables(self.folder / str(step), {"meta": None})["meta"]
+
+    def restore_newest(self, abstract: Any, *, partial: bool = False) -> Any | None:
+        """The newest checkpoint that is whole, laid out as `abstract` says, or None if none exists.
+
+        With `partial`, `abstract` holds some of the checkpoint's subtrees, and only they are read.
+        Raises MismatchError where the arrays are of other shapes, CheckpointError where there are
+        checkpoints and none is whole: a run never begins anew by itself.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return self._restore(step, abstract, partial)
+            except MismatchError:
+                raise
+            except Exception as error:  # Orbax raises many kinds for many kinds of damage
+                reason = str(error).split("\n")[0][:300]
+                self._say(f"checkpoint {step} failed verification ({reason})")
+                if self._cfg is not None:
+                    self._set_aside(step)
+        if steps:
+            raise CheckpointError(
+                f"{self.folder}: none of the checkpoints {', '.join(map(str, steps))} can be used; "
+                "to begin anew, remove the folder"
+            )
+        return None
+
+    def _restore(self, step: int, abstract: Any, partial: bool) -> Any:
+        wanted = leaves_by_path(abstract)
+        meta = self.meta(step)
+        roots = {path.split("/")[0] for path in wanted}
+        saved = {p: x for p, x in meta["tree"].items() if not partial or p.split("/")[0] in roots}
+        _check_tree(self.folder / str(step), saved, wanted)
+        with _context(partial=partial):
+            tree = _orbax().load(
+                self.folder / str(step), _nested(wanted), checkpointable_name="state"
+            )
+        leaves = leaves_by_path(tree)
+        for path, value in fingerprints(leaves).items():
+            if value != meta["fingerprints"][path]:
+                raise ValueError(f"{path}: its fingerprint is not the one saved")
+        return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[path] for path in wanted])
+
+    def _set_aside(self, step: int) -> None:
+        names = (self.folder / f"{step}.corrupt-{n}" for n in range(1, 1000))
+        free = next(name for name in names if not name.exists())
+        (self.folder / str(step)).rename(free)
+        self._say(f"checkpoint {step} is set aside as {free.name}")
+
+
+def _check_tree(checkpoint: Path, saved: Mapping[str, Any], wanted: Leaves) -> None:
+    """Raises MismatchError with a line for each path that differs."""
+    have = {path: (tuple(shape), dtype) for path, (shape, dtype) in saved.items()}
+    want = {path: (tuple(x.shape), str(x.dtype)) for path, x in wanted.items()}
+    show = lambda entry: "absent" if entry is None else f"{entry[1]}{list(entry[0])}"
+    differences = [
+        f"{path}: {show(have.get(path))} in the checkpoint, {show(want.get(path))} in the model"
+        for path in sorted(have.keys() | want.keys())
+        if have.get(path) != want.get(path)
+    ]
+    if differences:
+        raise MismatchError(f"{checkpoint} is of another model", differences)
+
+
+def sha256_of(values: Any) -> str:
+    """SHA-256 of JSON values, key order aside."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,263 @@
+"""The command line: subcommands, dispatch, and how an error is told. Nothing else.
+
+Each command imports what it needs when it runs, so `--help` and a bad flag cost no import of jax or
+TensorFlow.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from gptjax import allocator, config
+from gptjax.errors import ConfigError, GptjaxError
+from gptjax.progress import Progress
+
+CONFIG_HELP = (
+    "a preset (configs/gpt2.py:small), a JSON file, or a run folder; then overrides such as "
+    "--optim.lr 3e-4 (`gptjax config CONFIG --help` lists them all)"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code. A GptjaxError is told in a sentence, no traceback."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not getattr(args, "takes_overrides", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    allocator.keep_memory()
+    try:
+        args.command(args, rest)
+        return 0
+    except GptjaxError as error:
+        print(f"gptjax: {error}{_how_to_go_on(args, argv, error)}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("gptjax: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gptjax", description="Generative pre-training in JAX: data, training, samples."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(under: Any, name: str, run: Any, text: str, *, overrides: bool = False) -> Any:
+        sub = under.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=run, takes_overrides=overrides)
+        if overrides:
+            sub.add_argument("config", metavar="CONFIG", help=CONFIG_HELP)
+        return sub
+
+    command(
+        commands,
+        "train",
+        _train,
+        "Train CONFIG in its run folder, from where it stands; prepares the data if need be.",
+        overrides=True,
+    )
+    sub = command(
+        commands, "eval", _eval, "Loss and bits per byte of a run on its validation text."
+    )
+    sub.add_argument("run", metavar="RUN", help="a run folder")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    sub = command(commands, "sample", _sample, "Continue prompts with a trained model.")
+    sub.add_argument("run", metavar="RUN", help="a run folder")
+    sub.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated"
+    )
+    sub.add_argument("--max-tokens", type=int, default=128, help="longest continuation (128)")
+    sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (0.8)")
+    sub.add_argument("--top-k", type=int, default=0, help="keep the k likeliest; 0: all (0)")
+    sub.add_argument("--top-p", type=float, default=0.95, help="nucleus; 1: all (0.95)")
+    sub.add_argument("--seed", type=int, default=0, help="same seed, same samples (0)")
+
+    data = commands.add_parser("data", help="Prepare and inspect training data.")
+    actions = data.add_subparsers(required=True, metavar="ACTION")
+    command(
+        actions,
+        "prepare",
+        _data_prepare,
+        "Train or load the tokenizer and tokenize CONFIG's text into its store.",
+        overrides=True,
+    )
+    command(
+        actions, "verify", _data_verify, "Hash CONFIG's store against its manifest.", overrides=True
+    )
+    sub = command(
+        actions, "show", _data_show, "Print the training batch of a step.", overrides=True
+    )
+    sub.add_argument("--step", type=int, default=1, help="the step whose batch to show (1)")
+    sub = command(
+        actions, "bench", _data_bench, "Tokens a second through the input pipeline.", overrides=True
+    )
+    sub.add_argument("--seconds", type=float, default=5.0, help="how long to measure (5)")
+
+    sub = command(
+        commands,
+        "config",
+        _config,
+        "Print CONFIG resolved, and where each value came from.",
+        overrides=True,
+    )
+    sub.add_argument("--json", action="store_true", help="print JSON, itself a valid CONFIG")
+    return parser
+
+
+def _how_to_go_on(args: argparse.Namespace, argv: Sequence[str], error: GptjaxError) -> str:
+    """For a training run that ended early: what is safe, and how to continue."""
+    cfg = getattr(args, "resolved", None)
+    if args.command is not _train or cfg is None or isinstance(error, ConfigError):
+        return ""
+    from gptjax.checkpoint import Checkpoints
+    from gptjax.run import CHECKPOINTS
+
+    folder = os.path.join(cfg.run, CHECKPOINTS)
+    from pathlib import Path
+
+    steps = Checkpoints(Path(folder)).steps()
+    safe = f"last committed step {steps[-1]} in {folder}" if steps else f"no checkpoint in {folder}"
+    return f"; {safe}; to continue: gptjax {shlex.join(argv)}"
+
+
+def _resolve(args: argparse.Namespace, overrides: Sequence[str]) -> config.Config:
+    """The checked configuration of a command with overrides."""
+    cfg = config.resolve(args.config, overrides, f"gptjax {args.config}")
+    cfg.check()
+    args.resolved = cfg
+    return cfg
+
+
+def _prepare(cfg: config.Config, progress: Progress) -> Any:
+    """The manifest of the configured store, which is made now if it is not there."""
+    from gptjax.data import prepare
+
+    with prepare.shown(progress) as tell:
+        return prepare.prepare(cfg, tell)
+
+
+def _train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+    cfg = _resolve(args, overrides)
+    progress = Progress()
+    from gptjax import run
+
+    with run.claim(cfg) as changes:
+        for change in changes:
+            progress.say(f"changed since the run was begun: {change}")
+        manifest = _prepare(cfg, progress)
+
+        import jax
+
+        from gptjax.pretrain import pretrain
+
+        cfg.check(jax.device_count(), jax.process_count())
+        with run.entered_mesh(cfg):
+            result = pretrain(cfg, manifest, progress)
+    print(json.dumps({"run": cfg.run, **result}))
+
+
+def _eval(args: argparse.Namespace, _: Sequence[str]) -> None:
+    from gptjax import evaluate, run
+
+    cfg, _tokenizer, manifest = run.open_run(args.run)
+    with run.entered_mesh(cfg):
+        params, step = run.restore_params(args.run, cfg)
+        result = evaluate.ValidationLoss(cfg, manifest, Progress()).run(params)
+    if args.json:
+        print(json.dumps({"run": args.run, "step": step, **result}))
+    else:
+        print(f"{args.run} at step {step}")
+        for name, value in result.items():
+            print(f"  {name:24} {value:.6g}")
+
+
+def _sample(args: argparse.Namespace, _: Sequence[str]) -> None:
+    from gptjax import run, sample
+
+    settings = sample.Settings(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        max_tokens=args.max_tokens,
+        seed=args.seed,
+    )
+    settings.check()
+    cfg, tokenizer, _manifest = run.open_run(args.run)
+    prompts = args.prompt or [""]
+    with run.entered_mesh(cfg):
+        params, _step = run.restore_params(args.run, cfg)
+        texts = sample.continue_texts(params, cfg.model, cfg.compute, tokenizer, prompts, settings)
+    for prompt, text in zip(prompts, texts, strict=True):
+        print(f"{prompt}{text}")
+
+
+def _data_prepare(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+    cfg = _resolve(args, overrides)
+    manifest = _prepare(cfg, Progress())
+    print(json.dumps({"store": cfg.data.store, "tokenizer": manifest.tokenizer}))
+    for name, split in manifest.splits.items():
+        print(
+            f"{name}: {split.documents:,} documents, {split.bytes:,} bytes, {split.tokens:,} tokens"
+        )
+    print(", ".join(f"{name} {count}" for name, count in manifest.counts.items()))
+
+
+def _data_verify(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from gptjax.data import store
+    from gptjax.errors import DataError
+
+    cfg = _resolve(args, overrides)
+    problems = list(store.verify(cfg.data.store))
+    if problems:
+        raise DataError("\n  ".join(problems))
+    print(f"{cfg.data.store}: every chunk is what the manifest says")
+
+
+def _data_show(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from pathlib import Path
+
+    from gptjax import tokenizer as tokenizers
+    from gptjax.data import pipeline, store
+    from gptjax.data.order import Order
+
+    cfg = _resolve(args, overrides)
+    if args.step < 1:
+        raise ConfigError([f"--step={args.step}: steps are counted from 1"])
+    manifest = store.read_manifest(cfg.data.store)
+    tokenizer = tokenizers.load(Path(cfg.data.store))
+    reader = store.Reader(cfg.data.store, "train", manifest)
+    windows = pipeline.training_windows(len(reader), cfg.train.seq_len)
+    ids = Order(windows, cfg.train.batch, cfg.train.seed).ids(args.step - 1)
+    for window, tokens in zip(
+        ids, reader.windows(ids * cfg.train.seq_len, cfg.train.seq_len + 1), strict=True
+    ):
+        print(f"window {window}: {tokenizer.decode(tokens.tolist())!r}")
+
+
+def _data_bench(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from gptjax.data import pipeline
+
+    cfg = _resolve(args, overrides)
+    rates = pipeline.bench(cfg, _prepare(cfg, Progress()), args.seconds)
+    print(
+        f"{cfg.train.batch} x {cfg.train.seq_len} tokens a batch: median {rates[1] / 1e6:.1f} "
+        f"million tokens/s through tf.data (from {rates[0] / 1e6:.1f} to {rates[2] / 1e6:.1f})"
+    )
+
+
+def _config(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+    cfg = _resolve(args, overrides)
+    if args.json:
+        print(json.dumps(config.to_dict(cfg), indent=2))
+        return
+    origins = config.provenance(cfg, args.config, overrides)
+    for name, value in config.flatten(cfg).items():
+        print(f"{name:28} {value!r:32} {origins[name]}")

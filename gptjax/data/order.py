@@ -1,0 +1,67 @@
+"""Which windows of the store make up the batch of a step: a pure function, and numpy only.
+
+Training windows are numbered 0..n-1. Epoch e visits them in the order of a permutation keyed by
+(seed, e), and the batch of step s is the stretch [s*batch, (s+1)*batch) of the endless sequence of
+epochs. So batch(step) depends on the seed, the step and the global batch alone: not on processes,
+devices or restarts; and a process computes just its own rows, of any step, at the same cost.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+_ROUNDS = 8
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele et al. 2014): every input bit reaches every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+    """Where a keyed permutation of 0..size-1 sends each of `index` (int64, any shape).
+
+    A Feistel network over pairs (left, right) below ceil(sqrt(size)), adding modulo that number
+    (Black & Rogaway 2002); the few images outside 0..size-1 are permuted again until inside.
+    """
+    side = np.uint64(max(1, int(np.ceil(np.sqrt(size)))))
+    with np.errstate(over="ignore"):
+        words = np.array([seed, epoch], np.uint64) + np.uint64(1)
+        key = _mix(_mix(words[:1] * np.uint64(0x9E3779B97F4A7C15)) ^ words[1:])
+        keys = _mix(
+            key + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        )
+        image = index.astype(np.uint64)
+        outside = np.ones(image.shape, bool)
+        while outside.any():
+            left, right = np.divmod(image[outside], side)
+            for key in keys:
+                left, right = right, (left + _mix(right ^ key)) % side
+            image[outside] = left * side + right
+            outside = image >= np.uint64(size)
+    return image.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of `windows` training windows in batches of `batch`, from `seed`."""
+
+    windows: int
+    batch: int
+    seed: int
+
+    def ids(self, step: int, first: int = 0, end: int | None = None) -> np.ndarray:
+        """Window ids of rows first..end of the batch of a step (all rows by default), int64."""
+        rows = np.arange(first, self.batch if end is None else end, dtype=np.int64)
+        epochs, places = np.divmod(step * self.batch + rows, self.windows)
+        ids = np.empty_like(rows)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            ids[here] = permute(places[here], self.windows, self.seed, int(epoch))
+        return ids
+
+    def epoch(self, step: int) -> float:
+        """Epochs completed when a step begins."""
+        return step * self.batch / self.windows

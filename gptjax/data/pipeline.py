@@ -1,0 +1,107 @@
+"""The input pipeline: window ids from `order`, tokens from `store`, batched and prefetched by tf.data.
+
+tf.data holds no state worth saving: it is told at which step to begin. TensorFlow is imported here
+only, when a pipeline is built, and never sees an accelerator.
+
+Shapes: B rows of this process, T sequence.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from gptjax.config import Config
+from gptjax.data.order import Order
+from gptjax.data.store import Manifest, Reader
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows of tokens: position t predicts t + 1.
+
+    windows_BW: int32 [B, T+1]; lengths_B: int32 [B], how many of a row's T targets count.
+    """
+
+    windows_BW: np.ndarray
+    lengths_B: np.ndarray
+
+
+def training_windows(tokens: int, seq_len: int) -> int:
+    """Windows of a split for training: whole ones, each sharing one token with the next."""
+    return (tokens - 1) // seq_len
+
+
+def train_batches(
+    reader: Reader,
+    order: Order,
+    seq_len: int,
+    first_step: int,
+    last_step: int,
+    rows: tuple[int, int],
+    prefetch: int,
+) -> Iterator[Batch]:
+    """This process's rows of the batches of steps first_step..last_step."""
+    full_B = np.full(rows[1] - rows[0], seq_len, np.int32)
+
+    def read(step: int) -> np.ndarray:
+        return reader.windows(order.ids(step, *rows) * seq_len, seq_len + 1)
+
+    for windows_BW in _stream(read, first_step, last_step, prefetch):
+        yield Batch(windows_BW, full_B)
+
+
+def eval_batches(
+    reader: Reader, seq_len: int, batch: int, rows: tuple[int, int], prefetch: int
+) -> Iterator[Batch]:
+    """This process's rows of the split from end to end: every target exactly once.
+
+    The last batch is filled up with rows of length 0.
+    """
+    targets = len(reader) - 1
+    count = -(-targets // seq_len)
+
+    def read(step: int) -> np.ndarray:
+        starts = (step * batch + np.arange(*rows)) * seq_len
+        return reader.windows(np.minimum(starts, targets), seq_len + 1)
+
+    for step, windows_BW in enumerate(_stream(read, 0, -(-count // batch), prefetch)):
+        left = targets - (step * batch + np.arange(*rows)) * seq_len
+        yield Batch(windows_BW, np.clip(left, 0, seq_len).astype(np.int32))
+
+
+def bench(cfg: Config, manifest: Manifest, seconds: float) -> tuple[float, float, float]:
+    """Lowest, median and highest tokens per second of training batches, over nine stretches."""
+    reader = Reader(cfg.data.store, "train", manifest)
+    seq_len, batch = cfg.train.seq_len, cfg.train.batch
+    order = Order(training_windows(len(reader), seq_len), batch, cfg.train.seed)
+    stream = train_batches(reader, order, seq_len, 0, 1 << 40, (0, batch), cfg.data.prefetch)
+    rates = []
+    for stretch in range(10):
+        began, tokens = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds / 10:
+            tokens += next(stream).windows_BW[:, 1:].size
+        if stretch:  # the first warms up
+            rates.append(tokens / (time.perf_counter() - began))
+    return min(rates), statistics.median(rates), max(rates)
+
+
+def _stream(
+    read: Callable[[int], np.ndarray], first: int, last: int, prefetch: int
+) -> Iterator[np.ndarray]:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")
+    tf.config.set_visible_devices([], "TPU")
+    dataset = tf.data.Dataset.range(first, last).map(
+        lambda step: tf.numpy_function(lambda s: read(int(s)), [step], tf.int32, stateful=False),
+        num_parallel_calls=1,
+    )
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = 2  # leave the cores to the training step
+    options.autotune.enabled = False
+    return dataset.prefetch(prefetch).with_options(options).as_numpy_iterator()

@@ -1,0 +1,312 @@
+"""Text to token store: train or load the tokenizer, tokenize in parallel processes, write.
+
+The stream of documents has a fixed order, so the work so far is a few counts: a journal beside the
+half-made store says how many documents and tokens are safely in it, and an interrupted preparation
+goes on from there.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax import tokenizer as tokenizers
+from gptjax.config import Config
+from gptjax.data import sources, store
+from gptjax.data.sources import Counts, Document
+from gptjax.errors import DataError, MismatchError, OutputError
+from gptjax.progress import Bar, Progress
+
+JOURNAL = "journal.json"
+_BATCH_BYTES = 1 << 20
+_JOURNAL_BYTES = 64 << 20
+
+Tell = Callable[[str, int, int | None], None]
+"""Told (phase, bytes of text done, bytes expected)."""
+
+
+@contextlib.contextmanager
+def shown(progress: Progress) -> Iterator[Tell]:
+    """Shows each phase of a preparation as a bar over its bytes."""
+    with contextlib.ExitStack() as stack:
+        bars: dict[str, Bar] = {}
+
+        def tell(phase: str, done: int, expected: int | None) -> None:
+            if phase not in bars:
+                stack.close()  # the phase before is over
+                bars[phase] = stack.enter_context(progress.bar(phase, expected, unit="B"))
+            bars[phase].update(done)
+
+        yield tell
+
+
+def identity(cfg: Config) -> dict[str, Any]:
+    """What decides a store's contents: the fields that must agree for it to be used."""
+    skipped = {"store", "workers", "prefetch", "documents"}
+    data = {k: v for k, v in asdict(cfg.data).items() if k not in skipped}
+    return json.loads(json.dumps({**data, "tokenizer": asdict(cfg.tokenizer)}))
+
+
+def prepare(cfg: Config, tell: Tell = lambda *_: None) -> store.Manifest:
+    """Makes the configured store, or finishes it, or finds it made; returns its manifest.
+
+    Raises DataError for text that cannot be used, MismatchError where the folder holds a store of
+    other data, OutputError where it cannot be written.
+    """
+    folder = Path(cfg.data.store)
+    if (folder / store.MANIFEST).exists():
+        manifest = store.read_manifest(cfg.data.store)
+        _check_same(folder, manifest.data, identity(cfg))
+        return manifest
+    found = sources.resolve(cfg.data.sources)
+    held_out = sources.resolve(cfg.data.valid_sources, "data.valid_sources")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        journal = _Journal.load(folder, identity(cfg))
+        tokenizer = _tokenizer(cfg, folder, found, tell)
+        return _tokenize(cfg, folder, found, held_out, tokenizer, journal, tell)
+    except OSError as error:
+        raise OutputError(f"data.store={cfg.data.store}: cannot be written: {error}") from None
+
+
+def _check_same(folder: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
+    changed = [
+        f"{key}: {saved.get(key)!r} in the store, {given.get(key)!r} given"
+        for key in {**saved, **given}
+        if saved.get(key) != given.get(key)
+    ]
+    if changed:
+        raise MismatchError(
+            f"{folder} holds a store of other data; give another --data.store", changed
+        )
+
+
+@dataclass
+class _Journal:
+    """How far a preparation has come."""
+
+    identity: dict[str, Any]
+    documents: int = 0
+    tokens: dict[str, int] = field(default_factory=lambda: {"train": 0, "valid": 0})
+    split_documents: dict[str, int] = field(default_factory=lambda: {"train": 0, "valid": 0})
+    bytes: dict[str, int] = field(default_factory=lambda: {"train": 0, "valid": 0})
+
+    @classmethod
+    def load(cls, folder: Path, wanted: dict[str, Any]) -> "_Journal":
+        file = folder / JOURNAL
+        if file.exists():
+            journal = cls(**json.loads(file.read_text()))
+            _check_same(folder, journal.identity, wanted)
+            return journal
+        journal = cls(wanted)
+        journal.save(folder)
+        return journal
+
+    def save(self, folder: Path) -> None:
+        partial = folder / f".{JOURNAL}.partial"
+        partial.write_text(json.dumps(asdict(self)))
+        os.replace(partial, folder / JOURNAL)
+
+
+def _tokenizer(
+    cfg: Config, folder: Path, found: list[sources.Source], tell: Tell
+) -> tokenizers.Tokenizer:
+    """The store's tokenizer; made on the first call, read afterwards."""
+    try:
+        return tokenizers.load(folder)
+    except DataError:
+        tokenizer = tokenizers.make(cfg.tokenizer, _sample(cfg, found, tell))
+    if tokenizer.vocab_size > cfg.model.vocab_size:
+        raise DataError(
+            f"model.vocab_size={cfg.model.vocab_size}: the tokenizer has {tokenizer.vocab_size} "
+            "pieces; raise it"
+        )
+    tokenizer.save(folder)
+    return tokenizer
+
+
+def _sample(cfg: Config, found: list[sources.Source], tell: Tell) -> Iterator[str]:
+    """Training documents to train the tokenizer on, taken evenly by a second hash of their keys."""
+    total = sum(sources.size(source) for source in found)
+    share = min(1.0, cfg.tokenizer.sample_bytes / max(total, 1))
+    taken = 0
+    for document in _documents(cfg, found, "train", Counts()):
+        if sources.hash_share("tokenizer " + document.key) < share:
+            taken += len(document.text)
+            tell("tokenizer", taken, min(total, cfg.tokenizer.sample_bytes))
+            yield document.text
+            if taken >= cfg.tokenizer.sample_bytes:
+                return
+
+
+def _documents(
+    cfg: Config, found: list[sources.Source], split: str | None, counts: Counts
+) -> Iterator[Document]:
+    """Documents of the sources that belong to one split, or all where it is None."""
+    fraction = 0.0 if cfg.data.valid_sources else cfg.data.valid_fraction
+    for source in found:
+        for document in sources.read(source, cfg.data, counts):
+            if split is None or (sources.hash_share(document.key) < fraction) == (split == "valid"):
+                yield document
+
+
+def _labelled(cfg: Config, found, held_out, counts: Counts) -> Iterator[tuple[str, Document]]:
+    """Every document with the name of its split."""
+    fraction = 0.0 if cfg.data.valid_sources else cfg.data.valid_fraction
+    for document in _documents(cfg, found, None, counts):
+        yield "valid" if sources.hash_share(document.key) < fraction else "train", document
+    for document in _documents(cfg, held_out, None, counts):
+        yield "valid", document
+
+
+Batch = list[tuple[str, str, bool]]  # (split, text, whether the document ends)
+
+
+def _batches(labelled: Iterator[tuple[str, Document]]) -> Iterator[Batch]:
+    batch: Batch = []
+    size = 0
+    for split, document in labelled:
+        batch.append((split, document.text, document.ends))
+        size += len(document.text)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+@dataclass
+class _Encoded:
+    """A batch's tokens by split, and its counts."""
+
+    tokens: dict[str, np.ndarray]
+    documents: dict[str, int]
+    bytes: dict[str, int]
+    pieces: int
+
+
+_worker_tokenizer: tokenizers.Tokenizer
+
+
+def _start_worker(folder: Path) -> None:
+    global _worker_tokenizer
+    _worker_tokenizer = tokenizers.load(folder)
+
+
+def _encode(batch: Batch) -> _Encoded:
+    """Runs in a worker process."""
+    tokens, documents, size = {}, {}, {}
+    dtype = store.token_dtype(_worker_tokenizer.vocab_size)
+    for split in ("train", "valid"):
+        mine = [(text, ends) for name, text, ends in batch if name == split]
+        encoded = _worker_tokenizer.encode_documents([text for text, _ in mine])
+        if not all(ends for _, ends in mine):
+            encoded = _join_continued(encoded, [ends for _, ends in mine])
+        tokens[split] = encoded.astype(dtype)
+        documents[split] = sum(ends for _, ends in mine)
+        size[split] = sum(len(text.encode("utf-8", "replace")) for text, _ in mine)
+    return _Encoded(tokens, documents, size, len(batch))
+
+
+def _join_continued(encoded: np.ndarray, ends: list[bool]) -> np.ndarray:
+    """Without the EOS after pieces whose document goes on."""
+    eos = np.flatnonzero(encoded == _worker_tokenizer.eos_id)
+    return np.delete(encoded, eos[~np.array(ends)])
+
+
+def _tokenize(
+    cfg: Config,
+    folder: Path,
+    found: list[sources.Source],
+    held_out: list[sources.Source],
+    tokenizer: tokenizers.Tokenizer,
+    journal: _Journal,
+    tell: Tell,
+) -> store.Manifest:
+    dtype = store.token_dtype(tokenizer.vocab_size)
+    writers = {name: store.Writer(folder / name, dtype, n) for name, n in journal.tokens.items()}
+    for writer in writers.values():
+        if writer.tokens == 0:
+            writer.append(np.array([tokenizer.eos_id]))
+    counts, unsaved = Counts(), 0
+    expected = sum(sources.size(source) for source in found + held_out)
+    labelled = itertools.islice(_labelled(cfg, found, held_out, counts), journal.documents, None)
+    for encoded in _in_order(cfg, folder, _batches(labelled)):
+        for name, writer in writers.items():
+            writer.append(encoded.tokens[name])
+            journal.split_documents[name] += encoded.documents[name]
+            journal.bytes[name] += encoded.bytes[name]
+        journal.documents += encoded.pieces
+        unsaved += sum(encoded.bytes.values())
+        tell("tokenize", sum(journal.bytes.values()), expected)
+        if unsaved >= _JOURNAL_BYTES:
+            for name, writer in writers.items():
+                writer.flush()
+                journal.tokens[name] = writer.tokens
+            journal.save(folder)
+            unsaved = 0
+    for name in writers:
+        if not journal.bytes[name]:
+            shutil.rmtree(folder)
+            raise DataError(_empty(cfg, name))
+    hashes = {name: writer.close() for name, writer in writers.items()}
+    manifest = store.Manifest(
+        tokenizer={
+            "kind": tokenizer.kind,
+            "sha256": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_id": tokenizer.eos_id,
+        },
+        data=identity(cfg),
+        counts=dataclasses.asdict(counts),
+        dtype=dtype.str,
+        splits={
+            name: store.Split(
+                journal.split_documents[name],
+                writers[name].tokens,
+                journal.bytes[name],
+                hashes[name],
+            )
+            for name in writers
+        },
+    )
+    store.write_manifest(folder, manifest)
+    (folder / JOURNAL).unlink()
+    return manifest
+
+
+def _empty(cfg: Config, split: str) -> str:
+    if split == "train":
+        return f"data.sources={' '.join(cfg.data.sources)}: no text to train on"
+    if cfg.data.valid_sources:
+        return f"data.valid_sources={' '.join(cfg.data.valid_sources)}: no text"
+    return (
+        f"data.valid_fraction={cfg.data.valid_fraction}: no document was held out; raise it, or "
+        "name data.valid_sources"
+    )
+
+
+def _in_order(cfg: Config, folder: Path, batches: Iterator[Batch]) -> Iterator[_Encoded]:
+    """Batches encoded by worker processes, in the order in which they were read."""
+    workers = cfg.data.workers or os.cpu_count() or 1
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _start_worker, (folder,)
+    ) as pool:
+        waiting: collections.deque[concurrent.futures.Future[_Encoded]] = collections.deque()
+        for batch in batches:
+            waiting.append(pool.submit(_encode, batch))
+            if len(waiting) > 3 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

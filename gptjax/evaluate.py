@@ -1,0 +1,74 @@
+"""Evaluators: `run(params) -> {name: value}`.
+
+Shapes: B rows of a batch, T sequence.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+
+from gptjax import sharding
+from gptjax.config import Config
+from gptjax.data import pipeline
+from gptjax.data.store import Manifest, Reader
+from gptjax.metrics import perplexity
+from gptjax.model.decoder import Params
+from gptjax.objective import next_token
+from gptjax.progress import Progress
+
+
+class Evaluator(Protocol):
+    """Anything that measures parameters."""
+
+    def run(self, params: Params) -> Mapping[str, float]:
+        """Names and values of what was measured."""
+
+
+class ValidationLoss:
+    """Loss, perplexity and bits per byte over the whole validation split, each token once.
+
+    loss is nats per token (the EOS of each document is one); bits_per_byte divides by the bytes of
+    text, so it compares across tokenizers, and with a compressor.
+    """
+
+    def __init__(self, cfg: Config, manifest: Manifest, progress: Progress) -> None:
+        self._cfg, self._progress = cfg, progress
+        self._bytes = manifest.splits["valid"].bytes
+        self._reader = Reader(cfg.data.store, "valid", manifest)
+        eos_id = manifest.tokenizer["eos_id"]
+
+        def sums(params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
+            _, parts = next_token(params, cfg, batch, eos_id)
+            return parts["ce"], parts["targets"]
+
+        self._sums = jax.jit(sums)
+
+    def run(self, params: Params) -> dict[str, float]:
+        """valid_loss, valid_perplexity, valid_bits_per_byte, valid_tokens."""
+        cfg = self._cfg
+        rows = sharding.host_rows(cfg.eval.batch)
+        batches = pipeline.eval_batches(
+            self._reader, cfg.train.seq_len, cfg.eval.batch, rows, cfg.data.prefetch
+        )
+        count = -(-(len(self._reader) - 1) // (cfg.train.seq_len * cfg.eval.batch))
+        done: list[tuple[jax.Array, jax.Array]] = []
+        with self._progress.bar("evaluate", count, unit="batch") as bar:
+            for batch in batches:
+                done.append(self._sums(params, device_batch(batch, cfg.eval.batch)))
+                if len(done) > 1:
+                    jax.block_until_ready(done[-2])  # keeps the queue of batches short
+                bar.update(len(done))
+        nats, tokens = (math.fsum(column) for column in zip(*jax.device_get(done), strict=True))
+        return {
+            "valid_loss": nats / tokens,
+            "valid_perplexity": perplexity(nats / tokens),
+            "valid_bits_per_byte": nats / math.log(2) / self._bytes,
+            "valid_tokens": tokens,
+        }
+
+
+def device_batch(batch: pipeline.Batch, rows: int) -> dict[str, jax.Array]:
+    """A batch of `rows` rows in all, of which this process has read its own, on the devices."""
+    return {name: sharding.global_batch(array, rows) for name, array in vars(batch).items()}

@@ -1,0 +1,101 @@
+"""Cross-entropy over the vocabulary, in chunks, with its gradient taken in the same pass.
+
+The logits of a chunk are made, turned into the loss and its gradient, and dropped; so neither
+logits nor their gradient of the whole batch ever exist. It runs as one island over the mesh with
+its collectives written out: the output layer is gathered over fsdp once, each chunk sums over the
+vocabulary's shards, and the output layer's gradient is summed over the batch's shards once.
+
+Shapes: N tokens, D embed, V vocabulary; inside the island these are one device's share.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from gptjax import sharding
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy(
+    x_ND: jax.Array,
+    w_VD: jax.Array,
+    targets_N: jax.Array,
+    weights_N: jax.Array,
+    z_loss: float = 0.0,
+    chunks: int = 1,
+) -> tuple[jax.Array, jax.Array]:
+    """Sums over tokens of weight * -log p(target), and of weight * z_loss * logsumexp**2.
+
+    Returns (cross-entropy sum, z-loss sum) in nats. The gradient flows through their sum.
+    """
+    return _island(x_ND, w_VD, targets_N, weights_N, z_loss, chunks, gradients=False)
+
+
+def _fwd(x_ND, w_VD, targets_N, weights_N, z_loss, chunks):
+    ce, z, dx_ND, dw_VD = _island(x_ND, w_VD, targets_N, weights_N, z_loss, chunks, gradients=True)
+    return (ce, z), (dx_ND, dw_VD)
+
+
+def _bwd(z_loss, chunks, residuals, cotangents):
+    # Only the sum of the two is ever differentiated, so both cotangents are the same number.
+    dx_ND, dw_VD = residuals
+    g = cotangents[0]
+    return dx_ND * g.astype(dx_ND.dtype), dw_VD * g, None, None
+
+
+cross_entropy.defvjp(_fwd, _bwd)
+
+
+def _island(x_ND, w_VD, targets_N, weights_N, z_loss, chunks, *, gradients):
+    x_spec, row_spec = sharding.spec("tokens", "embed"), sharding.spec("tokens")
+    w_spec = sharding.spec("vocab", "w_embed")
+    out_specs = (P(), P(), x_spec, w_spec) if gradients else (P(), P())
+    local = functools.partial(_local, z_loss=z_loss, chunks=chunks, gradients=gradients)
+    return jax.shard_map(
+        local, in_specs=(x_spec, w_spec, row_spec, row_spec), out_specs=out_specs, check_vma=False
+    )(x_ND, w_VD, targets_N, weights_N)
+
+
+def _local(x_ND, w_VD, targets_N, weights_N, *, z_loss, chunks, gradients):
+    n, d = x_ND.shape
+    rows, columns, width = (sharding.RULES[name] for name in ("tokens", "vocab", "w_embed"))
+    w_VD = lax.all_gather(w_VD, width, axis=1, tiled=True).astype(x_ND.dtype)
+    vocab_ids_V = lax.axis_index(columns) * w_VD.shape[0] + jnp.arange(w_VD.shape[0])
+
+    def chunk(dw_VD, args):
+        x_nD, targets_n, weights_n = args
+        logits_nV = jnp.einsum("nd,vd->nv", x_nD, w_VD).astype(jnp.float32)
+        hit_nV = targets_n[:, None] == vocab_ids_V
+        top_n1 = lax.pmax(logits_nV.max(-1, keepdims=True), columns)
+        e_nV = jnp.exp(logits_nV - top_n1)
+        total_n1 = lax.psum(e_nV.sum(-1, keepdims=True), columns)
+        hit_n = lax.psum(jnp.where(hit_nV, logits_nV, 0).sum(-1), columns)
+        lse_n = (jnp.log(total_n1) + top_n1)[:, 0]
+        ce = (weights_n * (lse_n - hit_n)).sum()
+        z = z_loss * (weights_n * lse_n * lse_n).sum()
+        if not gradients:
+            return dw_VD, (ce, z)
+        # d ce = weight * (softmax - hit);  d z = weight * 2 z_loss lse * softmax
+        scale_n1 = (weights_n * (1 + 2 * z_loss * lse_n))[:, None] / total_n1
+        dlogits_nV = e_nV * scale_n1 - jnp.where(hit_nV, weights_n[:, None], 0)
+        dlogits_nV = dlogits_nV.astype(x_nD.dtype)
+        dx_nD = lax.psum(jnp.einsum("nv,vd->nd", dlogits_nV, w_VD), columns)
+        dw_VD += jnp.einsum("nv,nd->vd", dlogits_nV, x_nD).astype(jnp.float32)
+        return dw_VD, (ce, z, dx_nD)
+
+    chunks = next(c for c in range(min(chunks, n), 0, -1) if n % c == 0)
+    split = lambda a: a.reshape(chunks, n // chunks, *a.shape[1:])
+    zero_VD = jnp.zeros(w_VD.shape if gradients else (), jnp.float32)
+    args = (x_ND, targets_N, weights_N)
+    if chunks == 1:
+        dw_VD, (ce, z, *dx) = chunk(zero_VD, args)
+    else:
+        dw_VD, (ce, z, *dx) = lax.scan(chunk, zero_VD, jax.tree.map(split, args))
+    sums = lax.psum((ce.sum(), z.sum()), rows)
+    if not gradients:
+        return sums
+    dw_VD = lax.psum_scatter(lax.psum(dw_VD, "data"), width, scatter_dimension=1, tiled=True)
+    return *sums, dx[0].reshape(n, d), dw_VD

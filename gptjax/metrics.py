@@ -1,0 +1,139 @@
+"""What a run reports: throughput and MFU, and the writers of metrics.
+
+A metric has one name everywhere: loss, perplexity, grad_norm, param_norm, lr, tokens_per_second,
+data_wait (share of the wall time that the loop waited for a batch), mfu, …
+"""
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import jax
+
+METRICS_FILE = "metrics.jsonl"
+
+# Dense bfloat16 peak of one jax device in TFLOP/s, from the vendors' data sheets: Google Cloud's
+# pages of TPU v4, v5e, v5p and v6e; NVIDIA's of A100, H100, H200 and B200, without sparsity.
+PEAK_TFLOPS_BF16: Mapping[str, float] = {
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5": 459.0,
+    "TPU v5p": 459.0,
+    "TPU v6 lite": 918.0,
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA H100 80GB HBM3": 989.4,
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA H200": 989.4,
+    "NVIDIA B200": 2250.0,
+}
+
+
+class Throughput:
+    """Tokens per second and, where a peak is known, the model-FLOPs utilisation.
+
+    MFU = tokens/s * FLOPs/token / (devices * peak), where FLOPs/token is what the model needs
+    (`decoder.flops_per_token`): causal attention counted by its causal half, recomputation not.
+    """
+
+    def __init__(self, flops_per_token: float, dtype: str, peak_tflops: float) -> None:
+        """`peak_tflops` of one device; 0 looks it up, for bfloat16, in PEAK_TFLOPS_BF16."""
+        self._flops = flops_per_token
+        device = jax.devices()[0]
+        peak = peak_tflops
+        if not peak and dtype == "bfloat16":
+            peak = PEAK_TFLOPS_BF16.get(device.device_kind, 0.0)
+        self._peak = peak * 1e12 * jax.device_count()
+        self.description = (
+            f"MFU = tokens/s x {self._flops:.4g} FLOPs/token / "
+            f"({jax.device_count()} x {peak:g} TFLOP/s)"
+            if peak
+            else f"no peak known for {dtype} on {device.device_kind}, so no MFU; "
+            "log.peak_tflops sets one"
+        )
+
+    def of(self, tokens_per_second: float) -> dict[str, float]:
+        """The metrics of a rate."""
+        metrics = {"tokens_per_second": tokens_per_second}
+        if self._peak:
+            metrics["mfu"] = tokens_per_second * self._flops / self._peak
+        return metrics
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+class Writer(Protocol):
+    """A sink of metrics."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records the metrics of a step."""
+
+    def close(self) -> None:
+        """Flushes and ends."""
+
+
+class JsonlWriter:
+    """metrics.jsonl: one object a line, with its step. A resume drops the lines after its step."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        file = folder / METRICS_FILE
+        kept = [line for line in _lines(file) if json.loads(line)["step"] <= first_step]
+        file.write_text("".join(kept))
+        self._stream = file.open("a", buffering=1)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._stream.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _lines(file: Path) -> list[str]:
+    """Whole lines of a file that a kill may have cut."""
+    if not file.exists():
+        return []
+    return [line for line in file.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+
+
+class TensorBoardWriter:
+    """TensorBoard event files in the run folder; a resume hides what came after its step."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Writers:
+    """All sinks of a run. One that fails is dropped with a warning and never stops training."""
+
+    def __init__(self, writers: list[Writer]) -> None:
+        self._writers = writers
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Hands the metrics to each sink."""
+        for writer in list(self._writers):
+            try:
+                writer.write(step, metrics)
+            except Exception as error:  # whatever a sink raises, training goes on
+                self._writers.remove(writer)
+                name = type(writer).__name__
+                print(f"gptjax: {name} failed and is left out: {error}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Closes each sink."""
+        for writer in self._writers:
+            writer.close()

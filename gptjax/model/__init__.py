@@ -1,0 +1,1 @@
+"""The decoder: leaf layers, attention backends, feed-forward, and the stack of blocks."""

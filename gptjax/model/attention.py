@@ -1,0 +1,422 @@
+"""Causal self-attention: the backends, the table of what each supports, and the layer.
+
+A backend is asked for exactly what the model and the batch need (`Need`). One that does not declare
+a feature is never handed it: `choose` takes the fastest that fits, and a backend that the
+configuration names but that does not fit is an error, never a silent change of the mathematics.
+
+Shapes: B batch, T queries, S keys, H query heads, K key heads, R = H/K queries of a group,
+C head_dim, D embed, N = B*T tokens. Query head h reads key head h // R.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from gptjax import sharding
+from gptjax.config import ModelConfig
+from gptjax.errors import ConfigError
+from gptjax.model.layers import dense, dropout, rope, vector, weight
+
+NEVER = -1e30  # a score that is masked out: finite, so that a fully masked row stays a number
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one call of attention needs of its backend, beyond causal masking."""
+
+    segments: bool = False
+    window: bool = False
+    grouped: bool = False
+    alibi: bool = False
+    dropout: bool = False
+
+    def names(self) -> list[str]:
+        """The features that are needed."""
+        return [name for name, wanted in vars(self).items() if wanted]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation, where it runs, and which features of `Need` it has.
+
+    `attend(q_BTHC, k_BTKC, v_BTKC, segments_BT, window)` is called on one device's share; all but
+    the reference are.
+    """
+
+    attend: Callable[..., jax.Array] | None
+    platforms: tuple[str, ...]
+    features: frozenset[str]
+
+
+# --- reference -------------------------------------------------------------------------------
+
+
+def alibi_slopes(heads: int) -> jax.Array:
+    """Slope of each head (Press et al. 2021): powers of 2**(-8/n), for n the power of two below."""
+    n = 1 << (heads.bit_length() - 1)
+    slopes = [2 ** (-8 * (i + 1) / n) for i in range(n)]
+    slopes += [2 ** (-4 * (2 * i + 1) / n) for i in range(heads - n)]
+    return jnp.array(slopes, jnp.float32)
+
+
+def dot_product(
+    q_BTHC: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKC: jax.Array,
+    mask_BTS: jax.Array,
+    alibi_BTS: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax attention, written for reading; scores and softmax in float32.
+
+    `mask_BTS` (or [1, T, S]) is true where a query may look; `alibi_BTS` holds key position minus
+    query position, for ALiBi.
+    """
+    b, t, h, c = q_BTHC.shape
+    k = k_BSKC.shape[2]
+    grouped, whole = (
+        sharding.spec("batch", "seq", "heads", *rest) for rest in ((None, None), (None,))
+    )
+    q_BTKRC = lax.reshape(q_BTHC, (b, t, k, h // k, c), out_sharding=grouped)
+    s_BKRTS = jnp.einsum("btkrc,bskc->bkrts", q_BTKRC, k_BSKC).astype(jnp.float32) * c**-0.5
+    if alibi_BTS is not None:
+        slopes_KR11 = alibi_slopes(h).reshape(k, h // k, 1, 1)
+        s_BKRTS += slopes_KR11 * alibi_BTS[:, None, None].astype(jnp.float32)
+    s_BKRTS = jnp.where(mask_BTS[:, None, None], s_BKRTS, NEVER)
+    p_BKRTS = dropout(jax.nn.softmax(s_BKRTS, -1), dropout_rate, key).astype(q_BTHC.dtype)
+    out_BTKRC = jnp.einsum("bkrts,bskc->btkrc", p_BKRTS, v_BSKC)
+    return lax.reshape(out_BTKRC, (b, t, h, c), out_sharding=whole)
+
+
+def causal_mask(
+    length: int, segments_BT: jax.Array | None, window: int | None, first_query: int = 0
+) -> jax.Array:
+    """True where query t of a whole sequence may look at key s, [1 or B, T, S]."""
+    query, keys = jnp.arange(first_query, length)[:, None], jnp.arange(length)[None]
+    mask = keys <= query
+    if window is not None:
+        mask &= keys > query - window
+    if segments_BT is None:
+        return mask[None]
+    return mask & (segments_BT[:, first_query:, None] == segments_BT[:, None, :])
+
+
+# --- blockwise: the CPU's --------------------------------------------------------------------
+
+
+def _blocks(length: int, window: int | None) -> list[tuple[int, int, int]]:
+    """(first query, end, first key) of each block of queries; keys before or after are masked."""
+    size = max(64, -(-length // 16))
+    first_key = lambda start: 0 if window is None else max(0, start - window + 1) // size * size
+    return [(a, min(a + size, length), first_key(a)) for a in range(0, length, size)]
+
+
+def _block_mask(a, e, s, segments_BT, window):
+    """Mask of keys s..e against queries a..e, transposed: [1 or B, 1, S, 1, T]."""
+    key, query = jnp.arange(s, e)[:, None], jnp.arange(a, e)[None]
+    mask = key <= query
+    if window is not None:
+        mask &= key > query - window
+    mask = mask[None]
+    if segments_BT is not None:
+        mask = mask & (segments_BT[:, s:e, None] == segments_BT[:, None, a:e])
+    return mask[:, None, :, None]
+
+
+_product = functools.partial(jnp.einsum, "bkij,bkjl->bkil")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def blockwise(
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKC: jax.Array,
+    segments_BT: jax.Array | None,
+    window: int | None,
+) -> jax.Array:
+    """Attention for XLA:CPU: a block of queries at a time against the keys it can see.
+
+    Scores are held transposed, [keys, queries], so that every product, forward and backward, has
+    both operands in row-major order, which is what the CPU's matrix kernels are fast at, and the
+    softmax runs over the major axis. The masked half of the score matrix is never computed.
+    """
+    return _blockwise_fwd(q_BTHC, k_BTKC, v_BTKC, segments_BT, window)[0]
+
+
+def _blockwise_fwd(q_BTHC, k_BTKC, v_BTKC, segments_BT, window):
+    b, t, h, c = q_BTHC.shape
+    k = k_BTKC.shape[2]
+    r = h // k
+    # The barriers make the transposed copies real: fused into the products they are strided reads.
+    q_BKCRT = lax.optimization_barrier(q_BTHC.reshape(b, t, k, r, c).transpose(0, 2, 4, 3, 1))
+    k_BKTC = lax.optimization_barrier(k_BTKC.transpose(0, 2, 1, 3))
+    v_BKCT = lax.optimization_barrier(v_BTKC.transpose(0, 2, 3, 1))
+    outs, probabilities = [], []
+    for a, e, s in _blocks(t, window):
+        q_BKCQ = q_BKCRT[..., a:e].reshape(b, k, c, r * (e - a))
+        score = _product(k_BKTC[:, :, s:e], q_BKCQ).astype(jnp.float32) * c**-0.5
+        score = score.reshape(b, k, e - s, r, e - a)
+        score = jnp.where(_block_mask(a, e, s, segments_BT, window), score, NEVER)
+        p = jnp.exp(score - score.max(2, keepdims=True))
+        p = (p / p.sum(2, keepdims=True)).astype(q_BTHC.dtype)
+        p_BKSQ = p.reshape(b, k, e - s, r * (e - a))
+        outs.append(_product(v_BKCT[..., s:e], p_BKSQ).reshape(b, k, c, r, e - a))
+        probabilities.append(p_BKSQ)
+    out_BTHC = jnp.concatenate(outs, -1).transpose(0, 4, 1, 3, 2).reshape(b, t, h, c)
+    return out_BTHC, (q_BTHC, k_BKTC, v_BTKC, probabilities)
+
+
+def _blockwise_bwd(window, residuals, do_BTHC):
+    q_BTHC, k_BKTC, v_BTKC, probabilities = residuals
+    b, t, h, c = q_BTHC.shape
+    k = k_BKTC.shape[1]
+    r = h // k
+    q_BKRTC = lax.optimization_barrier(q_BTHC.reshape(b, t, k, r, c).transpose(0, 2, 3, 1, 4))
+    k_BKCT = lax.optimization_barrier(k_BKTC.swapaxes(2, 3))
+    v_BKTC = lax.optimization_barrier(v_BTKC.transpose(0, 2, 1, 3))
+    do_BTKRC = do_BTHC.reshape(b, t, k, r, c)
+    do_BKRTC = lax.optimization_barrier(do_BTKRC.transpose(0, 2, 3, 1, 4))
+    do_BKCRT = lax.optimization_barrier(do_BTKRC.transpose(0, 2, 4, 3, 1))
+    blocks = _blocks(t, window)
+    dqs = []
+    dk_parts: list[list[jax.Array]] = [[] for _ in blocks]
+    dv_parts: list[list[jax.Array]] = [[] for _ in blocks]
+    for (a, e, s), p_BKSQ in zip(blocks, probabilities, strict=True):
+        queries = r * (e - a)
+        do_BKQC = do_BKRTC[:, :, :, a:e].reshape(b, k, queries, c)
+        dv_BKSC = _product(p_BKSQ, do_BKQC)
+        dp = _product(v_BKTC[:, :, s:e], do_BKCRT[..., a:e].reshape(b, k, c, queries))
+        p, dp = p_BKSQ.astype(jnp.float32), dp.astype(jnp.float32)
+        ds_BKSQ = (p * (dp - (p * dp).sum(2, keepdims=True)) * c**-0.5).astype(q_BTHC.dtype)
+        dk_BKSC = _product(ds_BKSQ, q_BKRTC[:, :, :, a:e].reshape(b, k, queries, c))
+        dqs.append(_product(k_BKCT[..., s:e], ds_BKSQ).reshape(b, k, c, r, e - a))
+        for j, (first, end, _) in enumerate(blocks):
+            if s <= first < e:
+                dk_parts[j].append(dk_BKSC[:, :, first - s : end - s])
+                dv_parts[j].append(dv_BKSC[:, :, first - s : end - s])
+    dq_BTHC = jnp.concatenate(dqs, -1).transpose(0, 4, 1, 3, 2).reshape(b, t, h, c)
+    dk_BKTC, dv_BKTC = (
+        jnp.concatenate([sum(part[1:], part[0]) for part in parts], 2)
+        for parts in (dk_parts, dv_parts)
+    )
+    return dq_BTHC, dk_BKTC.swapaxes(1, 2), dv_BKTC.swapaxes(1, 2), None
+
+
+blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
+
+
+# --- splash (TPU) and cuDNN (GPU), which JAX ships -------------------------------------------
+
+
+def splash(q_BTHC, k_BTKC, v_BTKC, segments_BT, window):
+    """JAX's splash attention for TPU: block-sparse, never holds the scores."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernel,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
+
+    _, t, h, c = q_BTHC.shape
+    one = (
+        masks.CausalMask((t, t)) if window is None else masks.LocalMask((t, t), (window - 1, 0), 0)
+    )
+    attend = kernel.make_splash_mha_single_device(masks.MultiHeadMask([one] * h))
+    segments = None if segments_BT is None else kernel.SegmentIds(segments_BT, segments_BT)
+    heads_first = [x.swapaxes(1, 2) for x in (q_BTHC * c**-0.5, k_BTKC, v_BTKC)]
+    return jax.vmap(attend)(*heads_first, segments).swapaxes(1, 2)
+
+
+def cudnn(q_BTHC, k_BTKC, v_BTKC, segments_BT, window):
+    """cuDNN's flash attention for GPU. It has no segment mask."""
+    assert segments_BT is None
+    local = None if window is None else (window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q_BTHC, k_BTKC, v_BTKC, is_causal=True, local_window_size=local, implementation="cudnn"
+    )
+
+
+BACKENDS: dict[str, Backend] = {  # fastest first, for each platform
+    "splash": Backend(splash, ("tpu",), frozenset({"segments", "window", "grouped"})),
+    "cudnn": Backend(cudnn, ("gpu",), frozenset({"window", "grouped"})),
+    "blockwise": Backend(blockwise, ("cpu",), frozenset({"segments", "window", "grouped"})),
+    "reference": Backend(
+        None,
+        ("cpu", "gpu", "tpu"),
+        frozenset({"segments", "window", "grouped", "alibi", "dropout"}),
+    ),
+}
+
+
+def choose(wanted: str, need: Need, platform: str) -> str:
+    """The backend to use on a platform ("cpu", "gpu", "tpu").
+
+    "auto" takes the first that runs there and has every needed feature. Raises ConfigError where
+    the one that the configuration names does not.
+    """
+    for name, backend in BACKENDS.items():
+        missing = [feature for feature in need.names() if feature not in backend.features]
+        if wanted == name and (missing or platform not in backend.platforms):
+            why = (
+                f"does not support {', '.join(missing)}"
+                if missing
+                else f"needs a {'/'.join(backend.platforms)}"
+            )
+            raise ConfigError([f"compute.attention={name}: {why}; use auto or reference"])
+        if wanted in (name, "auto") and not missing and platform in backend.platforms:
+            return name
+    raise AssertionError("the reference backend has every feature")
+
+
+def attend(
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKC: jax.Array,
+    *,
+    backend: str,
+    segments_BT: jax.Array | None = None,
+    window: int | None = None,
+    alibi: bool = False,
+    dropout_rate: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Causal attention over whole sequences by the named backend, [B, T, H, C]."""
+    chosen = BACKENDS[backend]
+    if chosen.attend is None:
+        t = q_BTHC.shape[1]
+        distance = jnp.arange(t)[None, None, :] - jnp.arange(t)[None, :, None] if alibi else None
+        mask = causal_mask(t, segments_BT, window)
+        return dot_product(q_BTHC, k_BTKC, v_BTKC, mask, distance, dropout_rate, key)
+    heads = sharding.spec("batch", None, "heads", None)
+    rows = sharding.spec("batch", None)
+    local: Any = lambda q, k, v, segments: chosen.attend(q, k, v, segments, window)
+    return jax.shard_map(
+        local,
+        in_specs=(heads, heads, heads, None if segments_BT is None else rows),
+        out_specs=heads,
+        check_vma=False,
+    )(q_BTHC, k_BTKC, v_BTKC, segments_BT)
+
+
+# --- the layer -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of the tokens seen so far, of every layer, and where the next ones go.
+
+    keys_LBSKC, values_LBSKC: [layers, B, S, K, C]; S is the capacity in tokens. Slots at and after
+    a row's length hold nothing that is read.
+    """
+
+    keys_LBSKC: jax.Array
+    values_LBSKC: jax.Array
+
+
+jax.tree_util.register_dataclass(Cache, ["keys_LBSKC", "values_LBSKC"], [])
+
+
+def _write(
+    store_LBSKC: jax.Array, new_BTKC: jax.Array, positions_BT: jax.Array, layer: jax.Array
+) -> jax.Array:
+    """The cache with new rows at their positions; each device writes its own rows and heads."""
+
+    def local(store_LBSKC, new_BTKC, positions_BT, layer):
+        rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
+        slots = store_LBSKC.at[layer, rows_B1, positions_BT]
+        return slots.set(new_BTKC.astype(store_LBSKC.dtype), mode="drop", unique_indices=True)
+
+    stored = sharding.spec("layers", "batch", None, "kv_heads", None)
+    new = sharding.spec("batch", None, "kv_heads", None)
+    return jax.shard_map(
+        local,
+        in_specs=(stored, new, sharding.spec("batch", None), jax.P()),
+        out_specs=stored,
+        check_vma=False,
+    )(store_LBSKC, new_BTKC, positions_BT, layer)
+
+
+class SelfAttention(nn.Module):
+    """Projections, attention, output projection. Parameters q, k, v, o and their biases."""
+
+    cfg: ModelConfig
+    window: int | None
+    backend: str
+
+    @nn.compact
+    def __call__(
+        self,
+        x_ND: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array | None,
+        key: jax.Array | None,
+        cache: Cache | None,
+        layer: jax.Array,
+    ) -> tuple[jax.Array, Cache | None]:
+        cfg = self.cfg
+        (b, t), c = positions_BT.shape, cfg.head
+
+        def project(name: str, heads: int, axis: str) -> jax.Array:
+            shape, axes = (cfg.embed, heads, c), ("w_embed", axis, "head_dim")
+            w_DF = weight(self, name, shape, axes, cfg.init_std).reshape(cfg.embed, heads * c)
+            bias_F = None
+            if cfg.linear_bias:
+                bias_F = vector(self, f"{name}_bias", shape[1:], axes[1:], 0.0).reshape(heads * c)
+            y_NF = dense(x_ND, w_DF, bias_F, ("tokens", axis))
+            out_sharding = sharding.spec("batch", "seq", axis, "head_dim")
+            return lax.reshape(y_NF, (b, t, heads, c), out_sharding=out_sharding)
+
+        q_BTHC = project("q", cfg.heads, "heads")
+        k_BTKC = project("k", cfg.kv, "kv_heads")
+        v_BTKC = project("v", cfg.kv, "kv_heads")
+        if cfg.positions == "rope":
+            q_BTHC = rope(q_BTHC, positions_BT, cfg.rope_theta)
+            k_BTKC = rope(k_BTKC, positions_BT, cfg.rope_theta)
+
+        if cache is None:
+            out_BTHC = attend(
+                q_BTHC,
+                k_BTKC,
+                v_BTKC,
+                backend=self.backend,
+                segments_BT=segments_BT,
+                window=self.window,
+                alibi=cfg.positions == "alibi",
+                dropout_rate=cfg.dropout,
+                key=key,
+            )
+        else:
+            cache, out_BTHC = self._attend_cache(q_BTHC, k_BTKC, v_BTKC, positions_BT, cache, layer)
+
+        std = cfg.init_std / (2 * cfg.layers) ** 0.5
+        w_HCD = weight(self, "o", (cfg.heads, c, cfg.embed), ("heads", "head_dim", "w_embed"), std)
+        bias_D = vector(self, "o_bias", (cfg.embed,), (None,), 0.0) if cfg.linear_bias else None
+        out_NF = lax.reshape(
+            out_BTHC, (b * t, cfg.heads * c), out_sharding=sharding.spec("tokens", "heads")
+        )
+        w_FD = w_HCD.reshape(cfg.heads * c, cfg.embed)
+        return dense(out_NF, w_FD, bias_D, ("tokens", "embed")), cache
+
+    def _attend_cache(self, q_BTHC, k_BTKC, v_BTKC, positions_BT, cache, layer):
+        """Writes the new keys at their positions, and attends to all up to each query's own."""
+        cache = Cache(
+            _write(cache.keys_LBSKC, k_BTKC, positions_BT, layer),
+            _write(cache.values_LBSKC, v_BTKC, positions_BT, layer),
+        )
+        keys, values = (store[layer] for store in (cache.keys_LBSKC, cache.values_LBSKC))
+        slots_11S = jnp.arange(keys.shape[1])[None, None]
+        distance_BTS = slots_11S - positions_BT[..., None]
+        mask_BTS = distance_BTS <= 0
+        if self.window is not None:
+            mask_BTS &= distance_BTS > -self.window
+        alibi_BTS = distance_BTS if self.cfg.positions == "alibi" else None
+        return cache, dot_product(
+            q_BTHC, keys.astype(q_BTHC.dtype), values.astype(q_BTHC.dtype), mask_BTS, alibi_BTS
+        )

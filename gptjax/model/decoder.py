@@ -1,0 +1,245 @@
+"""The decoder: embeddings, the stack of blocks, and what it counts.
+
+Parameters are one plain nested dict, the same whether the stack is scanned or unrolled: every
+parameter of the blocks has a leading axis of layers. A stack whose attention alternates is scanned
+over one period of it, so that `blocks/layer_j` holds the layers j, j + period, j + 2 period, …
+
+Shapes: B batch, T sequence, N = B*T tokens, D embed, V vocabulary, L layers.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from gptjax import sharding
+from gptjax.config import ComputeConfig, ModelConfig
+from gptjax.model import attention, layers
+from gptjax.model.attention import Cache, SelfAttention
+from gptjax.model.ffn import FeedForward
+
+Params = dict[str, Any]
+
+_REMAT = {
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each on its branch of the residual stream."""
+
+    cfg: ModelConfig
+    window: int | None
+    backend: str
+
+    @nn.compact
+    def __call__(self, x_ND, positions_BT, segments_BT, key, cache, layer):
+        cfg = self.cfg
+        attn = SelfAttention(cfg, self.window, self.backend, name="attn")
+        mlp = FeedForward(cfg, name="mlp")
+        norm_attn = layers.Norm(cfg, name="norm_attn")
+        norm_mlp = norm_attn if cfg.shared_norm else layers.Norm(cfg, name="norm_mlp")
+        keys = [None] * 3 if key is None else jax.random.split(jax.random.fold_in(key, layer), 3)
+        drop = lambda y, i: layers.dropout(y, cfg.dropout, keys[i])
+        context = (positions_BT, segments_BT, keys[0], cache, layer)
+
+        if cfg.norm_position == "post":
+            y_ND, cache = attn(x_ND, *context)
+            x_ND = norm_attn(x_ND + drop(y_ND, 1))
+            return norm_mlp(x_ND + drop(mlp(x_ND), 2)), cache
+        h_ND = norm_attn(x_ND)
+        y_ND, cache = attn(h_ND, *context)
+        if cfg.residual == "parallel":
+            h_ND = h_ND if cfg.shared_norm else norm_mlp(x_ND)
+            return x_ND + drop(y_ND, 1) + drop(mlp(h_ND), 2), cache
+        x_ND = x_ND + drop(y_ND, 1)
+        return x_ND + drop(mlp(norm_mlp(x_ND)), 2), cache
+
+
+class Period(nn.Module):
+    """One period of the attention pattern: what the stack is scanned over."""
+
+    cfg: ModelConfig
+    remat: str
+    backends: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, carry, index, positions_BT, segments_BT, key):
+        cfg = self.cfg
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, policy=_REMAT[self.remat], prevent_cse=False)
+        x_ND, cache = carry
+        for j, kind in enumerate(cfg.pattern):
+            window = cfg.window if kind == "window" else None
+            layer = index * len(cfg.pattern) + j
+            x_ND, cache = block(cfg, window, self.backends[j], name=f"layer_{j}")(
+                x_ND, positions_BT, segments_BT, key, cache, layer
+            )
+        return (x_ND, cache), None
+
+
+class Decoder(nn.Module):
+    """Tokens to the final hidden states; `logits` turns those into scores of the vocabulary."""
+
+    cfg: ModelConfig
+    compute: ComputeConfig
+    backends: tuple[str, ...]
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        key: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        cfg = self.cfg
+        b, t = tokens_BT.shape
+        dtype = jnp.dtype(self.compute.dtype)
+        table_VD = layers.weight(
+            self, "embed", (cfg.vocab_size, cfg.embed), ("vocab", "w_embed"), cfg.init_std
+        )
+        x_BTD = _lookup(table_VD, tokens_BT)
+        if cfg.positions == "learned":
+            places_SD = layers.weight(
+                self, "positions", (cfg.context, cfg.embed), (None, "w_embed"), cfg.init_std
+            )
+            if positions_BT is None:
+                x_BTD += jax.sharding.reshard(places_SD[:t], sharding.spec(None, "embed"))
+            else:
+                x_BTD += _lookup(places_SD, positions_BT)
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(
+                jnp.arange(t), (b, t), out_sharding=sharding.spec("batch", None)
+            )
+        x_ND = lax.reshape(
+            x_BTD, (b * t, cfg.embed), out_sharding=sharding.spec("tokens", "embed")
+        ).astype(dtype)
+        if key is not None:
+            key, embed_key = jax.random.split(key)
+            x_ND = layers.dropout(x_ND, cfg.dropout, embed_key)
+
+        periods = cfg.layers // len(cfg.pattern)
+        stack = nn.scan(
+            Period,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=periods,
+            unroll=1 if self.compute.scan_layers else periods,
+        )(cfg, self.compute.remat, self.backends, name="blocks")
+        (x_ND, cache), _ = stack((x_ND, cache), jnp.arange(periods), positions_BT, segments_BT, key)
+        if cfg.norm_position == "pre":
+            x_ND = layers.Norm(cfg, name="norm_final")(x_ND)
+        if not cfg.tied_embeddings:
+            layers.weight(
+                self, "head", (cfg.vocab_size, cfg.embed), ("vocab", "w_embed"), cfg.init_std
+            )
+        return x_ND, cache
+
+
+def _lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """Rows of an embedding table, which is first gathered over its width."""
+    axes = jax.typeof(table_VD).sharding.spec
+    gathered_VD = jax.sharding.reshard(table_VD, jax.P(axes[0], None))
+    return gathered_VD.at[ids_BT].get(out_sharding=sharding.spec("batch", None, "embed"))
+
+
+def attention_backends(
+    cfg: ModelConfig, compute: ComputeConfig, platform: str, *, segments: bool, training: bool
+) -> tuple[str, ...]:
+    """The backend of each layer of a period. Raises ConfigError, see `attention.choose`."""
+    return tuple(
+        attention.choose(
+            compute.attention,
+            attention.Need(
+                segments=segments,
+                window=kind == "window",
+                grouped=cfg.kv != cfg.heads,
+                alibi=cfg.positions == "alibi",
+                dropout=training and cfg.dropout > 0,
+            ),
+            platform,
+        )
+        for kind in cfg.pattern
+    )
+
+
+def init(cfg: ModelConfig, key: jax.Array) -> Params:
+    """Fresh parameters, laid out over the ambient mesh, the same numbers whatever the mesh."""
+    decoder = Decoder(cfg, ComputeConfig(), ("reference",) * len(cfg.pattern))
+    rows = sharding.axis_size("batch")
+    tokens_BT = jnp.zeros((rows, 1), jnp.int32, out_sharding=sharding.spec("batch", None))
+    return decoder.init(key, tokens_BT)["params"]
+
+
+def apply(
+    params: Params,
+    cfg: ModelConfig,
+    compute: ComputeConfig,
+    tokens_BT: jax.Array,
+    *,
+    positions_BT: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+    key: jax.Array | None = None,
+    cache: Cache | None = None,
+) -> tuple[jax.Array, Cache | None]:
+    """Final hidden states [N, D] in the compute dtype, and the cache with the new tokens in it.
+
+    With `key`, dropout is on. With `cache`, tokens are at `positions_BT` of their rows and see the
+    tokens cached before them; a position past the capacity is not stored.
+    """
+    platform = jax.sharding.get_abstract_mesh().abstract_device.platform
+    backends = attention_backends(
+        cfg, compute, platform, segments=segments_BT is not None, training=key is not None
+    )
+    return Decoder(cfg, compute, backends).apply(
+        {"params": params}, tokens_BT, positions_BT, segments_BT, key, cache
+    )
+
+
+def head(params: Params) -> jax.Array:
+    """The output layer [V, D]: its own table, or the embedding's."""
+    return params.get("head", params["embed"])
+
+
+def logits(params: Params, x_ND: jax.Array) -> jax.Array:
+    """Scores of the vocabulary in float32, [N, V]."""
+    w_VD = head(params).astype(x_ND.dtype)
+    y_NV = jnp.einsum("nd,vd->nv", x_ND, w_VD, out_sharding=sharding.spec("tokens", "vocab"))
+    return y_NV.astype(jnp.float32)
+
+
+def empty_cache(cfg: ModelConfig, rows: int, capacity: int, dtype: str) -> Cache:
+    """A cache for `rows` sequences of up to `capacity` tokens."""
+    make = functools.partial(
+        jnp.zeros,
+        (cfg.layers, rows, capacity, cfg.kv, cfg.head),
+        jnp.dtype(dtype),
+        out_sharding=sharding.spec("layers", "batch", None, "kv_heads", None),
+    )
+    return Cache(make(), make())
+
+
+def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
+    """Floating-point operations of training on one token: forward, and twice that backward.
+
+    6 for each weight of a matrix product (the output layer included, embedding look-ups not), plus
+    attention's own 12 * heads * head_dim for each key, of which causal masking leaves half, and a
+    window fewer. (Kaplan et al. 2020, section 2.1; PaLM, appendix B, with the causal half taken.)
+    """
+    attn = cfg.embed * cfg.head * (2 * cfg.heads + 2 * cfg.kv)
+    mlp = cfg.embed * cfg.hidden * (3 if cfg.activation == "swiglu" else 2)
+    weights = cfg.layers * (attn + mlp) + cfg.vocab_size * cfg.embed
+    keys = {"full": (seq_len + 1) / 2}
+    if "window" in cfg.pattern:
+        w = min(cfg.window or seq_len, seq_len)
+        keys["window"] = w - w * (w - 1) / (2 * seq_len)
+    seen = sum(keys[kind] for kind in cfg.pattern) * cfg.layers / len(cfg.pattern)
+    return 6.0 * weights + 12.0 * cfg.heads * cfg.head * seen

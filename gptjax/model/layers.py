@@ -1,0 +1,142 @@
+"""Leaf layers: pure functions on arrays, and the modules that own their parameters.
+
+Activations are two-dimensional, a row a token: the gradient of a weight is then one matrix product,
+where with [batch, sequence, embed] XLA:CPU first copies a transposed operand (a sixth of a step).
+LayerNorm and GELU carry their own backward passes, which keep what is small and recompute the rest.
+
+Shapes: N tokens (batch x sequence), B batch, T sequence, D embed, F out features, V vocabulary,
+H heads, C head_dim.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from gptjax import sharding
+from gptjax.config import ModelConfig
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(
+    x_ND: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, eps: float
+) -> jax.Array:
+    """Layer normalisation (Ba et al. 2016), computed in float32, in the dtype of `x_ND`."""
+    return _layer_norm_fwd(x_ND, scale_D, bias_D, eps)[0]
+
+
+def _layer_norm_fwd(x_ND, scale_D, bias_D, eps):
+    x32_ND = x_ND.astype(jnp.float32)
+    mean_N1 = x32_ND.mean(-1, keepdims=True)
+    rstd_N1 = lax.rsqrt(jnp.square(x32_ND - mean_N1).mean(-1, keepdims=True) + eps)
+    y_ND = (x32_ND - mean_N1) * rstd_N1 * scale_D
+    if bias_D is not None:
+        y_ND += bias_D
+    return y_ND.astype(x_ND.dtype), (x_ND, mean_N1, rstd_N1, scale_D, bias_D)
+
+
+def _layer_norm_bwd(eps, residuals, dy_ND):
+    x_ND, mean_N1, rstd_N1, scale_D, bias_D = residuals
+    dy_ND = dy_ND.astype(jnp.float32)
+    unit_ND = (x_ND.astype(jnp.float32) - mean_N1) * rstd_N1
+    g_ND = dy_ND * scale_D
+    dx_ND = rstd_N1 * (
+        g_ND - g_ND.mean(-1, keepdims=True) - unit_ND * (g_ND * unit_ND).mean(-1, keepdims=True)
+    )
+    dscale_D = (dy_ND * unit_ND).sum(0)
+    return dx_ND.astype(x_ND.dtype), dscale_D, None if bias_D is None else dy_ND.sum(0)
+
+
+layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
+
+
+def rms_norm(x_ND: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square normalisation (Zhang & Sennrich 2019), float32 inside."""
+    x32_ND = x_ND.astype(jnp.float32)
+    rrms_N1 = lax.rsqrt(jnp.square(x32_ND).mean(-1, keepdims=True) + eps)
+    return (x32_ND * rrms_N1).astype(x_ND.dtype) * scale_D.astype(x_ND.dtype)
+
+
+_GELU_A, _GELU_B = 0.7978845608028654, 0.044715  # sqrt(2/pi), and the cubic's coefficient
+
+
+@jax.custom_vjp
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """The tanh approximation of GELU (Hendrycks & Gimpel 2016), as GPT-2 has it."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _gelu_tanh_bwd(x, dy):
+    x32 = x.astype(jnp.float32)
+    t = jnp.tanh(_GELU_A * (x32 + _GELU_B * x32**3))
+    slope = 0.5 * (1 + t) + 0.5 * x32 * (1 - t * t) * _GELU_A * (1 + 3 * _GELU_B * x32 * x32)
+    return ((dy.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+gelu_tanh.defvjp(lambda x: (gelu_tanh(x), x), _gelu_tanh_bwd)
+
+
+def dense(
+    x_ND: jax.Array,
+    w_DF: jax.Array,
+    bias_F: jax.Array | None,
+    axes: tuple[str, str],
+) -> jax.Array:
+    """x @ w + bias in the dtype of `x_ND`; `axes` are the logical axes of the result."""
+    out_sharding = sharding.spec(*axes)
+    y_NF = jnp.einsum("nd,df->nf", x_ND, w_DF.astype(x_ND.dtype), out_sharding=out_sharding)
+    return y_NF if bias_F is None else y_NF + bias_F.astype(x_ND.dtype)
+
+
+def rope(x_BTHC: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+    """Rotary positions (Su et al. 2021), half-split layout, angles in float32."""
+    half = x_BTHC.shape[-1] // 2
+    frequency = theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
+    angle_BT1C = positions_BT[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle_BT1C), jnp.sin(angle_BT1C)
+    a, b = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHC.dtype)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes a share of `x` and scales up the rest; without a key, the identity.
+
+    The mask depends on the key and the global shape alone, so it is the same on every mesh.
+    """
+    if key is None or rate == 0:
+        return x
+    bits = jax.random.bits(key, x.shape, jnp.uint32, out_sharding=jax.typeof(x).sharding.spec)
+    keep = bits >= jnp.uint32(rate * 2**32)
+    return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype)).astype(x.dtype)
+
+
+def weight(
+    module: nn.Module, name: str, shape: Sequence[int], axes: Sequence[str | None], std: float
+) -> jax.Array:
+    """A float32 parameter drawn from N(0, std**2), laid out by its logical axes."""
+    return module.param(name, sharding.normal(std), tuple(shape), tuple(axes))
+
+
+def vector(
+    module: nn.Module, name: str, shape: Sequence[int], axes: Sequence[str | None], value: float
+) -> jax.Array:
+    """A float32 parameter that starts at one value, laid out by its logical axes."""
+    return module.param(name, sharding.constant(value), tuple(shape), tuple(axes))
+
+
+class Norm(nn.Module):
+    """The normalisation that the configuration asks for. Parameters `scale`, and perhaps `bias`."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_ND: jax.Array) -> jax.Array:
+        cfg = self.cfg
+        scale_D = vector(self, "scale", (cfg.embed,), (None,), 1.0)
+        if cfg.norm == "rmsnorm":
+            return rms_norm(x_ND, scale_D, cfg.norm_eps)
+        bias_D = vector(self, "bias", (cfg.embed,), (None,), 0.0) if cfg.norm_bias else None
+        return layer_norm(x_ND, scale_D, bias_D, cfg.norm_eps)

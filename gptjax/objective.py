@@ -1,0 +1,69 @@
+"""The pre-training objective: predict each token from those before it.
+
+A batch on the device is `windows_BW`, int32 [B, T+1], and `lengths_B`, int32 [B], how many of a
+row's targets count (see data/pipeline.py). Shapes: B batch, T sequence, W = T+1, N = B*T.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gptjax import loss, sharding
+from gptjax.config import Config
+from gptjax.model import decoder
+from gptjax.model.decoder import Params
+
+DeviceBatch = dict[str, jax.Array]
+Sums = dict[str, jax.Array]
+
+
+def documents(tokens_BT: jax.Array, eos_id: int) -> tuple[jax.Array, jax.Array]:
+    """Number of each token's document within its row, and its position within the document.
+
+    A document begins after an EOS; the EOS that opens a row belongs to what follows it, as the
+    thing that its first token is predicted from.
+    """
+    t = tokens_BT.shape[1]
+    index_BT = jnp.broadcast_to(
+        jnp.arange(t), tokens_BT.shape, out_sharding=sharding.spec("batch", "seq")
+    )
+    begins_BT = tokens_BT == eos_id
+    segments_BT = jnp.cumsum(begins_BT, axis=1)
+    starts_BT = lax.cummax(jnp.where(begins_BT, index_BT, 0), axis=1)
+    return segments_BT, index_BT - starts_BT
+
+
+def next_token(
+    params: Params, cfg: Config, batch: DeviceBatch, eos_id: int, key: jax.Array | None = None
+) -> tuple[jax.Array, Sums]:
+    """The loss to differentiate, summed over targets, and the sums that metrics are made of.
+
+    Returns (ce + z, {"ce", "z", "targets"}) in nats and counts. With `key`, dropout is on.
+    """
+    tokens_BT, targets_BT = batch["windows_BW"][:, :-1], batch["windows_BW"][:, 1:]
+    b, t = tokens_BT.shape
+    counts_BT = jnp.arange(t)[None] < batch["lengths_B"][:, None]
+    segments_BT = positions_BT = None
+    if cfg.data.documents == "mask":
+        # Each document opens with the EOS before it, so every token is predicted within its own.
+        segments_BT, positions_BT = documents(tokens_BT, eos_id)
+    x_ND, _ = decoder.apply(
+        params,
+        cfg.model,
+        cfg.compute,
+        tokens_BT,
+        positions_BT=positions_BT,
+        segments_BT=segments_BT,
+        key=key,
+    )
+    flat = lambda a_BT: lax.reshape(a_BT, (b * t,), out_sharding=sharding.spec("tokens"))
+    weights_N = flat(counts_BT.astype(jnp.float32))
+    ce, z = loss.cross_entropy(
+        x_ND,
+        decoder.head(params),
+        flat(targets_BT),
+        weights_N,
+        cfg.train.z_loss,
+        cfg.compute.loss_chunks,
+    )
+    return ce + z, {"ce": ce, "z": z, "targets": weights_N.sum()}

@@ -1,0 +1,99 @@
+"""Optimizers and learning-rate schedules, from optax."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gptjax.config import Config
+
+
+def learning_rate(cfg: Config) -> optax.Schedule:
+    """The schedule by optimizer step. Lengths are configured in tokens.
+
+    Linear warm-up from zero, then cosine or linear to final_lr_ratio of the peak, or constant, or
+    wsd (constant, and linear over the last decay_tokens; Hu et al. 2024).
+    """
+    o, batch = cfg.optim, cfg.train.batch_tokens
+    warmup = round(o.warmup_tokens / batch)
+    rest = max(1, cfg.train.steps - warmup)
+    last = o.lr * o.final_lr_ratio
+    if o.lr_schedule == "cosine":
+        after = optax.cosine_decay_schedule(o.lr, rest, alpha=o.final_lr_ratio)
+    elif o.lr_schedule == "linear":
+        after = optax.linear_schedule(o.lr, last, rest)
+    elif o.lr_schedule == "wsd":
+        decay = max(1, round(o.decay_tokens / batch))
+        after = optax.linear_schedule(o.lr, last, decay, transition_begin=rest - decay)
+    else:
+        after = optax.constant_schedule(o.lr)
+    # Step 0 already learns: the ramp reaches 1/warmup there and the peak at its end.
+    ramp = lambda step: o.lr * (step + 1) / warmup
+    return optax.join_schedules([ramp, after], [warmup]) if warmup else after
+
+
+def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
+    """Whether a parameter is a weight matrix or an embedding table: what weight decay is for.
+
+    Parameters of the stack have a leading axis of layers, which does not count.
+    """
+    inside_stack = any(getattr(key, "key", None) == "blocks" for key in path)
+    name = path[-1].key
+    return leaf.ndim - inside_stack >= 2 and not name.endswith("bias")
+
+
+def make(cfg: Config) -> optax.GradientTransformation:
+    """Clipping, the update rule, decay on matrices only, and the schedule."""
+    o, rate = cfg.optim, learning_rate(cfg)
+    clip = optax.clip_by_global_norm(o.clip) if o.clip else optax.identity()
+    matrices = lambda params: jax.tree_util.tree_map_with_path(is_matrix, params)
+    if o.name == "adamw":
+        direction = optax.scale_by_adam(o.b1, o.b2, o.eps)
+    elif o.name == "lion":
+        direction = optax.scale_by_lion(o.b1, o.b2)
+    elif o.name == "adafactor":
+        direction = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    else:
+        direction = _muon(cfg)
+    return optax.chain(
+        clip,
+        direction,
+        optax.add_decayed_weights(o.weight_decay, mask=matrices),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def _muon(cfg: Config) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) for the matrices of the blocks, Adam for all else.
+
+    Updates are scaled to the size of Adam's (Liu et al. 2025), so one learning rate serves both.
+    """
+    o = cfg.optim
+
+    def dimensions(params: Any) -> Any:
+        def of(path: tuple[Any, ...], leaf: Any) -> Any:
+            inside_stack = any(getattr(key, "key", None) == "blocks" for key in path)
+            if not (inside_stack and is_matrix(path, leaf)):
+                return None
+            # [layers, in, out], [layers, embed, heads, head_dim], [layers, heads, head_dim, embed]
+            axes = tuple(range(1, leaf.ndim))
+            inputs = axes[:-1] if path[-1].key == "o" else axes[:1]
+            return optax.contrib.MuonDimensionNumbers(inputs, axes[len(inputs) :])
+
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    muon = optax.contrib.muon(
+        1.0,
+        beta=o.b1,
+        adam_b1=o.b1,
+        adam_b2=o.b2,
+        muon_weight_dimension_numbers=dimensions,
+        consistent_rms=0.2,
+    )
+    return optax.chain(muon, optax.scale(-1.0))  # a direction: the caller's rate has the sign
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """Euclidean norm of all leaves together, in float32."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))

@@ -1,0 +1,152 @@
+"""The run folder: what a run is, on disk, and who may write to it.
+
+RUN/config.json        the resolved configuration, itself a CONFIG
+RUN/tokenizer.model    the tokenizer
+RUN/data.json          the manifest of the store that it learns from
+RUN/checkpoints/       see checkpoint.py
+RUN/metrics.jsonl, RUN/tensorboard/, RUN/samples.txt
+RUN/run.lock           held while a process trains here
+"""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+
+from gptjax import compilation, config, sharding
+from gptjax import tokenizer as tokenizers
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import CONFIG_FILE, Config
+from gptjax.data import store
+from gptjax.data.store import Manifest
+from gptjax.errors import CheckpointError, DataError, MismatchError, OutputError
+from gptjax.model import decoder
+from gptjax.model.decoder import Params
+from gptjax.tokenizer import Tokenizer
+
+CHECKPOINTS = "checkpoints"
+_LOCK = "run.lock"
+_DATA = "data.json"
+
+
+@contextmanager
+def claim(cfg: Config) -> Iterator[list[str]]:
+    """Holds the run folder for training; gives the changes since the run was begun, a line each.
+
+    Creates the folder if need be and tries a write, before anything costly. Raises MismatchError if
+    the folder holds another run, OutputError if it cannot be written or another process holds it.
+    """
+    folder = Path(cfg.run)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / _LOCK).open("a+")
+        probe = folder / ".probe"
+        with probe.open("w") as stream:
+            stream.write("probe")
+            os.fsync(stream.fileno())
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"run={cfg.run}: cannot be written: {error}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise OutputError(f"run={cfg.run}: in use by {lock.read().strip()}") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        changes: list[str] = []
+        if (folder / CONFIG_FILE).exists():
+            changes = config.resume_changes(config.read_json(folder / CONFIG_FILE), cfg)
+        elif Checkpoints(folder / CHECKPOINTS).steps():
+            raise MismatchError(f"{folder} has checkpoints but no {CONFIG_FILE}; use another --run")
+        yield changes
+        lock.truncate(0)
+
+
+def record(cfg: Config, tokenizer: Tokenizer, manifest: Manifest) -> None:
+    """Writes configuration, tokenizer and the store's manifest into the run folder.
+
+    Raises MismatchError if a tokenizer or a manifest is there already and is another.
+    """
+    folder = Path(cfg.run)
+    check_tokenizer(
+        manifest.tokenizer["sha256"], tokenizer.fingerprint, "the manifest", "the store"
+    )
+    known = folder / _DATA
+    if known.exists():
+        begun_with = store.parse_manifest(known.read_text())
+        check_tokenizer(
+            begun_with.tokenizer["sha256"], tokenizer.fingerprint, cfg.run, cfg.data.store
+        )
+        if begun_with.fingerprint() != manifest.fingerprint():
+            raise MismatchError(
+                f"data.store={cfg.data.store}: its tokens are not those that {cfg.run} was begun "
+                "with; give that store, or another --run"
+            )
+    tokenizer.save(folder)
+    _write(known, json.dumps(asdict(manifest), indent=2))
+    _write(folder / CONFIG_FILE, json.dumps(config.to_dict(cfg), indent=2))
+
+
+def _write(file: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text + "\n")
+    partial.replace(file)
+
+
+def check_tokenizer(one: str, other: str, one_place: str, other_place: str) -> None:
+    """Raises MismatchError unless two tokenizers' fingerprints agree."""
+    if one != other:
+        raise MismatchError(
+            f"the tokenizer of {one_place} ({one[:12]}) is not that of {other_place} ({other[:12]})"
+        )
+
+
+def open_run(folder: str) -> tuple[Config, Tokenizer, Manifest]:
+    """Configuration, tokenizer and data manifest of a run.
+
+    Raises ConfigError, DataError, or MismatchError if the tokenizer is not the run's own.
+    """
+    cfg, tokenizer = config.load(folder), tokenizers.load(Path(folder))
+    file = Path(folder) / _DATA
+    if not file.exists():
+        raise DataError(f"{folder}: this run has no {_DATA}, so nothing was trained in it")
+    manifest = store.parse_manifest(file.read_text())
+    check_tokenizer(
+        manifest.tokenizer["sha256"], tokenizer.fingerprint, f"{folder}/{_DATA}", folder
+    )
+    return cfg, tokenizer, manifest
+
+
+@contextmanager
+def entered_mesh(cfg: Config) -> Iterator[None]:
+    """The configured mesh over all devices as the ambient one, and the compilation cache on."""
+    compilation.enable_cache(cfg.log.compile_cache)
+    with jax.set_mesh(sharding.make_mesh(cfg.mesh)):
+        yield
+
+
+def restore_params(
+    folder: str, cfg: Config, say: Callable[[str], None] = lambda line: None
+) -> tuple[Params, int]:
+    """Parameters of a run's newest whole checkpoint on the ambient mesh, and their step.
+
+    The moving average where the run keeps one. Raises CheckpointError if there is none.
+    """
+    checkpoints = Checkpoints(Path(folder) / CHECKPOINTS, say=say)
+    abstract = sharding.abstract(lambda: decoder.init(cfg.model, jax.random.key(0)))
+    step = sharding.abstract(lambda: jax.numpy.int32(0))
+    part = "ema" if cfg.train.ema_decay else "params"
+    restored = checkpoints.restore_newest({"step": step, part: abstract}, partial=True)
+    if restored is None:
+        raise CheckpointError(f"{folder}: this run has no checkpoint yet")
+    return restored[part], int(restored["step"])

@@ -1,0 +1,105 @@
+"""The mesh, and the one table from logical axes to mesh axes.
+
+Everything runs in explicit-sharding mode: an array's sharding is part of its type, initialisers are
+given the sharding of what they make, and so no array ever exists unsharded. The mesh is ambient:
+`jax.set_mesh(make_mesh(...))` is entered once, by the command that runs.
+
+Logical axes are named beside each parameter and activation; `RULES` alone says where they lie.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gptjax.config import MeshConfig
+
+RULES: Mapping[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),  # sequences
+    "tokens": ("data", "fsdp"),  # sequences x positions, flattened
+    "seq": None,
+    "embed": None,  # the residual stream's width
+    "w_embed": "fsdp",  # the same width, of a parameter
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "layers": None,
+}
+
+
+def spec(*logical: str | None) -> PartitionSpec:
+    """The partition of an array whose dimensions have these logical axes.
+
+    Raises ValueError where two dimensions would lie on one mesh axis.
+    """
+    entries = [None if name is None else RULES[name] for name in logical]
+    used = [axis for e in entries if e for axis in ((e,) if isinstance(e, str) else e)]
+    if len(used) != len(set(used)):
+        raise ValueError(f"{logical}: two dimensions on one mesh axis: {entries}")
+    return PartitionSpec(*entries)
+
+
+def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh over all devices, or those given. Raises ConfigError if the sizes do not fit."""
+    devices = jax.devices() if devices is None else devices
+    sizes = cfg.shape(len(devices))
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), (AxisType.Explicit,) * len(sizes), devices=devices
+    )
+
+
+def axis_size(logical: str) -> int:
+    """Parts into which the ambient mesh splits a logical axis."""
+    axes = RULES[logical] or ()
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes))
+
+
+def normal(std: float) -> Callable[..., jax.Array]:
+    """Initialiser: N(0, std**2), the same numbers on every mesh (partitionable threefry)."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
+        return std * jax.random.normal(key, shape, jnp.float32, out_sharding=spec(*axes))
+
+    return init
+
+
+def constant(value: float) -> Callable[..., jax.Array]:
+    """Initialiser: one value everywhere."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
+        return jnp.full(shape, value, jnp.float32, out_sharding=spec(*axes))
+
+    return init
+
+
+def abstract(function: Callable[..., Any], *args: Any) -> Any:
+    """Shapes, dtypes and shardings, on the ambient mesh, of what `function(*args)` would return."""
+    mesh = jax.sharding.get_mesh()
+
+    def concrete(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, leaf.sharding.spec if leaf.sharding else PartitionSpec())
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(concrete, jax.eval_shape(function, *args))
+
+
+def host_rows(rows: int) -> tuple[int, int]:
+    """First and end of this process's rows of a global batch of `rows` on the ambient mesh."""
+    sharding = NamedSharding(jax.sharding.get_mesh(), spec("batch"))
+    slices = [s[0] for s in sharding.addressable_devices_indices_map((rows,)).values()]
+    return min(s.start or 0 for s in slices), max(
+        rows if s.stop is None else s.stop for s in slices
+    )
+
+
+def global_batch(local: np.ndarray, rows: int) -> jax.Array:
+    """The global array [rows, ...] of which `local` holds this process's rows (`host_rows`)."""
+    sharding = NamedSharding(jax.sharding.get_mesh(), spec("batch", *[None] * (local.ndim - 1)))
+    return jax.make_array_from_process_local_data(sharding, local, (rows, *local.shape[1:]))

@@ -1,0 +1,185 @@
+"""Tokenizers behind one interface: raw bytes, and SentencePiece models (loaded or trained).
+
+A tokenizer is a file with a fingerprint. It is copied into the token store and into the run folder,
+and whoever uses either checks the fingerprint, so text is never read with another vocabulary.
+"""
+
+import hashlib
+import io
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gptjax.config import TokenizerConfig
+from gptjax.errors import DataError
+
+_FILES = {"bytes": "tokenizer.json", "sentencepiece": "tokenizer.model"}
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back.
+
+    Attributes: `vocab_size`; `eos_id`, which ends every document and starts every prompt.
+    """
+
+    kind: str
+    vocab_size: int
+    eos_id: int
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with no special token added."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids; special tokens have none, invalid UTF-8 becomes U+FFFD."""
+
+    def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
+        """All texts one after the other, an EOS after each, uint32."""
+        ids = [np.array([*self.encode(text), self.eos_id], np.uint32) for text in texts]
+        return np.concatenate(ids) if ids else np.zeros(0, np.uint32)
+
+    @abstractmethod
+    def serialized(self) -> bytes:
+        """The contents of the tokenizer's file."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the kind and the file's contents."""
+        return hashlib.sha256(self.kind.encode() + b"\0" + self.serialized()).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Writes the tokenizer's file into a folder."""
+        partial = folder / f".{_FILES[self.kind]}.partial"
+        partial.write_bytes(self.serialized())
+        os.replace(partial, folder / _FILES[self.kind])
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes 0..255; 256 is EOS, 257 is reserved for padding."""
+
+    kind, vocab_size, eos_id = "bytes", 258, 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8", "replace"))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
+
+    def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
+        parts = [
+            (np.frombuffer(t.encode("utf-8", "replace"), np.uint8), [self.eos_id]) for t in texts
+        ]
+        flat = [np.asarray(p, np.uint32) for pair in parts for p in pair]
+        return np.concatenate(flat) if flat else np.zeros(0, np.uint32)
+
+    def serialized(self) -> bytes:
+        return json.dumps({"kind": "bytes"}).encode()
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model (Kudo & Richardson 2018)."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, model: bytes) -> None:
+        import sentencepiece
+
+        self._model = model
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise DataError(f"this is no SentencePiece model: {error}") from None
+        self.vocab_size = self._processor.vocab_size()
+        self.eos_id = self._processor.eos_id()
+        if self.eos_id < 0:
+            raise DataError(
+                "this SentencePiece model has no end-of-sentence piece, which ends documents; "
+                "train it with --eos_id set"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(_plain(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
+
+    def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
+        batches = self._processor.encode([_plain(t) for t in texts], add_eos=True)
+        flat = [np.array(ids, np.uint32) for ids in batches]
+        return np.concatenate(flat) if flat else np.zeros(0, np.uint32)
+
+    def serialized(self) -> bytes:
+        return self._model
+
+
+def _plain(text: str) -> str:
+    """Text without lone surrogates, which have no UTF-8."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def load(folder: Path) -> Tokenizer:
+    """The tokenizer whose file a folder holds. Raises DataError."""
+    if (folder / _FILES["sentencepiece"]).exists():
+        return SentencePieceTokenizer((folder / _FILES["sentencepiece"]).read_bytes())
+    if (folder / _FILES["bytes"]).exists():
+        return ByteTokenizer()
+    raise DataError(f"{folder}: holds no tokenizer ({' or '.join(_FILES.values())})")
+
+
+def make(cfg: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    """The configured tokenizer: loaded from `cfg.path`, or trained on texts. Raises DataError."""
+    if cfg.kind == "bytes":
+        return ByteTokenizer()
+    if cfg.path:
+        path = Path(cfg.path).expanduser()
+        if not path.is_file():
+            raise DataError(f"tokenizer.path={cfg.path}: no such file")
+        return SentencePieceTokenizer(path.read_bytes())
+    return train_sentencepiece(texts, cfg)
+
+
+def train_sentencepiece(texts: Iterable[str], cfg: TokenizerConfig) -> SentencePieceTokenizer:
+    """Trains a model that encodes any text without loss.
+
+    Bytes stand in for characters outside the vocabulary, text is not normalised, and runs of
+    spaces may become pieces. Raises DataError where the texts cannot fill the vocabulary.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(_pieces(texts)),
+            model_writer=model,
+            model_type=cfg.algorithm,
+            vocab_size=cfg.vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=1 << 16,
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            num_threads=os.cpu_count() or 1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).rsplit("] ", 1)[-1].strip()
+        raise DataError(
+            f"tokenizer.vocab_size={cfg.vocab_size}: training failed; give more text or ask for "
+            f"fewer pieces ({reason})"
+        ) from None
+    return SentencePieceTokenizer(model.getvalue())
+
+
+def _pieces(texts: Iterable[str]) -> Iterable[str]:
+    return texts
