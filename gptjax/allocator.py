@@ -27,4 +27,5 @@ def keep_memory() -> bool:
         (_M_TRIM_THRESHOLD, 2**31 - 1),
         (_M_TOP_PAD, 256 << 20),
     )
-    return all([mallopt(option, value) for option, value in settings])
+    taken = [mallopt(option, value) for option, value in settings]
+    return all(taken)

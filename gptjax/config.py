@@ -102,7 +102,7 @@ class ModelConfig:
     dropout: float = identity(0.0)
     """Dropped share of embeddings, attention weights and sub-layer outputs in training."""
     init_std: float = identity(0.02)
-    """Standard deviation of the initial weights; residual projections get 1/sqrt(2 layers) of it."""
+    """Standard deviation of initial weights; residual projections get 1/sqrt(2 layers) of it."""
 
     @property
     def kv(self) -> int:
@@ -155,8 +155,8 @@ class MeshConfig:
             if size == -1 and devices % rest:
                 raise ConfigError(
                     [
-                        f"mesh.{axis}=-1: the other axes take {rest} devices, which does not divide "
-                        f"the {devices} there are; legal sizes are {_divisors(devices)}"
+                        f"mesh.{axis}=-1: the other axes take {rest} devices, which do not divide "
+                        f"the {devices} of this machine; use one of {_divisors(devices)}"
                     ]
                 )
         sizes = {axis: devices // rest if size == -1 else size for axis, size in sizes.items()}
@@ -183,7 +183,7 @@ class TokenizerConfig:
     """What to train."""
     vocab_size: int = identity(4096)
     """Pieces to train, special ones included."""
-    sample_bytes: int = identity(50_000_000)
+    sample_bytes: int = identity(10_000_000)
     """Text to train on, in bytes, taken evenly from the training documents."""
 
 
@@ -206,13 +206,14 @@ class DataConfig:
     """Whether attention crosses document borders within a window, or is masked there; positions
     then restart at each border."""
     max_document_bytes: int = identity(64_000_000)
-    """A longer text file is tokenized in pieces, cut at a line's end; a longer record is an error."""
+    """A longer text file is tokenized in pieces, cut at a line's end; a longer record is
+    refused."""
     bad_utf8: Literal["replace", "fail"] = identity("replace")
     """Invalid UTF-8 becomes U+FFFD and is counted, or is an error that names the place."""
     workers: int = free(0)
     """Tokenizing processes; 0: one per core."""
-    prefetch: int = free(8)
-    """Batches that the input pipeline keeps ready."""
+    prefetch: int = free(32)
+    """Batches that the input pipeline reads ahead."""
 
 
 @dataclass(frozen=True)
@@ -644,7 +645,8 @@ def read_json(file: Path) -> Config:
 
 def _preset(file: Path, function: str) -> Config:
     spec = importlib.util.spec_from_file_location(f"gptjax_preset_{file.stem}", file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
     try:

@@ -220,7 +220,8 @@ def fit(
                 sink.write(step, metrics)
 
         for step in range(first + 1, last + 1):
-            assert batch is not None and step_fn is not None
+            assert batch is not None
+            assert step_fn is not None
             if step == cfg.log.profile_start:
                 jax.profiler.start_trace(str(checkpoints.folder.parent / "profile"))
             state, metrics = step_fn(state, batch)

@@ -2,12 +2,14 @@
 
     STORE/manifest.json             what is in it, and from what it was made
     STORE/tokenizer.model           the tokenizer that made it
-    STORE/{train,valid}/zarr.json   a zarr 3 array with uncompressed chunks,
-    STORE/{train,valid}/c/0 ...     so that each chunk file is the raw tokens, little-endian
+    STORE/{train,valid}/zarr.json   a sharded zarr 3 array, uncompressed,
+    STORE/{train,valid}/c/0 ...     so that a file is the raw tokens, little-endian, and an index
 
 Any zarr 3 library reads it. A local store is memory-mapped; a remote one (gs://) is read by
-TensorStore from the same files. Every document ends with EOS, and a split begins with one, so each
-token of a document is predicted from something.
+TensorStore from the same files, a few kilobytes a window (tests/bench/store.py compares).
+
+Every document ends with EOS, and a split begins with one, so each token of a document is predicted
+from something.
 """
 
 import hashlib
@@ -24,7 +26,8 @@ from gptjax.errors import DataError, OutputError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-CHUNK_TOKENS = 1 << 24
+FILE_TOKENS = 1 << 24  # in a file, a zarr shard
+_RANGE_TOKENS = 1 << 12  # in a range that a remote reader fetches, a zarr chunk
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Split:
     documents: int
     tokens: int
     bytes: int
-    chunks_sha256: tuple[str, ...]
+    files_sha256: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Manifest:
     counts: dict[str, int]
     dtype: str
     splits: dict[str, Split]
-    chunk_tokens: int = CHUNK_TOKENS
+    file_tokens: int = FILE_TOKENS
     format: int = FORMAT
 
     def fingerprint(self) -> str:
@@ -64,19 +67,29 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class Reader:
     """Windows of a split's tokens. `len(reader)` is the number of tokens."""
 
-    def __init__(self, store: Any, name: str, manifest: Manifest) -> None:
-        self._length = manifest.splits[name].tokens
-        self._chunk = manifest.chunk_tokens
+    def __init__(self, store: str, name: str, manifest: Manifest) -> None:
+        self._length, self._per_file = manifest.splits[name].tokens, manifest.file_tokens
         folder = epath.Path(store) / name
-        self._local = "://" not in str(folder)
-        if self._local:
-            files = [folder / "c" / str(i) for i in range(-(-self._length // self._chunk))]
-            self._chunks = [np.memmap(file, manifest.dtype, "r") for file in files]
-        else:
+        self._remote: Any = None
+        if "://" in str(folder):
             import tensorstore
 
-            spec = {"driver": "zarr3", "kvstore": str(folder)}
-            self._array = tensorstore.open(spec, read=True).result()
+            self._remote = tensorstore.open(
+                {
+                    "driver": "zarr3",
+                    "kvstore": f"{folder}/",
+                    "recheck_cached_data": "open",
+                    "recheck_cached_metadata": "open",
+                    "context": {"cache_pool": {"total_bytes_limit": 256 << 20}},
+                },
+                read=True,
+            ).result()
+            return
+        self._files = []
+        for i, first in enumerate(range(0, self._length, self._per_file)):
+            count = min(self._per_file, self._length - first)
+            mapped = np.memmap(folder / "c" / str(i), manifest.dtype, "r", shape=(count,))
+            self._files.append(np.asarray(mapped))  # slicing a plain array is three times faster
 
     def __len__(self) -> int:
         return self._length
@@ -84,75 +97,88 @@ class Reader:
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Tokens [starts[i], starts[i] + length) of each row, int32; past the end, zeros."""
         out = np.zeros((len(starts), length), np.int32)
-        if not self._local:
+        if self._remote is not None:
             ends = np.minimum(starts + length, self._length)
-            reads = [self._array[a:b].read() for a, b in zip(starts, ends, strict=True)]
+            reads = [self._remote[a:b].read() for a, b in zip(starts, ends, strict=True)]
             for row, read in zip(out, reads, strict=True):
                 tokens = read.result()
                 row[: len(tokens)] = tokens
             return out
-        for row, start in zip(out, starts, strict=True):
-            chunk, offset = divmod(int(start), self._chunk)
-            tokens = self._chunks[chunk][offset : offset + length]
-            row[: len(tokens)] = tokens
-            if len(tokens) < length and chunk + 1 < len(self._chunks):
-                rest = self._chunks[chunk + 1][: length - len(tokens)]
-                row[len(tokens) : len(tokens) + len(rest)] = rest
+        for row, start in zip(out, starts.tolist(), strict=True):
+            number, offset = divmod(start, self._per_file)
+            done = 0
+            while done < length and number < len(self._files):
+                tokens = self._files[number][offset : offset + length - done]
+                row[done : done + len(tokens)] = tokens
+                done, number, offset = done + len(tokens), number + 1, 0
         return out
 
 
 class Writer:
-    """Appends tokens to a split. What follows the last `flush` is undone by opening at `tokens`."""
+    """Appends tokens to a split, beginning at `tokens`: what a file holds after that is undone."""
 
-    def __init__(self, folder: Path, dtype: np.dtype, tokens: int, chunk: int = CHUNK_TOKENS):
-        self._chunks, self._dtype, self._chunk = folder / "c", dtype, chunk
+    def __init__(self, folder: Path, dtype: np.dtype, tokens: int, per_file: int = FILE_TOKENS):
+        self._folder, self._dtype, self._per_file = folder, dtype, per_file
         self.tokens = tokens
-        self._chunks.mkdir(parents=True, exist_ok=True)
-        last, offset = divmod(tokens, chunk)
-        for file in self._chunks.iterdir():
+        (folder / "c").mkdir(parents=True, exist_ok=True)
+        last, offset = divmod(tokens, per_file)
+        for file in (folder / "c").iterdir():
             if int(file.name) > last:
                 file.unlink()
-        self._file = open(self._chunks / str(last), "ab")  # noqa: SIM115
+        self._file = self._path(last).open("ab")
         self._file.truncate(offset * dtype.itemsize)
 
+    def _path(self, number: int) -> Path:
+        return self._folder / "c" / str(number)
+
     def append(self, tokens: np.ndarray) -> None:
-        """Adds tokens at the end, going on to the next chunk file where one is full."""
+        """Adds tokens at the end, going on to the next file where one is full."""
         tokens = tokens.astype(self._dtype, copy=False)
         while len(tokens):
-            room = self._chunk - self.tokens % self._chunk
+            room = self._per_file - self.tokens % self._per_file
             part, tokens = tokens[:room], tokens[room:]
             self._file.write(part.tobytes())
             self.tokens += len(part)
-            if self.tokens % self._chunk == 0:
-                self._file.close()
-                self._file = open(self._chunks / str(self.tokens // self._chunk), "ab")  # noqa: SIM115
+            if self.tokens % self._per_file == 0:
+                self._end_file(self._per_file)
+                self._file = self._path(self.tokens // self._per_file).open("ab")
 
     def flush(self) -> None:
         """Hands everything to the operating system."""
         self._file.flush()
 
-    def close(self) -> tuple[str, ...]:
-        """Writes zarr.json, fills the last chunk up with zeros, and returns each chunk's SHA-256."""
-        used = self.tokens % self._chunk
-        if used:
-            self._file.truncate(self._chunk * self._dtype.itemsize)
+    def _end_file(self, tokens: int) -> None:
+        """Fills the last range up with zeros and appends the index: offset and size of each."""
+        size, count = self._dtype.itemsize * _RANGE_TOKENS, self._per_file // _RANGE_TOKENS
+        used = -(-tokens // _RANGE_TOKENS)
+        self._file.truncate(used * size)
+        index = np.full((count, 2), 2**64 - 1, "<u8")  # what zarr says of a range that is absent
+        index[:used, 0], index[:used, 1] = np.arange(used) * size, size
+        self._file.write(index.tobytes())
         self._file.close()
-        count = -(-self.tokens // self._chunk)
-        for file in self._chunks.iterdir():
-            if int(file.name) >= count:
-                file.unlink()
+
+    def close(self) -> tuple[str, ...]:
+        """Writes the last index and zarr.json; returns each file's SHA-256."""
+        if self.tokens % self._per_file:
+            self._end_file(self.tokens % self._per_file)
+        else:
+            self._file.close()
+            self._path(self.tokens // self._per_file).unlink()
+        raw = {"name": "bytes", "configuration": {"endian": "little"}}
+        sharding = {"chunk_shape": [_RANGE_TOKENS], "codecs": [raw], "index_codecs": [raw]}
+        grid = {"name": "regular", "configuration": {"chunk_shape": [self._per_file]}}
         metadata = {
             "zarr_format": 3,
             "node_type": "array",
             "shape": [self.tokens],
             "data_type": {2: "uint16", 4: "uint32"}[self._dtype.itemsize],
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [self._chunk]}},
+            "chunk_grid": grid,
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
             "fill_value": 0,
         }
-        (self._chunks.parent / "zarr.json").write_text(json.dumps(metadata, indent=2))
-        return tuple(_sha256(self._chunks / str(i)) for i in range(count))
+        (self._folder / "zarr.json").write_text(json.dumps(metadata, indent=2))
+        return tuple(_sha256(self._path(i)) for i in range(-(-self.tokens // self._per_file)))
 
 
 def _sha256(path: Any) -> str:
@@ -170,14 +196,17 @@ def read_manifest(store: str) -> Manifest:
     if not file.exists():
         raise DataError(f"{store}: is no token store; make it with `gptjax data prepare CONFIG`")
     manifest = parse_manifest(file.read_text())
-    wanted = manifest.chunk_tokens * np.dtype(manifest.dtype).itemsize
+    itemsize = np.dtype(manifest.dtype).itemsize
+    index = manifest.file_tokens // _RANGE_TOKENS * 16
     for name, split in manifest.splits.items():
-        for i in range(len(split.chunks_sha256)):
-            chunk = folder / name / "c" / str(i)
-            size = chunk.stat().length if chunk.exists() else 0
+        for i in range(len(split.files_sha256)):
+            tokens = min(manifest.file_tokens, split.tokens - i * manifest.file_tokens)
+            wanted = -(-tokens // _RANGE_TOKENS) * _RANGE_TOKENS * itemsize + index
+            path = folder / name / "c" / str(i)
+            size = path.stat().length if path.exists() else 0
             if size != wanted:
                 raise DataError(
-                    f"{chunk}: {size} bytes, the manifest says {wanted}; prepare the store anew"
+                    f"{path}: {size} bytes, the manifest says {wanted}; prepare the store anew"
                 )
     return manifest
 
@@ -189,7 +218,7 @@ def parse_manifest(text: str) -> Manifest:
         if values["format"] != FORMAT:
             raise DataError(f"store format {values['format']}: this gptjax reads {FORMAT}")
         values["splits"] = {
-            name: Split(**{**split, "chunks_sha256": tuple(split["chunks_sha256"])})
+            name: Split(**{**split, "files_sha256": tuple(split["files_sha256"])})
             for name, split in values["splits"].items()
         }
         return Manifest(**values)
@@ -210,10 +239,10 @@ def write_manifest(store: Path, manifest: Manifest) -> None:
 
 
 def verify(store: str) -> Iterator[str]:
-    """Hashes every chunk; yields a line for each that is not what the manifest says."""
+    """Hashes every file; yields a line for each that is not what the manifest says."""
     manifest = read_manifest(store)
     for name, split in manifest.splits.items():
-        for i, wanted in enumerate(split.chunks_sha256):
-            chunk = epath.Path(store) / name / "c" / str(i)
-            if _sha256(chunk) != wanted:
-                yield f"{chunk}: its SHA-256 is not the manifest's; prepare the store anew"
+        for i, wanted in enumerate(split.files_sha256):
+            path = epath.Path(store) / name / "c" / str(i)
+            if _sha256(path) != wanted:
+                yield f"{path}: its SHA-256 is not the manifest's; prepare the store anew"
