@@ -33,6 +33,7 @@ from gptjax.errors import CheckpointError, MismatchError, OutputError
 
 FORMAT = 1
 _UNFINISHED = ".orbax-checkpoint-tmp"
+_COMMITTED = "_CHECKPOINT_METADATA"
 _FAILED_SAVES_LIMIT = 3
 
 Leaves = dict[str, Any]  # by path, "params/blocks/layer_0/attn/q"
@@ -56,6 +57,7 @@ def _nested(leaves: Leaves) -> dict[str, Any]:
 # --- fingerprints ------------------------------------------------------------------------------
 
 
+@jax.jit  # leaf by leaf: compiling all of a large tree at once takes many times as long
 def _fingerprint(x: jax.Array) -> jax.Array:
     """Two 32-bit sums over all elements' bits, each weighted by an odd function of its index.
 
@@ -75,14 +77,10 @@ def _fingerprint(x: jax.Array) -> jax.Array:
     return jnp.stack([first, second])
 
 
-@jax.jit
-def _fingerprints(leaves: Leaves) -> Leaves:
-    return jax.tree.map(_fingerprint, leaves)
-
-
 def fingerprints(leaves: Leaves) -> dict[str, list[int]]:
     """Fingerprint of each leaf, the same on every mesh."""
-    return {path: value.tolist() for path, value in jax.device_get(_fingerprints(leaves)).items()}
+    sums = {path: _fingerprint(leaf) for path, leaf in leaves.items()}
+    return {path: value.tolist() for path, value in jax.device_get(sums).items()}
 
 
 # --- saving and restoring ----------------------------------------------------------------------
@@ -103,6 +101,8 @@ def _context(*, partial: bool = False) -> Any:
     context = ocp.Context()
     context.checkpointables.registry = registry
     context.pytree.loading.partial_load = partial
+    # Created in the background, a folder that cannot be made hangs the process at its end.
+    context.asynchronous.create_directories_asynchronously = False
     return context
 
 
@@ -131,7 +131,11 @@ class Checkpoints:
         """Steps of the finished checkpoints, ascending."""
         if not self.folder.is_dir():
             return []
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
+        return sorted(
+            int(path.name)
+            for path in self.folder.iterdir()
+            if path.name.isdecimal() and (path / _COMMITTED).exists()
+        )
 
     def save(self, step: int, state: Any) -> None:
         """Begins to save; returns when the arrays have been copied off the devices.
@@ -217,6 +221,14 @@ class Checkpoints:
         if self._failed_in_a_row:
             raise OutputError("; ".join(self._failures) or f"{self.folder}: the last save failed")
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Waits for the save under way: leaving the interpreter before it is done would lose it."""
+        if self._saving is not None:
+            concurrent.futures.wait([self._saving[1]])
+
     def meta(self, step: int) -> dict[str, Any]:
         """A checkpoint's metadata. Raises whatever reading raises."""
         with _context():
@@ -233,8 +245,8 @@ class Checkpoints:
         for step in reversed(steps):
             try:
                 return self._restore(step, abstract, partial)
-            except MismatchError:
-                raise
+            except (MismatchError, MemoryError, jax.errors.JaxRuntimeError):
+                raise  # no fault of the checkpoint's
             except Exception as error:  # Orbax raises many kinds for many kinds of damage
                 reason = str(error).split("\n")[0][:300]
                 self._say(f"checkpoint {step} failed verification ({reason})")

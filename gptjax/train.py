@@ -197,7 +197,7 @@ def fit(
     # --- the loop: dispatch a step, then look at the one before it ---
     pending: tuple[int, Mapping[str, jax.Array]] | None = None
     clock = _Clock(cfg.train.batch_tokens)
-    with Interrupt() as interrupt, progress.bar("train", last, first) as bar:
+    with checkpoints, Interrupt() as interrupt, progress.bar("train", last, first) as bar:
 
         def look(pending: tuple[int, Mapping[str, jax.Array]] | None) -> None:
             if pending is None:
