@@ -20,7 +20,8 @@ class ConfigError(GptjaxError):
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
-        super().__init__(_listed("the configuration has problems", self.problems))
+        one = len(self.problems) == 1
+        super().__init__(self.problems[0] if one else _listed("there are problems", self.problems))
 
 
 class DataError(GptjaxError):
@@ -64,6 +65,4 @@ class MismatchError(GptjaxError):
 
 
 def _listed(what: str, items: Sequence[str]) -> str:
-    if len(items) == 1:
-        return f"{what}: {items[0]}"
     return "\n  ".join([f"{what}:", *items])

@@ -183,7 +183,8 @@ def _decode(
 
     def one(state: _State) -> _State:
         last_B1 = state.lengths_B[:, None] - 1
-        token_B1 = jnp.take_along_axis(state.tokens_BS, last_B1, axis=1)
+        here_BS = jnp.arange(capacity)[None] == last_B1
+        token_B1 = jnp.where(here_BS, state.tokens_BS, 0).sum(1, keepdims=True)
         x_BD, cache = decoder.apply(
             params, model, compute, token_B1, positions_BT=last_B1, cache=state.cache
         )
@@ -192,8 +193,8 @@ def _decode(
     x_BTD = lax.reshape(
         x_ND, (b, t, x_ND.shape[-1]), out_sharding=sharding.spec("batch", "seq", "embed")
     )
-    last_B11 = (lengths_B - 1)[:, None, None]
-    x_BD = jnp.take_along_axis(x_BTD, last_B11, axis=1)[:, 0]
+    last_BT1 = (jnp.arange(t)[None] == lengths_B[:, None] - 1)[..., None]
+    x_BD = jnp.where(last_BT1, x_BTD, 0).sum(1)
     state = _State(
         jnp.pad(prompt_BT, ((0, 0), (0, capacity - t))),
         lengths_B,

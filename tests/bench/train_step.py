@@ -133,7 +133,8 @@ def child(arm: str, shape: str, dtype: str, checkout: str) -> None:
 
 def ask(arm: str, process: "subprocess.Popen[str]", request: str = "") -> Any:
     """Send a request, if any, and read one line of reply."""
-    assert process.stdin and process.stdout
+    assert process.stdin
+    assert process.stdout
     process.stdin.write(request)
     if not (line := process.stdout.readline()):
         raise SystemExit(f"{arm}: the child exited with status {process.wait()}")

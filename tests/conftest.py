@@ -1,0 +1,58 @@
+"""Eight virtual CPU devices, meshes over the first few of them, and a model that is small."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+)
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import jax
+import pytest
+
+from gptjax import sharding
+from gptjax.config import Config, MeshConfig, ModelConfig
+
+MeshFactory = Callable[..., AbstractContextManager[jax.sharding.Mesh]]
+
+
+@pytest.fixture(scope="session")
+def on_mesh() -> MeshFactory:
+    """`with on_mesh(data, fsdp, tensor):` is on a mesh over the first devices that it takes."""
+
+    @contextmanager
+    def enter(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Iterator[jax.sharding.Mesh]:
+        devices = jax.devices()[: math.prod((data, fsdp, tensor))]
+        mesh = sharding.make_mesh(MeshConfig(data, fsdp, tensor), devices)
+        with jax.set_mesh(mesh):
+            yield mesh
+
+    return enter
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., ModelConfig]:
+    """A ModelConfig that compiles in a moment and that eight devices divide; fields as given."""
+    return lambda **fields: replace(
+        ModelConfig(vocab_size=128, context=32, layers=2, embed=32, heads=8), **fields
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_model) -> Callable[..., Config]:
+    """A Config of the tiny model and 16 rows of 32 tokens; sections by name, as mappings."""
+
+    def make(**sections: Mapping[str, Any]) -> Config:
+        base = replace(Config(), model=tiny_model())
+        base = replace(base, train=replace(base.train, seq_len=32, batch_tokens=512, tokens=51200))
+        changed = {name: replace(getattr(base, name), **f) for name, f in sections.items()}
+        return replace(base, **changed)
+
+    return make

@@ -1,0 +1,157 @@
+"""Real processes, really killed: a run goes on bit for bit where it was.
+
+Each child is `gptjax train` on a small corpus, with accumulation, dropout, a moving average and
+asynchronous saving on. "Bit for bit" compares the fingerprint tables of the final checkpoints,
+which cover parameters, moments, moving average, step and counters, and the order of the data.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+STEPS = 40
+EVERY = 5
+OVERRIDES = [
+    *("--data.sources", "python-library", "--data.workers", "1"),
+    *("--train.tokens", str(STEPS * 1024), "--train.accumulation", "2"),
+    *("--train.ema-decay", "0.9", "--model.dropout", "0.1"),
+    *("--checkpoint.every", str(EVERY), "--checkpoint.keep", "3", "--log.every", "1"),
+    *("--eval.every", "0", "--eval.sample-tokens", "4", "--log.tensorboard", "False"),
+]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    """A folder with a corpus and its prepared store."""
+    folder = tmp_path_factory.mktemp("faults")
+    text = Path(os.__file__).read_text()
+    for part in range(8):
+        (folder / f"text{part}.txt").write_text(text[part * 3000 :][:20000])
+    return folder
+
+
+def command(run: str) -> list[str]:
+    preset = Path(__file__).parents[2] / "configs" / "debug.py"
+    sources = ["--data.sources", "text*.txt", "--data.valid-sources", "text7.txt"]
+    overrides = OVERRIDES[2:] + sources
+    return [sys.executable, "-m", "gptjax", "train", str(preset), "--run", run, *overrides]
+
+
+def environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+
+
+def start(workspace: Path, run: str, **more) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(run), cwd=workspace, env=environment(), stderr=subprocess.PIPE, text=True, **more
+    )
+
+
+def finish(workspace: Path, run: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(run), cwd=workspace, env=environment(), capture_output=True, text=True, timeout=300
+    )
+
+
+def logged(workspace: Path, run: str) -> list[int]:
+    """Training steps in the metrics file, in its order."""
+    file = workspace / run / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    entries = [json.loads(line) for line in lines if line.endswith("}")]
+    return [entry["step"] for entry in entries if "grad_norm" in entry]
+
+
+def wait_for_step(process: subprocess.Popen[str], workspace: Path, run: str, step: int) -> None:
+    deadline = time.monotonic() + 240
+    while not (done := logged(workspace, run)) or done[-1] < step:
+        assert process.poll() is None, f"ended early: {process.stderr.read()}"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def outcome(workspace: Path, run: str) -> dict:
+    """What the last checkpoint says of itself, without what may differ between equal runs."""
+    meta = json.loads((workspace / run / f"checkpoints/{STEPS}/meta/data.json").read_text())
+    return {name: meta[name] for name in ("step", "fingerprints", "data", "tokens_seen", "rng")}
+
+
+@pytest.fixture(scope="module")
+def unbroken(workspace: Path) -> dict:
+    result = finish(workspace, "unbroken")
+    assert result.returncode == 0, result.stderr
+    return outcome(workspace, "unbroken")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_killed_at_a_random_step_and_run_again(workspace, unbroken, seed) -> None:
+    run = f"killed{seed}"
+    draw = random.Random(seed)
+    for step in sorted(draw.sample(range(1, STEPS - 1), 2)):
+        process = start(workspace, run)
+        wait_for_step(process, workspace, run, step)
+        process.kill()
+        process.wait()
+        process.stderr.close()
+    result = finish(workspace, run)
+    assert result.returncode == 0, result.stderr
+    assert outcome(workspace, run) == unbroken
+    assert logged(workspace, run) == list(range(1, STEPS + 1))  # each step once
+
+
+@pytest.mark.slow
+def test_told_to_stop_it_saves_and_the_same_command_goes_on(workspace, unbroken) -> None:
+    process = start(workspace, "stopped")
+    wait_for_step(process, workspace, "stopped", 7)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 75
+    last = stderr.strip().splitlines()[-1]
+    assert last.startswith("gptjax: told to stop by SIGTERM; saved step ")
+    assert "to continue: gptjax train" in last
+    saved = int(last.split("saved step ")[1].split(";")[0])
+    assert f"last committed step {saved} in" in last
+    result = finish(workspace, "stopped")
+    assert result.returncode == 0, result.stderr
+    assert f"resumed after step {saved} of {STEPS}" in result.stderr
+    assert outcome(workspace, "stopped") == unbroken
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_the_newest_checkpoint_costs_only_time(workspace, unbroken) -> None:
+    process = start(workspace, "flipped")
+    wait_for_step(process, workspace, "flipped", 23)
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    checkpoints = workspace / "flipped" / "checkpoints"
+    steps = sorted(int(p.name) for p in checkpoints.iterdir() if p.name.isdecimal())
+    data = (p for p in (checkpoints / str(steps[-1]) / "state").rglob("*") if p.is_file())
+    file = max(data, key=lambda p: p.stat().st_size)
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    file.write_bytes(raw)
+    result = finish(workspace, "flipped")
+    assert result.returncode == 0, result.stderr
+    assert f"checkpoint {steps[-1]} failed verification" in result.stderr
+    assert f"resumed after step {steps[-2]} of" in result.stderr
+    assert outcome(workspace, "flipped") == unbroken
+
+
+@pytest.mark.slow
+def test_a_second_job_in_the_same_folder_is_refused_and_harms_nothing(workspace, unbroken) -> None:
+    first = start(workspace, "shared")
+    wait_for_step(first, workspace, "shared", 2)
+    second = finish(workspace, "shared")
+    assert second.returncode == 73
+    assert "in use by process" in second.stderr.strip().splitlines()[-1]
+    _, stderr = first.communicate(timeout=240)
+    assert first.returncode == 0, stderr
+    assert outcome(workspace, "shared") == unbroken

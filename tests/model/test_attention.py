@@ -1,0 +1,261 @@
+"""Every backend against the reference, and the table of what each can do."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.errors import ConfigError
+from gptjax.model import attention
+from gptjax.model.attention import Need, choose
+
+HEAD = 8
+
+
+def make(length, heads=4, kv_heads=4, batch=2, head=HEAD, dtype=jnp.float32):
+    """q, k, v and a cotangent."""
+    keys = jax.random.split(jax.random.key(length), 4)
+    counts = (heads, kv_heads, kv_heads, heads)
+    return [
+        jax.random.normal(key, (batch, length, n, head)).astype(dtype)
+        for key, n in zip(keys, counts, strict=True)
+    ]
+
+
+def segments_of(length, batch=2):
+    """Documents of uneven lengths, their borders different in each row."""
+    borders = np.random.default_rng(length).random((batch, length)) < 8 / length
+    return jnp.asarray(np.cumsum(borders, 1), jnp.int32)
+
+
+def both_passes(function, q, k, v, do):
+    """The output, and gradients of q, k, v."""
+
+    def run(q, k, v, do):
+        out, pull = jax.vjp(function, q, k, v)
+        return out, *pull(do)
+
+    return jax.device_get(jax.jit(run)(q, k, v, do))
+
+
+def compare_backends(on_mesh, name, arrays, tolerance=1e-5, **features):
+    with on_mesh(1, 1, 1):
+        got, want = (
+            both_passes(
+                lambda q, k, v, b=backend: attention.attend(q, k, v, backend=b, **features), *arrays
+            )
+            for backend in (name, "reference")
+        )
+    for part, g, w in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
+        assert g.dtype == w.dtype == arrays[0].dtype
+        np.testing.assert_allclose(
+            np.float32(g), np.float32(w), atol=tolerance, rtol=tolerance, err_msg=part
+        )
+
+
+def test_the_reference_is_softmax_of_the_scaled_products_over_earlier_keys(on_mesh):
+    q, k, v, _ = make(9, heads=4, kv_heads=2, batch=1)
+    with on_mesh(1, 1, 1):
+        out = attention.attend(q, k, v, backend="reference")
+    q, k, v, out = (np.float64(a[0]) for a in (q, k, v, out))
+    for t in range(9):
+        for head in range(4):
+            score = k[: t + 1, head // 2] @ q[t, head] / np.sqrt(HEAD)
+            p = np.exp(score - score.max())
+            expected = p / p.sum() @ v[: t + 1, head // 2]
+            np.testing.assert_allclose(out[t, head], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200, 1030])
+def test_blockwise_equals_the_reference(on_mesh, length):
+    compare_backends(on_mesh, "blockwise", make(length, heads=2, kv_heads=2, batch=1))
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "window", "segmented"),
+    [
+        (2, None, False),
+        (1, None, False),
+        (4, 1, False),
+        (4, 7, False),
+        (4, 100, False),
+        (4, 500, False),
+        (4, None, True),
+        (2, 70, True),
+    ],
+)
+def test_blockwise_equals_the_reference_in_every_feature(on_mesh, kv_heads, window, segmented):
+    segments = segments_of(200) if segmented else None
+    arrays = make(200, heads=4, kv_heads=kv_heads)
+    compare_backends(on_mesh, "blockwise", arrays, segments_BT=segments, window=window)
+
+
+def test_blockwise_equals_the_reference_with_all_features_over_many_blocks(on_mesh):
+    arrays = make(1030, heads=2, kv_heads=1)
+    compare_backends(on_mesh, "blockwise", arrays, segments_BT=segments_of(1030), window=150)
+
+
+def test_blockwise_in_bfloat16_is_near_the_reference(on_mesh):
+    arrays = make(130, heads=4, kv_heads=2, dtype=jnp.bfloat16)
+    features = {"segments_BT": segments_of(130), "window": 40}
+    compare_backends(on_mesh, "blockwise", arrays, tolerance=6e-2, **features)
+
+
+def test_blockwise_on_a_mesh_of_rows_and_heads_equals_one_device(on_mesh):
+    arrays, segments = make(70, heads=4, kv_heads=2, batch=4), segments_of(70, batch=4)
+
+    def run(*mesh):
+        with on_mesh(*mesh) as m:
+            heads = jax.NamedSharding(m, attention.sharding.spec("batch", None, "heads", None))
+            rows = jax.NamedSharding(m, attention.sharding.spec("batch", None))
+            placed, s = jax.device_put(arrays, heads), jax.device_put(segments, rows)
+            assert len({shard.index for shard in placed[0].addressable_shards}) == np.prod(mesh)
+            attend = functools.partial(
+                attention.attend, backend="blockwise", segments_BT=s, window=20
+            )
+            return both_passes(attend, *placed)
+
+    for one, eight in zip(run(1, 1, 1), run(2, 2, 2), strict=True):
+        np.testing.assert_allclose(one, eight, atol=1e-6)
+
+
+def test_a_window_is_as_many_keys_with_the_querys_own_among_them():
+    mask = np.asarray(attention.causal_mask(6, None, 3))[0]
+    expected = [[max(0, t - 2) <= s <= t for s in range(6)] for t in range(6)]
+    np.testing.assert_array_equal(mask, expected)
+
+
+def test_segments_hide_other_documents():
+    mask = np.asarray(attention.causal_mask(4, jnp.array([[0, 0, 1, 1]]), None))[0]
+    np.testing.assert_array_equal(
+        mask, [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    )
+
+
+def test_alibi_slopes_are_those_of_the_paper():
+    eight = [2.0**-i for i in range(1, 9)]
+    np.testing.assert_allclose(attention.alibi_slopes(8), eight, rtol=1e-6)
+    np.testing.assert_allclose(attention.alibi_slopes(16), [2 ** (-i / 2) for i in range(1, 17)])
+    twelve = [*eight, 2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]  # every other one of sixteen's
+    np.testing.assert_allclose(attention.alibi_slopes(12), twelve, rtol=1e-6)
+
+
+def test_alibi_lowers_a_score_by_the_slope_for_each_token_of_distance(on_mesh):
+    q, _, v, _ = make(5, heads=8, kv_heads=8, batch=1)
+    with on_mesh(1, 1, 1):
+        out = attention.attend(0 * q, 0 * q, v, backend="reference", alibi=True)
+    for head in range(8):
+        p = np.exp(-(2.0 ** -(head + 1)) * np.arange(4, -1, -1))
+        np.testing.assert_allclose(out[0, 4, head], p / p.sum() @ v[0, :, head], atol=1e-6)
+
+
+def test_dropout_of_attention_weights_is_scaled_and_keyed(on_mesh):
+    q, _, v, _ = make(64, batch=1)
+    with on_mesh(1, 1, 1):
+        attend = lambda key: attention.attend(
+            0 * q, 0 * q, jnp.ones_like(v), backend="reference", dropout_rate=0.5, key=key
+        )
+        out, again, other = (attend(jax.random.key(seed)) for seed in (0, 0, 1))
+    assert jnp.array_equal(out, again)
+    assert not jnp.array_equal(out, other)
+    assert float(out[:, 32:].mean()) == pytest.approx(1, abs=0.1)
+    assert float(out[:, 32:].std()) > 0.05
+
+
+# --- the table ---------------------------------------------------------------------------------
+
+FEATURES = [f for f in Need.__dataclass_fields__]
+
+
+@pytest.mark.parametrize("name", list(attention.BACKENDS))
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_named_backend_without_a_feature_is_refused_by_name(name, feature):
+    backend = attention.BACKENDS[name]
+    need, platform = Need(**{feature: True}), backend.platforms[0]
+    if feature in backend.features:
+        assert choose(name, need, platform) == name
+        return
+    with pytest.raises(ConfigError) as refusal:
+        choose(name, need, platform)
+    (problem,) = refusal.value.problems
+    assert problem.startswith(f"compute.attention={name}: ")
+    assert feature in problem
+
+
+def test_a_refusal_names_every_missing_feature():
+    with pytest.raises(ConfigError, match="alibi, dropout"):
+        choose("blockwise", Need(window=True, alibi=True, dropout=True), "cpu")
+
+
+@pytest.mark.parametrize(("name", "platform"), [("splash", "cpu"), ("cudnn", "tpu")])
+def test_a_named_backend_on_another_platform_is_refused(name, platform):
+    with pytest.raises(ConfigError, match=f"{name}: needs a {attention.BACKENDS[name].platforms[0]}"):
+        choose(name, Need(), platform)
+
+
+@pytest.mark.parametrize(
+    ("platform", "features", "expected"),
+    [
+        ("cpu", (), "blockwise"),
+        ("cpu", ("segments", "window", "grouped"), "blockwise"),
+        ("cpu", ("dropout",), "reference"),
+        ("cpu", ("alibi",), "reference"),
+        ("tpu", (), "splash"),
+        ("tpu", ("segments", "window", "grouped"), "splash"),
+        ("tpu", ("alibi",), "reference"),
+        ("gpu", (), "cudnn"),
+        ("gpu", ("window", "grouped"), "cudnn"),
+        ("gpu", ("segments",), "reference"),
+        ("gpu", ("dropout",), "reference"),
+    ],
+)
+def test_auto_takes_the_fastest_that_has_every_feature(platform, features, expected):
+    assert choose("auto", Need(**dict.fromkeys(features, True)), platform) == expected
+
+
+# --- backends of other hardware: what their arguments mean, where it can be seen here ----------
+
+
+@pytest.mark.parametrize(("window", "kv_heads"), [(None, 4), (None, 2), (1, 4), (7, 2), (500, 1)])
+def test_cudnns_arguments_mean_what_the_reference_does(on_mesh, monkeypatch, window, kv_heads):
+    original, asked = jax.nn.dot_product_attention, []
+
+    def in_xla(*args, implementation, **settings):
+        asked.append(implementation)
+        return original(*args, implementation="xla", **settings)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", in_xla)
+    arrays = make(40, heads=4, kv_heads=kv_heads)
+    got = both_passes(lambda q, k, v: attention.cudnn(q, k, v, None, window), *arrays)
+    assert asked == ["cudnn"]
+    with on_mesh(1, 1, 1):
+        reference = functools.partial(attention.attend, backend="reference", window=window)
+        want = both_passes(reference, *arrays)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("window", "kv_heads", "segmented"), [(None, 2, False), (50, 1, True)]
+)
+def test_splash_interpreted_equals_the_reference(
+    on_mesh, monkeypatch, window, kv_heads, segmented
+):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+
+    made = kernel.make_splash_mha_single_device
+    monkeypatch.setattr(
+        kernel, "make_splash_mha_single_device", functools.partial(made, interpret=True)
+    )
+    arrays = make(128, heads=2, kv_heads=kv_heads, head=64)
+    segments = segments_of(128) if segmented else None
+    got = both_passes(lambda q, k, v: attention.splash(q, k, v, segments, window), *arrays)
+    with on_mesh(1, 1, 1):
+        reference = functools.partial(
+            attention.attend, backend="reference", segments_BT=segments, window=window
+        )
+        want = both_passes(reference, *arrays)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-5, rtol=1e-5)

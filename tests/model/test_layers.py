@@ -1,0 +1,137 @@
+"""Leaf layers against the same mathematics written out plainly."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax import sharding
+from gptjax.model import layers
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def plain_layer_norm(x, scale, bias, eps):
+    mean = x.mean(-1, keepdims=True)
+    variance = ((x - mean) ** 2).mean(-1, keepdims=True)
+    y = (x - mean) / jnp.sqrt(variance + eps) * scale
+    return y if bias is None else y + bias
+
+
+def plain_gelu_tanh(x):
+    return 0.5 * x * (1 + jnp.tanh(jnp.sqrt(2 / jnp.pi) * (x + 0.044715 * x**3)))
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_layer_norm_and_its_gradients_are_those_of_the_plain_formula(with_bias):
+    x = 2 * normal(0, 6, 16) + 1
+    scale, bias = normal(1, 16), normal(2, 16) if with_bias else None
+    dy = normal(3, 6, 16)
+    value, pull = jax.vjp(lambda *a: layers.layer_norm(*a, 1e-2), x, scale, bias)
+    expected, plain_pull = jax.vjp(lambda *a: plain_layer_norm(*a, 1e-2), x, scale, bias)
+    np.testing.assert_allclose(value, expected, atol=1e-5, rtol=1e-5)
+    for got, want in zip(pull(dy), plain_pull(dy), strict=True):
+        if want is None:
+            assert got is None
+        else:
+            np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_layer_norm_in_bfloat16_keeps_dtypes_and_computes_in_float32():
+    x = 2 * normal(0, 6, 16, dtype=jnp.bfloat16) + 100  # 100 leaves bfloat16 no bits to average
+    scale, bias, dy = normal(1, 16), normal(2, 16), normal(3, 6, 16, dtype=jnp.bfloat16)
+    value, pull = jax.vjp(lambda *a: layers.layer_norm(*a, 1e-5), x, scale, bias)
+    dx, dscale, dbias = pull(dy)
+    assert [a.dtype for a in (value, dx, dscale, dbias)] == ["bfloat16"] * 2 + ["float32"] * 2
+    expected, plain_pull = jax.vjp(
+        lambda *a: plain_layer_norm(*a, 1e-5), x.astype(jnp.float32), scale, bias
+    )
+    gradients = zip((dx, dscale, dbias), plain_pull(dy.astype(jnp.float32)), strict=True)
+    for got, want in [(value, expected), *gradients]:
+        np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=1e-2, atol=1e-4)
+
+
+def test_rms_norm_is_the_plain_formula_and_keeps_dtype():
+    x, scale = normal(0, 6, 16), normal(1, 16)
+    expected = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-2) * scale
+    np.testing.assert_allclose(layers.rms_norm(x, scale, 1e-2), expected, atol=1e-6, rtol=1e-6)
+    assert layers.rms_norm(x.astype(jnp.bfloat16), scale, 1e-2).dtype == jnp.bfloat16
+
+
+def test_gelu_tanh_and_its_gradient_are_those_of_the_plain_formula():
+    x, dy = 3 * normal(0, 500), normal(1, 500)
+    value, pull = jax.vjp(layers.gelu_tanh, x)
+    expected, plain_pull = jax.vjp(plain_gelu_tanh, x)
+    np.testing.assert_allclose(value, expected, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(pull(dy)[0], plain_pull(dy)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_gelu_tanh_in_bfloat16_keeps_dtype():
+    x = normal(0, 500, dtype=jnp.bfloat16)
+    value, pull = jax.vjp(layers.gelu_tanh, x)
+    (dx,) = pull(jnp.ones_like(value))
+    assert value.dtype == dx.dtype == jnp.bfloat16
+    slope = jax.vmap(jax.grad(plain_gelu_tanh))(x.astype(jnp.float32))
+    np.testing.assert_allclose(dx.astype(jnp.float32), slope, rtol=1e-2, atol=1e-3)
+
+
+def test_rope_leaves_position_zero_alone():
+    x = normal(0, 2, 3, 4, 8)
+    assert jnp.array_equal(layers.rope(x, jnp.zeros((2, 3), jnp.int32), 1e4), x)
+
+
+def test_rope_turns_pair_i_by_the_position_times_theta_to_the_minus_i_over_half():
+    half, theta, position = 4, 100.0, 7
+    x = jnp.eye(2 * half)[:half].reshape(half, 1, 1, 2 * half)  # row i: 1 in the pair's first half
+    turned = layers.rope(x, jnp.full((half, 1), position), theta).reshape(half, 2 * half)
+    for i in range(half):
+        angle = position * theta ** (-i / half)
+        expected = np.zeros(2 * half)
+        expected[i], expected[i + half] = np.cos(angle), np.sin(angle)
+        np.testing.assert_allclose(turned[i], expected, atol=1e-6)
+
+
+def test_rope_scores_depend_on_the_distance_alone():
+    q, k = normal(0, 1, 5, 2, 8), normal(1, 1, 5, 2, 8)
+
+    def scores(shift):
+        at = jnp.arange(5)[None] + shift
+        return jnp.einsum("bthc,bshc->bhts", layers.rope(q, at, 1e4), layers.rope(k, at, 1e4))
+
+    np.testing.assert_allclose(scores(0), scores(91), atol=1e-4)
+    assert not np.allclose(scores(0), jnp.einsum("bthc,bshc->bhts", q, k), atol=1e-2)
+
+
+def test_dropout_without_a_key_or_a_rate_is_the_identity():
+    x = normal(0, 8, 8)
+    assert layers.dropout(x, 0.5, None) is x
+    assert layers.dropout(x, 0.0, jax.random.key(0)) is x
+
+
+def test_dropout_zeroes_its_share_and_preserves_the_mean(on_mesh):
+    with on_mesh(1, 1, 1):
+        x = jnp.ones((400, 100), out_sharding=sharding.spec("tokens", "embed"))
+        y = layers.dropout(x, 0.3, jax.random.key(0))
+        other = layers.dropout(x, 0.3, jax.random.key(1))
+    assert set(np.unique(y).tolist()) == {0.0, float(np.float32(1 / 0.7))}
+    assert abs(float((y == 0).mean()) - 0.3) < 0.01  # 4 standard deviations
+    assert abs(float(y.mean()) - 1) < 0.015
+    assert not jnp.array_equal(y, other)
+
+
+def test_dropout_keeps_bfloat16():
+    x = jnp.ones((8, 8), jnp.bfloat16)
+    assert layers.dropout(x, 0.5, jax.random.key(0)).dtype == jnp.bfloat16
+
+
+def test_dropout_mask_is_the_same_on_every_mesh(on_mesh):
+    def dropped(*mesh):
+        with on_mesh(*mesh):
+            x = jnp.ones((64, 16), out_sharding=sharding.spec("tokens", "mlp"))
+            y = jax.jit(layers.dropout, static_argnums=1)(x, 0.5, jax.random.key(3))
+            assert len({s.index for s in y.addressable_shards}) == np.prod(mesh)
+            return jax.device_get(y)
+
+    np.testing.assert_array_equal(dropped(1, 1, 1), dropped(2, 2, 2))
