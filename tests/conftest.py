@@ -15,10 +15,12 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from gptjax import sharding
 from gptjax.config import Config, MeshConfig, ModelConfig
+from gptjax.model import decoder
 
 MeshFactory = Callable[..., AbstractContextManager[jax.sharding.Mesh]]
 
@@ -56,3 +58,31 @@ def tiny_config(tiny_model) -> Callable[..., Config]:
         return replace(base, **changed)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def random_params() -> Callable[..., decoder.Params]:
+    """Parameters on the ambient mesh, none of them zero or one, so that each of them counts.
+
+    Drawn on the host: initialising costs seconds of compilation.
+    """
+
+    def make(model: ModelConfig, std: float = 0.3) -> decoder.Params:
+        rng = np.random.default_rng(0)
+
+        def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            mean = float(path[-1].key == "scale")
+            return jax.device_put(np.float32(rng.normal(mean, std, leaf.shape)), leaf.sharding)
+
+        abstract = sharding.abstract(lambda: decoder.init(model, jax.random.key(0)))
+        return jax.tree_util.tree_map_with_path(draw, abstract)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def quick_compile() -> Iterator[None]:
+    """XLA without its costly optimisations: for modules that compare within a tolerance."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

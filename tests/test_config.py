@@ -1,4 +1,4 @@
-"""The configuration: JSON round trip, problems named all at once, loading, resuming, no dead key."""
+"""The configuration: JSON round trip, all problems at once, loading, resuming, no dead key."""
 
 import ast
 import dataclasses
@@ -270,7 +270,10 @@ def test_a_mesh_that_the_devices_do_not_make_up_is_told(mesh, wanted: list[str])
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
-        ({"mesh.tensor": 8}, ["model.heads=12", "tensor=8", "8 or 16", "6 and 12"]),
+        (
+            {"mesh.tensor": 8, "model.kv_heads": 12, "model.heads": 24},
+            ["model.kv_heads=12", "tensor=8", "8 or 16", "6 and 12"],
+        ),
         (
             {"mesh.tensor": 4, "model.heads": 4, "model.kv_heads": 2},
             ["model.kv_heads=2", "tensor=4", "use 4,", "2"],

@@ -66,12 +66,51 @@ def random_tokens(shape: Shape) -> Any:
 
 
 def build_gptjax_step(shape: Shape, dtype: str) -> tuple[Step, int]:
-    """TO FILL IN: a function that runs one train step and returns its loss; tokens per step.
+    """gptjax's own train step, unrolled, as `gptjax train` runs it on one CPU device."""
+    from gptjax import allocator
 
-    Import jax and gptjax in here, not at the top: the torch interpreter runs this file too.
-    The step must wait for the updated weights as well, not only for the loss.
-    """
-    raise SystemExit("build_gptjax_step is not written yet")
+    allocator.keep_memory()  # before anything large is imported, as the command line does
+    import jax
+    import numpy as np
+
+    from gptjax import objective, sharding, train
+    from gptjax.config import ComputeConfig, Config, ModelConfig, OptimConfig, TrainConfig
+    from gptjax.model import decoder
+
+    tokens = shape.batch * shape.context
+    cfg = Config(
+        model=ModelConfig(
+            vocab_size=shape.vocab,
+            context=shape.context,
+            layers=shape.layers,
+            embed=shape.width,
+            heads=shape.heads,
+            linear_bias=False,
+            norm_bias=False,
+        ),
+        compute=ComputeConfig(
+            dtype=dtype, scan_layers=False, loss_chunks=8 if shape.vocab > 4096 else 1
+        ),
+        optim=OptimConfig(lr=3e-4, lr_schedule="constant"),
+        train=TrainConfig(seq_len=shape.context, batch_tokens=tokens, tokens=tokens * 1000),
+    )
+    jax.set_mesh(sharding.make_mesh(cfg.mesh))
+    loss_fn = lambda params, batch, key: objective.next_token(params, cfg, batch, 0, key)
+    state = jax.jit(lambda: train.create_state(cfg, lambda key: decoder.init(cfg.model, key)))()
+    step_fn = jax.jit(lambda s, b: train.train_step(cfg, loss_fn, s, b), donate_argnums=0)
+    batch = {
+        "windows_BW": sharding.global_batch(random_tokens(shape).astype(np.int32), shape.batch),
+        "lengths_B": sharding.global_batch(
+            np.full(shape.batch, shape.context, np.int32), shape.batch
+        ),
+    }
+
+    def step() -> float:
+        nonlocal state
+        state, metrics = step_fn(state, batch)
+        return float(jax.block_until_ready((metrics, state))[0]["loss"])
+
+    return step, tokens
 
 
 def build_nanogpt_step(shape: Shape, dtype: str, checkout: str, compiled: bool) -> tuple[Step, int]:

@@ -10,24 +10,31 @@ import pytest
 from gptjax.errors import ConfigError
 from gptjax.model import attention
 from gptjax.model.attention import Need, choose
+from gptjax.sharding import spec
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 HEAD = 8
 
 
 def make(length, heads=4, kv_heads=4, batch=2, head=HEAD, dtype=jnp.float32):
     """q, k, v and a cotangent."""
-    keys = jax.random.split(jax.random.key(length), 4)
-    counts = (heads, kv_heads, kv_heads, heads)
+    rng = np.random.default_rng(length)
     return [
-        jax.random.normal(key, (batch, length, n, head)).astype(dtype)
-        for key, n in zip(keys, counts, strict=True)
+        rng.normal(size=(batch, length, n, head)).astype(dtype)
+        for n in (heads, kv_heads, kv_heads, heads)
     ]
 
 
 def segments_of(length, batch=2):
     """Documents of uneven lengths, their borders different in each row."""
     borders = np.random.default_rng(length).random((batch, length)) < 8 / length
-    return jnp.asarray(np.cumsum(borders, 1), jnp.int32)
+    return np.cumsum(borders, 1).astype(np.int32)
+
+
+def placed(array, *logical):
+    """On the ambient mesh, laid out as the model does."""
+    return jax.device_put(array, jax.NamedSharding(jax.sharding.get_mesh(), spec(*logical)))
 
 
 def both_passes(function, q, k, v, do):
@@ -40,16 +47,23 @@ def both_passes(function, q, k, v, do):
     return jax.device_get(jax.jit(run)(q, k, v, do))
 
 
-def compare_backends(on_mesh, name, arrays, tolerance=1e-5, **features):
-    with on_mesh(1, 1, 1):
-        got, want = (
-            both_passes(
-                lambda q, k, v, b=backend: attention.attend(q, k, v, backend=b, **features), *arrays
-            )
-            for backend in (name, "reference")
-        )
-    for part, g, w in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
-        assert g.dtype == w.dtype == arrays[0].dtype
+def attend_on(mesh, arrays, backend, segments=None, **features):
+    """Both passes of a backend, on a mesh."""
+    with mesh as entered:
+        arrays = [placed(a, "batch", None, "heads", None) for a in arrays]
+        if segments is not None:
+            segments = placed(segments, "batch", None)
+        assert len({s.index for s in arrays[0].addressable_shards}) == entered.size
+
+        def attend(q, k, v):
+            return attention.attend(q, k, v, backend=backend, segments_BT=segments, **features)
+
+        return both_passes(attend, *arrays)
+
+
+def assert_same(got, want, tolerance=1e-5):
+    for part, g, w in zip(("out", "dq", "dk", "dv"), got, want, strict=False):
+        assert g.dtype == w.dtype
         np.testing.assert_allclose(
             np.float32(g), np.float32(w), atol=tolerance, rtol=tolerance, err_msg=part
         )
@@ -57,8 +71,7 @@ def compare_backends(on_mesh, name, arrays, tolerance=1e-5, **features):
 
 def test_the_reference_is_softmax_of_the_scaled_products_over_earlier_keys(on_mesh):
     q, k, v, _ = make(9, heads=4, kv_heads=2, batch=1)
-    with on_mesh(1, 1, 1):
-        out = attention.attend(q, k, v, backend="reference")
+    out = attend_on(on_mesh(), (q, k, v, q), "reference")[0]
     q, k, v, out = (np.float64(a[0]) for a in (q, k, v, out))
     for t in range(9):
         for head in range(4):
@@ -68,9 +81,14 @@ def test_the_reference_is_softmax_of_the_scaled_products_over_earlier_keys(on_me
             np.testing.assert_allclose(out[t, head], expected, atol=1e-6)
 
 
+def blockwise_and_reference(on_mesh, arrays, **features):
+    return [attend_on(on_mesh(), arrays, name, **features) for name in ("blockwise", "reference")]
+
+
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 200, 1030])
 def test_blockwise_equals_the_reference(on_mesh, length):
-    compare_backends(on_mesh, "blockwise", make(length, heads=2, kv_heads=2, batch=1))
+    arrays = make(length, heads=2, kv_heads=2, batch=1)
+    assert_same(*blockwise_and_reference(on_mesh, arrays))
 
 
 @pytest.mark.parametrize(
@@ -89,36 +107,28 @@ def test_blockwise_equals_the_reference(on_mesh, length):
 def test_blockwise_equals_the_reference_in_every_feature(on_mesh, kv_heads, window, segmented):
     segments = segments_of(200) if segmented else None
     arrays = make(200, heads=4, kv_heads=kv_heads)
-    compare_backends(on_mesh, "blockwise", arrays, segments_BT=segments, window=window)
+    assert_same(*blockwise_and_reference(on_mesh, arrays, segments=segments, window=window))
 
 
 def test_blockwise_equals_the_reference_with_all_features_over_many_blocks(on_mesh):
-    arrays = make(1030, heads=2, kv_heads=1)
-    compare_backends(on_mesh, "blockwise", arrays, segments_BT=segments_of(1030), window=150)
+    arrays, segments = make(1030, heads=2, kv_heads=1), segments_of(1030)
+    assert_same(*blockwise_and_reference(on_mesh, arrays, segments=segments, window=150))
 
 
 def test_blockwise_in_bfloat16_is_near_the_reference(on_mesh):
     arrays = make(130, heads=4, kv_heads=2, dtype=jnp.bfloat16)
-    features = {"segments_BT": segments_of(130), "window": 40}
-    compare_backends(on_mesh, "blockwise", arrays, tolerance=6e-2, **features)
+    features = {"segments": segments_of(130), "window": 40}
+    assert_same(*blockwise_and_reference(on_mesh, arrays, **features), tolerance=6e-2)
 
 
-def test_blockwise_on_a_mesh_of_rows_and_heads_equals_one_device(on_mesh):
-    arrays, segments = make(70, heads=4, kv_heads=2, batch=4), segments_of(70, batch=4)
-
-    def run(*mesh):
-        with on_mesh(*mesh) as m:
-            heads = jax.NamedSharding(m, attention.sharding.spec("batch", None, "heads", None))
-            rows = jax.NamedSharding(m, attention.sharding.spec("batch", None))
-            placed, s = jax.device_put(arrays, heads), jax.device_put(segments, rows)
-            assert len({shard.index for shard in placed[0].addressable_shards}) == np.prod(mesh)
-            attend = functools.partial(
-                attention.attend, backend="blockwise", segments_BT=s, window=20
-            )
-            return both_passes(attend, *placed)
-
-    for one, eight in zip(run(1, 1, 1), run(2, 2, 2), strict=True):
-        np.testing.assert_allclose(one, eight, atol=1e-6)
+@pytest.mark.parametrize("backend", ["blockwise", "reference"])
+def test_a_mesh_of_rows_and_heads_equals_one_device(on_mesh, backend):
+    arrays = make(70, heads=4, kv_heads=2, batch=4)
+    features = {"segments": segments_of(70, batch=4), "window": 20}
+    one, eight = (
+        attend_on(on_mesh(*mesh), arrays, backend, **features) for mesh in ((1, 1, 1), (2, 2, 2))
+    )
+    assert_same(eight, one, tolerance=1e-6)
 
 
 def test_a_window_is_as_many_keys_with_the_querys_own_among_them():
@@ -129,9 +139,7 @@ def test_a_window_is_as_many_keys_with_the_querys_own_among_them():
 
 def test_segments_hide_other_documents():
     mask = np.asarray(attention.causal_mask(4, jnp.array([[0, 0, 1, 1]]), None))[0]
-    np.testing.assert_array_equal(
-        mask, [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    )
+    np.testing.assert_array_equal(mask, [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]])
 
 
 def test_alibi_slopes_are_those_of_the_paper():
@@ -144,29 +152,28 @@ def test_alibi_slopes_are_those_of_the_paper():
 
 def test_alibi_lowers_a_score_by_the_slope_for_each_token_of_distance(on_mesh):
     q, _, v, _ = make(5, heads=8, kv_heads=8, batch=1)
-    with on_mesh(1, 1, 1):
-        out = attention.attend(0 * q, 0 * q, v, backend="reference", alibi=True)
+    out = attend_on(on_mesh(), (0 * q, 0 * q, v, q), "reference", alibi=True)[0]
     for head in range(8):
         p = np.exp(-(2.0 ** -(head + 1)) * np.arange(4, -1, -1))
         np.testing.assert_allclose(out[0, 4, head], p / p.sum() @ v[0, :, head], atol=1e-6)
 
 
 def test_dropout_of_attention_weights_is_scaled_and_keyed(on_mesh):
-    q, _, v, _ = make(64, batch=1)
-    with on_mesh(1, 1, 1):
-        attend = lambda key: attention.attend(
-            0 * q, 0 * q, jnp.ones_like(v), backend="reference", dropout_rate=0.5, key=key
-        )
-        out, again, other = (attend(jax.random.key(seed)) for seed in (0, 0, 1))
-    assert jnp.array_equal(out, again)
-    assert not jnp.array_equal(out, other)
+    q, *_ = make(64, batch=1)
+    arrays = (0 * q, 0 * q, np.ones_like(q), q)
+    out, again, other = (
+        attend_on(on_mesh(), arrays, "reference", dropout_rate=0.5, key=jax.random.key(seed))[0]
+        for seed in (0, 0, 1)
+    )
+    assert np.array_equal(out, again)
+    assert not np.array_equal(out, other)
     assert float(out[:, 32:].mean()) == pytest.approx(1, abs=0.1)
     assert float(out[:, 32:].std()) > 0.05
 
 
 # --- the table ---------------------------------------------------------------------------------
 
-FEATURES = [f for f in Need.__dataclass_fields__]
+FEATURES = list(Need.__dataclass_fields__)
 
 
 @pytest.mark.parametrize("name", list(attention.BACKENDS))
@@ -191,7 +198,9 @@ def test_a_refusal_names_every_missing_feature():
 
 @pytest.mark.parametrize(("name", "platform"), [("splash", "cpu"), ("cudnn", "tpu")])
 def test_a_named_backend_on_another_platform_is_refused(name, platform):
-    with pytest.raises(ConfigError, match=f"{name}: needs a {attention.BACKENDS[name].platforms[0]}"):
+    with pytest.raises(
+        ConfigError, match=f"{name}: needs a {attention.BACKENDS[name].platforms[0]}"
+    ):
         choose(name, Need(), platform)
 
 
@@ -230,32 +239,18 @@ def test_cudnns_arguments_mean_what_the_reference_does(on_mesh, monkeypatch, win
     arrays = make(40, heads=4, kv_heads=kv_heads)
     got = both_passes(lambda q, k, v: attention.cudnn(q, k, v, None, window), *arrays)
     assert asked == ["cudnn"]
-    with on_mesh(1, 1, 1):
-        reference = functools.partial(attention.attend, backend="reference", window=window)
-        want = both_passes(reference, *arrays)
-    for g, w in zip(got, want, strict=True):
-        np.testing.assert_allclose(g, w, atol=1e-5, rtol=1e-5)
+    assert_same(got, attend_on(on_mesh(), arrays, "reference", window=window))
 
 
-@pytest.mark.parametrize(
-    ("window", "kv_heads", "segmented"), [(None, 2, False), (50, 1, True)]
-)
-def test_splash_interpreted_equals_the_reference(
-    on_mesh, monkeypatch, window, kv_heads, segmented
-):
+@pytest.mark.parametrize(("window", "kv_heads", "segmented"), [(None, 2, False), (50, 1, True)])
+def test_splash_interpreted_equals_the_reference(on_mesh, monkeypatch, window, kv_heads, segmented):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 
     made = kernel.make_splash_mha_single_device
-    monkeypatch.setattr(
-        kernel, "make_splash_mha_single_device", functools.partial(made, interpret=True)
-    )
+    interpreted = functools.partial(made, interpret=True)
+    monkeypatch.setattr(kernel, "make_splash_mha_single_device", interpreted)
     arrays = make(128, heads=2, kv_heads=kv_heads, head=64)
     segments = segments_of(128) if segmented else None
-    got = both_passes(lambda q, k, v: attention.splash(q, k, v, segments, window), *arrays)
-    with on_mesh(1, 1, 1):
-        reference = functools.partial(
-            attention.attend, backend="reference", segments_BT=segments, window=window
-        )
-        want = both_passes(reference, *arrays)
-    for g, w in zip(got, want, strict=True):
-        np.testing.assert_allclose(g, w, atol=1e-5, rtol=1e-5)
+    got = jax.jit(lambda q, k, v: attention.splash(q, k, v, segments, window))(*arrays[:3])
+    want = attend_on(on_mesh(), arrays, "reference", segments=segments, window=window)
+    assert_same([got], want)

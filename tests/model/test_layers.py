@@ -10,7 +10,7 @@ from gptjax.model import layers
 
 
 def normal(seed, *shape, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def plain_layer_norm(x, scale, bias, eps):
@@ -121,9 +121,10 @@ def test_dropout_zeroes_its_share_and_preserves_the_mean(on_mesh):
     assert not jnp.array_equal(y, other)
 
 
-def test_dropout_keeps_bfloat16():
-    x = jnp.ones((8, 8), jnp.bfloat16)
-    assert layers.dropout(x, 0.5, jax.random.key(0)).dtype == jnp.bfloat16
+def test_dropout_keeps_bfloat16(on_mesh):
+    with on_mesh(1, 1, 1):
+        x = jnp.ones((8, 8), jnp.bfloat16, out_sharding=sharding.spec("tokens", "embed"))
+        assert layers.dropout(x, 0.5, jax.random.key(0)).dtype == jnp.bfloat16
 
 
 def test_dropout_mask_is_the_same_on_every_mesh(on_mesh):

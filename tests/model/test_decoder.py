@@ -1,0 +1,426 @@
+"""The decoder against plain numpy, against itself computed otherwise, and against its promises."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import erf
+
+from gptjax import objective, sharding
+from gptjax.checkpoint import leaves_by_path
+from gptjax.config import ComputeConfig, ModelConfig
+from gptjax.errors import ConfigError
+from gptjax.model import attention, decoder
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+ROWS = 8
+VARIANTS = {
+    "gpt2": {},
+    "gpt1": {"norm_position": "post", "activation": "gelu"},
+    "falcon": {
+        "residual": "parallel",
+        "shared_norm": True,
+        "positions": "rope",
+        "kv_heads": 2,
+        "linear_bias": False,
+    },
+    "parallel-alibi": {"residual": "parallel", "positions": "alibi", "norm_bias": False},
+    "llama": {
+        "norm": "rmsnorm",
+        "activation": "swiglu",
+        "mlp": 48,
+        "tied_embeddings": False,
+        "positions": "rope",
+        "rope_theta": 100.0,
+        "kv_heads": 4,
+        "linear_bias": False,
+    },
+    "windowed": {"pattern": ("window", "full"), "window": 5, "positions": "none", "head_dim": 6},
+}
+
+
+def windows(cfg, rows=ROWS):
+    shape = (rows, cfg.model.context + 1)
+    return np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape, np.int32)
+
+
+def batch_of(cfg):
+    """The windows on the ambient mesh."""
+    lengths = np.full(ROWS, cfg.model.context, np.int32)
+    batch = {"windows_BW": windows(cfg), "lengths_B": lengths}
+    return {name: sharding.global_batch(a, ROWS) for name, a in batch.items()}
+
+
+def lowered_loss(cfg, params, batch, key=None):
+    """The mean loss and gradients, not compiled yet."""
+
+    def run(params, batch):
+        def mean(params):
+            total, sums = objective.next_token(params, cfg, batch, 0, key)
+            return total / sums["targets"]
+
+        loss, grads = jax.value_and_grad(mean)(params)
+        return loss, leaves_by_path(grads)
+
+    return jax.jit(run).lower(params, batch)
+
+
+def loss_and_grads(cfg, params, batch, key=None):
+    return jax.device_get(lowered_loss(cfg, params, batch, key).compile()(params, batch))
+
+
+def hidden_states(cfg, params, batch):
+    tokens = batch["windows_BW"][:, :-1]
+    return jax.jit(lambda p: decoder.apply(p, cfg.model, cfg.compute, tokens)[0])(params)
+
+
+def assert_same(got, want, tolerance):
+    """Losses, and each gradient as a share of its largest element."""
+    (loss, grads), (want_loss, want_grads) = got, want
+    assert loss == pytest.approx(want_loss, rel=tolerance)
+    for path, g in want_grads.items():
+        # A bias of the keys moves all scores of a query alike: its gradient is rounding alone.
+        scale = np.abs(want_grads[path.replace("k_bias", "k")]).max()
+        np.testing.assert_allclose(grads[path] / scale, g / scale, atol=tolerance, err_msg=path)
+
+
+# --- against numpy -----------------------------------------------------------------------------
+
+
+def plain_norm(cfg, p, x):
+    if cfg.norm == "rmsnorm":
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.norm_eps) * p["scale"]
+    x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.norm_eps) * p["scale"]
+    return x + p.get("bias", 0)
+
+
+def plain_rope(x, theta):
+    half = x.shape[-1] // 2
+    angle = np.arange(len(x))[:, None, None] * theta ** (-np.arange(half) / half)
+    z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
+    return np.concatenate([z.real, z.imag], -1)
+
+
+def plain_attention(cfg, p, x, window):
+    q, k, v = (
+        np.einsum("td,dhc->thc", x, p[name]) + p.get(f"{name}_bias", 0) for name in ("q", "k", "v")
+    )
+    if cfg.positions == "rope":
+        q, k = plain_rope(q, cfg.rope_theta), plain_rope(k, cfg.rope_theta)
+    k, v = (np.repeat(a, cfg.heads // cfg.kv, axis=1) for a in (k, v))
+    score = np.einsum("thc,shc->hts", q, k) / np.sqrt(cfg.head)
+    distance = np.arange(len(x))[:, None] - np.arange(len(x))
+    if cfg.positions == "alibi":
+        score -= 2.0 ** -np.arange(1, cfg.heads + 1)[:, None, None] * distance  # of 8 heads
+    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    e = np.where(seen, np.exp(score - score.max(-1, keepdims=True)), 0)
+    out = np.einsum("hts,shc->thc", e / e.sum(-1, keepdims=True), v)
+    return np.einsum("thc,hcd->td", out, p["o"]) + p.get("o_bias", 0)
+
+
+def plain_mlp(cfg, p, x):
+    up = x @ p["up"] + p.get("up_bias", 0)
+    if cfg.activation == "swiglu":
+        gate = x @ p["gate"] + p.get("gate_bias", 0)
+        h = gate / (1 + np.exp(-gate)) * up
+    elif cfg.activation == "gelu":
+        h = up * (1 + erf(up / np.sqrt(2))) / 2
+    else:
+        h = up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3))) / 2
+    return h @ p["down"] + p.get("down_bias", 0)
+
+
+def plain_decoder(cfg, params, tokens):
+    """Final hidden states of one sequence, [T, D]: the textbook, in float64."""
+    params = jax.tree.map(np.float64, params)
+    x = params["embed"][tokens]
+    if cfg.positions == "learned":
+        x = x + params["positions"][: len(tokens)]
+    for layer in range(cfg.layers):
+        period, j = divmod(layer, len(cfg.pattern))
+        p = jax.tree.map(lambda a, i=period: a[i], params["blocks"][f"layer_{j}"])
+        window = cfg.window if cfg.pattern[j] == "window" else None
+        norm1 = lambda x, p=p: plain_norm(cfg, p["norm_attn"], x)
+        norm2 = lambda x, p=p: plain_norm(cfg, p["norm_attn" if cfg.shared_norm else "norm_mlp"], x)
+        attend = lambda x, p=p, w=window: plain_attention(cfg, p["attn"], x, w)
+        mlp = lambda x, p=p: plain_mlp(cfg, p["mlp"], x)
+        if cfg.norm_position == "post":
+            x = norm1(x + attend(x))
+            x = norm2(x + mlp(x))
+        elif cfg.residual == "parallel":
+            x = x + attend(norm1(x)) + mlp(norm2(x))
+        else:
+            x = x + attend(norm1(x))
+            x = x + mlp(norm2(x))
+    return x if cfg.norm_position == "post" else plain_norm(cfg, params["norm_final"], x)
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_every_variant_is_the_textbook_on_one_device_and_on_a_mesh_of_eight(
+    on_mesh, tiny_config, random_params, name
+):
+    cfg = tiny_config(model=VARIANTS[name])
+    one, eight = [], []
+    for results, mesh in ((one, (1, 1, 1)), (eight, (2, 2, 2))):
+        with on_mesh(*mesh):
+            params, batch = random_params(cfg.model), batch_of(cfg)
+            assert len({s.index for s in params["embed"].addressable_shards}) == min(mesh) ** 2
+            results += loss_and_grads(cfg, params, batch)
+            if results is one:
+                hidden = hidden_states(cfg, params, batch)
+                scores = jax.device_get(jax.jit(decoder.logits)(params, hidden))
+                params, hidden = jax.device_get((params, hidden))
+    assert_same(eight, one, tolerance=1e-5)
+
+    plain = plain_decoder(cfg.model, params, windows(cfg)[0, :-1])
+    np.testing.assert_allclose(hidden[: len(plain)], plain, atol=2e-5, rtol=2e-5)
+    plain_scores = plain @ params["embed" if cfg.model.tied_embeddings else "head"].T
+    np.testing.assert_allclose(scores[: len(plain)], plain_scores, atol=1e-4, rtol=1e-4)
+
+
+# --- against itself, computed otherwise --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def baseline(on_mesh, tiny_config, random_params):
+    """A windowed model, scanned, and its loss and gradients."""
+    cfg = tiny_config(model={"layers": 4, "pattern": ("window", "full"), "window": 5})
+    with on_mesh(1, 1, 1):
+        params, batch = random_params(cfg.model), batch_of(cfg)
+        lowered = lowered_loss(cfg, params, batch)
+        return cfg, params, batch, lowered, jax.device_get(lowered.compile()(params, batch))
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        {"scan_layers": False},
+        {"remat": "block"},
+        {"remat": "dots"},
+        {"remat": "block", "scan_layers": False},
+        {"attention": "reference"},
+        {"loss_chunks": 4},
+    ],
+    ids=lambda fields: "-".join(f"{k}={v}" for k, v in fields.items()),
+)
+def test_how_it_is_computed_does_not_change_loss_or_gradients(on_mesh, baseline, compute):
+    cfg, params, batch, lowered, want = baseline
+    with on_mesh(1, 1, 1):
+        other = lowered_loss(replace(cfg, compute=replace(cfg.compute, **compute)), params, batch)
+        assert other.as_text() != lowered.as_text()
+        got = jax.device_get(other.compile()(params, batch))
+    assert_same(got, want, tolerance=1e-5)
+
+
+def test_unrolled_layers_are_no_loop_and_scanned_layers_are(on_mesh, baseline):
+    cfg, params, batch, *_ = baseline
+
+    def hlo(**compute):
+        compute = replace(cfg.compute, **compute)
+        with on_mesh(1, 1, 1):
+            tokens = batch["windows_BW"][:, :-1]
+            forward = lambda p, t: decoder.apply(p, cfg.model, compute, t)[0]
+            return jax.jit(forward).lower(params, tokens).compile().as_text()
+
+    assert " while(" in hlo(scan_layers=True)
+    assert " while(" not in hlo(scan_layers=False)
+
+
+def test_remat_keeps_less_for_the_backward_pass(on_mesh, baseline):
+    cfg, params, batch, *_ = baseline
+
+    def kept(remat):
+        compute = replace(cfg.compute, remat=remat)
+        tokens = batch["windows_BW"][:, :-1]
+        with on_mesh(1, 1, 1):
+            total = lambda p: decoder.apply(p, cfg.model, compute, tokens)[0].sum()
+            residuals = jax.eval_shape(lambda p: jax.vjp(total, p)[1], params)
+        return sum(leaf.size for leaf in jax.tree.leaves(residuals))
+
+    assert kept("block") < kept("dots") < kept("none")
+
+
+def test_bfloat16_compute_is_near_float32_and_keeps_float32_parameters(on_mesh, baseline):
+    cfg, params, batch, _, (loss, grads) = baseline
+    with on_mesh(1, 1, 1):
+        low = replace(cfg, compute=replace(cfg.compute, dtype="bfloat16"))
+        loss16, grads16 = loss_and_grads(low, params, batch)
+        hidden, hidden16 = (jax.device_get(hidden_states(c, params, batch)) for c in (cfg, low))
+    assert hidden16.dtype == jnp.bfloat16
+    assert {g.dtype for g in grads16.values()} == {np.dtype("float32")}
+    assert loss16 == pytest.approx(loss, rel=2e-2)
+    error = np.float32(hidden16) - hidden
+    assert np.sqrt((error**2).mean() / (hidden**2).mean()) < 5e-2
+    for path, g in grads.items():
+        if path.endswith("k_bias"):  # zero but for rounding: it moves all of a query's scores alike
+            continue
+        cosine = (g * grads16[path]).sum() / np.linalg.norm(g) / np.linalg.norm(grads16[path])
+        assert cosine > 0.97, path
+
+
+def test_dropout_is_the_same_on_every_mesh_and_off_without_a_key(
+    on_mesh, tiny_config, random_params
+):
+    cfg = tiny_config(model={"dropout": 0.2})
+    results = []
+    for mesh in ((1, 1, 1), (2, 2, 2)):
+        with on_mesh(*mesh):
+            params, batch = random_params(cfg.model), batch_of(cfg)
+            results.append(loss_and_grads(cfg, params, batch, jax.random.key(5)))
+    assert_same(results[1], results[0], tolerance=1e-5)
+    with on_mesh(1, 1, 1):
+        params, batch = random_params(cfg.model), batch_of(cfg)
+        run = jax.jit(lambda p, b, key: objective.next_token(p, cfg, b, 0, key)[0])
+        keys = None, *map(jax.random.key, (1, 1, 2))
+        off, on, again, other = (float(run(params, batch, key)) for key in keys)
+        undropped = jax.jit(lambda p, b: objective.next_token(p, tiny_config(), b, 0)[0])
+        assert off == float(undropped(params, batch))
+    assert on == again
+    assert len({off, on, other}) == 3
+
+
+# --- promises ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope", "alibi", "none"])
+def test_a_later_token_does_not_change_what_was_before_it(
+    on_mesh, tiny_model, random_params, positions
+):
+    cfg = tiny_model(positions=positions)
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, 32), np.int32)
+    changed = tokens.copy()
+    changed[:, 20] = (changed[:, 20] + 1) % cfg.vocab_size
+    with on_mesh(1, 1, 1):
+        params = random_params(cfg)
+        forward = jax.jit(lambda t: decoder.apply(params, cfg, ComputeConfig(), t)[0])
+        before, after = (
+            np.asarray(forward(sharding.global_batch(t, 2))).reshape(2, 32, -1)
+            for t in (tokens, changed)
+        )
+    np.testing.assert_array_equal(before[:, :20], after[:, :20])
+    assert (before[:, 20:] != after[:, 20:]).any(-1).all()
+
+
+@pytest.mark.parametrize(
+    ("layers", "embed", "heads", "parameters"),
+    [
+        (12, 768, 12, 124_439_808),
+        (24, 1024, 16, 354_823_168),
+        (36, 1280, 20, 774_030_080),
+        (48, 1600, 25, 1_557_611_200),
+    ],
+)
+def test_the_sizes_of_gpt2_have_its_number_of_parameters(on_mesh, layers, embed, heads, parameters):
+    cfg = ModelConfig(vocab_size=50257, context=1024, layers=layers, embed=embed, heads=heads)
+    with on_mesh(1, 1, 1):
+        shapes = jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
+
+
+def test_initial_parameters_have_the_spread_that_gpt2_gives_them(on_mesh, tiny_model):
+    cfg = tiny_model(vocab_size=1024, context=256, embed=128, layers=3)
+    with on_mesh(1, 1, 1):
+        tree = jax.jit(lambda: decoder.init(cfg, jax.random.key(0)))()
+    params = leaves_by_path(jax.device_get(tree))
+    for path, x in params.items():
+        name = path.split("/")[-1]
+        if name == "scale":
+            assert (x == 1).all(), path
+        elif name.endswith("bias"):
+            assert (x == 0).all(), path
+        else:
+            std = 0.02 / np.sqrt(2 * 3) if name in ("o", "down") else 0.02
+            assert x.std() == pytest.approx(std, rel=0.02), path  # 3 sigma of the smallest
+            assert abs(x.mean()) < 4 * std / np.sqrt(x.size), path
+    attn = {name: params[f"blocks/layer_0/attn/{name}"] for name in ("q", "k", "v")}
+    drawn = [x[layer].ravel() for x in attn.values() for layer in range(3)]
+    correlation = np.corrcoef(drawn) - np.eye(9)
+    assert np.abs(correlation).max() < 0.04  # no two layers or projections share their draws
+
+
+def test_initial_parameters_differ_by_seed(on_mesh, tiny_model):
+    with on_mesh(1, 1, 1):
+        init = jax.jit(lambda key: decoder.init(tiny_model(), key)["embed"])
+        one, same, other = (np.asarray(init(jax.random.key(seed))) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert not np.array_equal(one, other)
+
+
+def test_flops_per_token_equal_a_count_by_hand():
+    cfg = ModelConfig(vocab_size=100, layers=2, embed=8, heads=2, context=64)
+    # a layer: q, k, v, o 4 * 8 * 8; feed-forward 2 * 8 * 32.  head: 100 * 8.  8 queries see
+    # 1 + 2 + ... + 8 = 36 keys, 4.5 each; a key costs 2 * 2 * 8 forward, three times that in all.
+    assert decoder.flops_per_token(cfg, 8) == 6 * (2 * (256 + 512) + 800) + 2 * 4.5 * 3 * 32
+
+
+def test_flops_per_token_count_grouped_heads_swiglu_and_windows_by_hand():
+    cfg = ModelConfig(
+        vocab_size=100,
+        layers=4,
+        embed=8,
+        heads=4,
+        kv_heads=1,
+        head_dim=3,
+        mlp=20,
+        activation="swiglu",
+        pattern=("window", "full"),
+        window=3,
+    )
+    layer = 8 * 12 + 2 * 8 * 3 + 12 * 8 + 3 * 8 * 20
+    windowed = (1 + 2 + 3 * 6) / 8
+    keys = 2 * windowed + 2 * 4.5
+    expected = 6 * (4 * layer + 800) + 12 * 12 * keys
+    assert decoder.flops_per_token(cfg, 8) == pytest.approx(expected, rel=1e-12)
+    wide = replace(cfg, window=50)
+    assert decoder.flops_per_token(wide, 8) == decoder.flops_per_token(
+        replace(cfg, pattern=("full",)), 8
+    )
+
+
+def test_the_model_asks_its_backend_for_exactly_what_it_needs(tiny_model):
+    def chosen(compute="auto", segments=False, training=False, **fields):
+        return decoder.attention_backends(
+            tiny_model(**fields),
+            ComputeConfig(attention=compute),
+            "gpu",
+            segments=segments,
+            training=training,
+        )
+
+    assert chosen() == ("cudnn",)
+    assert chosen(pattern=("full", "window"), window=4, kv_heads=2) == ("cudnn", "cudnn")
+    assert chosen(segments=True) == ("reference",)
+    assert chosen(positions="alibi") == ("reference",)
+    assert chosen(dropout=0.1) == ("cudnn",)
+    assert chosen(dropout=0.1, training=True) == ("reference",)
+    with pytest.raises(ConfigError, match="cudnn: does not support dropout"):
+        chosen("cudnn", dropout=0.1, training=True)
+
+
+def test_auto_trains_with_blockwise_here_and_dropout_with_the_reference(
+    on_mesh, tiny_config, monkeypatch
+):
+    asked = []
+    attend = attention.attend
+
+    def spy(*args, backend, **rest):
+        asked.append(backend)
+        return attend(*args, backend=backend, **rest)
+
+    monkeypatch.setattr(attention, "attend", spy)
+    for key, expected in ((None, "blockwise"), (jax.random.key(0), "reference")):
+        cfg = tiny_config(model={"dropout": 0.1})
+        tokens = jax.ShapeDtypeStruct((ROWS, 32), jnp.int32)
+        with on_mesh(1, 1, 1):
+            params = jax.eval_shape(lambda c=cfg: decoder.init(c.model, jax.random.key(0)))
+            asked.clear()
+            jax.eval_shape(
+                lambda p, t, c=cfg, k=key: decoder.apply(p, c.model, c.compute, t, key=k),
+                params,
+                tokens,
+            )
+        assert set(asked) == {expected}

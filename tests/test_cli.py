@@ -1,0 +1,425 @@
+"""The command line: light help, one sentence and an exit code for each mistake, no traceback."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gptjax import allocator, cli, config
+from gptjax.config import Config, DataConfig, EvalConfig, ModelConfig, TokenizerConfig, TrainConfig
+
+REPO = Path(__file__).resolve().parent.parent
+QUICKSTART = str(REPO / "configs" / "quickstart.py")
+
+
+@pytest.fixture(autouse=True)
+def _malloc_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator, "keep_memory", lambda: False)
+
+
+@pytest.fixture
+def cfg(tmp_path: Path) -> Config:
+    """A tiny run on a few texts, with bytes for tokens; nothing is made yet."""
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text(f"text {number} is read here\n" * 40)
+    return Config(
+        run=str(tmp_path / "run"),
+        model=ModelConfig(vocab_size=264, context=64, layers=1, embed=16, heads=8),
+        tokenizer=TokenizerConfig(kind="bytes"),
+        data=DataConfig(
+            sources=(f"{tmp_path}/[0-2].txt",),
+            valid_sources=(f"{tmp_path}/3.txt",),
+            store=str(tmp_path / "store"),
+            workers=1,
+        ),
+        train=TrainConfig(tokens=1024, batch_tokens=512, seq_len=32),
+        eval=EvalConfig(batch=8, sample_tokens=8),
+    )
+
+
+def saved(cfg: Config, file: Path) -> str:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(config.to_dict(cfg)))
+    return str(file)
+
+
+@pytest.fixture
+def preset(cfg: Config, tmp_path: Path) -> str:
+    return saved(cfg, tmp_path / "tiny.json")
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in this process: exit code, standard output, standard error."""
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = cli.main([str(word) for word in argv])
+        except SystemExit as exit:  # argparse and tyro
+            code = exit.code or 0
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return code, captured.out, captured.err
+
+    return call
+
+
+def sentence(err: str) -> str:
+    """The only line on standard error."""
+    (line,) = err.strip().splitlines()
+    assert line.startswith("gptjax: ")
+    return line
+
+
+# --- help ------------------------------------------------------------------------------------
+
+HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorflow", "tensorstore", "numpy"}
+PROBE = """
+import atexit, sys
+atexit.register(lambda: print("LOADED", *{m.partition(".")[0] for m in sys.modules}))
+from gptjax.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        (["--help"], ["train", "eval", "sample", "data", "config"]),
+        (["sample", "--help"], ["--prompt", "--temperature", "--top-k", "--seed"]),
+        (["data", "prepare", "--help"], ["CONFIG"]),
+        (["config", QUICKSTART, "--optim.lr", "1"], ["optim.lr", "command line"]),
+    ],
+)
+def test_help_and_config_load_neither_jax_nor_tensorflow(argv, wanted) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *argv], capture_output=True, text=True, check=True
+    )
+    out, _, loaded = done.stdout.partition("LOADED")
+    assert all(word in out for word in wanted)
+    assert "gptjax" in loaded.split()
+    assert HEAVY.isdisjoint(loaded.split())
+
+
+@pytest.mark.parametrize("command", ["train", "config", "data prepare", "data bench"])
+def test_help_after_a_config_lists_the_overrides(run: Run, command: str) -> None:
+    code, out, _ = run(*command.split(), QUICKSTART, "--help")
+    assert code == 0
+    assert "--optim.lr" in out
+    assert "Peak learning rate" in out
+    assert "--model.vocab-size" in out
+
+
+@pytest.mark.parametrize("argv", [[], ["trian"], ["data"], ["sample"], ["train"]])
+def test_an_incomplete_or_unknown_command_is_a_usage_error(run: Run, argv: list[str]) -> None:
+    code, out, err = run(*argv)
+    assert code == 2
+    assert "usage: gptjax" in err
+    assert out == ""
+
+
+def test_a_flag_that_a_command_does_not_have_is_a_usage_error(run: Run) -> None:
+    code, _, err = run("sample", "runs/x", "--optim.lr", "3")
+    assert code == 2
+    assert "--optim.lr" in err
+
+
+# --- configurations --------------------------------------------------------------------------
+
+
+def test_config_prints_each_value_with_where_it_came_from(run: Run) -> None:
+    code, out, err = run("config", QUICKSTART, "--model.layers", "2", "--optim.lr=0.5")
+    assert (code, err) == (0, "")
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert set(lines) == set(config.flatten(Config()))
+    assert lines["model.layers"].split() == ["model.layers", "2", "command", "line"]
+    assert lines["optim.lr"].split() == ["optim.lr", "0.5", "command", "line"]
+    assert lines["model.embed"].split() == ["model.embed", "256", QUICKSTART]
+    assert lines["optim.b1"].split() == ["optim.b1", "0.9", "default"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name", "value"),
+    [
+        (["--data.sources", "a.txt", "b/*.txt"], "data.sources", ("a.txt", "b/*.txt")),
+        (["--mesh.data", "-1", "--mesh.fsdp", "2"], "mesh.fsdp", 2),
+        (["--model.kv-heads", "2"], "model.kv_heads", 2),
+        (["--model.kv-heads", "None"], "model.kv_heads", None),
+        (["--compute.scan-layers", "True"], "compute.scan_layers", True),
+        (["--optim.name", "muon"], "optim.name", "muon"),
+        (["--eval.prompts", "def ", ""], "eval.prompts", ("def ", "")),
+        (["--run=elsewhere"], "run", "elsewhere"),
+    ],
+)
+def test_what_config_json_prints_is_itself_a_configuration(
+    run: Run, tmp_path: Path, overrides: list[str], name: str, value: object
+) -> None:
+    code, out, _ = run("config", QUICKSTART, *overrides, "--json")
+    assert code == 0
+    file = tmp_path / "resolved.json"
+    file.write_text(out)
+    assert config.flatten(config.load(str(file)))[name] == value
+    assert run("config", file, "--json")[1] == out
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("--optim.lrr", "--optim.lr"),
+        ("--model.layrs", "--model.layers"),
+        ("--train.batch-token", "--train.batch-tokens"),
+    ],
+)
+@pytest.mark.parametrize("command", ["config", "train", "data prepare"])
+def test_an_unknown_override_is_answered_with_the_nearest(
+    run: Run, command: str, override: str, nearest: str
+) -> None:
+    code, out, err = run(*command.split(), QUICKSTART, override, "3")
+    assert (code, out) == (2, "")
+    assert f"{override}, 3" in err
+    assert f" {nearest} " in err  # with what it takes
+
+
+def test_the_hint_of_a_wrong_override_is_a_command_that_exists(run: Run, monkeypatch) -> None:
+    monkeypatch.chdir(REPO)
+    _, _, err = run("config", "configs/quickstart.py", "--optim.lrr", "3")
+    words = err.replace("│", " ").split()
+    start = words.index("run") + 1
+    assert words[start : start + 4] == ["gptjax", "config", "configs/quickstart.py", "--help"]
+
+
+@pytest.mark.parametrize(
+    ("override", "value"), [("--optim.lr", "fast"), ("--model.norm", "batch"), ("--mesh.data", "x")]
+)
+def test_an_override_of_another_type_is_named(run: Run, override: str, value: str) -> None:
+    code, _, err = run("config", QUICKSTART, override, value)
+    assert code == 2
+    assert override in err
+    assert value in err
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("quickstar.py", ["quickstar.py: no such file", "quickstart.py"]),
+        ("quickstart.py:mian", ["mian", "did you mean main?"]),
+        ("", ["holds no config.json"]),
+    ],
+)
+@pytest.mark.parametrize("command", ["config", "train", "data prepare", "data show"])
+def test_a_configuration_that_is_not_there_is_named(run: Run, command, name, wanted) -> None:
+    code, out, err = run(*command.split(), REPO / "configs" / name)
+    assert (code, out) == (2, "")
+    assert all(part in sentence(err) for part in wanted)
+
+
+def test_values_that_do_not_go_together_are_told_all_at_once(run: Run) -> None:
+    code, _, err = run("config", QUICKSTART, "--model.heads", "7", "--train.seq-len", "1024")
+    assert code == 2
+    assert err.startswith("gptjax: ")
+    assert "model.heads=7: " in err
+    assert "train.seq_len=1024: " in err
+
+
+# --- training that cannot begin --------------------------------------------------------------
+
+
+def test_a_batch_that_the_mesh_does_not_divide_names_axis_and_nearest(run, preset, cfg) -> None:
+    code, _, err = run("train", preset, "--train.batch-tokens", "384")  # 12 rows, 8 devices
+    assert code == 2
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("gptjax: ")
+    for part in ("train.batch_tokens=384", "data x fsdp = 8", "256 or 512"):
+        assert part in last
+    assert not (Path(cfg.run) / config.CONFIG_FILE).exists()
+
+
+def test_a_run_folder_in_use_is_left_alone(run: Run, preset: str, cfg: Config) -> None:
+    folder = Path(cfg.run)
+    folder.mkdir()
+    with (folder / "run.lock").open("w") as held:
+        held.write("process 42 on another\n")
+        held.flush()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        code, _, err = run("train", preset)
+        assert code == 73
+        assert f"run={cfg.run}" in sentence(err)
+        assert "in use by process 42 on another" in err
+        assert f"to continue: gptjax train {preset}" in err
+        assert (folder / "run.lock").read_text() == "process 42 on another\n"
+    assert [p.name for p in folder.iterdir()] == ["run.lock"]
+    assert not Path(cfg.data.store).exists()
+
+
+def test_a_run_below_a_regular_file_cannot_be_written(run: Run, preset: str, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, err = run("train", preset, "--run", tmp_path / "file" / "run")
+    assert code == 73
+    assert f"run={tmp_path}/file/run: cannot be written" in sentence(err)
+
+
+def test_a_run_folder_of_another_run_is_refused_with_the_differences(
+    run: Run, preset: str, cfg: Config
+) -> None:
+    other = replace(cfg, model=replace(cfg.model, layers=2), train=replace(cfg.train, seed=9))
+    file = Path(saved(other, Path(cfg.run) / config.CONFIG_FILE))
+    before = file.read_text()
+    code, _, err = run("train", preset)
+    assert code == 78
+    assert err.startswith("gptjax: ")
+    assert cfg.run in err
+    lines = [line.strip() for line in err.splitlines()]
+    for name, there, here in (("model.layers", "2", "1"), ("train.seed", "9", "0")):
+        (line,) = [line for line in lines if line.startswith(f"{name}: ")]
+        assert there in line
+        assert here in line
+    assert file.read_text() == before
+    assert not Path(cfg.data.store).exists()
+
+
+def test_checkpoints_without_their_configuration_are_not_trained_over(
+    run, preset, cfg, monkeypatch
+) -> None:
+    monkeypatch.setattr("gptjax.checkpoint.Checkpoints.steps", lambda checkpoints: [5])
+    code, _, err = run("train", preset)
+    assert code == 78
+    assert f"{cfg.run} has checkpoints but no config.json" in sentence(err)
+    assert not (Path(cfg.run) / config.CONFIG_FILE).exists()
+
+
+@pytest.mark.parametrize("command", ["train", "data prepare"])
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["--data.sources", "absent.txt"], "data.sources=absent.txt: no such file"),
+        (["--data.valid-sources", "absent.txt"], "data.valid_sources=absent.txt: no such file"),
+        (
+            ["--tokenizer.path", "absent.model", "--tokenizer.kind", "sentencepiece"],
+            "tokenizer.path=absent.model: no such file",
+        ),
+    ],
+)
+def test_a_missing_file_is_named(run, preset, command: str, overrides, wanted: str) -> None:
+    code, _, err = run(*command.split(), preset, *overrides)
+    assert code == 65
+    assert wanted in sentence(err)
+
+
+# --- data ------------------------------------------------------------------------------------
+
+
+def test_data_prepare_verify_and_show(run: Run, preset: str, cfg: Config) -> None:
+    code, out, _ = run("data", "prepare", preset)
+    assert code == 0
+    assert "train: 3 documents, 2,400 bytes, 2,404 tokens" in out
+    assert "valid: 1 documents, 800 bytes, 802 tokens" in out
+    assert run("data", "verify", preset)[0] == 0
+
+    code, first, _ = run("data", "show", preset)
+    assert code == 0
+    assert len(first.splitlines()) == cfg.train.batch
+    assert "is read here" in first
+    assert run("data", "show", preset, "--step", "1")[1] == first
+    assert run("data", "show", preset, "--step", "1000000")[0] == 0
+    code, _, err = run("data", "show", preset, "--step", "0")
+    assert code == 2
+    assert "--step=0" in sentence(err)
+
+    file = Path(cfg.data.store) / "train" / "c" / "0"
+    raw = bytearray(file.read_bytes())
+    raw[100] ^= 1
+    file.write_bytes(raw)
+    code, _, err = run("data", "verify", preset)
+    assert code == 65
+    assert str(file) in sentence(err)
+    file.write_bytes(raw[:-1])
+    for command in ("prepare", "verify", "show"):
+        code, _, err = run("data", command, preset)
+        assert code == 65
+        assert str(file) in sentence(err)
+
+
+@pytest.mark.parametrize("command", ["verify", "show"])
+def test_a_store_that_is_not_there_is_named(run: Run, preset, cfg, command: str) -> None:
+    code, _, err = run("data", command, preset)
+    assert code == 65
+    assert cfg.data.store in sentence(err)
+    assert "gptjax data prepare" in err
+
+
+def test_a_store_of_other_data_is_refused_with_the_differences(run: Run, preset: str) -> None:
+    assert run("data", "prepare", preset)[0] == 0
+    code, _, err = run("data", "prepare", preset, "--data.text-field", "body")
+    assert code == 78
+    assert "text_field: 'text' in the store, 'body' given" in err
+
+
+def test_an_empty_corpus_is_told(run: Run, preset: str, tmp_path: Path) -> None:
+    (tmp_path / "blank.txt").write_text("\n\n")
+    code, _, err = run("data", "prepare", preset, "--data.sources", tmp_path / "blank.txt")
+    assert code == 65
+    assert f"data.sources={tmp_path}/blank.txt: no text" in err.strip().splitlines()[-1]
+
+
+# --- runs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["eval", "sample"])
+def test_a_folder_that_is_no_run_is_told(run: Run, cfg, tmp_path: Path, command: str) -> None:
+    code, _, err = run(command, tmp_path / "absent")
+    assert code == 2
+    assert "no such file" in sentence(err)
+    code, _, err = run(command, tmp_path)
+    assert code == 2
+    assert "no run" in sentence(err)
+    saved(cfg, tmp_path / "begun" / config.CONFIG_FILE)
+    code, _, err = run(command, tmp_path / "begun")
+    assert code == 65
+    assert str(tmp_path / "begun") in sentence(err)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--temperature", "-1"), ("--top-p", "0"), ("--top-k", "-3"), ("--max-tokens", "0")],
+)
+def test_sample_refuses_settings_out_of_range_before_it_loads(run, tmp_path, flag, value) -> None:
+    code, _, err = run("sample", tmp_path / "absent", flag, value)
+    assert code == 2
+    assert flag.strip("-").replace("-", "_") in sentence(err).replace("-", "_")
+
+
+# --- as a process ----------------------------------------------------------------------------
+
+
+def test_the_module_exits_with_the_code(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gptjax", "config", tmp_path / "absent.py"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "no such file" in sentence(done.stderr)
+    assert done.stdout == ""
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "gptjax", "config", QUICKSTART],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,206 @@
+"""The same run on every mesh: bit-equal parameters at the start, and the same losses."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax import objective, sharding, train
+from gptjax.checkpoint import leaves_by_path
+from gptjax.config import MeshConfig
+from gptjax.errors import ConfigError
+from gptjax.model import decoder
+from gptjax.sharding import spec
+
+MESHES = {"1": (1, 1, 1), "8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "2x2x2": (2, 2, 2)}
+STEPS = 20
+
+# Logical axes of the tiny model's parameters; those of the blocks come after an axis of layers.
+AXES = {
+    "embed": ("vocab", "w_embed"),
+    "positions": (None, "w_embed"),
+    "q": ("layers", "w_embed", "heads", "head_dim"),
+    "k": ("layers", "w_embed", "kv_heads", "head_dim"),
+    "v": ("layers", "w_embed", "kv_heads", "head_dim"),
+    "q_bias": ("layers", "heads", "head_dim"),
+    "k_bias": ("layers", "kv_heads", "head_dim"),
+    "v_bias": ("layers", "kv_heads", "head_dim"),
+    "o": ("layers", "heads", "head_dim", "w_embed"),
+    "up": ("layers", "w_embed", "mlp"),
+    "up_bias": ("layers", "mlp"),
+    "down": ("layers", "mlp", "w_embed"),
+}  # and o_bias, down_bias and the norms' scale and bias: on every device whole
+
+
+@dataclass
+class Run:
+    """What one mesh did. Arrays are on the host."""
+
+    initial: dict[str, np.ndarray]
+    pieces: dict[str, tuple[int, ...]]  # shape of one device's piece
+    last_pieces: dict[str, tuple[int, ...]]  # after the steps
+    moments: dict[str, tuple[int, ...]]
+    losses: list[float]
+
+
+@pytest.fixture(scope="module")
+def runs(on_mesh, tiny_config):
+    cfg = tiny_config(optim={"lr": 1e-3, "warmup_tokens": 2048}, compute={"loss_chunks": 2})
+    rng = np.random.default_rng(0)
+    shape = (STEPS, cfg.train.batch, cfg.train.seq_len + 1)
+    windows = rng.integers(0, cfg.model.vocab_size, shape, np.int32)
+    lengths = np.full(cfg.train.batch, cfg.train.seq_len, np.int32)
+    init_fn = lambda key: decoder.init(cfg.model, key)
+    loss_fn = lambda params, batch, key: objective.next_token(params, cfg, batch, 0, key)
+
+    def run(*mesh):
+        with on_mesh(*mesh):
+            state = jax.jit(lambda: train.create_state(cfg, init_fn))()
+            params = leaves_by_path(state.params)
+            initial = jax.device_get(params)
+            pieces = {path: x.addressable_shards[0].data.shape for path, x in params.items()}
+            moments = leaves_by_path(state.opt_state)
+            moments = {path: x.addressable_shards[0].data.shape for path, x in moments.items()}
+            step = jax.jit(lambda s, b: train.train_step(cfg, loss_fn, s, b), donate_argnums=0)
+            losses = []
+            for rows in windows:
+                batch = {"windows_BW": rows, "lengths_B": lengths}
+                batch = {k: sharding.global_batch(v, cfg.train.batch) for k, v in batch.items()}
+                state, metrics = step(state, batch)
+                losses.append(float(metrics["loss"]))
+            last = leaves_by_path(state.params)
+            last = {path: x.addressable_shards[0].data.shape for path, x in last.items()}
+        return Run(initial, pieces, last, moments, losses)
+
+    return {name: run(*sizes) for name, sizes in MESHES.items()}
+
+
+def expected_piece(path, shape, sizes):
+    """Shape of one device's piece, as RULES has it."""
+    axes = AXES.get(path.split("/")[-1], (None,) * len(shape))
+    sizes = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    parts = [1 if name is None else sizes.get(sharding.RULES[name], 1) for name in axes]
+    return tuple(n // p for n, p in zip(shape, parts, strict=True))
+
+
+@pytest.mark.parametrize("name", list(MESHES))
+def test_every_parameter_lies_as_the_rules_say_before_and_after_training(runs, name):
+    run = runs[name]
+    expected = {
+        path: expected_piece(path, x.shape, MESHES[name]) for path, x in run.initial.items()
+    }
+    assert run.pieces == expected
+    assert run.last_pieces == expected
+
+
+@pytest.mark.parametrize("name", ["1x8x1", "2x2x2"])
+def test_moments_lie_with_their_parameters(runs, name):
+    run = runs[name]
+    moments = {path: piece for path, piece in run.moments.items() if piece}  # counts have no shape
+    assert len(moments) == 2 * len(run.pieces)
+    for path, piece in moments.items():
+        assert piece == run.pieces[path.split("/", 2)[2]], path
+
+
+def test_the_meshes_differ_in_how_they_lay_parameters_out(runs):
+    tables = {name: run.pieces["embed"] for name, run in runs.items()}
+    assert tables == {"1": (128, 32), "8x1x1": (128, 32), "1x8x1": (128, 4), "2x2x2": (64, 16)}
+
+
+@pytest.mark.parametrize("name", ["8x1x1", "1x8x1", "2x2x2"])
+def test_every_mesh_starts_from_the_same_bits_as_one_device(runs, name):
+    one, other = runs["1"].initial, runs[name].initial
+    assert one.keys() == other.keys()
+    for path, x in one.items():
+        assert x.tobytes() == other[path].tobytes(), path
+
+
+@pytest.mark.parametrize("name", ["8x1x1", "1x8x1", "2x2x2"])
+def test_every_mesh_has_the_losses_of_one_device(runs, name):
+    np.testing.assert_allclose(runs[name].losses, runs["1"].losses, atol=1e-5, rtol=0)
+
+
+def test_the_runs_learn(runs):
+    losses = runs["1"].losses
+    assert len(set(losses)) == STEPS
+    assert losses[0] == pytest.approx(np.log(128), abs=0.1)
+
+
+def test_two_dimensions_on_one_mesh_axis_are_an_error():
+    with pytest.raises(ValueError, match="two dimensions on one mesh axis"):
+        spec("heads", "mlp")
+    with pytest.raises(ValueError, match="two dimensions on one mesh axis"):
+        spec("batch", "w_embed")
+
+
+def test_an_unknown_logical_axis_is_an_error():
+    with pytest.raises(KeyError):
+        spec("embedd")
+
+
+def test_a_mesh_axis_of_minus_one_takes_the_devices_that_are_left():
+    mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize("sizes", [(-1, 3, 1), (2, 2, 1)])
+def test_a_mesh_that_does_not_multiply_out_is_refused(sizes):
+    with pytest.raises(ConfigError, match=r"mesh.*8"):
+        sharding.make_mesh(MeshConfig(*sizes))
+
+
+@pytest.mark.parametrize("name", list(MESHES))
+def test_the_only_process_has_all_rows_and_a_global_batch_is_what_it_was(on_mesh, name):
+    data, fsdp, tensor = MESHES[name]
+    local = np.arange(16 * 3, dtype=np.int32).reshape(16, 3)
+    with on_mesh(data, fsdp, tensor):
+        assert sharding.axis_size("batch") == data * fsdp
+        assert sharding.axis_size("vocab") == tensor
+        assert sharding.axis_size("embed") == 1
+        assert sharding.host_rows(16) == (0, 16)
+        batch = sharding.global_batch(local, 16)
+    np.testing.assert_array_equal(batch, local)
+    assert {s.data.shape for s in batch.addressable_shards} == {(16 // (data * fsdp), 3)}
+
+
+def test_a_process_has_the_rows_of_its_own_devices(on_mesh, monkeypatch):
+    """As on two hosts of four devices each: the map of devices to rows cut to each one's own."""
+    whole = jax.NamedSharding.addressable_devices_indices_map
+    with on_mesh(4, 2, 1):
+        for process, rows in ((0, (0, 8)), (1, (8, 16))):
+            own = jax.devices()[4 * process : 4 * process + 4]
+            cut = lambda self, shape, own=own: {
+                d: index for d, index in whole(self, shape).items() if d in own
+            }
+            monkeypatch.setattr(jax.NamedSharding, "addressable_devices_indices_map", cut)
+            assert sharding.host_rows(16) == rows
+
+
+def test_abstract_gives_shapes_and_layouts_without_making_anything(on_mesh, tiny_model, runs):
+    run = runs["2x2x2"]
+    with on_mesh(2, 2, 2):
+        before = len(jax.live_arrays())
+        tree = sharding.abstract(lambda: decoder.init(tiny_model(), jax.random.key(0)))
+        assert len(jax.live_arrays()) == before
+    abstract = leaves_by_path(tree)
+    shapes = {path: (x.shape, x.dtype) for path, x in abstract.items()}
+    assert shapes == {path: (x.shape, x.dtype) for path, x in run.initial.items()}
+    pieces = {path: x.sharding.shard_shape(x.shape) for path, x in abstract.items()}
+    assert pieces == run.pieces
+
+
+def test_initialisers_draw_the_same_numbers_for_any_layout(on_mesh):
+    def drawn(*mesh):
+        with on_mesh(*mesh):
+            make = lambda: sharding.normal(0.5)(jax.random.key(1), (64, 32), ("vocab", "w_embed"))
+            return jax.device_get(jax.jit(make)())
+
+    one = drawn(1, 1, 1)
+    np.testing.assert_array_equal(one, drawn(2, 2, 2))
+    np.testing.assert_array_equal(one, drawn(1, 8, 1))  # four columns a device
+    assert one.std() == pytest.approx(0.5, rel=0.05)
+    with on_mesh(2, 2, 2):
+        ones = jax.jit(lambda: sharding.constant(1.5)(jax.random.key(0), (8,), ("mlp",)))()
+    assert jnp.array_equal(ones, np.full(8, 1.5))
