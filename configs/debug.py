@@ -1,6 +1,6 @@
 """A model small enough to see every part of a run in seconds: bytes, two layers of width 64.
 
-    gptjax train configs/debug.py --data.sources README.md --data.valid-sources CHANGELOG.md
+gptjax train configs/debug.py --data.sources README.md --data.valid-sources CHANGELOG.md
 """
 
 from gptjax.config import (

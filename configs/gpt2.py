@@ -45,9 +45,7 @@ def xl() -> Config:
 def _gpt2(size: str, *, layers: int, embed: int, heads: int, lr: float) -> Config:
     return Config(
         run=f"runs/gpt2-{size}",
-        model=ModelConfig(
-            vocab_size=50304, context=1024, layers=layers, embed=embed, heads=heads
-        ),
+        model=ModelConfig(vocab_size=50304, context=1024, layers=layers, embed=embed, heads=heads),
         compute=ComputeConfig(dtype="bfloat16", remat="dots", loss_chunks=8),
         tokenizer=TokenizerConfig(vocab_size=50257, sample_bytes=200_000_000),
         data=DataConfig(store="data/corpus", valid_fraction=0.001),

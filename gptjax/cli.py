@@ -27,8 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and not getattr(args, "takes_overrides", False):
+    if rest and not args.takes_overrides:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.takes_overrides and args.config is None:
+        if {"-h", "--help"} & set(rest):
+            args.subparser.print_help()
+            return 0
+        args.subparser.error("the following arguments are required: CONFIG")
     allocator.keep_memory()
     try:
         args.command(args, rest)
@@ -51,10 +56,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(under: Any, name: str, run: Any, text: str, *, overrides: bool = False) -> Any:
-        sub = under.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=run, takes_overrides=overrides)
+        # A command with overrides leaves --help after CONFIG to tyro, which lists them.
+        sub = under.add_parser(
+            name, help=text, description=text, add_help=not overrides, allow_abbrev=not overrides
+        )
+        sub.set_defaults(command=run, takes_overrides=overrides, subparser=sub)
         if overrides:
-            sub.add_argument("config", metavar="CONFIG", help=CONFIG_HELP)
+            sub.add_argument("config", metavar="CONFIG", nargs="?", help=CONFIG_HELP)
         return sub
 
     command(
@@ -130,7 +138,7 @@ def _how_to_go_on(args: argparse.Namespace, argv: Sequence[str], error: GptjaxEr
 
 def _resolve(args: argparse.Namespace, overrides: Sequence[str]) -> config.Config:
     """The checked configuration of a command with overrides."""
-    cfg = config.resolve(args.config, overrides, f"gptjax {args.config}")
+    cfg = config.resolve(args.config, overrides, args.subparser.prog, args.subparser.format_help())
     cfg.check()
     args.resolved = cfg
     return cfg

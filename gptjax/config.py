@@ -150,15 +150,24 @@ class MeshConfig:
     def shape(self, devices: int) -> dict[str, int]:
         """Sizes by axis name on so many devices. Raises ConfigError if they do not multiply out."""
         sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        problems = [
+            f"mesh.{axis}={size}: must be at least 1, or -1 for all devices that are left"
+            for axis, size in sizes.items()
+            if size < 1 and size != -1
+        ]
+        free = [axis for axis, size in sizes.items() if size == -1]
+        if len(free) > 1:
+            problems.append(f"mesh.{free[1]}=-1: mesh.{free[0]} takes what is left; give a number")
+        if problems:
+            raise ConfigError(problems)
         rest = math.prod(size for size in sizes.values() if size != -1)
-        for axis, size in sizes.items():
-            if size == -1 and devices % rest:
-                raise ConfigError(
-                    [
-                        f"mesh.{axis}=-1: the other axes take {rest} devices, which do not divide "
-                        f"the {devices} of this machine; use one of {_divisors(devices)}"
-                    ]
-                )
+        if free and devices % rest:
+            raise ConfigError(
+                [
+                    f"mesh.{free[0]}=-1: the other axes take {rest} devices, which do not divide "
+                    f"the {devices} of this machine; use one of {_divisors(devices)}"
+                ]
+            )
         sizes = {axis: devices // rest if size == -1 else size for axis, size in sizes.items()}
         if math.prod(sizes.values()) != devices:
             wanted = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
@@ -363,6 +372,11 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
+def _divides(part: int, whole: int) -> bool:
+    """Whether it does; a part below one is a problem told elsewhere, and none here."""
+    return part < 1 or whole % part == 0
+
+
 def _nearest_multiples(n: int, of: int) -> str:
     """The legal values around n, in words."""
     below, above = n // of * of, -(-n // of) * of
@@ -375,6 +389,7 @@ def _value_problems(cfg: Config) -> Iterator[str]:
         **{f"model.{k}": getattr(m, k) for k in ("vocab_size", "context", "layers", "embed")},
         "model.heads": m.heads,
         "model.kv_heads": m.kv,
+        "model.head_dim": 1 if m.head_dim is None else m.head_dim,
         "model.mlp": m.hidden,
         "compute.loss_chunks": cfg.compute.loss_chunks,
         "train.tokens": t.tokens,
@@ -424,23 +439,23 @@ def _value_problems(cfg: Config) -> Iterator[str]:
             yield f"{name}={value}: must be at least 0 and below 1"
     if not 0 < cfg.eval.top_p <= 1:
         yield f"eval.top_p={cfg.eval.top_p}: must be above 0 and at most 1"
-    if min(m.heads, m.kv, m.embed) < 1:
-        return
-    if m.head_dim is None and m.embed % m.heads:
+    if t.seed >= 2**32:
+        yield f"train.seed={t.seed}: must be below 2**32, which is what JAX's generator takes"
+    if m.head_dim is None and not _divides(m.heads, m.embed):
         yield (
             f"model.heads={m.heads}: does not divide model.embed={m.embed}; legal values near it "
             f"are {_near(m.heads, _divisors(m.embed))}, or set model.head_dim"
         )
-    if m.heads % m.kv:
+    if not _divides(m.kv, m.heads):
         yield (
             f"model.kv_heads={m.kv}: does not divide model.heads={m.heads}; legal values near it "
             f"are {_near(m.kv, _divisors(m.heads))}"
         )
-    if m.positions == "rope" and m.head % 2:
+    if m.positions == "rope" and m.heads >= 1 and m.head % 2:
         yield f"model.head_dim={m.head}: rotary positions need an even width"
     if not m.pattern:
         yield "model.pattern=(): needs at least one entry, for example full"
-    elif m.layers % len(m.pattern):
+    elif not _divides(len(m.pattern), m.layers):
         yield (
             f"model.layers={m.layers}: is no multiple of the {len(m.pattern)} entries of "
             f"model.pattern; use {_nearest_multiples(m.layers, len(m.pattern))}"
@@ -456,12 +471,12 @@ def _value_problems(cfg: Config) -> Iterator[str]:
             f"train.seq_len={t.seq_len}: longer than model.context={m.context}; lower the one or "
             "raise the other"
         )
-    if t.seq_len >= 1 and t.batch_tokens % t.seq_len:
+    if not _divides(t.seq_len, t.batch_tokens):
         yield (
             f"train.batch_tokens={t.batch_tokens}: is no multiple of train.seq_len={t.seq_len}; "
             f"use {_nearest_multiples(t.batch_tokens, t.seq_len)}"
         )
-    elif t.seq_len >= 1 and t.accumulation >= 1 and t.batch % t.accumulation:
+    elif t.seq_len >= 1 and not _divides(t.accumulation, t.batch):
         yield (
             f"train.accumulation={t.accumulation}: does not divide the {t.batch} sequences of a "
             f"batch; legal values near it are {_near(t.accumulation, _divisors(t.batch))}"
@@ -498,7 +513,7 @@ def _near(value: int, legal: Sequence[int]) -> str:
 
 def _mesh_problems(cfg: Config, sizes: Mapping[str, int], processes: int) -> Iterator[str]:
     """Every dimension that a mesh axis would have to split and cannot."""
-    m, tensor, fsdp = cfg.model, sizes["tensor"], sizes["fsdp"]
+    m, t, tensor, fsdp = cfg.model, cfg.train, sizes["tensor"], sizes["fsdp"]
     rows = sizes["data"] * fsdp
     split = [
         ("tensor", tensor, "model.heads", m.heads),
@@ -514,13 +529,12 @@ def _mesh_problems(cfg: Config, sizes: Mapping[str, int], processes: int) -> Ite
                 f"{name}={size}: mesh axis {axis}={parts} does not divide it; use "
                 f"{_nearest_multiples(size, parts)}, or an axis of {_near(parts, _divisors(size))}"
             )
-    micro = cfg.train.batch // cfg.train.accumulation
-    if micro % rows:
-        unit = rows * cfg.train.accumulation * cfg.train.seq_len
+    if min(t.seq_len, t.accumulation) >= 1 and (micro := t.batch // t.accumulation) % rows:
+        unit = rows * t.accumulation * t.seq_len
         yield (
-            f"train.batch_tokens={cfg.train.batch_tokens}: the {micro} sequences of one "
+            f"train.batch_tokens={t.batch_tokens}: the {micro} sequences of one "
             f"accumulation step are not divisible by mesh axes data x fsdp = {rows}; use "
-            f"{_nearest_multiples(cfg.train.batch_tokens, unit)}"
+            f"{_nearest_multiples(t.batch_tokens, unit)}"
         )
     if rows % processes and processes % rows:
         yield (
@@ -667,7 +681,7 @@ def _preset(file: Path, function: str) -> Config:
     return presets[function]()
 
 
-def resolve(argument: str, overrides: Sequence[str], prog: str) -> Config:
+def resolve(argument: str, overrides: Sequence[str], prog: str, description: str = "") -> Config:
     """The configuration of a command line: CONFIG, then `--section.field value` overrides.
 
     tyro parses the overrides; at a mistake it prints what is wrong and the nearest right names,
@@ -683,6 +697,7 @@ def resolve(argument: str, overrides: Sequence[str], prog: str) -> Config:
         default=preset,
         args=overrides,
         prog=f"{prog} {argument}",
+        description=description,
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )
 

@@ -7,7 +7,7 @@ data_wait (share of the wall time that the loop waited for a batch), mfu, …
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -125,15 +125,17 @@ class Writers:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Hands the metrics to each sink."""
+        self._each(lambda writer: writer.write(step, metrics))
+
+    def close(self) -> None:
+        """Closes each sink."""
+        self._each(lambda writer: writer.close())
+
+    def _each(self, call: Callable[[Writer], None]) -> None:
         for writer in list(self._writers):
             try:
-                writer.write(step, metrics)
+                call(writer)
             except Exception as error:  # whatever a sink raises, training goes on
                 self._writers.remove(writer)
                 name = type(writer).__name__
                 print(f"gptjax: {name} failed and is left out: {error}", file=sys.stderr)
-
-    def close(self) -> None:
-        """Closes each sink."""
-        for writer in self._writers:
-            writer.close()

@@ -86,12 +86,25 @@ def _muon(cfg: Config) -> optax.GradientTransformation:
     muon = optax.contrib.muon(
         1.0,
         beta=o.b1,
+        eps=o.eps,
         adam_b1=o.b1,
         adam_b2=o.b2,
         muon_weight_dimension_numbers=dimensions,
         consistent_rms=0.2,
     )
-    return optax.chain(muon, optax.scale(-1.0))  # a direction: the caller's rate has the sign
+    return optax.chain(_auto_sharded(muon), optax.scale(-1.0))  # the caller's rate has the sign
+
+
+def _auto_sharded(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same, its update partitioned by XLA: products of a matrix with itself meet one mesh axis
+    twice, which explicit sharding refuses. Results lie as the gradients and the state do.
+    """
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        out = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (grads, state))
+        return jax.sharding.auto_axes(transform.update, out_sharding=out)(grads, state, params)
+
+    return optax.GradientTransformation(transform.init, update)
 
 
 def global_norm(tree: Any) -> jax.Array:

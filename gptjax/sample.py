@@ -54,8 +54,8 @@ class Settings:
             problems.append(f"top_p={self.top_p}: must be above 0 and at most 1")
         if self.max_tokens < 1:
             problems.append(f"max_tokens={self.max_tokens}: must be at least 1")
-        if not 0 <= self.seed < 2**63:
-            problems.append(f"seed={self.seed}: must not be negative, and below 2**63")
+        if not 0 <= self.seed < 2**32:
+            problems.append(f"seed={self.seed}: must not be negative, and below 2**32")
         if problems:
             raise ConfigError(problems)
 
@@ -229,6 +229,8 @@ def generate(
     vocabulary, or a prompt that leaves no room in the model's context.
     """
     settings.check()
+    if not prompts:
+        return []
     longest = max(map(len, prompts))
     problems = []
     for number, prompt in enumerate(prompts):
@@ -236,7 +238,11 @@ def generate(
             problems.append(f"prompt {number}: is empty; begin with the EOS token")
         elif not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
             problems.append(f"prompt {number}: has ids outside 0..{model.vocab_size - 1}")
-    if longest + settings.max_tokens > model.context:
+    if longest >= model.context:
+        problems.append(
+            f"a prompt has {longest} tokens, which leave no room in model.context={model.context}"
+        )
+    elif longest + settings.max_tokens > model.context:
         problems.append(
             f"max_tokens={settings.max_tokens}: with a prompt of {longest} tokens more than "
             f"model.context={model.context}; at most {model.context - longest} fit"

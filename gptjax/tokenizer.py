@@ -92,9 +92,11 @@ class SentencePieceTokenizer(Tokenizer):
         self._model = model
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.vocab_size = self._processor.vocab_size()
         except RuntimeError as error:
             raise DataError(f"this is no SentencePiece model: {error}") from None
-        self.vocab_size = self._processor.vocab_size()
+        if not self.vocab_size:
+            raise DataError("this is no SentencePiece model: it has no pieces")
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:
             raise DataError(
@@ -151,7 +153,10 @@ def make(cfg: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
         path = Path(cfg.path).expanduser()
         if not path.is_file():
             raise DataError(f"tokenizer.path={cfg.path}: no such file")
-        return SentencePieceTokenizer(path.read_bytes())
+        try:
+            return SentencePieceTokenizer(path.read_bytes())
+        except DataError as error:
+            raise DataError(f"tokenizer.path={cfg.path}: {error}") from None
     return train_sentencepiece(texts, cfg)
 
 
@@ -222,7 +227,6 @@ def _newline_id(model: bytes) -> int | None:
     spec = proto.normalizer_spec
     if spec.add_dummy_prefix or spec.remove_extra_whitespaces or spec.name != "identity":
         return None
-    for index, piece in enumerate(proto.pieces):
-        if piece.piece == "\n" and piece.type == own:
-            return index
-    return None
+    found = [(i, p) for i, p in enumerate(proto.pieces) if "\n" in p.piece]
+    alone = len(found) == 1 and found[0][1].piece == "\n" and found[0][1].type == own
+    return found[0][0] if alone else None

@@ -6,6 +6,7 @@ epochs. So batch(step) depends on the seed, the step and the global batch alone:
 devices or restarts; and a process computes just its own rows, of any step, at the same cost.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,7 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
     A Feistel network over pairs (left, right) below ceil(sqrt(size)), adding modulo that number
     (Black & Rogaway 2002); the few images outside 0..size-1 are permuted again until inside.
     """
-    side = np.uint64(max(1, int(np.ceil(np.sqrt(size)))))
+    side = np.uint64(math.isqrt(size - 1) + 1)
     with np.errstate(over="ignore"):
         words = np.array([seed, epoch], np.uint64) + np.uint64(1)
         key = _mix(_mix(words[:1] * np.uint64(0x9E3779B97F4A7C15)) ^ words[1:])
@@ -38,7 +39,7 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
         while outside.any():
             left, right = np.divmod(image[outside], side)
             for key in keys:
-                left, right = right, (left + _mix(right ^ key)) % side
+                left, right = right, (left + _mix(right ^ key) % side) % side
             image[outside] = left * side + right
             outside = image >= np.uint64(size)
     return image.astype(np.int64)

@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -106,9 +107,14 @@ class _Journal:
     def load(cls, folder: Path, wanted: dict[str, Any]) -> "_Journal":
         file = folder / JOURNAL
         if file.exists():
-            journal = cls(**json.loads(file.read_text()))
-            _check_same(folder, journal.identity, wanted)
-            return journal
+            try:
+                journal = cls(**json.loads(file.read_bytes()))
+            except (ValueError, TypeError) as error:
+                raise DataError(f"{file}: is damaged ({error}); remove {folder}") from None
+            if journal.documents or journal.identity == wanted:
+                _check_same(folder, journal.identity, wanted)
+                return journal
+            _discard(folder)  # nothing was done yet, so another attempt may be at other data
         journal = cls(wanted)
         journal.save(folder)
         return journal
@@ -117,6 +123,14 @@ class _Journal:
         partial = folder / f".{JOURNAL}.partial"
         partial.write_text(json.dumps(asdict(self)))
         os.replace(partial, folder / JOURNAL)
+
+
+def _discard(folder: Path) -> None:
+    """Removes what an unfinished preparation made; a user's folder may hold more than that."""
+    for name in ("train", "valid"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("tokenizer.model", "tokenizer.json", JOURNAL):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _tokenizer(
@@ -201,7 +215,16 @@ _worker_tokenizer: tokenizers.Tokenizer
 
 def _start_worker(folder: Path) -> None:
     global _worker_tokenizer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker_tokenizer = tokenizers.load(folder)
+
+
+def _end_with_parent() -> None:
+    """Without this, a worker whose parent is killed waits for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode(batch: Batch) -> _Encoded:
@@ -258,7 +281,7 @@ def _tokenize(
             unsaved = 0
     for name in writers:
         if not journal.bytes[name]:
-            shutil.rmtree(folder)
+            _discard(folder)
             raise DataError(_empty(cfg, name))
     hashes = {name: writer.close() for name, writer in writers.items()}
     manifest = store.Manifest(

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,28 +120,32 @@ def size(source: Source) -> int:
     if isinstance(source, Dataset):
         return _builder(source).info.splits[source.split].num_bytes
     scale = 4 if source.path.suffix in _COMPRESSED | {".parquet"} else 1
-    return scale * source.path.stat().length
+    try:
+        return scale * source.path.stat().length
+    except OSError as error:  # a link to nowhere, say
+        raise DataError(f"{source.path}: cannot be read: {error}") from None
 
 
 def read(source: Source, cfg: DataConfig, counts: Counts) -> Iterator[Document]:
     """The documents of one source. Raises DataError naming the file and the record."""
     if isinstance(source, Dataset):
-        return _read_dataset(source, cfg, counts)
-    reader = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".parquet": _read_parquet}
-    return reader.get(source.kind, _read_text)(source, cfg, counts)
+        yield from _read_dataset(source, cfg, counts)
+        return
+    readers = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".parquet": _read_parquet}
+    try:
+        yield from readers.get(source.kind, _read_text)(source, cfg, counts)
+    except (OSError, EOFError, zlib.error) as error:  # EOFError: compressed, and cut
+        raise DataError(f"{source.path}: cannot be read: {error}") from None
 
 
 def _open(file: File) -> IO[bytes]:
-    try:
-        raw = file.path.open("rb")
-    except OSError as error:
-        raise DataError(f"{file.path}: cannot be read: {error}") from None
+    raw = file.path.open("rb")
     if file.path.suffix == ".gz":
         return gzip.open(raw)  # type: ignore[return-value]
     if file.path.suffix == ".zst":
-        import zstandard
+        import pyarrow  # whose reader, unlike zstandard's, tells a file that was cut
 
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw))
+        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
     return raw
 
 
@@ -152,13 +157,14 @@ class _Decoder:
     counts: Counts
     place: str = field(default="")
 
-    def __call__(self, raw: bytes, place: str) -> str:
+    def __call__(self, raw: bytes, place: str, offset: int = 0) -> str:
+        """`offset` is where in its place `raw` begins."""
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
             if self.cfg.bad_utf8 == "fail":
                 raise DataError(
-                    f"{place}: invalid UTF-8 at byte {error.start}; mend it, or set "
+                    f"{place}: invalid UTF-8 at byte {offset + error.start}; mend it, or set "
                     "data.bad_utf8=replace"
                 ) from None
             self.counts.replaced_utf8 += place != self.place
@@ -169,21 +175,20 @@ class _Decoder:
 def _read_text(file: File, cfg: DataConfig, counts: Counts) -> Iterator[Document]:
     """One document, in pieces that end with a line where it is longer than memory likes."""
     decode = _Decoder(cfg, counts)
+    place, offset = str(file.path), 0
     with _open(file) as stream:
         piece = stream.read(cfg.max_document_bytes)
-        if not piece.strip():
+        more = stream.read(cfg.max_document_bytes)
+        if not more and not piece.strip():
             counts.empty += 1
             return
-        while True:
-            more = stream.read(cfg.max_document_bytes)
-            if not more:
-                yield Document(file.key, decode(piece, str(file.path)))
-                return
+        counts.split_documents += bool(more)
+        while more:
             cut = piece.rfind(b"\n") + 1 or _character_border(piece)
-            piece, rest = piece[:cut], piece[cut:]
-            counts.split_documents += 1
-            yield Document(file.key, decode(piece, str(file.path)), ends=False)
-            piece = rest + more
+            yield Document(file.key, decode(piece[:cut], place, offset), ends=False)
+            offset += cut
+            piece, more = piece[cut:] + more, stream.read(cfg.max_document_bytes)
+        yield Document(file.key, decode(piece, place, offset))
 
 
 def _character_border(raw: bytes) -> int:
@@ -208,15 +213,16 @@ def _read_jsonl(file: File, cfg: DataConfig, counts: Counts) -> Iterator[Documen
                 continue
             try:
                 record = json.loads(decode(line, place))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{place}: is no JSON: {error}") from None
-            yield from _record(record, f"{file.key}#{number}", place, cfg, counts)
+            yield from _record(record, f"{file.key}#{number}", place, cfg, counts, decode)
 
 
 def _read_parquet(file: File, cfg: DataConfig, counts: Counts) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
+    decode = _Decoder(cfg, counts)
     number = 0
     with _open(file) as stream:
         try:
@@ -224,18 +230,31 @@ def _read_parquet(file: File, cfg: DataConfig, counts: Counts) -> Iterator[Docum
             columns = table.schema_arrow.names
             wanted = [cfg.text_field] if cfg.text_field in columns else columns
             for batch in table.iter_batches(columns=wanted, batch_size=256):
-                for record in batch.to_pylist():
+                for record in _undecoded(batch).to_pylist():
                     number += 1
                     place = f"{file.path}:{number}"
-                    yield from _record(record, f"{file.key}#{number}", place, cfg, counts)
-        except pyarrow.ArrowInvalid as error:
+                    yield from _record(record, f"{file.key}#{number}", place, cfg, counts, decode)
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise DataError(f"{file.path}: is no readable Parquet file: {error}") from None
+
+
+def _undecoded(batch: Any) -> Any:
+    """A batch of Arrow records with bytes for text, which Parquet does not hold to UTF-8."""
+    import pyarrow
+
+    texts = (pyarrow.string(), pyarrow.large_string())
+    fields = [
+        pyarrow.field(f.name, pyarrow.large_binary()) if f.type in texts else f
+        for f in batch.schema
+    ]
+    return batch.cast(pyarrow.schema(fields))
 
 
 def _builder(dataset: Dataset) -> Any:
     """The TFDS builder; never downloads."""
     try:
         import tensorflow_datasets as tfds
+        from google.protobuf.json_format import ParseError
     except ImportError as error:
         raise DataError(f"data.sources=tfds:{dataset.name}: needs {error.name}") from None
     try:
@@ -244,7 +263,7 @@ def _builder(dataset: Dataset) -> Any:
             builder = tfds.builder_from_directory(folder)
         else:
             builder = tfds.builder(dataset.name, try_gcs=False)
-    except (tfds.core.DatasetNotFoundError, FileNotFoundError, ValueError) as error:
+    except (tfds.core.DatasetNotFoundError, OSError, ValueError, ParseError) as error:
         first = str(error).strip().split("\n")[0]
         raise DataError(f"data.sources=tfds:{dataset.name}: no such dataset ({first})") from None
     if dataset.split not in builder.info.splits:
@@ -254,25 +273,29 @@ def _builder(dataset: Dataset) -> Any:
 
 
 def _read_dataset(dataset: Dataset, cfg: DataConfig, counts: Counts) -> Iterator[Document]:
+    import tensorflow as tf
     import tensorflow_datasets as tfds
 
     builder = _builder(dataset)
     config = tfds.ReadConfig(interleave_cycle_length=1)
     records = builder.as_dataset(split=dataset.split, shuffle_files=False, read_config=config)
     decode = _Decoder(cfg, counts)
-    for number, record in enumerate(tfds.as_numpy(records)):
-        place = f"tfds:{dataset.name}@{dataset.split}:{number}"
-        text = record.get(cfg.text_field)
-        if isinstance(text, bytes):
-            record = {cfg.text_field: decode(text, place)}
-        yield from _record(record, place, place, cfg, counts)
+    name, number = f"tfds:{dataset.name}@{dataset.split}", 0
+    try:
+        for number, record in enumerate(tfds.as_numpy(records)):
+            place = f"{name}:{number}"
+            yield from _record(record, place, place, cfg, counts, decode)
+    except tf.errors.OpError as error:
+        raise DataError(f"{name}: cannot be read after record {number}: {error.message}") from None
 
 
 def _record(
-    record: Any, key: str, place: str, cfg: DataConfig, counts: Counts
+    record: Any, key: str, place: str, cfg: DataConfig, counts: Counts, decode: _Decoder
 ) -> Iterator[Document]:
     """The document of one record; an empty one is counted and left out."""
     text = record.get(cfg.text_field) if isinstance(record, dict) else None
+    if isinstance(text, bytes):
+        text = decode(text, place)
     if not isinstance(text, str):
         has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise DataError(

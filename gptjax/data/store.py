@@ -98,8 +98,8 @@ class Reader:
         """Tokens [starts[i], starts[i] + length) of each row, int32; past the end, zeros."""
         out = np.zeros((len(starts), length), np.int32)
         if self._remote is not None:
-            ends = np.minimum(starts + length, self._length)
-            reads = [self._remote[a:b].read() for a, b in zip(starts, ends, strict=True)]
+            borders = np.minimum(np.stack([starts, starts + length], 1), self._length)
+            reads = [self._remote[a:b].read() for a, b in borders]
             for row, read in zip(out, reads, strict=True):
                 tokens = read.result()
                 row[: len(tokens)] = tokens
@@ -126,6 +126,8 @@ class Writer:
             if int(file.name) > last:
                 file.unlink()
         self._file = self._path(last).open("ab")
+        if self._file.tell() < offset * dtype.itemsize:
+            raise DataError(f"{self._path(last)}: holds less than was written; prepare anew")
         self._file.truncate(offset * dtype.itemsize)
 
     def _path(self, number: int) -> Path:
@@ -195,7 +197,7 @@ def read_manifest(store: str) -> Manifest:
     file = folder / MANIFEST
     if not file.exists():
         raise DataError(f"{store}: is no token store; make it with `gptjax data prepare CONFIG`")
-    manifest = parse_manifest(file.read_text())
+    manifest = parse_manifest(file.read_bytes(), str(file))
     itemsize = np.dtype(manifest.dtype).itemsize
     index = manifest.file_tokens // _RANGE_TOKENS * 16
     for name, split in manifest.splits.items():
@@ -211,21 +213,22 @@ def read_manifest(store: str) -> Manifest:
     return manifest
 
 
-def parse_manifest(text: str) -> Manifest:
-    """The manifest in a JSON text. Raises DataError."""
+def parse_manifest(text: str | bytes, place: str = "a store's manifest") -> Manifest:
+    """The manifest in a JSON text, which is from `place`. Raises DataError."""
     try:
         values = json.loads(text)
         if values["format"] != FORMAT:
-            raise DataError(f"store format {values['format']}: this gptjax reads {FORMAT}")
+            raise DataError(
+                f"{place} has store format {values['format']}: this gptjax reads {FORMAT}"
+            )
         values["splits"] = {
             name: Split(**{**split, "files_sha256": tuple(split["files_sha256"])})
             for name, split in values["splits"].items()
         }
+        np.dtype(values["dtype"])
         return Manifest(**values)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"a store's manifest is damaged ({error}); prepare the store anew"
-        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{place} is damaged ({error}); prepare the store anew") from None
 
 
 def write_manifest(store: Path, manifest: Manifest) -> None:
