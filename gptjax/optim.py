@@ -38,9 +38,7 @@ def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
 
     Parameters of the stack have a leading axis of layers, which does not count.
     """
-    inside_stack = any(getattr(key, "key", None) == "blocks" for key in path)
-    name = path[-1].key
-    return leaf.ndim - inside_stack >= 2 and not name.endswith("bias")
+    return leaf.ndim - _in_stack(path) >= 2 and not path[-1].key.endswith("bias")
 
 
 def make(cfg: Config) -> optax.GradientTransformation:
@@ -64,6 +62,11 @@ def make(cfg: Config) -> optax.GradientTransformation:
     )
 
 
+def _in_stack(path: tuple[Any, ...]) -> bool:
+    """Whether a parameter is one of the blocks', with a leading axis of layers."""
+    return any(getattr(key, "key", None) == "blocks" for key in path)
+
+
 def _muon(cfg: Config) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) for the matrices of the blocks, Adam for all else.
 
@@ -71,28 +74,26 @@ def _muon(cfg: Config) -> optax.GradientTransformation:
     """
     o = cfg.optim
 
-    def dimensions(params: Any) -> Any:
-        def of(path: tuple[Any, ...], leaf: Any) -> Any:
-            inside_stack = any(getattr(key, "key", None) == "blocks" for key in path)
-            if not (inside_stack and is_matrix(path, leaf)):
-                return None
-            # [layers, in, out], [layers, embed, heads, head_dim], [layers, heads, head_dim, embed]
-            axes = tuple(range(1, leaf.ndim))
-            inputs = axes[:-1] if path[-1].key == "o" else axes[:1]
-            return optax.contrib.MuonDimensionNumbers(inputs, axes[len(inputs) :])
+    def kind(path: tuple[Any, ...], leaf: Any) -> str:
+        return "muon" if _in_stack(path) and is_matrix(path, leaf) else "adam"
 
-        return jax.tree_util.tree_map_with_path(of, params)
+    def dimensions(path: tuple[Any, ...], leaf: Any) -> Any:
+        # [layers, in, out], [layers, embed, heads, head_dim], [layers, heads, head_dim, embed]
+        axes = tuple(range(1, leaf.ndim))
+        inputs = axes[:-1] if path[-1].key == "o" else axes[:1]
+        return optax.contrib.MuonDimensionNumbers(inputs, axes[len(inputs) :])
 
+    with_path = jax.tree_util.tree_map_with_path
     muon = optax.contrib.muon(
-        1.0,
+        -1.0,  # a direction: the caller's rate has the sign
         beta=o.b1,
-        eps=o.eps,
-        adam_b1=o.b1,
-        adam_b2=o.b2,
-        muon_weight_dimension_numbers=dimensions,
+        muon_weight_dimension_numbers=lambda params: with_path(dimensions, params),
         consistent_rms=0.2,
     )
-    return optax.chain(_auto_sharded(muon), optax.scale(-1.0))  # the caller's rate has the sign
+    return optax.partition(
+        {"muon": _auto_sharded(muon), "adam": optax.scale_by_adam(o.b1, o.b2, o.eps)},
+        lambda params: with_path(kind, params),
+    )
 
 
 def _auto_sharded(transform: optax.GradientTransformation) -> optax.GradientTransformation:
