@@ -241,27 +241,41 @@ class Checkpoints:
         Raises MismatchError where the arrays are of other shapes, CheckpointError where there are
         checkpoints and none is whole: a run never begins anew by itself.
         """
-        steps = self.steps()
+        steps, damaged = self.steps(), []
         for step in reversed(steps):
             try:
-                return self._restore(step, abstract, partial)
+                restored = self._restore(step, abstract, partial)
             except (MismatchError, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # no fault of the checkpoint's
             except Exception as error:  # Orbax raises many kinds for many kinds of damage
                 reason = str(error).split("\n")[0][:300]
                 self._say(f"checkpoint {step} failed verification ({reason})")
-                if self._cfg is not None:
-                    self._set_aside(step)
+                damaged.append(step)
+                continue
+            if self._cfg is not None:  # only now: had none been readable, the disk were to blame
+                for bad in damaged:
+                    self._set_aside(bad)
+            return restored
         if steps:
             raise CheckpointError(
-                f"{self.folder}: none of the checkpoints {', '.join(map(str, steps))} can be used; "
-                "to begin anew, remove the folder"
+                f"{self.folder}: none of the checkpoints {', '.join(map(str, steps))} can be read; "
+                "nothing was changed. To begin anew, remove the folder"
+            )
+        if self.folder.is_dir() and any(self.folder.glob("*.corrupt-*")):
+            raise CheckpointError(
+                f"{self.folder}: only checkpoints that were set aside as damaged are left; to "
+                "begin anew, remove the folder"
             )
         return None
 
     def _restore(self, step: int, abstract: Any, partial: bool) -> Any:
         wanted = leaves_by_path(abstract)
         meta = self.meta(step)
+        if meta["format"] != FORMAT:
+            raise MismatchError(
+                f"{self.folder / str(step)}: is of format {meta['format']}; this gptjax reads "
+                f"{FORMAT}"
+            )
         roots = {path.split("/")[0] for path in wanted}
         saved = {p: x for p, x in meta["tree"].items() if not partial or p.split("/")[0] in roots}
         _check_tree(self.folder / str(step), saved, wanted)

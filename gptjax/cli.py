@@ -149,7 +149,7 @@ def _prepare(cfg: config.Config, progress: Progress) -> Any:
     from gptjax.data import prepare
 
     with prepare.shown(progress) as tell:
-        return prepare.prepare(cfg, tell)
+        return prepare.prepare(cfg, tell, progress.say)
 
 
 def _train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -160,13 +160,12 @@ def _train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     with run.claim(cfg) as changes:
         for change in changes:
             progress.say(f"changed since the run was begun: {change}")
-        manifest = _prepare(cfg, progress)
-
         import jax
 
         from gptjax.pretrain import pretrain
 
         cfg.check(jax.device_count(), jax.process_count())
+        manifest = _prepare(cfg, progress)
         with run.entered_mesh(cfg):
             result = pretrain(cfg, manifest, progress)
     print(json.dumps({"run": cfg.run, **result}))
@@ -176,9 +175,11 @@ def _eval(args: argparse.Namespace, _: Sequence[str]) -> None:
     from gptjax import evaluate, run
 
     cfg, _tokenizer, manifest = run.open_run(args.run)
+    run.check_store(cfg, manifest)
+    progress = Progress()
     with run.entered_mesh(cfg):
-        params, step = run.restore_params(args.run, cfg)
-        result = evaluate.ValidationLoss(cfg, manifest, Progress()).run(params)
+        params, step = run.restore_params(args.run, cfg, progress.say)
+        result = evaluate.ValidationLoss(cfg, manifest, progress).run(params)
     if args.json:
         print(json.dumps({"run": args.run, "step": step, **result}))
     else:
@@ -201,7 +202,7 @@ def _sample(args: argparse.Namespace, _: Sequence[str]) -> None:
     cfg, tokenizer, _manifest = run.open_run(args.run)
     prompts = args.prompt or [""]
     with run.entered_mesh(cfg):
-        params, _step = run.restore_params(args.run, cfg)
+        params, _step = run.restore_params(args.run, cfg, Progress().say)
         texts = sample.continue_texts(params, cfg.model, cfg.compute, tokenizer, prompts, settings)
     for prompt, text in zip(prompts, texts, strict=True):
         print(f"{prompt}{text}")
@@ -230,23 +231,17 @@ def _data_verify(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def _data_show(args: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from pathlib import Path
+    from etils import epath
 
     from gptjax import tokenizer as tokenizers
     from gptjax.data import pipeline, store
-    from gptjax.data.order import Order
 
     cfg = _resolve(args, overrides)
     if args.step < 1:
         raise ConfigError([f"--step={args.step}: steps are counted from 1"])
-    manifest = store.read_manifest(cfg.data.store)
-    tokenizer = tokenizers.load(Path(cfg.data.store))
-    reader = store.Reader(cfg.data.store, "train", manifest)
-    windows = pipeline.training_windows(len(reader), cfg.train.seq_len)
-    ids = Order(windows, cfg.train.batch, cfg.train.seed).ids(args.step - 1)
-    for window, tokens in zip(
-        ids, reader.windows(ids * cfg.train.seq_len, cfg.train.seq_len + 1), strict=True
-    ):
+    data = pipeline.TrainData.open(cfg, store.read_manifest(cfg.data.store))
+    tokenizer = tokenizers.load(epath.Path(cfg.data.store))
+    for window, tokens in zip(data.ids(args.step - 1), data.read(args.step - 1), strict=True):
         print(f"window {window}: {tokenizer.decode(tokens.tolist())!r}")
 
 

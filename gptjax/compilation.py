@@ -1,5 +1,6 @@
 """The persistent compilation cache: on by default, and saying whether it helped."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,11 @@ def enable_cache(folder: str) -> None:
     if not folder:
         return
     path = Path(folder).expanduser()
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        print(f"gptjax: log.compile_cache={folder}: not used: {error}", file=sys.stderr)
+        return
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -133,7 +133,8 @@ class ComputeConfig:
     remat: Literal["none", "block", "dots"] = free("none")
     """Recompute in the backward pass: nothing, whole blocks, or all but the matrix products."""
     loss_chunks: int = free(1)
-    """Parts in which logits and loss are computed, so that all logits never exist at once."""
+    """Parts in which logits and loss are computed, so that all logits never exist at once; where
+    a device's tokens are no multiple of it, the nearest number below that divides them."""
 
 
 @dataclass(frozen=True)
@@ -209,8 +210,9 @@ class DataConfig:
     """Share of documents held out, by a hash of each one's path or record name."""
     text_field: str = identity("text")
     """Field of jsonl, Parquet and TFDS records that holds the text."""
-    store: str = identity("data/store")
-    """Folder of the token store; prepared when missing."""
+    store: str = free("data/store")
+    """Folder of the token store; prepared when missing. It may move: a run knows its tokens by
+    their fingerprint."""
     documents: Literal["ignore", "mask"] = identity("ignore")
     """Whether attention crosses document borders within a window, or is masked there; positions
     then restart at each border."""
@@ -265,8 +267,9 @@ class TrainConfig:
     """Tokens in an optimizer step, over all devices and accumulation steps."""
     seq_len: int = identity(1024)
     """Tokens in a training window; at most model.context."""
-    accumulation: int = free(1)
-    """Parts into which the batch is split, one after another, to save memory."""
+    accumulation: int = schedule(1)
+    """Parts into which the batch is split, one after another, to save memory. The gradient is the
+    same, but each part draws its own dropout."""
     z_loss: float = schedule(0.0)
     """Weight of the squared log-partition term (PaLM, section 5)."""
     ema_decay: float = identity(0.0)
@@ -401,6 +404,7 @@ def _value_problems(cfg: Config) -> Iterator[str]:
         "checkpoint.every": cfg.checkpoint.every,
         "checkpoint.keep": cfg.checkpoint.keep,
         "log.every": cfg.log.every,
+        "log.profile_steps": cfg.log.profile_steps,
         "data.prefetch": cfg.data.prefetch,
         "data.max_document_bytes": cfg.data.max_document_bytes,
         "tokenizer.sample_bytes": cfg.tokenizer.sample_bytes,
@@ -493,6 +497,8 @@ def _value_problems(cfg: Config) -> Iterator[str]:
             f"eval.sample_tokens={cfg.eval.sample_tokens}: must be below "
             f"model.context={m.context}, which holds the prompt as well"
         )
+    if "://" in cfg.run:
+        yield f"run={cfg.run}: must be a local or mounted folder"
     if not cfg.data.sources:
         yield "data.sources=(): name at least one source"
     if not cfg.data.valid_sources and cfg.data.valid_fraction == 0:

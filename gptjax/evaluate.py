@@ -56,7 +56,8 @@ class ValidationLoss:
         done: list[tuple[jax.Array, jax.Array]] = []
         with self._progress.bar("evaluate", count, unit="batch") as bar:
             for batch in batches:
-                done.append(self._sums(params, device_batch(batch, cfg.eval.batch)))
+                on_devices = sharding.global_batch(vars(batch), cfg.eval.batch)
+                done.append(self._sums(params, on_devices))
                 if len(done) > 1:
                     jax.block_until_ready(done[-2])  # keeps the queue of batches short
                 bar.update(len(done))
@@ -67,8 +68,3 @@ class ValidationLoss:
             "valid_bits_per_byte": nats / math.log(2) / self._bytes,
             "valid_tokens": tokens,
         }
-
-
-def device_batch(batch: pipeline.Batch, rows: int) -> dict[str, jax.Array]:
-    """A batch of `rows` rows in all, of which this process has read its own, on the devices."""
-    return {name: sharding.global_batch(array, rows) for name, array in vars(batch).items()}

@@ -1,11 +1,19 @@
 """Being told to stop: SIGTERM from a scheduler, Ctrl-C from a person.
 
-The first signal asks the loop to save and end; a second one ends the process at once.
+The first signal asks the loop to save and end; a later one ends the process at once. Launchers
+often forward one signal twice, so what follows within a second counts as the same.
 """
 
 import os
 import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
+
+
+class Interrupted(Exception):
+    """Told to stop, in a phase that may be left at any point."""
 
 
 class Interrupt:
@@ -13,6 +21,8 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._noted = 0.0
+        self._raises = False
 
     def __enter__(self) -> "Interrupt":
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -22,7 +32,22 @@ class Interrupt:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """In here a signal raises Interrupted, also one that was noted before."""
+        self._raises = True
+        try:
+            if self.signal is not None:
+                raise Interrupted
+            yield
+        finally:
+            self._raises = False
+
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None:
-            os._exit(128 + number)
-        self.signal = signal.Signals(number)
+            if time.monotonic() - self._noted > 1:
+                os._exit(128 + number)
+            return
+        self.signal, self._noted = signal.Signals(number), time.monotonic()
+        if self._raises:
+            raise Interrupted

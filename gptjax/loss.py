@@ -67,7 +67,9 @@ def _local(x_ND, w_VD, targets_N, weights_N, *, z_loss, chunks, gradients):
 
     def chunk(dw_VD, args):
         x_nD, targets_n, weights_n = args
-        logits_nV = jnp.einsum("nd,vd->nv", x_nD, w_VD).astype(jnp.float32)
+        wide = sharding.wide(x_nD.dtype)
+        logits_nV = jnp.einsum("nd,vd->nv", x_nD, w_VD, preferred_element_type=wide)
+        logits_nV = logits_nV.astype(jnp.float32)
         hit_nV = targets_n[:, None] == vocab_ids_V
         top_n1 = lax.pmax(logits_nV.max(-1, keepdims=True), columns)
         e_nV = jnp.exp(logits_nV - top_n1)
@@ -83,7 +85,9 @@ def _local(x_ND, w_VD, targets_N, weights_N, *, z_loss, chunks, gradients):
         dlogits_nV = e_nV * scale_n1 - jnp.where(hit_nV, weights_n[:, None], 0)
         dlogits_nV = dlogits_nV.astype(x_nD.dtype)
         dx_nD = lax.psum(jnp.einsum("nv,vd->nd", dlogits_nV, w_VD), columns)
-        dw_VD += jnp.einsum("nv,nd->vd", dlogits_nV, x_nD).astype(jnp.float32)
+        dw_VD += jnp.einsum("nv,nd->vd", dlogits_nV, x_nD, preferred_element_type=wide).astype(
+            jnp.float32
+        )
         return dw_VD, (ce, z, dx_nD)
 
     chunks = next(c for c in range(min(chunks, n), 0, -1) if n % c == 0)
@@ -97,5 +101,6 @@ def _local(x_ND, w_VD, targets_N, weights_N, *, z_loss, chunks, gradients):
     sums = lax.psum((ce.sum(), z.sum()), rows)
     if not gradients:
         return sums
-    dw_VD = lax.psum_scatter(lax.psum(dw_VD, "data"), width, scatter_dimension=1, tiled=True)
+    copies = tuple(axis for axis in rows if axis != width)
+    dw_VD = lax.psum_scatter(lax.psum(dw_VD, copies), width, scatter_dimension=1, tiled=True)
     return *sums, dx[0].reshape(n, d), dw_VD

@@ -79,12 +79,23 @@ class Writer(Protocol):
 
 
 class JsonlWriter:
-    """metrics.jsonl: one object a line, with its step. A resume drops the lines after its step."""
+    """metrics.jsonl: one object a line, with its step.
+
+    A resume drops the lines that it writes again: those after its first step, and what was measured
+    at that step but its training loss.
+    """
 
     def __init__(self, folder: Path, first_step: int) -> None:
         file = folder / METRICS_FILE
-        kept = [line for line in _lines(file) if json.loads(line)["step"] <= first_step]
-        file.write_text("".join(kept))
+        entries = [(json.loads(line), line) for line in _lines(file)]
+        kept = [
+            line
+            for entry, line in entries
+            if entry["step"] < first_step or (entry["step"] == first_step and "loss" in entry)
+        ]
+        partial = folder / f".{METRICS_FILE}.partial"
+        partial.write_text("".join(kept))
+        partial.replace(file)
         self._stream = file.open("a", buffering=1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

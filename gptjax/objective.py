@@ -33,6 +33,30 @@ def documents(tokens_BT: jax.Array, eos_id: int) -> tuple[jax.Array, jax.Array]:
     return segments_BT, index_BT - starts_BT
 
 
+def abstract_batch(cfg: Config) -> DeviceBatch:
+    """Shapes and layouts of a training batch on the ambient mesh."""
+    b, t = cfg.train.batch, cfg.train.seq_len
+    mesh = jax.sharding.get_mesh()
+    rows = lambda *shape: jax.ShapeDtypeStruct(
+        shape,
+        jnp.int32,
+        sharding=jax.NamedSharding(mesh, sharding.spec("batch", *[None] * (len(shape) - 1))),
+    )
+    return {"windows_BW": rows(b, t + 1), "lengths_B": rows(b)}
+
+
+def backends(cfg: Config) -> tuple[str, ...]:
+    """The attention backends that training uses on the ambient mesh. Raises ConfigError."""
+    return decoder.attention_backends(
+        cfg.model,
+        cfg.compute,
+        sharding.platform(),
+        cfg.train.seq_len,
+        segments=cfg.data.documents == "mask",
+        training=True,
+    )
+
+
 def next_token(
     params: Params, cfg: Config, batch: DeviceBatch, eos_id: int, key: jax.Array | None = None
 ) -> tuple[jax.Array, Sums]:

@@ -42,7 +42,10 @@ def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
 
 
 def make(cfg: Config) -> optax.GradientTransformation:
-    """Clipping, the update rule, decay on matrices only, and the schedule."""
+    """Clipping, the update rule, decay on matrices only, and the schedule.
+
+    The state is a dict by these names, which so are the paths in a checkpoint.
+    """
     o, rate = cfg.optim, learning_rate(cfg)
     clip = optax.clip_by_global_norm(o.clip) if o.clip else optax.identity()
     matrices = lambda params: jax.tree_util.tree_map_with_path(is_matrix, params)
@@ -54,11 +57,11 @@ def make(cfg: Config) -> optax.GradientTransformation:
         direction = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
     else:
         direction = _muon(cfg)
-    return optax.chain(
-        clip,
-        direction,
-        optax.add_decayed_weights(o.weight_decay, mask=matrices),
-        optax.scale_by_learning_rate(rate),
+    return optax.named_chain(
+        ("clip", clip),
+        (o.name, direction),
+        ("decay", optax.add_decayed_weights(o.weight_decay, mask=matrices)),
+        ("rate", optax.scale_by_learning_rate(rate)),
     )
 
 

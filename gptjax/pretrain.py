@@ -5,21 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
-from gptjax import config, metrics, run, sample, sharding, train
+from gptjax import config, metrics, objective, run, sample, sharding, train
 from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import Checkpoints, sha256_of
 from gptjax.config import Config
 from gptjax.data import pipeline, store
-from gptjax.data.order import Order
 from gptjax.errors import DataError
-from gptjax.evaluate import ValidationLoss, device_batch
+from gptjax.evaluate import ValidationLoss
 from gptjax.model import decoder
 from gptjax.model.decoder import Params
-from gptjax.objective import next_token
 from gptjax.progress import Progress
 
-SAMPLES_FILE = "samples.txt"
+SAMPLES = "samples"
 
 
 def pretrain(cfg: Config, manifest: store.Manifest, progress: Progress) -> dict[str, float]:
@@ -28,28 +27,28 @@ def pretrain(cfg: Config, manifest: store.Manifest, progress: Progress) -> dict[
     The run folder is claimed already (`run.claim`). Raises what `train.fit` raises, DataError for a
     store that does not suit, MismatchError for one that another run was begun with.
     """
-    tokenizer = tokenizers.load(Path(cfg.data.store))
-    reader = store.Reader(cfg.data.store, "train", manifest)
-    windows = pipeline.training_windows(len(reader), cfg.train.seq_len)
-    if windows < 1:
-        raise DataError(
-            f"data.store={cfg.data.store}: {len(reader)} training tokens are no window of "
-            f"train.seq_len={cfg.train.seq_len}; give more text"
-        )
+    data = pipeline.TrainData.open(cfg, manifest)
+    tokenizer = tokenizers.load(epath.Path(cfg.data.store))
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise DataError(
             f"model.vocab_size={cfg.model.vocab_size}: the tokenizer of {cfg.data.store} has "
             f"{tokenizer.vocab_size} pieces; raise it"
         )
+    prompts = [sample.prompt_ids(tokenizer, text) for text in cfg.eval.prompts]
+    settings = sample.Settings(
+        temperature=cfg.eval.temperature,
+        top_p=cfg.eval.top_p,
+        max_tokens=cfg.eval.sample_tokens,
+        seed=cfg.train.seed,
+    )
+    sample.check(cfg.model, prompts, settings)
     run.record(cfg, tokenizer, manifest)
-    order = Order(windows, cfg.train.batch, cfg.train.seed)
+    backends = objective.backends(cfg)
+    progress.say(f"attention: {', '.join(dict.fromkeys(backends))}")
 
-    def batches(step: int) -> Iterator[Any]:
+    def batches(first: int, last: int) -> Iterator[Any]:
         rows = sharding.host_rows(cfg.train.batch)
-        stream = pipeline.train_batches(
-            reader, order, cfg.train.seq_len, step, cfg.train.steps, rows, cfg.data.prefetch
-        )
-        return (device_batch(batch, cfg.train.batch) for batch in stream)
+        return (vars(batch) for batch in data.batches(first, last, rows, cfg.data.prefetch))
 
     def writers(step: int) -> metrics.Writers:
         folder = Path(cfg.run)
@@ -75,6 +74,7 @@ def pretrain(cfg: Config, manifest: store.Manifest, progress: Progress) -> dict[
             },
             "rng": {"impl": str(jax.config.jax_default_prng_impl), "seed": cfg.train.seed},
             "mesh": dict(jax.sharding.get_mesh().shape),
+            "attention": backends,
         }
 
     checkpoints = Checkpoints(
@@ -82,26 +82,26 @@ def pretrain(cfg: Config, manifest: store.Manifest, progress: Progress) -> dict[
     )
 
     def sampler(step: int, params: Params) -> None:
-        settings = sample.Settings(
-            temperature=cfg.eval.temperature,
-            top_p=cfg.eval.top_p,
-            max_tokens=cfg.eval.sample_tokens,
-            seed=cfg.train.seed,
+        texts = sample.continue_texts(
+            params, cfg.model, cfg.compute, tokenizer, cfg.eval.prompts, settings
         )
-        prompts = cfg.eval.prompts
-        texts = sample.continue_texts(params, cfg.model, cfg.compute, tokenizer, prompts, settings)
-        with (Path(cfg.run) / SAMPLES_FILE).open("a") as stream:
-            for prompt, text in zip(prompts, texts, strict=True):
-                entry = f"--- step {step}, prompt {prompt!r}\n{prompt}{text}\n"
-                stream.write(entry)
-                progress.say(entry.rstrip("\n"))
+        pairs = zip(cfg.eval.prompts, texts, strict=True)
+        shown = [f"--- prompt {prompt!r}\n{prompt}{text}\n" for prompt, text in pairs]
+        progress.say(f"samples at step {step}\n{''.join(shown)}".rstrip("\n"))
+        try:
+            folder = Path(cfg.run) / SAMPLES
+            folder.mkdir(exist_ok=True)
+            (folder / f"{step}.txt").write_text("".join(shown))
+        except OSError as error:
+            progress.say(f"samples were not written: {error}")
 
     _, evaluated = train.fit(
         cfg,
         init_fn=lambda key: decoder.init(cfg.model, key),
-        loss_fn=lambda params, batch, key: next_token(
+        loss_fn=lambda params, batch, key: objective.next_token(
             params, cfg, batch, manifest.tokenizer["eos_id"], key
         ),
+        abstract_batch=objective.abstract_batch(cfg),
         batches=batches,
         evaluators=[ValidationLoss(cfg, manifest, progress)],
         sampler=sampler,

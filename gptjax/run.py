@@ -4,28 +4,27 @@ RUN/config.json        the resolved configuration, itself a CONFIG
 RUN/tokenizer.model    the tokenizer
 RUN/data.json          the manifest of the store that it learns from
 RUN/checkpoints/       see checkpoint.py
-RUN/metrics.jsonl, RUN/tensorboard/, RUN/samples.txt
+RUN/metrics.jsonl, RUN/tensorboard/, RUN/samples/, RUN/profile/
 RUN/run.lock           held while a process trains here
 """
 
-import fcntl
+import contextlib
 import json
 import os
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import jax
 
-from gptjax import compilation, config, sharding
+from gptjax import compilation, config, lock, sharding
 from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import CONFIG_FILE, Config
+from gptjax.config import CONFIG_FILE, Config, MeshConfig
 from gptjax.data import store
 from gptjax.data.store import Manifest
-from gptjax.errors import CheckpointError, DataError, MismatchError, OutputError
+from gptjax.errors import CheckpointError, ConfigError, DataError, MismatchError, OutputError
 from gptjax.model import decoder
 from gptjax.model.decoder import Params
 from gptjax.tokenizer import Tokenizer
@@ -43,32 +42,23 @@ def claim(cfg: Config) -> Iterator[list[str]]:
     the folder holds another run, OutputError if it cannot be written or another process holds it.
     """
     folder = Path(cfg.run)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / _LOCK).open("a+")
-        probe = folder / ".probe"
-        with probe.open("w") as stream:
-            stream.write("probe")
-            os.fsync(stream.fileno())
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(f"run={cfg.run}: cannot be written: {error}") from None
-    with lock:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise OutputError(f"run={cfg.run}: in use by {lock.read().strip()}") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock.held(folder / _LOCK, f"run={cfg.run}"))
+            probe = folder / ".probe"
+            with probe.open("w") as stream:
+                stream.write("probe")
+                os.fsync(stream.fileno())
+            probe.unlink()
+        except OSError as error:
+            raise OutputError(f"run={cfg.run}: cannot be written: {error}") from None
         changes: list[str] = []
         if (folder / CONFIG_FILE).exists():
             changes = config.resume_changes(config.read_json(folder / CONFIG_FILE), cfg)
         elif Checkpoints(folder / CHECKPOINTS).steps():
             raise MismatchError(f"{folder} has checkpoints but no {CONFIG_FILE}; use another --run")
         yield changes
-        lock.truncate(0)
 
 
 def record(cfg: Config, tokenizer: Tokenizer, manifest: Manifest) -> None:
@@ -86,14 +76,23 @@ def record(cfg: Config, tokenizer: Tokenizer, manifest: Manifest) -> None:
         check_tokenizer(
             begun_with.tokenizer["sha256"], tokenizer.fingerprint, cfg.run, cfg.data.store
         )
-        if begun_with.fingerprint() != manifest.fingerprint():
-            raise MismatchError(
-                f"data.store={cfg.data.store}: its tokens are not those that {cfg.run} was begun "
-                "with; give that store, or another --run"
-            )
+        _check_tokens(cfg, begun_with, manifest)
     tokenizer.save(folder)
     _write(known, json.dumps(asdict(manifest), indent=2))
     _write(folder / CONFIG_FILE, json.dumps(config.to_dict(cfg), indent=2))
+
+
+def _check_tokens(cfg: Config, of_run: Manifest, of_store: Manifest) -> None:
+    if of_run.fingerprint() != of_store.fingerprint():
+        raise MismatchError(
+            f"data.store={cfg.data.store}: its tokens are not those that {cfg.run} was begun "
+            "with; give that store, or another --run"
+        )
+
+
+def check_store(cfg: Config, manifest: Manifest) -> None:
+    """Raises DataError where a run's store is not there, MismatchError where it is another."""
+    _check_tokens(cfg, manifest, store.read_manifest(cfg.data.store))
 
 
 def _write(file: Path, text: str) -> None:
@@ -112,11 +111,21 @@ def check_tokenizer(one: str, other: str, one_place: str, other_place: str) -> N
 
 
 def open_run(folder: str) -> tuple[Config, Tokenizer, Manifest]:
-    """Configuration, tokenizer and data manifest of a run.
+    """Configuration, tokenizer and data manifest of a run, to be used and not trained.
+
+    It may be on another machine than it was trained on: where its mesh does not suit the devices
+    here they all take rows, and attention is computed by what runs here.
 
     Raises ConfigError, DataError, or MismatchError if the tokenizer is not the run's own.
     """
     cfg, tokenizer = config.load(folder), tokenizers.load(Path(folder))
+    cfg = replace(cfg, run=folder, compute=replace(cfg.compute, attention="auto"))
+    devices = jax.device_count()
+    try:
+        cfg.check(devices, jax.process_count())
+    except ConfigError:
+        rows = -(-cfg.eval.batch // devices) * devices
+        cfg = replace(cfg, mesh=MeshConfig(), eval=replace(cfg.eval, batch=rows))
     file = Path(folder) / _DATA
     if not file.exists():
         raise DataError(f"{folder}: this run has no {_DATA}, so nothing was trained in it")
@@ -129,8 +138,14 @@ def open_run(folder: str) -> tuple[Config, Tokenizer, Manifest]:
 
 @contextmanager
 def entered_mesh(cfg: Config) -> Iterator[None]:
-    """The configured mesh over all devices as the ambient one, and the compilation cache on."""
+    """The configured mesh over all devices as the ambient one, and the compilation cache on.
+
+    With compute.dtype=float32, matrix products are float32 on accelerators too, whose default is
+    less.
+    """
     compilation.enable_cache(cfg.log.compile_cache)
+    exact = cfg.compute.dtype == "float32"
+    jax.config.update("jax_default_matmul_precision", "float32" if exact else None)
     with jax.set_mesh(sharding.make_mesh(cfg.mesh)):
         yield
 

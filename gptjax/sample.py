@@ -98,6 +98,7 @@ class _Draw(NamedTuple):
     top_p: jax.Array
     max_tokens: jax.Array
     key: jax.Array
+    vocab_size: jax.Array
 
 
 class _State(NamedTuple):
@@ -113,6 +114,7 @@ class _State(NamedTuple):
 def _draw(logits_BV, positions_B, draw: _Draw, *, greedy: bool, filtered: bool):
     """The next token of each row, from the stream of its (row, position)."""
     logits_BV = jax.sharding.reshard(logits_BV, sharding.spec("batch", None))
+    logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < draw.vocab_size, logits_BV, NEVER)
     if greedy:
         return jnp.argmax(logits_BV, -1).astype(jnp.int32)
     logits_BV = scale_temperature(logits_BV, draw.temperature)
@@ -215,23 +217,12 @@ def _bucket(n: int, least: int = 1) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-def generate(
-    params: Params,
-    model: ModelConfig,
-    compute: ComputeConfig,
-    prompts: Sequence[Sequence[int]],
-    eos_id: int,
-    settings: Settings,
-) -> list[list[int]]:
-    """Continuations of token prompts, each up to and with its EOS, in the order of the prompts.
-
-    Raises ConfigError for settings that make no sense, an empty prompt, a token outside the
+def check(model: ModelConfig, prompts: Sequence[Sequence[int]], settings: Settings) -> None:
+    """Raises ConfigError for settings that make no sense, an empty prompt, a token outside the
     vocabulary, or a prompt that leaves no room in the model's context.
     """
     settings.check()
-    if not prompts:
-        return []
-    longest = max(map(len, prompts))
+    longest = max(map(len, prompts), default=0)
     problems = []
     for number, prompt in enumerate(prompts):
         if not prompt:
@@ -250,6 +241,25 @@ def generate(
     if problems:
         raise ConfigError(problems)
 
+
+def generate(
+    params: Params,
+    model: ModelConfig,
+    compute: ComputeConfig,
+    prompts: Sequence[Sequence[int]],
+    eos_id: int,
+    settings: Settings,
+    vocab_size: int | None = None,
+) -> list[list[int]]:
+    """Continuations of token prompts, each up to and with its EOS, in the order of the prompts.
+
+    Only ids below `vocab_size` are drawn: a table may have more rows than the tokenizer has
+    pieces. Raises ConfigError as `check` does.
+    """
+    check(model, prompts, settings)
+    if not prompts:
+        return []
+    longest = max(map(len, prompts))
     shards = sharding.axis_size("batch")
     rows = -(-_bucket(len(prompts)) // shards) * shards
     length = min(_bucket(longest, 16), model.context)
@@ -266,6 +276,7 @@ def generate(
         jnp.float32(settings.top_p),
         jnp.int32(settings.max_tokens),
         jax.random.key(settings.seed),
+        jnp.int32(model.vocab_size if vocab_size is None else vocab_size),
     )
     cache = jax.jit(decoder.empty_cache, static_argnums=(0, 1, 2, 3))(
         model, rows, capacity, compute.dtype
@@ -302,7 +313,12 @@ def continue_texts(
     prompts: Sequence[str],
     settings: Settings,
 ) -> list[str]:
-    """Continuations of texts. A prompt begins a document: it is preceded by EOS."""
-    ids = [[tokenizer.eos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    outs = generate(params, model, compute, ids, tokenizer.eos_id, settings)
+    """Continuations of texts. Raises ConfigError as `check` does."""
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    outs = generate(params, model, compute, ids, tokenizer.eos_id, settings, tokenizer.vocab_size)
     return [tokenizer.decode([i for i in out if i != tokenizer.eos_id]) for out in outs]
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a prompt. It begins a document, and so follows an EOS."""
+    return [tokenizer.eos_id, *tokenizer.encode(text)]

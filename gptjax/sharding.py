@@ -106,16 +106,34 @@ def abstract(function: Callable[..., Any], *args: Any) -> Any:
     return jax.tree.map(concrete, jax.eval_shape(function, *args))
 
 
-def host_rows(rows: int) -> tuple[int, int]:
-    """First and end of this process's rows of a global batch of `rows` on the ambient mesh."""
+def platform() -> str:
+    """The platform of the ambient mesh: "cpu", "gpu" or "tpu"."""
+    return jax.sharding.get_abstract_mesh().abstract_device.platform
+
+
+def wide(dtype: Any) -> Any:
+    """The element type to ask of a matrix product whose result is wanted in float32.
+
+    Matrix units add up in float32 anyway; XLA:CPU cannot give that out for every shape.
+    """
+    return dtype if platform() == "cpu" else jnp.float32
+
+
+def host_rows(rows: int) -> np.ndarray:
+    """This process's rows of a global batch of `rows` on the ambient mesh, ascending, int64."""
     sharding = NamedSharding(jax.sharding.get_mesh(), spec("batch"))
     slices = [s[0] for s in sharding.addressable_devices_indices_map((rows,)).values()]
-    return min(s.start or 0 for s in slices), max(
-        rows if s.stop is None else s.stop for s in slices
-    )
+    return np.unique(np.concatenate([np.arange(rows)[s] for s in slices]))
 
 
-def global_batch(local: np.ndarray, rows: int) -> jax.Array:
-    """The global array [rows, ...] of which `local` holds this process's rows (`host_rows`)."""
-    sharding = NamedSharding(jax.sharding.get_mesh(), spec("batch", *[None] * (local.ndim - 1)))
-    return jax.make_array_from_process_local_data(sharding, local, (rows, *local.shape[1:]))
+def global_batch(local: Any, rows: int) -> Any:
+    """Global arrays [rows, ...] of which the leaves of `local` hold this process's `host_rows`."""
+    own = host_rows(rows)
+
+    def make(array: np.ndarray) -> jax.Array:
+        axes = spec("batch", *[None] * (array.ndim - 1))
+        sharding = NamedSharding(jax.sharding.get_mesh(), axes)
+        part = lambda index: array[np.searchsorted(own, np.arange(rows)[index[0]])]
+        return jax.make_array_from_callback((rows, *array.shape[1:]), sharding, part)
+
+    return jax.tree.map(make, local)

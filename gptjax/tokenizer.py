@@ -11,13 +11,14 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gptjax.config import TokenizerConfig
 from gptjax.errors import DataError
 
-_FILES = {"bytes": "tokenizer.json", "sentencepiece": "tokenizer.model"}
+_FILES = {"bytes": "tokenizer.bytes", "sentencepiece": "tokenizer.model"}
 
 
 class Tokenizer(ABC):
@@ -38,10 +39,16 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens have none, invalid UTF-8 becomes U+FFFD."""
 
-    def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
-        """All texts one after the other, an EOS after each, uint32."""
-        ids = [np.array([*self.encode(text), self.eos_id], np.uint32) for text in texts]
-        return np.concatenate(ids) if ids else np.zeros(0, np.uint32)
+    def encode_documents(self, texts: Sequence[str], ends: Sequence[bool]) -> np.ndarray:
+        """All texts one after the other, uint32; an EOS after each that ends a document."""
+        parts = [np.zeros(0, np.uint32)]
+        for text, end in zip(texts, ends, strict=True):
+            parts += [self._encode_long(text), np.array([self.eos_id][:end], np.uint32)]
+        return np.concatenate(parts)
+
+    def _encode_long(self, text: str) -> np.ndarray:
+        """The ids of `encode`, uint32, by the fastest way."""
+        return np.array(self.encode(text), np.uint32)
 
     @abstractmethod
     def serialized(self) -> bytes:
@@ -70,12 +77,8 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
 
-    def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
-        parts = [
-            (np.frombuffer(t.encode("utf-8", "replace"), np.uint8), [self.eos_id]) for t in texts
-        ]
-        flat = [np.asarray(p, np.uint32) for pair in parts for p in pair]
-        return np.concatenate(flat) if flat else np.zeros(0, np.uint32)
+    def _encode_long(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.uint32)
 
     def serialized(self) -> bytes:
         return json.dumps({"kind": "bytes"}).encode()
@@ -111,20 +114,14 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
 
-    def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
+    def _encode_long(self, text: str) -> np.ndarray:
         if self._newline_id is None:
-            batches = self._processor.encode([_plain(t) for t in texts], add_eos=True)
-            flat = [np.array(ids, np.uint32) for ids in batches]
-            return np.concatenate(flat) if flat else np.zeros(0, np.uint32)
+            return super()._encode_long(text)
         # No piece crosses a line's end, so lines are encoded by themselves, a third faster.
-        ids: list[int] = []
-        for text in texts:
-            first, *rest = self._processor.encode(_plain(text).split("\n"))
-            ids += first
-            for line in rest:
-                ids.append(self._newline_id)
-                ids += line
-            ids.append(self.eos_id)
+        ids, *rest = self._processor.encode(_plain(text).split("\n"))
+        for line in rest:
+            ids.append(self._newline_id)
+            ids += line
         return np.array(ids, np.uint32)
 
     def serialized(self) -> bytes:
@@ -136,10 +133,10 @@ def _plain(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
-def load(folder: Path) -> Tokenizer:
-    """The tokenizer whose file a folder holds. Raises DataError."""
-    if (folder / _FILES["sentencepiece"]).exists():
-        return SentencePieceTokenizer((folder / _FILES["sentencepiece"]).read_bytes())
+def load(folder: Any) -> Tokenizer:
+    """The tokenizer whose file a folder, a pathlib or epath Path, holds. Raises DataError."""
+    if (file := folder / _FILES["sentencepiece"]).exists():
+        return SentencePieceTokenizer(file.read_bytes())
     if (folder / _FILES["bytes"]).exists():
         return ByteTokenizer()
     raise DataError(f"{folder}: holds no tokenizer ({' or '.join(_FILES.values())})")
@@ -184,7 +181,7 @@ def train_sentencepiece(texts: Iterable[str], cfg: TokenizerConfig) -> SentenceP
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             user_defined_symbols=["\n"],
-            max_sentence_length=4 * _SLICE,  # in bytes; a longer one is dropped without a word
+            max_sentence_length=4 * SLICE,  # in bytes; a longer one is dropped without a word
             unk_id=0,
             eos_id=1,
             bos_id=-1,
@@ -207,15 +204,15 @@ def train_sentencepiece(texts: Iterable[str], cfg: TokenizerConfig) -> SentenceP
     return SentencePieceTokenizer(proto.SerializeToString())
 
 
-_SLICE = 4096  # characters
+SLICE = 4096  # characters
 
 
 def _slices(texts: Iterable[str]) -> Iterator[str]:
     """Texts in slices, which the trainer takes for sentences."""
     for text in texts:
         plain = _plain(text)
-        for start in range(0, len(plain), _SLICE):
-            yield plain[start : start + _SLICE]
+        for start in range(0, len(plain), SLICE):
+            yield plain[start : start + SLICE]
 
 
 def _newline_id(model: bytes) -> int | None:

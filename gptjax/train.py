@@ -6,8 +6,10 @@ A step is a pure function of (state, batch, seed); a batch is a pure function of
 run continued from a checkpoint is the run that was never interrupted.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +21,10 @@ from jax import lax
 
 from gptjax import compilation, optim, sharding
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import Config
+from gptjax.config import Config, LogConfig
 from gptjax.errors import NumericError, Preempted
 from gptjax.evaluate import Evaluator
-from gptjax.interrupt import Interrupt
+from gptjax.interrupt import Interrupt, Interrupted
 from gptjax.metrics import Throughput, Writers, perplexity
 from gptjax.model.decoder import Params
 from gptjax.progress import Progress
@@ -46,10 +48,19 @@ class TrainState:
     ema: Params | None
     nonfinite: jax.Array
 
+    @property
+    def averaged(self) -> Params:
+        """The parameters to evaluate and to sample from: the moving average where one is kept."""
+        return self.params if self.ema is None else self.ema
+
+
+def _init_and_dropout_keys(cfg: Config) -> jax.Array:
+    return jax.random.split(jax.random.key(cfg.train.seed))
+
 
 def create_state(cfg: Config, init_fn: Callable[[jax.Array], Params]) -> TrainState:
     """The state before the first step, laid out over the ambient mesh. To be jitted."""
-    params = init_fn(jax.random.key(cfg.train.seed))
+    params = init_fn(_init_and_dropout_keys(cfg)[0])
     return TrainState(
         step=jnp.int32(0),
         params=params,
@@ -104,7 +115,7 @@ def train_step(
     """
     key = None
     if cfg.model.dropout:
-        key = jax.random.fold_in(jax.random.key(cfg.train.seed + 1), state.step)
+        key = jax.random.fold_in(_init_and_dropout_keys(cfg)[1], state.step)
     grads, sums = gradients(cfg, loss_fn, state.params, batch, key)
     grad_norm = optim.global_norm(grads)
     updates, opt_state = optim.make(cfg).update(grads, state.opt_state, state.params)
@@ -120,7 +131,8 @@ def train_step(
     new = TrainState(
         step=state.step + 1,
         params=keep(params, state.params),
-        opt_state=keep(opt_state, state.opt_state),
+        # The schedule goes by the step, whether or not it changed anything.
+        opt_state=keep(opt_state, state.opt_state) | {"rate": opt_state["rate"]},
         ema=keep(ema, state.ema),
         nonfinite=jnp.where(finite, 0, state.nonfinite + 1),
     )
@@ -139,12 +151,19 @@ def train_step(
 # --- the loop --------------------------------------------------------------------------------
 
 
+def compile_step(cfg: Config, loss_fn: LossFn, state: Any, batch: Any) -> Any:
+    """The train step for the ambient mesh, compiled; `state` and `batch` may be abstract."""
+    step = jax.jit(lambda s, b: train_step(cfg, loss_fn, s, b), donate_argnums=0)
+    return step.lower(state, batch).compile()
+
+
 def fit(
     cfg: Config,
     *,
     init_fn: Callable[[jax.Array], Params],
     loss_fn: LossFn,
-    batches: Callable[[int], Iterator[Any]],
+    abstract_batch: Any,
+    batches: Callable[[int, int], Iterator[Any]],
     evaluators: Iterable[Evaluator],
     sampler: Callable[[int, Params], None],
     checkpoints: Checkpoints,
@@ -154,111 +173,116 @@ def fit(
 ) -> tuple[TrainState, dict[str, float]]:
     """Trains to the end of the budget; returns the last state and the last evaluation.
 
-    `batches(step)` yields device batches from that step on; `writers(step)` opens the metrics of a
-    run that goes on after that step. Restores the newest valid checkpoint if there is one.
+    `batches(first, last)` yields this process's rows, on the host, of the batches of steps
+    first..last-1, counted from 0; `abstract_batch` is what they are on the devices, all rows;
+    `writers(step)` opens the metrics of a run that goes on after that step. Restores the newest
+    valid checkpoint if there is one. What is due at a step is done after its checkpoint, and done
+    again by a run that goes on from there.
 
     Raises Preempted when told to stop, after saving; NumericError after nonfinite_limit steps in a
     row; CheckpointError and OutputError as `Checkpoints` does.
     """
-    # --- state: restored, or fresh ---
-    abstract = sharding.abstract(lambda: create_state(cfg, init_fn))
-    restored = checkpoints.restore_newest(abstract)
-    state: TrainState = restored or jax.jit(lambda: create_state(cfg, init_fn))()
-    first, last = int(state.step), cfg.train.steps
-    if restored is not None:
-        progress.say(f"resumed after step {first} of {last}")
-    sink = writers(first)
     evaluators = list(evaluators)
-
-    # --- the step, compiled once, ahead of the first batch's arrival ---
-    source = batches(first)
-    batch = next(source, None)
-    step_fn = None
-    if batch is not None:
-        began = time.monotonic()
-        step = jax.jit(lambda s, b: train_step(cfg, loss_fn, s, b), donate_argnums=0)
-        with compilation.cache_report() as cached:
-            step_fn = step.lower(state, batch).compile()
-        progress.say(f"compiled in {time.monotonic() - began:.1f} s ({cached()})")
-        progress.say(throughput.description)
-
     evaluated: dict[str, float] = {}
+    with checkpoints, Interrupt() as interrupt:
+        # --- state, restored or fresh; the step compiles while the first batch is read ---
+        try:
+            with interrupt.at_once():
+                abstract = sharding.abstract(lambda: create_state(cfg, init_fn))
+                restored = checkpoints.restore_newest(abstract)
+                state: TrainState = restored or jax.jit(lambda: create_state(cfg, init_fn))()
+                first = int(state.step)
+                last = max(first, cfg.train.steps)
+                if restored is not None:
+                    progress.say(f"resumed after step {first} of {last}")
+                sink, source = writers(first), batches(first, last)
+                if first < last:
+                    began = time.monotonic()
+                    with ThreadPoolExecutor(1) as reader, compilation.cache_report() as cached:
+                        reading = reader.submit(next, source)
+                        step_fn = compile_step(cfg, loss_fn, state, abstract_batch)
+                        progress.say(f"compiled in {time.monotonic() - began:.1f} s ({cached()})")
+                        batch = reading.result()
+                    progress.say(throughput.description)
+        except Interrupted:
+            assert interrupt.signal is not None
+            raise Preempted(f"told to stop by {interrupt.signal.name} before a step") from None
 
-    def evaluate(step: int, state: TrainState) -> None:
-        params = state.params if state.ema is None else state.ema
-        for evaluator in evaluators:
-            evaluated.update(evaluator.run(params))
-        sink.write(step, evaluated)
-        progress.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in evaluated.items()))
+        def due(period: int, step: int) -> bool:
+            return period > 0 and step % period == 0 and 0 < step < last
 
-    def due(period: int, step: int) -> bool:
-        return period > 0 and step % period == 0 and step < last
+        def observe(step: int, evaluate: bool, sample: bool) -> None:
+            """Evaluation and samples; a signal ends them, for they can be had again."""
+            with contextlib.suppress(Interrupted), interrupt.at_once():
+                if evaluate:
+                    for evaluator in evaluators:
+                        evaluated.update(evaluator.run(state.averaged))
+                    sink.write(step, evaluated)
+                    values = ", ".join(f"{k} {v:.4f}" for k, v in evaluated.items())
+                    progress.say(f"step {step}: {values}")
+                if sample:
+                    sampler(step, state.averaged)
 
-    # --- the loop: dispatch a step, then look at the one before it ---
-    pending: tuple[int, Mapping[str, jax.Array]] | None = None
-    clock = _Clock(cfg.train.batch_tokens)
-    with checkpoints, Interrupt() as interrupt, progress.bar("train", last, first) as bar:
+        # --- the loop: dispatch a step, then look at the one before it ---
+        observe(first, due(cfg.eval.every, first), due(cfg.eval.sample_every, first))
+        pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        clock = _Clock(cfg.train.batch_tokens)
+        with progress.bar("train", last, first) as bar, _Profile(cfg.log, checkpoints) as profile:
 
-        def look(pending: tuple[int, Mapping[str, jax.Array]] | None) -> None:
-            if pending is None:
-                return
-            step, metrics = pending[0], {k: float(v) for k, v in jax.device_get(pending[1]).items()}
-            clock.step_done()
-            bar.update(step, loss=metrics["loss"], tokens_per_second=clock.rate)
-            if metrics["nonfinite"]:
-                progress.say(
-                    f"step {step}: loss or gradient not finite; parameters left as they are"
-                )
-            if metrics["nonfinite"] >= cfg.train.nonfinite_limit:
-                raise NumericError(
-                    f"loss or gradient was not finite {cfg.train.nonfinite_limit} steps in a row, "
-                    f"the last of them step {step}; lower optim.lr, or look at the data"
-                )
-            if step % cfg.log.every == 0 or step == last:
-                metrics["perplexity"] = perplexity(metrics["loss"])
-                metrics |= throughput.of(clock.rate) | clock.report()
-                sink.write(step, metrics)
+            def look() -> None:
+                """Waits for the pending step and reports it."""
+                nonlocal pending
+                if pending is None:
+                    return
+                step, values = pending[0], jax.device_get(pending[1])
+                metrics, pending = {k: float(v) for k, v in values.items()}, None
+                clock.step_done()
+                bar.update(step, loss=metrics["loss"], tokens_per_second=clock.rate)
+                if metrics["nonfinite"]:
+                    progress.say(
+                        f"step {step}: loss or gradient not finite; parameters left as they are"
+                    )
+                if metrics["nonfinite"] >= cfg.train.nonfinite_limit:
+                    raise NumericError(
+                        f"loss or gradient was not finite {cfg.train.nonfinite_limit} steps in a "
+                        f"row, the last of them step {step}; lower optim.lr, or look at the data"
+                    )
+                if step % cfg.log.every == 0 or step == last:
+                    metrics["perplexity"] = perplexity(metrics["loss"])
+                    metrics |= throughput.of(clock.rate) | clock.report()
+                    sink.write(step, metrics)
 
-        for step in range(first + 1, last + 1):
-            assert batch is not None
-            assert step_fn is not None
-            if step == cfg.log.profile_start:
-                jax.profiler.start_trace(str(checkpoints.folder.parent / "profile"))
-            state, metrics = step_fn(state, batch)
-            with clock.waiting():
-                batch = next(source, None)
-            look(pending)
-            pending = step, metrics
-            if step == cfg.log.profile_start + cfg.log.profile_steps - 1 >= cfg.log.profile_steps:
-                jax.block_until_ready(metrics)
-                jax.profiler.stop_trace()
+            for step in range(first + 1, last + 1):
+                profile.before(step)
+                state, metrics = step_fn(state, sharding.global_batch(batch, cfg.train.batch))
+                with clock.waiting():
+                    batch = next(source, None)
+                look()
+                pending = step, metrics
+                profile.after(step, metrics)
 
-            stop = interrupt.signal is not None
-            if due(cfg.checkpoint.every, step) or stop:
-                look(pending)
-                pending = None
-                checkpoints.save(step, state)
-            for problem in checkpoints.failures():
-                progress.say(f"{problem}; training goes on")
-            if stop:
-                raise_saved(checkpoints, step, interrupt)
-            if due(cfg.eval.every, step) or due(cfg.eval.sample_every, step):
-                look(pending)
-                pending = None
-                with clock.paused():
-                    if due(cfg.eval.every, step):
-                        evaluate(step, state)
-                    if due(cfg.eval.sample_every, step):
-                        sampler(step, state.params)
-        look(pending)
+                save = due(cfg.checkpoint.every, step) or step == last
+                evaluate, sample = due(cfg.eval.every, step), due(cfg.eval.sample_every, step)
+                if save or evaluate or sample or interrupt.signal:
+                    look()
+                    with clock.paused():
+                        if save:
+                            checkpoints.save(step, state)
+                        observe(step, evaluate, sample)
+                for problem in checkpoints.failures():
+                    progress.say(f"{problem}; training goes on")
+                if interrupt.signal:
+                    if not save:
+                        checkpoints.save(step, state)
+                    checkpoints.finish()
+                    raise Preempted(f"told to stop by {interrupt.signal.name}; saved step {step}")
 
-        # --- the end: the last checkpoint, evaluation and samples ---
-        if first < last:
-            checkpoints.save(last, state)
-            checkpoints.finish()
-    evaluate(last, state)
-    sampler(last, state.params if state.ema is None else state.ema)
-    sink.close()
+        # --- the end: the last checkpoint is safe, then evaluation and samples ---
+        checkpoints.finish()
+        observe(last, evaluate=True, sample=True)
+        sink.close()
+        if interrupt.signal:
+            raise Preempted(f"told to stop by {interrupt.signal.name}; saved step {last}")
     return state, evaluated
 
 
@@ -298,8 +322,30 @@ class _Clock:
         self._began += time.monotonic() - began
 
 
-def raise_saved(checkpoints: Checkpoints, step: int, interrupt: Interrupt) -> None:
-    """Waits until the checkpoint of this step is safe, then ends the run."""
-    checkpoints.finish()
-    assert interrupt.signal is not None
-    raise Preempted(f"told to stop by {interrupt.signal.name}; saved step {step}")
+class _Profile:
+    """A trace of the configured steps by jax.profiler, in the run folder; none if they are past."""
+
+    def __init__(self, cfg: LogConfig, checkpoints: Checkpoints) -> None:
+        self._first, self._steps = cfg.profile_start, cfg.profile_steps
+        self._folder = checkpoints.folder.parent / "profile"
+        self._tracing = False
+
+    def __enter__(self) -> "_Profile":
+        return self
+
+    def before(self, step: int) -> None:
+        """Begins the trace if this is its first step."""
+        if step == self._first:
+            jax.profiler.start_trace(str(self._folder))
+            self._tracing = True
+
+    def after(self, step: int, metrics: Any) -> None:
+        """Ends the trace if this was its last step."""
+        if self._tracing and step == self._first + self._steps - 1:
+            jax.block_until_ready(metrics)
+            self.__exit__()
+
+    def __exit__(self, *_: object) -> None:
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False

@@ -56,6 +56,17 @@ def test_jsonl_resume_drops_lines_after_its_step_and_goes_on(tmp_path):
     assert lines(tmp_path)[-1] == {"step": 30, "loss": -1.0}
 
 
+def test_jsonl_resume_drops_what_is_measured_again_at_its_step(tmp_path):
+    writer = JsonlWriter(tmp_path, 0)
+    for step in (10, 20):
+        writer.write(step, {"loss": 1.0})
+        writer.write(step, {"valid_loss": 2.0})
+    writer.close()
+    JsonlWriter(tmp_path, 20).close()
+    kept = [(line["step"], "valid_loss" in line) for line in lines(tmp_path)]
+    assert kept == [(10, False), (10, True), (20, False)]
+
+
 @pytest.mark.parametrize("cut", ['{"step": 2', '{"step": 2, "loss": 1.0}', '{"st'])
 def test_jsonl_resume_drops_a_last_line_that_a_kill_has_cut(tmp_path, cut):
     (tmp_path / metrics.METRICS_FILE).write_text('{"step": 1, "loss": 2.0}\n' + cut)

@@ -78,12 +78,12 @@ def test_any_text_comes_back(kinds: dict[str, Tokenizer], kind: str, text: str) 
 
 @KINDS
 @settings(max_examples=100, deadline=None)
-@given(texts=st.lists(TEXTS, max_size=4))
-def test_documents_are_encoded_as_each_alone_with_an_eos_after_it(kinds, kind, texts) -> None:
+@given(pieces=st.lists(st.tuples(TEXTS, st.booleans()), max_size=4))
+def test_documents_are_encoded_as_each_alone_with_an_eos_where_it_ends(kinds, kind, pieces) -> None:
     tokenizer = kinds[kind]
-    flat = tokenizer.encode_documents(texts)
+    flat = tokenizer.encode_documents([text for text, _ in pieces], [end for _, end in pieces])
     assert flat.dtype == np.uint32
-    wanted = [i for text in texts for i in [*tokenizer.encode(text), tokenizer.eos_id]]
+    wanted = [i for text, end in pieces for i in tokenizer.encode(text) + [tokenizer.eos_id] * end]
     assert flat.tolist() == wanted
 
 
@@ -93,7 +93,7 @@ def test_a_lone_surrogate_becomes_a_question_mark(kinds, kind: str, text: str) -
     tokenizer = kinds[kind]
     plain = text.encode("utf-8", "replace").decode()
     assert tokenizer.decode(tokenizer.encode(text)) == plain
-    assert tokenizer.encode_documents([text]).tolist() == [
+    assert tokenizer.encode_documents([text], [True]).tolist() == [
         *tokenizer.encode(plain),
         tokenizer.eos_id,
     ]
@@ -220,7 +220,7 @@ def test_any_loaded_model_encodes_documents_as_it_encodes_each(options: dict) ->
     tokenizer = foreign(**options)
     texts = ["return value\n\n    index\n", "\n\n", "", " self\n"]
     wanted = [i for text in texts for i in [*tokenizer.encode(text), tokenizer.eos_id]]
-    assert tokenizer.encode_documents(texts).tolist() == wanted
+    assert tokenizer.encode_documents(texts, [True] * 4).tolist() == wanted
 
 
 def test_a_model_without_an_end_piece_is_refused() -> None:

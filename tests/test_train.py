@@ -1,6 +1,7 @@
 """The step and the loop, in process, on a tiny model."""
 
 import dataclasses
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from gptjax.config import (
     OptimConfig,
     TrainConfig,
 )
-from gptjax.errors import NumericError
+from gptjax.errors import NumericError, Preempted
 from gptjax.metrics import Throughput, Writers
 from gptjax.model import decoder
 from gptjax.progress import Progress
@@ -37,14 +38,15 @@ def tiny(**train_fields) -> Config:
     )
 
 
-def batch_of(cfg: Config, step: int, lengths: np.ndarray | None = None) -> dict[str, jax.Array]:
+def rows_of(cfg: Config, step: int, lengths: np.ndarray | None = None) -> dict[str, np.ndarray]:
     rows, seq_len = cfg.train.batch, cfg.train.seq_len
     tokens = np.random.default_rng(step).integers(0, 128, (rows, seq_len + 1), dtype=np.int32)
     lengths = np.full(rows, seq_len, np.int32) if lengths is None else lengths
-    return {
-        "windows_BW": sharding.global_batch(tokens, rows),
-        "lengths_B": sharding.global_batch(lengths, rows),
-    }
+    return {"windows_BW": tokens, "lengths_B": lengths}
+
+
+def batch_of(cfg: Config, step: int, lengths: np.ndarray | None = None) -> dict[str, jax.Array]:
+    return sharding.global_batch(rows_of(cfg, step, lengths), cfg.train.batch)
 
 
 def fresh(cfg: Config) -> train.TrainState:
@@ -94,7 +96,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters() -> None:
         state, metrics = step(state, batch_of(cfg, 0))
         after = fingerprints(leaves_by_path(state))
     changed = {path for path in before if before[path] != after[path]}
-    assert changed == {"step", "nonfinite"}
+    assert changed == {"step", "nonfinite", "opt_state/rate/count"}
     assert (int(state.step), int(metrics["nonfinite"])) == (1, 1)
 
 
@@ -109,66 +111,154 @@ def test_ema_follows_the_parameters() -> None:
     assert not np.array_equal(new.ema["embed"], new.params["embed"])
 
 
-def fit(cfg: Config, folder, *, loss=None, last_batch=None):
+class Keep:
+    """A sink that keeps what it is given."""
+
+    def __init__(self):
+        self.written: list[tuple[int, dict]] = []
+
+    def write(self, step, metrics):
+        self.written.append((step, dict(metrics)))
+
+    def close(self):
+        pass
+
+
+def fit(cfg: Config, folder, *, loss=None, batches=None, evaluators=(), sampler=None):
     """Runs the loop; returns the last state and the metrics it wrote."""
-    written: list[tuple[int, dict]] = []
-
-    class Keep:
-        def write(self, step, metrics):
-            written.append((step, dict(metrics)))
-
-        def close(self):
-            pass
-
-    def batches(step):
-        return (batch_of(cfg, s) for s in range(step, last_batch or cfg.train.steps))
-
+    keep = Keep()
     with one_device():
         state, _ = train.fit(
             cfg,
             init_fn=lambda key: decoder.init(cfg.model, key),
             loss_fn=loss or loss_fn(cfg),
-            batches=batches,
-            evaluators=[],
-            sampler=lambda step, params: None,
+            abstract_batch=objective.abstract_batch(cfg),
+            batches=batches or (lambda first, last: (rows_of(cfg, s) for s in range(first, last))),
+            evaluators=evaluators,
+            sampler=sampler or (lambda step, params: None),
             checkpoints=Checkpoints(folder / "checkpoints", cfg.checkpoint),
-            writers=lambda step: Writers([Keep()]),
+            writers=lambda step: Writers([keep]),
             throughput=Throughput(1.0, "float32", 0.0),
             progress=Progress(shown=False),
         )
-    return state, written
+    return state, keep.written
+
+
+class Killed(Exception):
+    pass
+
+
+def death_at(cfg: Config, step: int):
+    """Batches until a step, where reading fails."""
+
+    def batches(first, last):
+        yield from (rows_of(cfg, s) for s in range(first, step))
+        raise Killed
+
+    return batches
 
 
 def test_a_run_continued_from_a_checkpoint_is_the_run_never_interrupted(tmp_path) -> None:
     cfg = tiny(accumulation=2, ema_decay=0.9)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dropout=0.1))
     whole, _ = fit(cfg, tmp_path / "whole")
-
-    class Killed(Exception):
-        pass
-
-    def batches_then_death(step):
-        for s in range(step, 5):
-            yield batch_of(cfg, s)
-        raise Killed
-
-    with pytest.raises(Killed), one_device():
-        train.fit(
-            cfg,
-            init_fn=lambda key: decoder.init(cfg.model, key),
-            loss_fn=loss_fn(cfg),
-            batches=batches_then_death,
-            evaluators=[],
-            sampler=lambda step, params: None,
-            checkpoints=Checkpoints(tmp_path / "cut" / "checkpoints", cfg.checkpoint),
-            writers=lambda step: Writers([]),
-            throughput=Throughput(1.0, "float32", 0.0),
-            progress=Progress(shown=False),
-        )
+    with pytest.raises(Killed):
+        fit(cfg, tmp_path / "cut", batches=death_at(cfg, 5))
     assert Checkpoints(tmp_path / "cut" / "checkpoints").steps()[-1] == 4
     resumed, _ = fit(cfg, tmp_path / "cut")
     with one_device():
         assert fingerprints(leaves_by_path(resumed)) == fingerprints(leaves_by_path(whole))
+
+
+class Counted:
+    """An evaluator that says how often it was asked."""
+
+    def __init__(self, then=lambda: None):
+        self.asked, self.then = 0, then
+
+    def run(self, params):
+        self.asked += 1
+        self.then()
+        return {"asked": self.asked}
+
+
+def test_evaluation_is_due_at_its_steps_and_again_where_a_run_goes_on(tmp_path) -> None:
+    cfg = dataclasses.replace(tiny(), eval=EvalConfig(every=2, sample_every=4))
+    sampled: list[int] = []
+    sampler = lambda step, params: sampled.append(step)
+    with pytest.raises(Killed):
+        fit(cfg, tmp_path, batches=death_at(cfg, 5), evaluators=[Counted()], sampler=sampler)
+    assert sampled == [4]
+    _, written = fit(cfg, tmp_path, evaluators=[Counted()], sampler=sampler)
+    assert [step for step, metrics in written if "asked" in metrics] == [4, 6, 8]
+    assert sampled == [4, 4, 8]
+
+
+def test_told_to_stop_while_it_evaluates_it_leaves_and_saves(tmp_path) -> None:
+    cfg = dataclasses.replace(tiny(), eval=EvalConfig(every=3))
+    stop = Counted(then=lambda: signal.raise_signal(signal.SIGTERM))
+    never = Counted()
+    with pytest.raises(Preempted, match="told to stop by SIGTERM; saved step 3"):
+        fit(cfg, tmp_path, evaluators=[stop, never])
+    assert (stop.asked, never.asked) == (1, 0)
+    assert Checkpoints(tmp_path / "checkpoints").steps()[-1] == 3
+    _, written = fit(cfg, tmp_path, evaluators=[never])
+    assert [step for step, metrics in written if "asked" in metrics] == [3, 6, 8]
+
+
+def test_told_to_stop_before_the_first_step_it_says_so(tmp_path) -> None:
+    cfg = tiny()
+
+    def batches(first, last):
+        signal.raise_signal(signal.SIGTERM)
+        yield from (rows_of(cfg, s) for s in range(first, last))
+
+    with pytest.raises(Preempted, match="told to stop by SIGTERM"):
+        fit(cfg, tmp_path, batches=batches)
+
+
+def test_a_budget_lowered_below_the_resumed_step_ends_at_that_step(tmp_path) -> None:
+    cfg = tiny()
+    fit(cfg, tmp_path)
+    less = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, tokens=4 * 512))
+    _, written = fit(less, tmp_path, evaluators=[Counted()])
+    assert written == [(8, {"asked": 1})]
+
+
+@pytest.mark.parametrize(("first", "steps", "traced"), [(3, 2, True), (8, 5, True), (9, 1, False)])
+def test_a_profile_of_the_configured_steps_lies_in_the_run(tmp_path, first, steps, traced) -> None:
+    log = dataclasses.replace(Config().log, profile_start=first, profile_steps=steps)
+    fit(dataclasses.replace(tiny(), log=log), tmp_path)
+    assert bool(list(tmp_path.glob("profile/**/*.xplane.pb"))) == traced
+
+
+def test_a_run_that_goes_on_within_the_window_of_a_profile_makes_none(tmp_path) -> None:
+    log = dataclasses.replace(Config().log, profile_start=4, profile_steps=4)
+    cfg = dataclasses.replace(tiny(), log=log)
+    with pytest.raises(Killed):
+        fit(tiny(), tmp_path, batches=death_at(cfg, 5))
+    fit(cfg, tmp_path)
+    assert not (tmp_path / "profile").exists()
+
+
+def test_a_step_left_out_does_not_put_the_schedule_behind(tmp_path) -> None:
+    cfg = tiny()
+    with one_device():
+        skipped = dataclasses.replace(fresh(cfg), step=jnp.int32(0))
+        poisoned = lambda p, b, k: (loss_fn(cfg)(p, b, k)[0] * jnp.nan, loss_fn(cfg)(p, b, k)[1])
+        skip = jax.jit(lambda s, b: train.train_step(cfg, poisoned, s, b))
+        for _ in range(3):
+            skipped, _ = skip(skipped, batch_of(cfg, 0))
+        # Adam from the same moments: the whole update is the rate times the same direction.
+        step = jax.jit(lambda s, b: train.train_step(cfg, loss_fn(cfg), s, b))
+        late, metrics = step(skipped, batch_of(cfg, 1))
+        moved = np.asarray(late.params["positions"] - skipped.params["positions"])
+        start = fresh(cfg)
+        early, first = step(start, batch_of(cfg, 1))
+        reference = np.asarray(early.params["positions"] - start.params["positions"])
+    assert metrics["lr"] != first["lr"]
+    ratio = float(metrics["lr"] / first["lr"])
+    np.testing.assert_allclose(moved, ratio * reference, rtol=1e-3, atol=1e-6)
 
 
 def test_dropout_depends_on_the_step(tmp_path) -> None:

@@ -53,9 +53,9 @@ class Order:
     batch: int
     seed: int
 
-    def ids(self, step: int, first: int = 0, end: int | None = None) -> np.ndarray:
-        """Window ids of rows first..end of the batch of a step (all rows by default), int64."""
-        rows = np.arange(first, self.batch if end is None else end, dtype=np.int64)
+    def ids(self, step: int, rows: np.ndarray | None = None) -> np.ndarray:
+        """Window ids of these rows of the batch of a step (all of them by default), int64."""
+        rows = np.arange(self.batch) if rows is None else rows
         epochs, places = np.divmod(step * self.batch + rows, self.windows)
         ids = np.empty_like(rows)
         for epoch in np.unique(epochs):

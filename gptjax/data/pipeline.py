@@ -17,6 +17,7 @@ import numpy as np
 from gptjax.config import Config
 from gptjax.data.order import Order
 from gptjax.data.store import Manifest, Reader
+from gptjax.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -35,27 +36,44 @@ def training_windows(tokens: int, seq_len: int) -> int:
     return (tokens - 1) // seq_len
 
 
-def train_batches(
-    reader: Reader,
-    order: Order,
-    seq_len: int,
-    first_step: int,
-    last_step: int,
-    rows: tuple[int, int],
-    prefetch: int,
-) -> Iterator[Batch]:
-    """This process's rows of the batches of steps first_step..last_step."""
-    full_B = np.full(rows[1] - rows[0], seq_len, np.int32)
+@dataclass(frozen=True)
+class TrainData:
+    """The training windows of a store in an order."""
 
-    def read(step: int) -> np.ndarray:
-        return reader.windows(order.ids(step, *rows) * seq_len, seq_len + 1)
+    reader: Reader
+    order: Order
+    seq_len: int
 
-    for windows_BW in _stream(read, first_step, last_step, prefetch):
-        yield Batch(windows_BW, full_B)
+    @classmethod
+    def open(cls, cfg: Config, manifest: Manifest) -> "TrainData":
+        """As configured. Raises DataError where the store has no whole window."""
+        reader = Reader(cfg.data.store, "train", manifest)
+        windows = training_windows(len(reader), cfg.train.seq_len)
+        if windows < 1:
+            raise DataError(
+                f"data.store={cfg.data.store}: {len(reader)} training tokens are no window of "
+                f"train.seq_len={cfg.train.seq_len}; give more text"
+            )
+        return cls(reader, Order(windows, cfg.train.batch, cfg.train.seed), cfg.train.seq_len)
+
+    def ids(self, step: int, rows: np.ndarray | None = None) -> np.ndarray:
+        """Window ids of these rows of the batch of a step, counted from 0 (all rows by default)."""
+        return self.order.ids(step, rows)
+
+    def read(self, step: int, rows: np.ndarray | None = None) -> np.ndarray:
+        """The windows of those ids, int32 [B, T+1]."""
+        return self.reader.windows(self.ids(step, rows) * self.seq_len, self.seq_len + 1)
+
+    def batches(self, first: int, last: int, rows: np.ndarray, prefetch: int) -> Iterator[Batch]:
+        """These rows of the batches of steps first..last-1, read ahead by tf.data."""
+        full_B = np.full(len(rows), self.seq_len, np.int32)
+        read = lambda step: self.read(step, rows)
+        for windows_BW in _stream(read, first, last, prefetch):
+            yield Batch(windows_BW, full_B)
 
 
 def eval_batches(
-    reader: Reader, seq_len: int, batch: int, rows: tuple[int, int], prefetch: int
+    reader: Reader, seq_len: int, batch: int, rows: np.ndarray, prefetch: int
 ) -> Iterator[Batch]:
     """This process's rows of the split from end to end: every target exactly once.
 
@@ -65,20 +83,18 @@ def eval_batches(
     count = -(-targets // seq_len)
 
     def read(step: int) -> np.ndarray:
-        starts = (step * batch + np.arange(*rows)) * seq_len
+        starts = (step * batch + rows) * seq_len
         return reader.windows(np.minimum(starts, targets), seq_len + 1)
 
     for step, windows_BW in enumerate(_stream(read, 0, -(-count // batch), prefetch)):
-        left = targets - (step * batch + np.arange(*rows)) * seq_len
+        left = targets - (step * batch + rows) * seq_len
         yield Batch(windows_BW, np.clip(left, 0, seq_len).astype(np.int32))
 
 
 def bench(cfg: Config, manifest: Manifest, seconds: float) -> tuple[float, float, float]:
     """Lowest, median and highest tokens per second of training batches, over nine stretches."""
-    reader = Reader(cfg.data.store, "train", manifest)
-    seq_len, batch = cfg.train.seq_len, cfg.train.batch
-    order = Order(training_windows(len(reader), seq_len), batch, cfg.train.seed)
-    stream = train_batches(reader, order, seq_len, 0, 1 << 40, (0, batch), cfg.data.prefetch)
+    rows = np.arange(cfg.train.batch)
+    stream = TrainData.open(cfg, manifest).batches(0, 1 << 40, rows, cfg.data.prefetch)
     rates = []
     for stretch in range(10):
         began, tokens = time.perf_counter(), 0

@@ -9,6 +9,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from gptjax import lock
 from gptjax import tokenizer as tokenizers
 from gptjax.config import Config
 from gptjax.data import sources, store
@@ -30,6 +32,8 @@ from gptjax.errors import DataError, MismatchError, OutputError
 from gptjax.progress import Bar, Progress
 
 JOURNAL = "journal.json"
+_LOCK = "prepare.lock"
+_SAMPLED_FROM = 16  # times the tokenizer's sample is read to take it from
 _BATCH_BYTES = 1 << 20
 _JOURNAL_BYTES = 64 << 20
 
@@ -59,29 +63,47 @@ def identity(cfg: Config) -> dict[str, Any]:
     return json.loads(json.dumps({**data, "tokenizer": asdict(cfg.tokenizer)}))
 
 
-def prepare(cfg: Config, tell: Tell = lambda *_: None) -> store.Manifest:
+def prepare(
+    cfg: Config, tell: Tell = lambda *_: None, say: Callable[[str], None] = lambda line: None
+) -> store.Manifest:
     """Makes the configured store, or finishes it, or finds it made; returns its manifest.
+
+    Waits, telling `say`, while another process makes the same store.
 
     Raises DataError for text that cannot be used, MismatchError where the folder holds a store of
     other data, OutputError where it cannot be written.
     """
-    folder = Path(cfg.data.store)
-    if (folder / store.MANIFEST).exists():
-        manifest = store.read_manifest(cfg.data.store)
-        _check_same(folder, manifest.data, identity(cfg))
-        return manifest
+    if "://" in cfg.data.store or (Path(cfg.data.store) / store.MANIFEST).exists():
+        return _made(cfg)
     found = sources.resolve(cfg.data.sources)
     held_out = sources.resolve(cfg.data.valid_sources, "data.valid_sources")
+    folder = Path(cfg.data.store)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        journal = _Journal.load(folder, identity(cfg))
-        tokenizer = _tokenizer(cfg, folder, found, tell)
-        return _tokenize(cfg, folder, found, held_out, tokenizer, journal, tell)
+        with lock.held(folder / _LOCK, f"data.store={cfg.data.store}", say):
+            if (folder / store.MANIFEST).exists():
+                return _made(cfg)  # by the process that held the lock before
+            journal = _Journal.load(folder, identity(cfg) | {"files": _files(found + held_out)})
+            tokenizer = _tokenizer(cfg, folder, found, tell)
+            return _tokenize(cfg, folder, found, held_out, tokenizer, journal, tell)
     except OSError as error:
         raise OutputError(f"data.store={cfg.data.store}: cannot be written: {error}") from None
 
 
-def _check_same(folder: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
+def _made(cfg: Config) -> store.Manifest:
+    """The manifest of a finished store; a remote one is read and never made."""
+    manifest = store.read_manifest(cfg.data.store)
+    _check_same(cfg.data.store, manifest.data, identity(cfg))
+    return manifest
+
+
+def _files(found: list[sources.Source]) -> str:
+    """A hash of the sources' files and their sizes: an unfinished stream must stay the same."""
+    listing = [[sources.name(source), sources.size(source)] for source in found]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def _check_same(folder: str | Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
     changed = [
         f"{key}: {saved.get(key)!r} in the store, {given.get(key)!r} given"
         for key in {**saved, **given}
@@ -112,9 +134,14 @@ class _Journal:
             except (ValueError, TypeError) as error:
                 raise DataError(f"{file}: is damaged ({error}); remove {folder}") from None
             if journal.documents or journal.identity == wanted:
-                _check_same(folder, journal.identity, wanted)
+                _check_same(f"{folder} (unfinished)", journal.identity, wanted)
                 return journal
             _discard(folder)  # nothing was done yet, so another attempt may be at other data
+        elif others := sorted(p.name for p in folder.iterdir() if p.name != _LOCK):
+            raise OutputError(
+                f"data.store={folder}: holds other files ({', '.join(others[:3])}); give a new or "
+                "an empty folder"
+            )
         journal = cls(wanted)
         journal.save(folder)
         return journal
@@ -126,11 +153,12 @@ class _Journal:
 
 
 def _discard(folder: Path) -> None:
-    """Removes what an unfinished preparation made; a user's folder may hold more than that."""
-    for name in ("train", "valid"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("tokenizer.model", "tokenizer.json", JOURNAL):
-        (folder / name).unlink(missing_ok=True)
+    """Empties the folder of an unfinished preparation, which was empty before it."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != _LOCK:
+            path.unlink()
 
 
 def _tokenizer(
@@ -151,17 +179,27 @@ def _tokenizer(
 
 
 def _sample(cfg: Config, found: list[sources.Source], tell: Tell) -> Iterator[str]:
-    """Training documents to train the tokenizer on, taken evenly by a second hash of their keys."""
-    total = sum(sources.size(source) for source in found)
-    share = min(1.0, cfg.tokenizer.sample_bytes / max(total, 1))
+    """Slices of training documents to train the tokenizer on, by a hash of text and place.
+
+    Of a large corpus only some files are read, chosen by a hash too.
+    """
+    budget, total, chosen = cfg.tokenizer.sample_bytes, 0, set()
+    for source in sorted(found, key=lambda s: sources.hash_share("tokenizer " + sources.name(s))):
+        if total >= _SAMPLED_FROM * budget:
+            break
+        chosen.add(source)
+        total += sources.size(source)
+    share = budget / max(min(total, _SAMPLED_FROM * budget), 1)
     taken = 0
-    for document in _documents(cfg, found, "train", Counts()):
-        if sources.hash_share("tokenizer " + document.key) < share:
-            taken += len(document.text)
-            tell("tokenizer", taken, min(total, cfg.tokenizer.sample_bytes))
-            yield document.text
-            if taken >= cfg.tokenizer.sample_bytes:
-                return
+    for document in _documents(cfg, [s for s in found if s in chosen], "train", Counts()):
+        for start in range(0, len(document.text), tokenizers.SLICE):
+            if sources.hash_share(f"tokenizer {document.key} {start}") < share:
+                text = document.text[start : start + tokenizers.SLICE]
+                taken += len(text)
+                tell("tokenizer", taken, min(total, budget))
+                yield text
+        if taken >= budget:
+            return
 
 
 def _documents(
@@ -233,19 +271,11 @@ def _encode(batch: Batch) -> _Encoded:
     dtype = store.token_dtype(_worker_tokenizer.vocab_size)
     for split in ("train", "valid"):
         mine = [(text, ends) for name, text, ends in batch if name == split]
-        encoded = _worker_tokenizer.encode_documents([text for text, _ in mine])
-        if not all(ends for _, ends in mine):
-            encoded = _join_continued(encoded, [ends for _, ends in mine])
-        tokens[split] = encoded.astype(dtype)
+        encoded = _worker_tokenizer.encode_documents(*zip(*mine, strict=True)) if mine else []
+        tokens[split] = np.asarray(encoded, dtype)
         documents[split] = sum(ends for _, ends in mine)
         size[split] = sum(len(text.encode("utf-8", "replace")) for text, _ in mine)
     return _Encoded(tokens, documents, size, len(batch))
-
-
-def _join_continued(encoded: np.ndarray, ends: list[bool]) -> np.ndarray:
-    """Without the EOS after pieces whose document goes on."""
-    eos = np.flatnonzero(encoded == _worker_tokenizer.eos_id)
-    return np.delete(encoded, eos[~np.array(ends)])
 
 
 def _tokenize(

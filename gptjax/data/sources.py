@@ -111,8 +111,21 @@ def _glob(pattern: str) -> list[File]:
 
 
 def _below(root: Any, pattern: str) -> list[File]:
-    paths = sorted((p for p in root.glob(pattern) if not p.is_dir()), key=str)
-    return [File(path, path.relative_to(root).as_posix()) for path in paths]
+    if "://" not in str(root):
+        root = Path(root)  # epath has no **, which is costly on a remote store
+    try:
+        paths = sorted((p for p in root.glob(pattern) if not p.is_dir()), key=str)
+    except NotImplementedError:
+        raise DataError(
+            f"data.sources={root}/{pattern}: a remote folder is not searched; name its files, or "
+            "give a glob without **"
+        ) from None
+    return [File(epath.Path(path), path.relative_to(root).as_posix()) for path in paths]
+
+
+def name(source: Source) -> str:
+    """What a source is called, whatever folder it was found in."""
+    return source.key if isinstance(source, File) else f"tfds:{source.name}@{source.split}"
 
 
 def size(source: Source) -> int:

@@ -26,7 +26,7 @@ from gptjax.errors import DataError, OutputError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-FILE_TOKENS = 1 << 24  # in a file, a zarr shard
+FILE_TOKENS = 1 << 27  # in a file, a zarr shard; a reader keeps one descriptor open a file
 _RANGE_TOKENS = 1 << 12  # in a range that a remote reader fetches, a zarr chunk
 
 

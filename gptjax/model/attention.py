@@ -42,16 +42,39 @@ class Need:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """What else a backend may be particular about."""
+
+    dtype: str
+    length: int
+
+
+@dataclass(frozen=True)
 class Backend:
     """An implementation, where it runs, and which features of `Need` it has.
 
     `attend(q_BTHC, k_BTKC, v_BTKC, segments_BT, window)` is called on one device's share; all but
-    the reference are.
+    the reference are. `dtypes` are those that it takes, `length_unit` what divides its sequences.
     """
 
     attend: Callable[..., jax.Array] | None
     platforms: tuple[str, ...]
     features: frozenset[str]
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    length_unit: int = 1
+
+    def refusal(self, need: Need, sizes: Sizes, platform: str) -> str | None:
+        """Why it cannot serve a call, or None if it can."""
+        missing = [feature for feature in need.names() if feature not in self.features]
+        if platform not in self.platforms:
+            return f"needs a {'/'.join(self.platforms)}"
+        if missing:
+            return f"does not support {', '.join(missing)}"
+        if sizes.dtype not in self.dtypes:
+            return f"needs compute.dtype={'/'.join(self.dtypes)}"
+        if sizes.length % self.length_unit:
+            return f"needs sequences of a multiple of {self.length_unit}, not {sizes.length}"
+        return None
 
 
 # --- reference -------------------------------------------------------------------------------
@@ -85,7 +108,9 @@ def dot_product(
         sharding.spec("batch", "seq", "heads", *rest) for rest in ((None, None), (None,))
     )
     q_BTKRC = lax.reshape(q_BTHC, (b, t, k, h // k, c), out_sharding=grouped)
-    s_BKRTS = jnp.einsum("btkrc,bskc->bkrts", q_BTKRC, k_BSKC).astype(jnp.float32) * c**-0.5
+    wide = sharding.wide(q_BTHC.dtype)
+    s_BKRTS = jnp.einsum("btkrc,bskc->bkrts", q_BTKRC, k_BSKC, preferred_element_type=wide)
+    s_BKRTS = s_BKRTS.astype(jnp.float32) * c**-0.5
     if alibi_BTS is not None:
         slopes_KR11 = alibi_slopes(h).reshape(k, h // k, 1, 1)
         s_BKRTS += slopes_KR11 * alibi_BTS[:, None, None].astype(jnp.float32)
@@ -244,8 +269,10 @@ def cudnn(q_BTHC, k_BTKC, v_BTKC, segments_BT, window):
 
 
 BACKENDS: dict[str, Backend] = {  # fastest first, for each platform
-    "splash": Backend(splash, ("tpu",), frozenset({"segments", "window", "grouped"})),
-    "cudnn": Backend(cudnn, ("gpu",), frozenset({"window", "grouped"})),
+    "splash": Backend(
+        splash, ("tpu",), frozenset({"segments", "window", "grouped"}), length_unit=128
+    ),
+    "cudnn": Backend(cudnn, ("gpu",), frozenset({"window", "grouped"}), dtypes=("bfloat16",)),
     "blockwise": Backend(blockwise, ("cpu",), frozenset({"segments", "window", "grouped"})),
     "reference": Backend(
         None,
@@ -255,22 +282,17 @@ BACKENDS: dict[str, Backend] = {  # fastest first, for each platform
 }
 
 
-def choose(wanted: str, need: Need, platform: str) -> str:
+def choose(wanted: str, need: Need, sizes: Sizes, platform: str) -> str:
     """The backend to use on a platform ("cpu", "gpu", "tpu").
 
-    "auto" takes the first that runs there and has every needed feature. Raises ConfigError where
-    the one that the configuration names does not.
+    "auto" takes the first that can serve the call. Raises ConfigError where the one that the
+    configuration names cannot.
     """
     for name, backend in BACKENDS.items():
-        missing = [feature for feature in need.names() if feature not in backend.features]
-        if wanted == name and (missing or platform not in backend.platforms):
-            why = (
-                f"does not support {', '.join(missing)}"
-                if missing
-                else f"needs a {'/'.join(backend.platforms)}"
-            )
+        why = backend.refusal(need, sizes, platform)
+        if wanted == name and why:
             raise ConfigError([f"compute.attention={name}: {why}; use auto or reference"])
-        if wanted in (name, "auto") and not missing and platform in backend.platforms:
+        if wanted in (name, "auto") and not why:
             return name
     raise AssertionError("the reference backend has every feature")
 

@@ -64,15 +64,18 @@ class Period(nn.Module):
     """One period of the attention pattern: what the stack is scanned over."""
 
     cfg: ModelConfig
-    remat: str
+    compute: ComputeConfig
     backends: tuple[str, ...]
 
     @nn.compact
     def __call__(self, carry, index, positions_BT, segments_BT, key):
-        cfg = self.cfg
+        cfg, compute = self.cfg, self.compute
         block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, policy=_REMAT[self.remat], prevent_cse=False)
+        if compute.remat != "none":
+            # Only a loop keeps XLA by itself from merging the recomputation with the original.
+            block = nn.remat(
+                Block, policy=_REMAT[compute.remat], prevent_cse=not compute.scan_layers
+            )
         x_ND, cache = carry
         for j, kind in enumerate(cfg.pattern):
             window = cfg.window if kind == "window" else None
@@ -133,7 +136,7 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=periods,
             unroll=1 if self.compute.scan_layers else periods,
-        )(cfg, self.compute.remat, self.backends, name="blocks")
+        )(cfg, self.compute, self.backends, name="blocks")
         (x_ND, cache), _ = stack((x_ND, cache), jnp.arange(periods), positions_BT, segments_BT, key)
         if cfg.norm_position == "pre":
             x_ND = layers.Norm(cfg, name="norm_final")(x_ND)
@@ -152,9 +155,19 @@ def _lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
 
 
 def attention_backends(
-    cfg: ModelConfig, compute: ComputeConfig, platform: str, *, segments: bool, training: bool
+    cfg: ModelConfig,
+    compute: ComputeConfig,
+    platform: str,
+    length: int,
+    *,
+    segments: bool,
+    training: bool,
 ) -> tuple[str, ...]:
-    """The backend of each layer of a period. Raises ConfigError, see `attention.choose`."""
+    """The backend of each layer of a period, for sequences of `length` tokens.
+
+    Raises ConfigError, see `attention.choose`.
+    """
+    sizes = attention.Sizes(compute.dtype, length)
     return tuple(
         attention.choose(
             compute.attention,
@@ -165,6 +178,7 @@ def attention_backends(
                 alibi=cfg.positions == "alibi",
                 dropout=training and cfg.dropout > 0,
             ),
+            sizes,
             platform,
         )
         for kind in cfg.pattern
@@ -195,10 +209,17 @@ def apply(
     With `key`, dropout is on. With `cache`, tokens are at `positions_BT` of their rows and see the
     tokens cached before them; a position past the capacity is not stored.
     """
-    platform = jax.sharding.get_abstract_mesh().abstract_device.platform
-    backends = attention_backends(
-        cfg, compute, platform, segments=segments_BT is not None, training=key is not None
-    )
+    if cache is None:
+        backends = attention_backends(
+            cfg,
+            compute,
+            sharding.platform(),
+            tokens_BT.shape[1],
+            segments=segments_BT is not None,
+            training=key is not None,
+        )
+    else:  # attention over a cache has one implementation
+        backends = ("reference",) * len(cfg.pattern)
     return Decoder(cfg, compute, backends).apply(
         {"params": params}, tokens_BT, positions_BT, segments_BT, key, cache
     )
@@ -212,7 +233,13 @@ def head(params: Params) -> jax.Array:
 def logits(params: Params, x_ND: jax.Array) -> jax.Array:
     """Scores of the vocabulary in float32, [N, V]."""
     w_VD = head(params).astype(x_ND.dtype)
-    y_NV = jnp.einsum("nd,vd->nv", x_ND, w_VD, out_sharding=sharding.spec("tokens", "vocab"))
+    y_NV = jnp.einsum(
+        "nd,vd->nv",
+        x_ND,
+        w_VD,
+        out_sharding=sharding.spec("tokens", "vocab"),
+        preferred_element_type=sharding.wide(x_ND.dtype),
+    )
     return y_NV.astype(jnp.float32)
 
 

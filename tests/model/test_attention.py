@@ -9,7 +9,7 @@ import pytest
 
 from gptjax.errors import ConfigError
 from gptjax.model import attention
-from gptjax.model.attention import Need, choose
+from gptjax.model.attention import Need, Sizes, choose
 from gptjax.sharding import spec
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -173,6 +173,7 @@ def test_dropout_of_attention_weights_is_scaled_and_keyed(on_mesh):
 
 # --- the table ---------------------------------------------------------------------------------
 
+BF16 = Sizes("bfloat16", 256)
 FEATURES = list(Need.__dataclass_fields__)
 
 
@@ -182,10 +183,10 @@ def test_a_named_backend_without_a_feature_is_refused_by_name(name, feature):
     backend = attention.BACKENDS[name]
     need, platform = Need(**{feature: True}), backend.platforms[0]
     if feature in backend.features:
-        assert choose(name, need, platform) == name
+        assert choose(name, need, BF16, platform) == name
         return
     with pytest.raises(ConfigError) as refusal:
-        choose(name, need, platform)
+        choose(name, need, BF16, platform)
     (problem,) = refusal.value.problems
     assert problem.startswith(f"compute.attention={name}: ")
     assert feature in problem
@@ -193,7 +194,7 @@ def test_a_named_backend_without_a_feature_is_refused_by_name(name, feature):
 
 def test_a_refusal_names_every_missing_feature():
     with pytest.raises(ConfigError, match="alibi, dropout"):
-        choose("blockwise", Need(window=True, alibi=True, dropout=True), "cpu")
+        choose("blockwise", Need(window=True, alibi=True, dropout=True), BF16, "cpu")
 
 
 @pytest.mark.parametrize(("name", "platform"), [("splash", "cpu"), ("cudnn", "tpu")])
@@ -201,7 +202,7 @@ def test_a_named_backend_on_another_platform_is_refused(name, platform):
     with pytest.raises(
         ConfigError, match=f"{name}: needs a {attention.BACKENDS[name].platforms[0]}"
     ):
-        choose(name, Need(), platform)
+        choose(name, Need(), BF16, platform)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +222,21 @@ def test_a_named_backend_on_another_platform_is_refused(name, platform):
     ],
 )
 def test_auto_takes_the_fastest_that_has_every_feature(platform, features, expected):
-    assert choose("auto", Need(**dict.fromkeys(features, True)), platform) == expected
+    assert choose("auto", Need(**dict.fromkeys(features, True)), BF16, platform) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "why"),
+    [
+        ("cudnn", Sizes("float32", 256), "compute.dtype=bfloat16"),
+        ("splash", Sizes("bfloat16", 200), "multiple of 128, not 200"),
+    ],
+)
+def test_what_a_backend_cannot_take_is_refused_by_name_and_passed_over_by_auto(name, sizes, why):
+    platform = attention.BACKENDS[name].platforms[0]
+    with pytest.raises(ConfigError, match=f"compute.attention={name}: needs .*{why}"):
+        choose(name, Need(), sizes, platform)
+    assert choose("auto", Need(), sizes, platform) == "reference"
 
 
 # --- backends of other hardware: what their arguments mean, where it can be seen here ----------

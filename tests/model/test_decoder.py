@@ -385,8 +385,9 @@ def test_the_model_asks_its_backend_for_exactly_what_it_needs(tiny_model):
     def chosen(compute="auto", segments=False, training=False, **fields):
         return decoder.attention_backends(
             tiny_model(**fields),
-            ComputeConfig(attention=compute),
+            ComputeConfig(attention=compute, dtype="bfloat16"),
             "gpu",
+            32,
             segments=segments,
             training=training,
         )

@@ -1,0 +1,524 @@
+"""Preparation: documents and their EOS, splits, resuming, and what is refused."""
+
+import concurrent.futures
+import gc
+import gzip
+import json
+import queue
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gptjax import lock
+from gptjax import tokenizer as tokenizers
+from gptjax.config import Config, DataConfig, ModelConfig, TokenizerConfig, to_dict
+from gptjax.data import prepare, sources, store
+from gptjax.errors import DataError, MismatchError, OutputError
+from gptjax.progress import Progress
+
+WORDS = [a + b for a in ("ra", "tor", "lu", "mes", "po") for b in ("de", "cha", "bi", "sen", "")]
+SENTENCEPIECE = TokenizerConfig(vocab_size=320)
+BYTES = TokenizerConfig(kind="bytes")
+
+
+def text(seed: int, lines: int = 30) -> str:
+    rng = np.random.default_rng(seed)
+    indented = (" " * 4 * rng.integers(3) + " ".join(rng.choice(WORDS, 7)) for _ in range(lines))
+    return "\n".join(indented) + "\n"
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Texts, records, blank and invalid ones, and a file that is long if 4000 bytes are."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number:02}.txt").write_text(text(number))
+    (folder / "blank.txt").write_text("\n \n")
+    (folder / "invalid.txt").write_bytes(b"caf\xe9\n" * 9)
+    (folder / "long.txt").write_text(text(99, lines=400))
+    records = [{"text": text(n, 4)} for n in range(100, 120)] + [{"text": ""}]
+    (folder / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+def config(folder: Path, name: str = "store", tokenizer: TokenizerConfig = BYTES, **data) -> Config:
+    """A configuration of the corpus in a folder, and a store beside it; fields of data as given."""
+    fields = {"sources": (f"{folder}/corpus",), "workers": 1, "valid_fraction": 0.3, **data}
+    return Config(
+        model=ModelConfig(vocab_size=512),
+        tokenizer=tokenizer,
+        data=DataConfig(store=str(folder / name), **fields),
+    )
+
+
+@pytest.fixture
+def here(monkeypatch) -> None:
+    """Tokenizes in this process: starting others is most of what preparing a small store costs."""
+
+    def in_order(cfg: Config, folder: Path, batches: Iterator) -> Iterator:
+        monkeypatch.setattr(prepare, "_worker_tokenizer", tokenizers.load(folder), raising=False)
+        yield from map(prepare._encode, batches)
+
+    monkeypatch.setattr(prepare, "_in_order", in_order)
+
+
+HERE = pytest.mark.usefixtures("here")
+
+
+def contents(folder: str | Path) -> dict[str, bytes]:
+    files = (path for path in Path(folder).rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def tokens(cfg: Config, split: str) -> list[int]:
+    reader = store.Reader(cfg.data.store, split, store.read_manifest(cfg.data.store))
+    return reader.windows(np.array([0]), len(reader))[0].tolist()
+
+
+def stored_documents(cfg: Config, split: str) -> list[str]:
+    """The texts between the EOS tokens of a split, which opens and closes with one."""
+    tokenizer = tokenizers.load(Path(cfg.data.store))
+    first, *rest = tokens(cfg, split)
+    assert first == rest[-1] == tokenizer.eos_id
+    found, document = [], []
+    for token in rest:
+        if token == tokenizer.eos_id:
+            found.append(tokenizer.decode(document))
+            document = []
+        else:
+            document.append(token)
+    return found
+
+
+def source_documents(cfg: Config) -> dict[str, str]:
+    """Whole texts by key, in the order of the sources."""
+    whole: dict[str, str] = {}
+    for source in sources.resolve(cfg.data.sources):
+        for document in sources.read(source, cfg.data, sources.Counts()):
+            whole[document.key] = whole.get(document.key, "") + document.text
+    return whole
+
+
+# --- what is in a store ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, SENTENCEPIECE], ids=["bytes", "sentencepiece"])
+def test_a_store_holds_each_document_and_an_eos_after_it(tmp_path, corpus, tokenizer) -> None:
+    cfg = config(tmp_path, tokenizer=tokenizer)
+    manifest = prepare.prepare(cfg)
+    found = source_documents(cfg)
+    held_out = {key for key in found if sources.hash_share(key) < cfg.data.valid_fraction}
+    wanted = {
+        "train": [text for key, text in found.items() if key not in held_out],
+        "valid": [text for key, text in found.items() if key in held_out],
+    }
+    assert min(map(len, wanted.values())) > 5
+    for split, texts in wanted.items():
+        assert stored_documents(cfg, split) == texts
+        known = manifest.splits[split]
+        assert known.documents == len(texts)
+        assert known.bytes == sum(len(text.encode()) for text in texts)
+        assert known.tokens == len(tokens(cfg, split))
+    assert manifest.counts == {"empty": 2, "replaced_utf8": 1, "split_documents": 0}
+    own = tokenizers.load(Path(cfg.data.store))
+    assert manifest.tokenizer["sha256"] == own.fingerprint
+    assert manifest.tokenizer["eos_id"] == own.eos_id
+    assert list(store.verify(cfg.data.store)) == []
+
+
+@HERE
+@pytest.mark.parametrize("tokenizer", [BYTES, SENTENCEPIECE], ids=["bytes", "sentencepiece"])
+def test_a_long_file_read_in_pieces_is_one_document(tmp_path, corpus, tokenizer) -> None:
+    cfg = config(tmp_path, "whole", tokenizer)
+    whole = prepare.prepare(cfg)
+    own = Path(cfg.data.store, "tokenizer.model")
+    same = replace(tokenizer, path=str(own) if own.exists() else "")
+    cut = config(tmp_path, "cut", same, max_document_bytes=4000)
+    manifest = prepare.prepare(cut)
+    assert manifest.counts["split_documents"] == 1
+    assert manifest.splits == whole.splits
+    assert manifest.fingerprint() == whole.fingerprint()
+
+
+@HERE
+def test_validation_sources_are_the_validation_split_whole(tmp_path: Path, corpus: Path) -> None:
+    cfg = config(
+        tmp_path,
+        sources=(f"{corpus}/0[0-4].txt",),
+        valid_sources=(f"{corpus}/0[5-6].txt", f"{corpus}/11.txt"),
+    )
+    prepare.prepare(cfg)
+    assert stored_documents(cfg, "train") == [text(n) for n in range(5)]
+    assert stored_documents(cfg, "valid") == [text(n) for n in (5, 6, 11)]
+
+
+@HERE
+def test_files_that_are_added_leave_the_split_of_the_others(tmp_path: Path, corpus: Path) -> None:
+    before, after = config(tmp_path, "before"), config(tmp_path, "after")
+    prepare.prepare(before)
+    for number in range(30):
+        (corpus / f"0{number}-added.txt").write_text(text(1000 + number))
+    prepare.prepare(after)
+    for split in ("train", "valid"):
+        added = [
+            d for d in stored_documents(after, split) if d not in stored_documents(before, split)
+        ]
+        old = [d for d in stored_documents(after, split) if d not in added]
+        assert added
+        assert old == stored_documents(before, split)
+
+
+@HERE
+def test_the_tokenizer_is_not_trained_on_what_is_held_out(tmp_path: Path, corpus: Path) -> None:
+    made = {}
+    held_out = [p for p in corpus.glob("*.txt") if sources.hash_share(p.name) < 0.3]
+    assert held_out
+    for name in ("before", "after"):
+        made[name] = prepare.prepare(config(tmp_path, name, SENTENCEPIECE))
+        for file in held_out:
+            file.write_text("altogether different things are said here\n" * 200)
+    assert made["before"].tokenizer == made["after"].tokenizer
+    assert made["before"].splits["train"] == made["after"].splits["train"]
+    assert made["before"].splits["valid"] != made["after"].splits["valid"]
+
+
+def test_any_number_of_workers_makes_the_same_store(tmp_path, corpus, monkeypatch) -> None:
+    monkeypatch.setattr(prepare, "_BATCH_BYTES", 1500)
+    made = {workers: config(tmp_path, f"{workers}", workers=workers) for workers in (1, 2)}
+    for cfg in made.values():
+        prepare.prepare(cfg)
+    one, two = (contents(cfg.data.store) for cfg in made.values())
+    assert one == two
+    assert {"manifest.json", "tokenizer.bytes", "train/c/0", "valid/c/0"} < set(one)
+
+
+@HERE
+def test_a_store_that_is_made_is_found_made(tmp_path: Path, corpus: Path) -> None:
+    cfg = config(tmp_path)
+    manifest = prepare.prepare(cfg)
+    before = contents(cfg.data.store)
+    for file in corpus.iterdir():
+        file.unlink()
+    other = replace(cfg.data, workers=2, prefetch=3, documents="mask")  # make no other store
+    assert prepare.prepare(replace(cfg, data=other)) == manifest
+    assert contents(cfg.data.store) == before
+
+
+# --- interruptions ---------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(cfg: Config, monkeypatch, after: int) -> dict:
+    """Prepares so many batches and breaks off; returns the journal that is left."""
+    in_order = prepare._in_order
+
+    def broken(*args) -> Iterator:
+        for number, encoded in enumerate(in_order(*args)):
+            if number == after:
+                raise Interrupted
+            yield encoded
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_in_order", broken)
+        with pytest.raises(Interrupted):
+            prepare.prepare(cfg)
+    gc.collect()  # closes what the exception's frames hold open, as the end of a process would
+    assert not Path(cfg.data.store, store.MANIFEST).exists()
+    return json.loads(Path(cfg.data.store, prepare.JOURNAL).read_text())
+
+
+@HERE
+@pytest.mark.parametrize("tokenizer", [BYTES, SENTENCEPIECE], ids=["bytes", "sentencepiece"])
+def test_an_interrupted_preparation_goes_on_to_the_same_bytes(
+    tmp_path: Path, corpus: Path, monkeypatch, tokenizer: TokenizerConfig
+) -> None:
+    whole = config(tmp_path, "whole", tokenizer, max_document_bytes=4000)
+    manifest = prepare.prepare(whole)
+    assert min(manifest.counts.values()) >= 1  # of each kind there is one to be counted twice
+    cut = config(tmp_path, "cut", tokenizer, max_document_bytes=4000)
+    monkeypatch.setattr(prepare, "_BATCH_BYTES", 1500)
+    monkeypatch.setattr(prepare, "_JOURNAL_BYTES", 4000)
+    done = [interrupt(cut, monkeypatch, after)["documents"] for after in (6, 0, 4)]
+    assert 0 < done[0] == done[1] < done[2]
+    monkeypatch.undo()  # goes on in other processes, and in batches of another size
+    assert prepare.prepare(cut) == manifest
+    assert contents(cut.data.store) == contents(whole.data.store)
+
+
+@HERE
+def test_an_interruption_within_a_long_file_leaves_it_one_document(
+    tmp_path: Path, corpus: Path, monkeypatch
+) -> None:
+    only = {"sources": (f"{corpus}/long.txt",), "valid_sources": (f"{corpus}/00.txt",)}
+    cut = config(tmp_path, max_document_bytes=4000, **only)
+    monkeypatch.setattr(prepare, "_BATCH_BYTES", 1)
+    monkeypatch.setattr(prepare, "_JOURNAL_BYTES", 1)
+    journal = interrupt(cut, monkeypatch, 2)
+    assert (journal["documents"], journal["split_documents"]["train"]) == (2, 0)
+    manifest = prepare.prepare(cut)
+    assert stored_documents(cut, "train") == [text(99, lines=400)]
+    assert manifest.splits["train"].documents == 1
+
+
+@HERE
+def test_a_stream_of_other_files_is_not_gone_on_with(tmp_path, corpus, monkeypatch) -> None:
+    cfg = config(tmp_path)
+    monkeypatch.setattr(prepare, "_BATCH_BYTES", 1500)
+    monkeypatch.setattr(prepare, "_JOURNAL_BYTES", 4000)
+    assert interrupt(cfg, monkeypatch, 8)["documents"]
+    before = contents(cfg.data.store)
+    added = corpus / "000.txt"
+    added.write_text("a document more, which shifts all others")
+    with pytest.raises(MismatchError, match=r"unfinished.*\n  files: "):
+        prepare.prepare(cfg)
+    added.unlink()
+    (corpus / "00.txt").write_text("one that has changed")
+    with pytest.raises(MismatchError, match=r"unfinished.*\n  files: "):
+        prepare.prepare(cfg)
+    (corpus / "00.txt").write_text(text(0))
+    kept = {name: raw for name, raw in before.items() if name != "prepare.lock"}
+    assert kept.items() <= contents(cfg.data.store).items()
+    assert prepare.prepare(cfg).splits["train"].documents > 5
+
+
+@HERE
+def test_what_was_written_and_is_gone_is_missed(tmp_path, corpus, monkeypatch) -> None:
+    cfg = config(tmp_path)
+    monkeypatch.setattr(prepare, "_BATCH_BYTES", 1500)
+    monkeypatch.setattr(prepare, "_JOURNAL_BYTES", 4000)
+    interrupt(cfg, monkeypatch, 8)
+    file = Path(cfg.data.store, "train", "c", "0")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(DataError, match=f"{file}: holds less than was written"):
+        prepare.prepare(cfg)
+
+
+@HERE
+def test_a_damaged_journal_is_named(tmp_path: Path, corpus: Path, monkeypatch) -> None:
+    cfg = config(tmp_path)
+    interrupt(cfg, monkeypatch, 0)
+    file = Path(cfg.data.store, prepare.JOURNAL)
+    for damaged in ("", "{}", file.read_text()[:50]):
+        file.write_text(damaged)
+        with pytest.raises(DataError, match=f"{file}: is damaged"):
+            prepare.prepare(cfg)
+
+
+# Says how far it is, so that it can be killed on the way.
+CHILD = """
+import json, sys
+from gptjax import config
+from gptjax.data import prepare
+if __name__ == "__main__":
+    prepare._BATCH_BYTES = prepare._JOURNAL_BYTES = 1500
+    prepare.prepare(config.load(sys.argv[1]), lambda phase, done, of: print(done, flush=True))
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
+def test_a_killed_preparation_goes_on_and_leaves_no_worker_behind(tmp_path, corpus) -> None:
+    for number in range(12, 60):
+        (corpus / f"{number}.txt").write_text(text(number))
+    cut, whole = config(tmp_path, "cut", workers=2), config(tmp_path, "whole")
+    prepare.prepare(whole)
+    size = sum(split.bytes for split in store.read_manifest(whole.data.store).splits.values())
+    file, child = tmp_path / "cut.json", tmp_path / "child.py"
+    file.write_text(json.dumps(to_dict(cut)))
+    child.write_text(CHILD)
+    for share in (0.1, 0.5, 0.9):
+        process = subprocess.Popen(
+            [sys.executable, child, file], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        assert any(int(line) >= share * size for line in process.stdout)
+        tasks = Path(f"/proc/{process.pid}/task").iterdir()
+        children = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        process.stdout.close()
+        assert len(children) >= 2
+        for _ in range(600):
+            if not any(map(alive, children)):
+                break
+            time.sleep(0.05)
+        assert not any(map(alive, children))
+        journal = json.loads(Path(cut.data.store, prepare.JOURNAL).read_text())
+        assert journal["documents"] > 0
+    prepare.prepare(cut)
+    assert contents(cut.data.store) == contents(whole.data.store)
+
+
+@HERE
+def test_while_another_process_makes_the_store_it_is_waited_for(tmp_path, corpus) -> None:
+    cfg = config(tmp_path)
+    folder = Path(cfg.data.store)
+    folder.mkdir()
+    said: queue.Queue[str] = queue.Queue()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with lock.held(folder / "prepare.lock", "another"):
+            waiting = pool.submit(prepare.prepare, cfg, say=said.put)
+            line = said.get(timeout=60)
+            assert line.startswith(f"data.store={folder}: in use by process ")
+            assert set(contents(folder)) == {"prepare.lock"}
+            assert not waiting.done()
+            made = config(tmp_path, "made")
+            manifest = prepare.prepare(made)
+            for file in Path(made.data.store).iterdir():  # as if the other one had made it
+                if file.name != "prepare.lock":
+                    file.rename(folder / file.name)
+            before = contents(folder)
+        assert waiting.result(timeout=60) == manifest
+    assert {**contents(folder), "prepare.lock": b""} == {**before, "prepare.lock": b""}
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+@HERE
+def test_a_store_of_other_data_is_refused_made_or_half_made(tmp_path, corpus, monkeypatch) -> None:
+    made, half = config(tmp_path, "made"), config(tmp_path, "half")
+    prepare.prepare(made)
+    monkeypatch.setattr(prepare, "_BATCH_BYTES", 1500)
+    monkeypatch.setattr(prepare, "_JOURNAL_BYTES", 4000)
+    assert interrupt(half, monkeypatch, 8)["documents"]
+    for cfg in (made, half):
+        before = contents(cfg.data.store)
+        other = replace(cfg, data=replace(cfg.data, valid_fraction=0.4, bad_utf8="fail"))
+        with pytest.raises(MismatchError) as caught:
+            prepare.prepare(other)
+        assert cfg.data.store in str(caught.value)
+        assert sorted(caught.value.differences) == [
+            "bad_utf8: 'replace' in the store, 'fail' given",
+            "valid_fraction: 0.3 in the store, 0.4 given",
+        ]
+        with pytest.raises(MismatchError, match="tokenizer"):
+            prepare.prepare(replace(cfg, tokenizer=SENTENCEPIECE))
+        assert contents(cfg.data.store) == before
+
+
+@HERE
+def test_what_an_error_says_to_set_can_be_set(tmp_path: Path, corpus: Path) -> None:
+    """An attempt that came to nothing does not bind the next one."""
+    file = corpus / "records.jsonl"
+    cfg = config(tmp_path, tokenizer=SENTENCEPIECE, sources=(str(file),))
+    file.write_text(file.read_text().replace('"text"', '"body"'))
+    with pytest.raises(DataError, match=f"{file}:1: .*set data.text_field"):
+        prepare.prepare(cfg)
+    mended = config(tmp_path, sources=(str(file),), text_field="body")
+    assert prepare.prepare(mended).tokenizer["kind"] == "bytes"
+    assert len(stored_documents(mended, "train") + stored_documents(mended, "valid")) == 20
+    assert set(contents(cfg.data.store)) == {
+        "manifest.json",
+        "tokenizer.bytes",
+        "prepare.lock",
+        *(f"{split}/{file}" for split in ("train", "valid") for file in ("zarr.json", "c/0")),
+    }
+
+
+@HERE
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"sources": ("blank.txt",)}, "data.sources={}/blank.txt: no text to train on"),
+        ({"valid_sources": ("blank.txt",)}, "data.valid_sources={}/blank.txt: no text"),
+        ({"valid_fraction": 1e-9}, "data.valid_fraction=1e-09: no document was held out"),
+    ],
+)
+def test_a_split_without_text_is_told_and_leaves_nothing(
+    tmp_path: Path, corpus: Path, fields: dict, wanted: str
+) -> None:
+    given = {
+        name: tuple(f"{corpus}/{file}" for file in value) if isinstance(value, tuple) else value
+        for name, value in fields.items()
+    }
+    with pytest.raises(DataError) as caught:
+        prepare.prepare(config(tmp_path, **given))
+    assert str(caught.value).startswith(wanted.format(corpus))
+    assert [path.name for path in Path(tmp_path, "store").iterdir()] == ["prepare.lock"]
+    assert prepare.prepare(config(tmp_path)).splits["train"].documents > 5
+
+
+@HERE
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, corpus: Path) -> None:
+    folder = tmp_path / "store"
+    (folder / "train").mkdir(parents=True)
+    (folder / "notes.md").write_text("kept")
+    (folder / "train" / "poem.txt").write_text("kept")
+    with pytest.raises(OutputError, match=rf"data\.store={folder}: holds other files \(notes\.md"):
+        prepare.prepare(config(tmp_path))
+    kept = {"notes.md": b"kept", "train/poem.txt": b"kept"}
+    assert {**contents(folder), "prepare.lock": b""} == {**kept, "prepare.lock": b""}
+
+
+@HERE
+def test_a_tokenizer_larger_than_the_model_is_refused_until_the_model_is_larger(
+    tmp_path: Path, corpus: Path
+) -> None:
+    cfg = config(tmp_path, tokenizer=SENTENCEPIECE)
+    small = replace(cfg, model=replace(cfg.model, vocab_size=300))
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"model\.vocab_size=300: the tokenizer has 320 pieces"):
+            prepare.prepare(small)
+    assert prepare.prepare(cfg).tokenizer["vocab_size"] == 320
+
+
+@HERE
+def test_a_store_that_cannot_be_written_is_told(tmp_path: Path, corpus: Path) -> None:
+    cfg = config(tmp_path, "corpus/00.txt/store")
+    with pytest.raises(OutputError, match=f"data.store={cfg.data.store}: cannot be written"):
+        prepare.prepare(cfg)
+
+
+@HERE
+def test_a_file_that_cannot_be_read_is_not_blamed_on_the_store(tmp_path, corpus) -> None:
+    raw = gzip.compress(text(5).encode())
+    (corpus / "cut.txt.gz").write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(DataError, match=f"{corpus}/cut.txt.gz: cannot be read"):
+        prepare.prepare(config(tmp_path))
+
+
+# --- progress --------------------------------------------------------------------------------
+
+
+@HERE
+def test_each_phase_tells_how_many_bytes_are_done(tmp_path: Path, corpus: Path) -> None:
+    told: list[tuple[str, int, int | None]] = []
+    manifest = prepare.prepare(
+        config(tmp_path, tokenizer=SENTENCEPIECE), lambda *words: told.append(words)
+    )
+    assert list(dict.fromkeys(phase for phase, _, _ in told)) == ["tokenizer", "tokenize"]
+    done = [done for phase, done, _ in told if phase == "tokenize"]
+    assert done == sorted(done)
+    assert done[-1] == sum(split.bytes for split in manifest.splits.values())
+    expected = {of for phase, _, of in told if phase == "tokenize"}
+    assert expected == {sum(p.stat().st_size for p in corpus.iterdir())}
+
+
+def test_a_phase_is_shown_as_a_bar_that_ends_where_the_next_begins(capsys) -> None:
+    with prepare.shown(Progress()) as tell:
+        tell("tokenizer", 500, 1000)
+        tell("tokenizer", 1000, 1000)
+        tell("tokenize", 2000, 2000)
+    written = capsys.readouterr().err.rstrip("\n").split("\n")
+    lines = [line.rpartition("\r")[2] for line in written]  # as a terminal leaves them
+    assert [line.partition(":")[0] for line in lines] == ["tokenizer", "tokenize"]
+    assert "100%" in lines[0]
+    assert "1.00k/1.00k" in lines[0]

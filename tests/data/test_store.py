@@ -1,0 +1,307 @@
+"""The token store: what was written is read, by any zarr reader, and damage is named."""
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax.data import store
+from gptjax.data.store import Manifest, Reader, Split, Writer
+from gptjax.errors import DataError, OutputError
+
+RANGE = store._RANGE_TOKENS
+NARROW, WIDE = store.token_dtype(1000), store.token_dtype(100_000)
+
+PER_FILE = st.sampled_from([RANGE, 2 * RANGE, 3 * RANGE])
+LENGTHS = st.one_of(
+    st.integers(1, 4 * RANGE),
+    st.builds(lambda n, off: max(1, n * RANGE + off), st.integers(1, 6), st.integers(-1, 1)),
+)
+CUTS = st.lists(st.floats(0, 1), max_size=6)
+
+
+def draw(count: int, seed: int = 0) -> np.ndarray:
+    """Tokens of which none is zero, so that padding is told apart."""
+    return np.random.default_rng(seed).integers(1, 1000, count)
+
+
+def write(
+    folder: Path, tokens: np.ndarray, per_file: int, cuts: Sequence[float] = (), dtype=NARROW
+) -> tuple[str, ...]:
+    writer = Writer(folder, dtype, 0, per_file)
+    for part in np.split(tokens, sorted(int(cut * len(tokens)) for cut in cuts)):
+        writer.append(part)
+    assert writer.tokens == len(tokens)
+    return writer.close()
+
+
+def manifest_of(
+    lengths: dict[str, int], hashes: dict[str, tuple[str, ...]], per_file: int, dtype=NARROW
+) -> Manifest:
+    return Manifest(
+        tokenizer={"kind": "bytes", "sha256": "ab" * 32, "vocab_size": 258, "eos_id": 256},
+        data={"sources": ["é.txt"], "valid_fraction": 0.02},
+        counts={"empty": 1},
+        dtype=dtype.str,
+        splits={name: Split(3, n, 5 * n, hashes[name]) for name, n in lengths.items()},
+        file_tokens=per_file,
+    )
+
+
+@contextmanager
+def stored(tokens: np.ndarray, per_file: int, cuts=(), dtype=NARROW) -> Iterator[Reader]:
+    """A reader of tokens that were written in parts."""
+    with tempfile.TemporaryDirectory() as folder:
+        hashes = write(Path(folder, "train"), tokens, per_file, cuts, dtype)
+        lengths = {"train": len(tokens)}
+        manifest = manifest_of(lengths, {"train": hashes}, per_file, dtype)
+        yield Reader(folder, "train", manifest)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+# --- writing and reading ---------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    length=LENGTHS, per_file=PER_FILE, cuts=CUTS, width=st.integers(1, 2 * RANGE), data=st.data()
+)
+def test_windows_are_what_was_written_and_zero_past_the_end(length, per_file, cuts, width, data):
+    tokens = draw(length)
+    starts = data.draw(st.lists(st.integers(0, length + width), min_size=1, max_size=5))
+    starts += [0, length - 1, length, per_file - 1]  # over the first file's end, if it has one
+    padded = np.concatenate([tokens, np.zeros(3 * (per_file + length + width), int)])
+    with stored(tokens, per_file, cuts) as reader:
+        assert len(reader) == length
+        windows = reader.windows(np.array(starts), width)
+    assert windows.dtype == np.int32
+    np.testing.assert_array_equal(windows, np.stack([padded[s : s + width] for s in starts]))
+
+
+def test_a_window_may_cross_several_files() -> None:
+    tokens = draw(4 * RANGE + 10)
+    with stored(tokens, RANGE) as reader:
+        (window,) = reader.windows(np.array([RANGE - 5]), 3 * RANGE)
+    np.testing.assert_array_equal(window, tokens[RANGE - 5 :][: 3 * RANGE])
+
+
+@pytest.mark.parametrize(("vocab", "name"), [(258, "u2"), (1 << 16, "u2"), ((1 << 16) + 1, "u4")])
+def test_the_largest_id_of_any_vocabulary_comes_back(vocab: int, name: str) -> None:
+    dtype = store.token_dtype(vocab)
+    assert dtype == np.dtype(f"<{name}")
+    with stored(np.array([0, vocab - 1, 1], np.uint32), RANGE, dtype=dtype) as reader:
+        assert reader.windows(np.array([0]), 3).tolist() == [[0, vocab - 1, 1]]
+
+
+@settings(max_examples=20, deadline=None)
+@given(length=LENGTHS, per_file=PER_FILE, cuts=CUTS, dtype=st.sampled_from([NARROW, WIDE]))
+def test_a_split_is_an_array_to_any_reader_of_zarr(length, per_file, cuts, dtype) -> None:
+    import tensorstore
+
+    tokens = draw(length)
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), tokens, per_file, cuts, dtype)
+        spec = {"driver": "zarr3", "kvstore": f"file://{folder}/"}
+        array = tensorstore.open(spec, read=True).result()
+        read = array.read().result()
+        assert array.chunk_layout.write_chunk.shape == (per_file,)
+    assert read.dtype == dtype
+    np.testing.assert_array_equal(read, tokens)
+
+
+def test_a_remote_store_reads_as_a_local_one_does(tmp_path: Path, monkeypatch) -> None:
+    """The bucket is a folder here; TensorStore reads the same files either way."""
+    import tensorstore
+
+    tokens, per_file, width = draw(2 * RANGE + 50), RANGE, 20
+    hashes = write(tmp_path / "train", tokens, per_file)
+    manifest = manifest_of({"train": len(tokens)}, {"train": hashes}, per_file)
+    open_array = tensorstore.open
+
+    def open_here(spec, **options):
+        kvstore = spec["kvstore"].replace("gs://bucket/", f"file://{tmp_path}/")
+        return open_array({**spec, "kvstore": kvstore}, **options)
+
+    monkeypatch.setattr(tensorstore, "open", open_here)
+    starts = np.array([0, 5, RANGE - 3, len(tokens) - 7, len(tokens), len(tokens) + 9])
+    windows = Reader("gs://bucket", "train", manifest).windows(starts, width)
+    np.testing.assert_array_equal(
+        windows, Reader(str(tmp_path), "train", manifest).windows(starts, width)
+    )
+    assert windows[2].all()
+    assert np.count_nonzero(windows[3:], axis=1).tolist() == [7, 0, 0]
+
+
+# --- going on where a writer stopped ---------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(length=LENGTHS, per_file=PER_FILE, keep=st.floats(0, 1), more=LENGTHS, closed=st.booleans())
+def test_a_writer_reopened_at_fewer_tokens_undoes_what_came_after(
+    length: int, per_file: int, keep: float, more: int, closed: bool
+) -> None:
+    before, after = draw(length), draw(more, seed=1)
+    kept = int(keep * length)
+    with tempfile.TemporaryDirectory() as name:
+        cut, clean, left = (Path(name, part) for part in ("cut", "clean", "left"))
+        writer = Writer(left, NARROW, 0, per_file)
+        writer.append(before[:kept])
+        writer.flush()
+        writer.append(before[kept:])
+        if closed:
+            writer.close()
+        shutil.copytree(left, cut)  # what is on disk if the process ends here
+        writer = Writer(cut, NARROW, kept, per_file)
+        assert writer.tokens == kept
+        writer.append(after)
+        hashes = writer.close()
+        assert hashes == write(clean, np.concatenate([before[:kept], after]), per_file)
+        assert contents(cut) == contents(clean)
+
+
+def test_tokens_that_were_written_and_are_gone_are_missed(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, NARROW, 0, RANGE)
+    writer.append(draw(RANGE + 100))
+    writer.flush()
+    file = tmp_path / "c" / "1"
+    assert file.stat().st_size == 200
+    file.write_bytes(file.read_bytes()[:198])
+    with pytest.raises(DataError, match="holds less than was written") as caught:
+        Writer(tmp_path, NARROW, RANGE + 100, RANGE)
+    assert str(file) in str(caught.value)
+
+
+# --- the manifest ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> tuple[Path, Manifest]:
+    """A store of two splits, the first of three files, and its manifest."""
+    lengths = {"train": 2 * RANGE + 9, "valid": 40}
+    hashes = {name: write(tmp_path / name, draw(n), RANGE) for name, n in lengths.items()}
+    assert [len(files) for files in hashes.values()] == [3, 1]
+    manifest = manifest_of(lengths, hashes, RANGE)
+    store.write_manifest(tmp_path, manifest)
+    return tmp_path, manifest
+
+
+def test_a_manifest_is_read_as_it_was_written(made) -> None:
+    folder, manifest = made
+    assert store.read_manifest(str(folder)) == manifest
+    assert list(store.verify(str(folder))) == []
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"train", "valid", "manifest.json"}  # nothing half-written
+
+
+def test_the_fingerprint_is_that_of_the_tokens_and_their_tokenizer(made) -> None:
+    _, manifest = made
+    changed = lambda **fields: dataclasses.replace(manifest, **fields).fingerprint()
+    before = manifest.fingerprint()
+    assert changed(data={"sources": ["elsewhere.txt"]}, counts={}) == before
+    assert changed(tokenizer={**manifest.tokenizer, "sha256": "cd" * 32}) != before
+    train = manifest.splits["train"]
+    hashes = ("00" * 32, *train.files_sha256[1:])
+    other = dataclasses.replace(train, files_sha256=hashes)
+    assert changed(splits={**manifest.splits, "train": other}) != before
+
+
+def edited(change: Callable[[dict], object]) -> Callable[[bytes], bytes]:
+    def edit(raw: bytes) -> bytes:
+        values = json.loads(raw)
+        change(values)
+        return json.dumps(values).encode()
+
+    return edit
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda raw: b"",
+    "cut": lambda raw: raw[: len(raw) // 2],
+    "no UTF-8": lambda raw: raw.replace(b"train", b"tra\xe9n"),
+    "no object": lambda raw: b"[1, 2]",
+    "no format": edited(lambda v: v.pop("format")),
+    "another format": edited(lambda v: v.update(format=store.FORMAT + 1)),
+    "no tokenizer": edited(lambda v: v.pop("tokenizer")),
+    "an unknown field": edited(lambda v: v.update(colour=3)),
+    "an unknown type": edited(lambda v: v.update(dtype="<u3")),
+    "splits of another kind": edited(lambda v: v.update(splits=[1])),
+    "a split of another kind": edited(lambda v: v["splits"].update(train=7)),
+    "a split without hashes": edited(lambda v: v["splits"]["train"].pop("files_sha256")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_manifest_is_named(made, damage: str) -> None:
+    file = made[0] / store.MANIFEST
+    file.write_bytes(DAMAGE[damage](file.read_bytes()))
+    with pytest.raises(DataError) as caught:
+        store.read_manifest(str(made[0]))
+    assert str(file) in str(caught.value)
+
+
+def test_a_flipped_bit_of_the_manifest_is_no_crash(made) -> None:
+    """It is found, or changes what the manifest says without making it unreadable."""
+    folder, _ = made
+    file = folder / store.MANIFEST
+    raw = file.read_bytes()
+    rng = np.random.default_rng(0)
+    found = 0
+    for bit in rng.choice(len(raw) * 8, 200, replace=False):
+        flipped = bytearray(raw)
+        flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        try:
+            store.read_manifest(str(folder))
+        except DataError:
+            found += 1
+    assert found > 50
+
+
+def test_a_folder_without_a_manifest_is_no_store(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"{tmp_path}: is no token store.*gptjax data prepare"):
+        store.read_manifest(str(tmp_path))
+
+
+@pytest.mark.parametrize("file", ["train/c/0", "train/c/2", "valid/c/0"])
+@pytest.mark.parametrize("change", [-1, 1, None])
+def test_a_file_of_another_size_is_named(made, file: str, change: int | None) -> None:
+    folder, _ = made
+    path = folder / file
+    raw = path.read_bytes()
+    if change is None:
+        path.unlink()
+    else:
+        path.write_bytes((raw + b"\0")[: len(raw) + change])
+    for use in (store.read_manifest, lambda s: list(store.verify(s))):
+        with pytest.raises(DataError, match=f"{path}: .* bytes, the manifest says {len(raw)}"):
+            use(str(folder))
+
+
+@pytest.mark.parametrize("file", ["train/c/1", "valid/c/0"])
+def test_a_flipped_bit_of_a_file_is_found_and_the_file_named(made, file: str) -> None:
+    folder, _ = made
+    path = folder / file
+    raw = bytearray(path.read_bytes())
+    raw[5] ^= 16
+    path.write_bytes(raw)
+    (problem,) = store.verify(str(folder))
+    assert str(path) in problem
+    assert "SHA-256" in problem
+
+
+def test_a_manifest_that_cannot_be_written_is_told_with_the_folder(tmp_path: Path) -> None:
+    manifest = manifest_of({"train": 1}, {"train": ()}, RANGE)
+    with pytest.raises(OutputError, match=f"{tmp_path}/absent: cannot be written"):
+        store.write_manifest(tmp_path / "absent", manifest)
