@@ -5,6 +5,7 @@ asks each arm in turn for one step, round after round, so that drifts of the mac
 other load) fall on all arms alike. Only one arm works at a time.
 
     python tests/bench/train_step.py --shape char
+    python tests/bench/train_step.py --arms gptjax gptjax-glibc gptjax-scan gptjax-reference
 
     git clone https://github.com/karpathy/nanoGPT
     python3 -m venv torchenv && torchenv/bin/pip install torch numpy
@@ -36,6 +37,8 @@ from collections.abc import Callable
 from typing import IO, Any, NamedTuple
 
 ARMS = ("gptjax", "nanogpt-eager", "nanogpt-compile")
+# gptjax with one of its ideas taken out, to see what each gives.
+WITHOUT = ("gptjax-glibc", "gptjax-scan", "gptjax-reference", "gptjax-autodiff", "gptjax-xent")
 CHILD = "_child"  # hidden subcommand: _child ARM SHAPE DTYPE NANOGPT_DIR
 WARMUP_STEPS = 3
 SETTLE_SECONDS = 0.05  # lets the worker threads of the previous arm stop spinning
@@ -65,17 +68,39 @@ def random_tokens(shape: Shape) -> Any:
     return np.random.default_rng(0).integers(0, shape.vocab, (shape.batch, shape.context + 1))
 
 
-def build_gptjax_step(shape: Shape, dtype: str) -> tuple[Step, int]:
-    """gptjax's own train step, unrolled, as `gptjax train` runs it on one CPU device."""
+def build_gptjax_step(shape: Shape, dtype: str, without: str = "") -> tuple[Step, int]:
+    """gptjax's own train step, unrolled, as `gptjax train` runs it on one CPU device.
+
+    `without` takes one idea out: glibc (its malloc as it is), scan (layers in a loop), reference
+    (attention), autodiff (of LayerNorm and GELU), xent (the loss from whole logits).
+    """
     from gptjax import allocator
 
-    allocator.keep_memory()  # before anything large is imported, as the command line does
+    if without != "glibc":
+        allocator.keep_memory()  # before anything large is imported, as the command line does
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
-    from gptjax import objective, sharding, train
+    from gptjax import loss, objective, sharding, train
     from gptjax.config import ComputeConfig, Config, ModelConfig, OptimConfig, TrainConfig
-    from gptjax.model import decoder
+    from gptjax.model import decoder, ffn, layers
+
+    if without == "autodiff":
+
+        def layer_norm(x, scale, bias, eps):
+            x = x - x.mean(-1, keepdims=True)
+            return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps) * scale
+
+        layers.layer_norm, ffn._PLAIN["gelu_tanh"] = layer_norm, jax.nn.gelu
+    if without == "xent":
+
+        def cross_entropy(x, w, targets, weights, z_loss, chunks):
+            logits = jnp.einsum("nd,vd->nv", x, w.astype(x.dtype)).astype(jnp.float32)
+            hit = (logits * jax.nn.one_hot(targets, w.shape[0])).sum(-1)
+            return (weights * (jax.nn.logsumexp(logits, -1) - hit)).sum(), jnp.float32(0)
+
+        loss.cross_entropy = cross_entropy
 
     tokens = shape.batch * shape.context
     cfg = Config(
@@ -89,7 +114,10 @@ def build_gptjax_step(shape: Shape, dtype: str) -> tuple[Step, int]:
             norm_bias=False,
         ),
         compute=ComputeConfig(
-            dtype=dtype, scan_layers=False, loss_chunks=8 if shape.vocab > 4096 else 1
+            dtype=dtype,
+            scan_layers=without == "scan",
+            attention="reference" if without == "reference" else "auto",
+            loss_chunks=8 if shape.vocab > 4096 else 1,
         ),
         optim=OptimConfig(lr=3e-4, lr_schedule="constant"),
         train=TrainConfig(seq_len=shape.context, batch_tokens=tokens, tokens=tokens * 1000),
@@ -155,16 +183,12 @@ def serve(step: Step, tokens: int, replies: IO[str]) -> None:
         print(json.dumps(reply), file=replies)
 
 
-def gptjax_arm(shape: Shape, dtype: str, replies: IO[str]) -> None:
-    serve(*build_gptjax_step(shape, dtype), replies)
-
-
 def child(arm: str, shape: str, dtype: str, checkout: str) -> None:
     # What libraries print must not reach the driver: keep stdout for replies, give them stderr.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    if arm == "gptjax":
-        gptjax_arm(SHAPES[shape], dtype, replies)
+    if arm.startswith("gptjax"):
+        serve(*build_gptjax_step(SHAPES[shape], dtype, arm.partition("-")[2]), replies)
     else:
         compiled = arm == "nanogpt-compile"
         serve(*build_nanogpt_step(SHAPES[shape], dtype, checkout, compiled), replies)
@@ -187,14 +211,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--nanogpt", metavar="DIR", default="", help="a checkout of nanoGPT")
     parser.add_argument("--torch-python", metavar="PATH", help="an interpreter that has torch")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all that can run")
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS + WITHOUT, help="default: gptjax, and nanoGPT if given"
+    )
     parser.add_argument("--versus", help="the arm ratios refer to (default: the first)")
     args = parser.parse_args()
     args.arms = args.arms or (ARMS if args.nanogpt else ARMS[:1])
     args.versus = args.versus or args.arms[0]
     if args.versus not in args.arms or args.rounds < 1:
         parser.error("--versus must be one of the arms, --rounds at least 1")
-    if set(args.arms) != {"gptjax"} and not (args.nanogpt and args.torch_python):
+    nanogpt = any(arm.startswith("nanogpt") for arm in args.arms)
+    if nanogpt and not (args.nanogpt and args.torch_python):
         parser.error("the nanogpt arms need --nanogpt and --torch-python")
     return args
 
@@ -206,7 +233,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:  # leaving it closes the children's stdin and waits
         children = {}
         for arm in steps:  # one after the other: compiling would slow the others down
-            python = sys.executable if arm == "gptjax" else args.torch_python
+            python = args.torch_python if arm.startswith("nanogpt") else sys.executable
             command = [python, __file__, CHILD, arm, args.shape, args.dtype, args.nanogpt]
             pipe, start = subprocess.PIPE, time.perf_counter()
             process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1)
