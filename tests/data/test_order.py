@@ -100,7 +100,7 @@ def test_every_window_is_as_likely_in_every_place(size: int) -> None:
 # --- batches ---------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(windows=st.integers(1, 120), batch=st.integers(1, 150), seed=SEEDS)
 @example(windows=10, batch=4, seed=0)  # epochs end within a batch
 @example(windows=3, batch=10, seed=0)  # and several of them in each
@@ -116,7 +116,7 @@ def test_each_epoch_takes_each_window_once(windows: int, batch: int, seed: int) 
         np.testing.assert_array_equal(np.sort(taken), np.arange(windows))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     windows=st.integers(1, 100),
     each=st.integers(1, 6),
