@@ -2,8 +2,9 @@
 
 XLA:CPU allocates its temporaries each step; by default glibc gives the pages back and the kernel
 clears them again, hundreds of thousands of page faults a step. One arena, no mmap and no trimming
-keep them (LOG.md has the measurement). It works only before the first threads allocate, so the
-command line calls it before it imports anything large.
+keep them, and huge pages spare most look-ups of their addresses (LOG.md has the measurements). It
+works only before the first threads allocate, so the command line calls it before it imports
+anything large.
 """
 
 import ctypes
@@ -12,6 +13,7 @@ import platform
 from pathlib import Path
 
 _M_ARENA_MAX, _M_MMAP_MAX, _M_TRIM_THRESHOLD, _M_TOP_PAD = -8, -4, -1, -2
+_MADV_HUGEPAGE, _HUGE = 14, 2 << 20
 
 
 def keep_memory() -> bool:
@@ -20,12 +22,27 @@ def keep_memory() -> bool:
     on_cpu = os.environ.get("JAX_PLATFORMS", "" if accelerators else "cpu") == "cpu"
     if platform.libc_ver()[0] != "glibc" or not on_cpu:
         return False
-    mallopt = ctypes.CDLL(None).mallopt
+    libc = ctypes.CDLL(None)
     settings = (
         (_M_ARENA_MAX, 1),
         (_M_MMAP_MAX, 0),
         (_M_TRIM_THRESHOLD, 2**31 - 1),
         (_M_TOP_PAD, 256 << 20),
     )
-    taken = [mallopt(option, value) for option, value in settings]
+    taken = [libc.mallopt(option, value) for option, value in settings]
+    _ask_for_huge_pages(libc, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
     return all(taken)
+
+
+def _ask_for_huge_pages(libc: ctypes.CDLL, size: int) -> None:
+    """Lets the heap grow by `size` bytes of addresses, none of them touched, marked for huge pages.
+
+    Freed at once, they are what malloc takes from next. Where the kernel refuses, nothing changes.
+    """
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    if start := libc.malloc(size):
+        first = -(-start // _HUGE) * _HUGE
+        libc.madvise(first, (start + size - first) // _HUGE * _HUGE, _MADV_HUGEPAGE)
+        libc.free(start)
