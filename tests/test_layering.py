@@ -15,7 +15,7 @@ PACKAGE = Path(gptjax.__file__).parent
 
 LEVELS = [
     {"", "errors"},  # the package itself, which holds the version
-    {"config", "allocator", "progress", "interrupt"},
+    {"config", "allocator", "lock", "progress", "interrupt"},
     {"tokenizer", "sharding", "compilation", "data/__init__", "model/__init__", "data/order"},
     {"data/*", "model/*", "loss", "optim", "metrics", "checkpoint"},
     {"objective", "sample", "run"},

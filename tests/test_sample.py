@@ -373,7 +373,7 @@ def test_all_problems_are_told_at_once(one_device, model, params):
 class Letters:
     """A tokenizer of one id a character, and EOS 0."""
 
-    eos_id = 0
+    eos_id, vocab_size = 0, 128
 
     def encode(self, text):
         return [ord(c) for c in text]
@@ -386,3 +386,10 @@ def test_a_text_is_continued_as_the_beginning_of_a_document(one_device, model, p
     texts = sample.continue_texts(params, model, COMPUTE, Letters(), ["ab", ""], GREEDY)
     outs = generate(params, model, [[0, 97, 98], [0]], eos_id=0)
     assert texts == ["".join(chr(i) for i in out if i) for out in outs]
+
+
+def test_rows_of_the_table_that_are_no_piece_are_never_drawn(one_device, model, params):
+    settings = Settings(temperature=5.0, max_tokens=40)  # nearly uniform
+    outs = sample.generate(params, model, COMPUTE, prompts_of(5, 5), 0, settings, vocab_size=9)
+    assert {i for out in outs for i in out} <= set(range(9))
+    assert max(i for out in generate(params, model, prompts_of(5, 5), settings) for i in out) > 9
