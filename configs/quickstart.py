@@ -28,10 +28,10 @@ def main() -> Config:
         ),
         compute=ComputeConfig(scan_layers=False, loss_chunks=2),
         tokenizer=TokenizerConfig(vocab_size=4096),
-        data=DataConfig(store="data/quickstart", valid_fraction=0.05),
+        data=DataConfig(store="data/quickstart", valid_fraction=0.02),
         optim=OptimConfig(lr=2e-3, warmup_tokens=100_000, final_lr_ratio=0.05),
-        train=TrainConfig(tokens=1_400_000, batch_tokens=4096, seq_len=256),
+        train=TrainConfig(tokens=1_400_000, batch_tokens=2048, seq_len=256),
         eval=EvalConfig(prompts=("def ", "import ", "class "), sample_tokens=96),
-        checkpoint=CheckpointConfig(every=100),
+        checkpoint=CheckpointConfig(every=200),
         log=LogConfig(every=10),
     )

@@ -255,8 +255,9 @@ def fit(
             for step in range(first + 1, last + 1):
                 profile.before(step)
                 state, metrics = step_fn(state, sharding.global_batch(batch, cfg.train.batch))
-                with clock.waiting():
-                    batch = next(source, None)
+                if step < last:
+                    with clock.waiting():
+                        batch = next(source)
                 look()
                 pending = step, metrics
                 profile.after(step, metrics)

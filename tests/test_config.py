@@ -452,7 +452,8 @@ def test_a_resume_with_the_same_values_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "dotted", ["model.layers", "model.vocab_size", "train.seed", "train.batch_tokens", "data.sources"]
+    "dotted",
+    ["model.layers", "model.vocab_size", "train.seed", "train.batch_tokens", "data.sources"],
 )
 def test_what_makes_another_run_is_identity(dotted: str) -> None:
     assert config.resume_classes()[dotted] == "identity"

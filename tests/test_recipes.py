@@ -1,0 +1,96 @@
+"""Every preset is whole, and every command that a page or a preset shows can be parsed."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from gptjax import cli, config, sharding
+from gptjax.config import MeshConfig
+from gptjax.model import decoder
+
+REPO = Path(__file__).resolve().parent.parent
+PRESETS = [
+    f"configs/{file.name}:{name}"
+    for file in sorted((REPO / "configs").glob("*.py"))
+    for name in re.findall(r"^def ([a-z]\w*)\(\) -> Config:", file.read_text(), re.M)
+]
+SHOWN = [
+    line.split("#")[0].strip().removeprefix(".venv/bin/")
+    for page in [REPO / "README.md", *sorted((REPO / "configs").glob("*.py"))]
+    for line in page.read_text().splitlines()
+    if re.match(r"\s*(\.venv/bin/)?gptjax (train|eval|sample|data|config) ", line)
+]
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+
+
+def test_pages_and_presets_show_commands() -> None:
+    assert len(PRESETS) >= 6
+    assert len(SHOWN) >= 8
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_valid_on_one_device_and_on_eight(preset: str) -> None:
+    cfg = config.load(preset)
+    cfg.check(1)
+    cfg.check(8)
+
+
+@pytest.mark.parametrize("line", SHOWN)
+def test_a_command_that_is_shown_can_be_parsed(line: str) -> None:
+    args, rest = cli._parser().parse_known_args(shlex.split(line)[1:])
+    if args.takes_overrides:
+        cli._resolve(args, rest)
+    else:
+        assert rest == []
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"),
+    [
+        ("small", 124_439_808),
+        ("medium", 354_823_168),
+        ("large", 774_030_080),
+        ("xl", 1_557_611_200),
+    ],
+)
+def test_gpt2_has_the_parameters_of_the_released_models(preset: str, count: int) -> None:
+    """But for the rows that fill the vocabulary of 50,257 up to a multiple of 128."""
+    model = config.load(f"configs/gpt2.py:{preset}").model
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:1])):
+        tree = sharding.abstract(lambda: decoder.init(model, jax.random.key(0)))
+    filled = (50304 - 50257) * model.embed
+    assert sum(leaf.size for leaf in jax.tree.leaves(tree)) == count + filled
+
+
+@pytest.mark.slow
+def test_the_quickstart_learns_and_can_be_sampled_evaluated_and_resumed(tmp_path: Path) -> None:
+    def gptjax(*words: str) -> str:
+        command = [sys.executable, "-m", "gptjax", *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    short = ["--train.tokens", "120000", "--optim.warmup-tokens", "20000"]
+    train = ["train", str(REPO / "configs" / "quickstart.py"), *short]
+    first = gptjax(*train)
+    bits = float(re.findall(r'"valid_bits_per_byte": ([\d.]+)', first)[-1])
+    assert bits < 3.3  # an untrained model of 4096 pieces needs about 3.9
+    assert "samples at step" in first
+    again = gptjax(*train)
+    assert "resumed after step 59 of 59" in again
+    assert f'"valid_bits_per_byte": {bits}' in again
+    assert f"valid_bits_per_byte      {bits:.6g}" in gptjax("eval", "runs/quickstart")
+    sample = ["sample", "runs/quickstart", "--prompt", "def ", "--prompt", "class ", "--seed", "3"]
+    text = gptjax(*sample, "--max-tokens", "20")
+    assert text.startswith("def ")
+    assert "\nclass " in text
+    assert gptjax(*sample, "--max-tokens", "20") == text
