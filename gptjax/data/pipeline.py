@@ -128,6 +128,10 @@ def _stream(
     def block(start: tf.Tensor) -> tf.Tensor:
         return tf.numpy_function(read_block, [start], tf.int32, stateful=False)
 
+    options = tf.data.Options()
+    # Its thread sleeps for ever longer, and the end of a stream waits for it: 20 to 40 s were seen.
+    options.autotune.enabled = False
     blocks = tf.data.Dataset.range(first, last, count).map(block).prefetch(2)
+    blocks = blocks.with_options(options)
     for steps in blocks.as_numpy_iterator():
         yield from steps
