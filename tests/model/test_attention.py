@@ -53,7 +53,7 @@ def attend_on(mesh, arrays, backend, segments=None, **features):
         arrays = [placed(a, "batch", None, "heads", None) for a in arrays]
         if segments is not None:
             segments = placed(segments, "batch", None)
-        assert len({s.index for s in arrays[0].addressable_shards}) == entered.size
+        assert len({str(s.index) for s in arrays[0].addressable_shards}) == entered.size
 
         def attend(q, k, v):
             return attention.attend(q, k, v, backend=backend, segments_BT=segments, **features)
