@@ -18,6 +18,7 @@ import numpy as np
 from gptjax.config import TokenizerConfig
 from gptjax.errors import DataError
 
+_KNOWN_LINES = 1 << 17  # that are remembered; some 50 MB
 _FILES = {"bytes": "tokenizer.bytes", "sentencepiece": "tokenizer.model"}
 
 
@@ -107,6 +108,7 @@ class SentencePieceTokenizer(Tokenizer):
                 "train it with an eos_id"
             )
         self._newline_id = _newline_id(model)
+        self._lines: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(_plain(text))
@@ -117,12 +119,17 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode_long(self, text: str) -> np.ndarray:
         if self._newline_id is None:
             return super()._encode_long(text)
-        # No piece crosses a line's end, so lines are encoded by themselves, a third faster.
-        ids, *rest = self._processor.encode(_plain(text).split("\n"))
-        for line in rest:
+        # No piece crosses a line's end, so each line is encoded by itself, and once if it recurs.
+        lines, known = _plain(text).split("\n"), self._lines
+        if len(known) > _KNOWN_LINES:
+            known.clear()
+        new = [line for line in dict.fromkeys(lines) if line not in known]
+        known.update(zip(new, self._processor.encode(new), strict=True))
+        ids: list[int] = []
+        for line in lines:
+            ids += known[line]
             ids.append(self._newline_id)
-            ids += line
-        return np.array(ids, np.uint32)
+        return np.array(ids[:-1], np.uint32)
 
     def serialized(self) -> bytes:
         return self._model

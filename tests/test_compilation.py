@@ -6,7 +6,6 @@ lives.
 
 import json
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -99,8 +98,9 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def test_a_damaged_entry_is_compiled_anew_and_the_result_is_right(filled, tmp_path) -> None:
-    folder = shutil.copytree(filled[0], tmp_path / "cache")
+def test_a_damaged_entry_is_compiled_anew_and_the_result_is_right(tmp_path) -> None:
+    folder = tmp_path / "cache"
+    run(folder, tmp_path)
     for name, damage in DAMAGE.items():
         (file,) = folder.glob(f"jit_{name}-*-cache")
         file.write_bytes(damage(file.read_bytes()))
