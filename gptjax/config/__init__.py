@@ -1,0 +1,57 @@
+"""The configuration: its fields, their validation, loading and provenance.
+
+Validation has three stages, and each reports every problem at once: construction (types and unknown
+names, in loading.py and tyro), `Config.check` (validation.py), and `resume_changes` (resuming.py,
+against the configuration that a run folder was started with).
+
+Nothing here imports jax or tensorflow, so a bad flag fails in milliseconds.
+"""
+
+from gptjax.config.fields import (
+    CheckpointConfig,
+    ComputeConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from gptjax.config.loading import (
+    CONFIG_FILE,
+    flatten,
+    from_dict,
+    load,
+    provenance,
+    read_json,
+    resolve,
+    to_dict,
+)
+from gptjax.config.resuming import resume_changes, resume_classes
+
+__all__ = [
+    "CONFIG_FILE",
+    "CheckpointConfig",
+    "ComputeConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "LogConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "flatten",
+    "from_dict",
+    "load",
+    "provenance",
+    "read_json",
+    "resolve",
+    "resume_changes",
+    "resume_classes",
+    "to_dict",
+]

@@ -1,0 +1,349 @@
+"""The fields: nested frozen dataclasses, each field with its meaning and its role in a resume."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gptjax.config import validation
+from gptjax.errors import ConfigError
+
+
+def _field(resume: str, default: Any) -> Any:
+    """A field marked with what a change of it means to a run that resumes."""
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata={"resume": resume})
+    return dataclasses.field(default=default, metadata={"resume": resume})
+
+
+def identity(default: Any) -> Any:
+    """A field that decides which run this is: a resume with another value is refused."""
+    return _field("identity", default)
+
+
+def schedule(default: Any) -> Any:
+    """A field that may change at a resume, and then changes what is learnt: reported."""
+    return _field("schedule", default)
+
+
+def free(default: Any) -> Any:
+    """A field that may change at a resume and leaves the mathematics as it is."""
+    return _field("free", default)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder. Orthogonal choices; a family is a combination of them (see configs/)."""
+
+    vocab_size: int = identity(50304)
+    """Rows of the embedding table; at least the tokenizer's vocabulary."""
+    context: int = identity(1024)
+    """Longest sequence that the model accepts, in tokens."""
+    layers: int = identity(12)
+    """Number of blocks."""
+    embed: int = identity(768)
+    """Width of the residual stream."""
+    heads: int = identity(12)
+    """Query heads."""
+    kv_heads: int | None = identity(None)
+    """Key and value heads (grouped-query attention); None: as many as query heads."""
+    head_dim: int | None = identity(None)
+    """Width of a head; None: embed / heads."""
+    mlp: int | None = identity(None)
+    """Hidden width of the feed-forward layer; None: 4 * embed."""
+    activation: Literal["gelu_tanh", "gelu", "swiglu"] = identity("gelu_tanh")
+    """Feed-forward kind: tanh GELU (GPT-2), exact GELU, or the gated SwiGLU."""
+    norm: Literal["layernorm", "rmsnorm"] = identity("layernorm")
+    """Normalisation layer."""
+    norm_eps: float = identity(1e-5)
+    """Added to the variance inside the normalisation."""
+    norm_position: Literal["pre", "post"] = identity("pre")
+    """Normalise the input of each sub-layer, or the sum after it (GPT-1)."""
+    residual: Literal["sequential", "parallel"] = identity("sequential")
+    """Feed-forward after attention, or both from the same input (Falcon)."""
+    shared_norm: bool = identity(False)
+    """With residual=parallel: one normalisation feeds both branches."""
+    positions: Literal["learned", "rope", "alibi", "none"] = identity("learned")
+    """How a token knows its place."""
+    rope_theta: float = identity(10000.0)
+    """Base of the rotary frequencies."""
+    window: int | None = identity(None)
+    """Keys that a windowed layer sees, itself included, in tokens."""
+    pattern: tuple[Literal["full", "window"], ...] = identity(("full",))
+    """Attention of successive layers, repeated down the stack."""
+    linear_bias: bool = identity(True)
+    """Biases in the linear layers."""
+    norm_bias: bool = identity(True)
+    """Biases in LayerNorm."""
+    tied_embeddings: bool = identity(True)
+    """The output layer is the transposed embedding table."""
+    dropout: float = identity(0.0)
+    """Dropped share of embeddings, attention weights and sub-layer outputs in training."""
+    init_std: float = identity(0.02)
+    """Standard deviation of initial weights; residual projections get 1/sqrt(2 layers) of it."""
+
+    @property
+    def kv(self) -> int:
+        """Key and value heads, resolved."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def hidden(self) -> int:
+        """Feed-forward width, resolved."""
+        return 4 * self.embed if self.mlp is None else self.mlp
+
+    @property
+    def head(self) -> int:
+        """Width of a head, resolved."""
+        return self.embed // self.heads if self.head_dim is None else self.head_dim
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How the model is computed; none of it changes what is computed."""
+
+    dtype: Literal["float32", "bfloat16"] = schedule("float32")
+    """Of activations and matrix products; parameters and optimizer state stay in float32."""
+    attention: Literal["auto", "reference", "blockwise", "splash", "cudnn"] = free("auto")
+    """Attention backend; auto takes the fastest that supports the model on the device at hand."""
+    scan_layers: bool = free(True)
+    """Compile one block and loop over it (fast to compile), or unroll the stack (fast to run)."""
+    remat: Literal["none", "block", "dots"] = free("none")
+    """Recompute in the backward pass: nothing, whole blocks, or all but the matrix products."""
+    loss_chunks: int = free(1)
+    """Parts in which logits and loss are computed, so that all logits never exist at once; where
+    a device's tokens are no multiple of it, the nearest number below that divides them."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; their product is the number of devices."""
+
+    data: int = free(-1)
+    """Replicas that share nothing but gradients; -1: all devices that the other axes leave."""
+    fsdp: int = free(1)
+    """Shards of parameters and optimizer state; the batch is split over them as well."""
+    tensor: int = free(1)
+    """Shards of heads, feed-forward and vocabulary."""
+
+    def shape(self, devices: int) -> dict[str, int]:
+        """Sizes by axis name on so many devices. Raises ConfigError if they do not multiply out."""
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        problems = [
+            f"mesh.{axis}={size}: must be at least 1, or -1 for all devices that are left"
+            for axis, size in sizes.items()
+            if size < 1 and size != -1
+        ]
+        free = [axis for axis, size in sizes.items() if size == -1]
+        if len(free) > 1:
+            problems.append(f"mesh.{free[1]}=-1: mesh.{free[0]} takes what is left; give a number")
+        if problems:
+            raise ConfigError(problems)
+        rest = math.prod(size for size in sizes.values() if size != -1)
+        if free and devices % rest:
+            raise ConfigError(
+                [
+                    f"mesh.{free[0]}=-1: the other axes take {rest} devices, which do not divide "
+                    f"the {devices} of this machine; use one of {validation.divisors(devices)}"
+                ]
+            )
+        sizes = {axis: devices // rest if size == -1 else size for axis, size in sizes.items()}
+        if math.prod(sizes.values()) != devices:
+            wanted = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+            raise ConfigError(
+                [
+                    f"mesh: {wanted} needs {math.prod(sizes.values())} devices and there are "
+                    f"{devices}; set one axis to -1 to let it take the rest"
+                ]
+            )
+        return sizes
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The tokenizer: loaded from a file, or trained on the data when the store is prepared."""
+
+    kind: Literal["bytes", "sentencepiece"] = identity("sentencepiece")
+    """Raw bytes, or a SentencePiece model."""
+    path: str = identity("")
+    """A SentencePiece .model file to use; empty: train one on the training documents."""
+    algorithm: Literal["bpe", "unigram"] = identity("bpe")
+    """What to train."""
+    vocab_size: int = identity(4096)
+    """Pieces to train, special ones included."""
+    sample_bytes: int = identity(10_000_000)
+    """Text to train on, in bytes, taken evenly from the training documents."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from, and how it becomes training windows."""
+
+    sources: tuple[str, ...] = identity(("python-library",))
+    """Files or globs (.jsonl, .parquet by suffix, .gz and .zst too; anything else is one text a
+    file), tfds:NAME or tfds:FOLDER, or python-library, the sources of the running Python."""
+    valid_sources: tuple[str, ...] = identity(())
+    """Validation documents; empty: held out from the sources by valid_fraction."""
+    valid_fraction: float = identity(0.02)
+    """Share of documents held out, by a hash of each one's path or record name."""
+    text_field: str = identity("text")
+    """Field of jsonl, Parquet and TFDS records that holds the text."""
+    store: str = free("data/store")
+    """Folder of the token store; prepared when missing. It may move: a run knows its tokens by
+    their fingerprint."""
+    documents: Literal["ignore", "mask"] = identity("ignore")
+    """Whether attention crosses document borders within a window, or is masked there; positions
+    then restart at each border."""
+    max_document_bytes: int = identity(64_000_000)
+    """A longer text file is tokenized in pieces, cut at a line's end; a longer record is
+    refused."""
+    bad_utf8: Literal["replace", "fail"] = identity("replace")
+    """Invalid UTF-8 becomes U+FFFD and is counted, or is an error that names the place."""
+    workers: int = free(0)
+    """Tokenizing processes; 0: one per core."""
+    prefetch: int = free(32)
+    """Batches that the input pipeline reads ahead."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and schedule. Lengths are in tokens."""
+
+    name: Literal["adamw", "adafactor", "lion", "muon"] = identity("adamw")
+    """Update rule; muon is for matrices, with adamw for all else."""
+    lr: float = schedule(6e-4)
+    """Peak learning rate."""
+    lr_schedule: Literal["cosine", "wsd", "linear", "constant"] = schedule("cosine")
+    """Shape after the warm-up; wsd is constant, then linear over the last decay_tokens."""
+    warmup_tokens: int = schedule(0)
+    """Tokens over which the rate rises linearly from zero."""
+    decay_tokens: int = schedule(0)
+    """wsd: tokens of the final decay."""
+    final_lr_ratio: float = schedule(0.1)
+    """Rate at the end, as a share of the peak."""
+    b1: float = schedule(0.9)
+    """Decay of the first moment (momentum of lion and muon)."""
+    b2: float = schedule(0.95)
+    """Decay of the second moment."""
+    eps: float = schedule(1e-8)
+    """Added to the root of the second moment."""
+    weight_decay: float = schedule(0.1)
+    """Decoupled decay, on matrices only."""
+    clip: float = schedule(1.0)
+    """Largest norm of the gradient, all parameters together; 0: no clipping."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Budget, batch and loss."""
+
+    seed: int = identity(0)
+    """Of initialisation, data order, dropout and samples."""
+    tokens: int = schedule(2_500_000_000)
+    """Training budget."""
+    batch_tokens: int = identity(524_288)
+    """Tokens in an optimizer step, over all devices and accumulation steps."""
+    seq_len: int = identity(1024)
+    """Tokens in a training window; at most model.context."""
+    accumulation: int = schedule(1)
+    """Parts into which the batch is split, one after another, to save memory. The gradient is the
+    same, but each part draws its own dropout."""
+    z_loss: float = schedule(0.0)
+    """Weight of the squared log-partition term (PaLM, section 5)."""
+    ema_decay: float = identity(0.0)
+    """Decay of an exponential moving average of the parameters; 0: none is kept."""
+    nonfinite_limit: int = free(3)
+    """Steps in a row with a non-finite loss or gradient, none of which changes the parameters,
+    after which the run ends."""
+
+    @property
+    def batch(self) -> int:
+        """Sequences in an optimizer step."""
+        return self.batch_tokens // self.seq_len
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole budget."""
+        return -(-self.tokens // self.batch_tokens)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation and samples during training. Periods are in steps; 0: only at the end."""
+
+    every: int = free(500)
+    """Steps between evaluations on the validation split."""
+    batch: int = free(32)
+    """Sequences in an evaluation batch."""
+    sample_every: int = free(0)
+    """Steps between samples."""
+    prompts: tuple[str, ...] = free(("",))
+    """Samples continue these."""
+    sample_tokens: int = free(128)
+    """Longest sample, in tokens."""
+    temperature: float = free(0.8)
+    """Of the samples."""
+    top_p: float = free(0.95)
+    """Nucleus of the samples."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints. Periods are in steps."""
+
+    every: int = free(500)
+    """Steps between checkpoints; one is also written at the end and when told to stop."""
+    keep: int = free(2)
+    """Newest checkpoints that are kept."""
+    keep_every: int = free(0)
+    """Checkpoints at multiples of this many steps are kept for good; 0: none."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a run tells, and where."""
+
+    every: int = free(10)
+    """Steps between lines of metrics."""
+    tensorboard: bool = free(True)
+    """Write TensorBoard event files beside metrics.jsonl."""
+    peak_tflops: float = free(0.0)
+    """Peak of one device in TFLOP/s, for the MFU; 0: from the table of known devices."""
+    profile_start: int = free(0)
+    """Step at which jax.profiler begins to trace; 0: never."""
+    profile_steps: int = free(3)
+    """Steps in a trace."""
+    compile_cache: str = free("~/.cache/gptjax/xla")
+    """Folder of the persistent compilation cache; empty: none."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on."""
+
+    run: str = free("runs/default")
+    """The run folder: configuration, tokenizer, checkpoints, metrics."""
+    model: ModelConfig = free(ModelConfig)
+    compute: ComputeConfig = free(ComputeConfig)
+    mesh: MeshConfig = free(MeshConfig)
+    tokenizer: TokenizerConfig = free(TokenizerConfig)
+    data: DataConfig = free(DataConfig)
+    optim: OptimConfig = free(OptimConfig)
+    train: TrainConfig = free(TrainConfig)
+    eval: EvalConfig = free(EvalConfig)
+    checkpoint: CheckpointConfig = free(CheckpointConfig)
+    log: LogConfig = free(LogConfig)
+
+    def check(self, devices: int | None = None, processes: int = 1) -> None:
+        """Checks that the values go together; with `devices`, that they fit such a machine too.
+
+        Raises ConfigError with every problem found.
+        """
+        problems = [*validation.value_problems(self)]
+        if devices is not None:
+            try:
+                problems += validation.mesh_problems(self, self.mesh.shape(devices), processes)
+            except ConfigError as error:
+                problems += error.problems
+        if problems:
+            raise ConfigError(problems)

@@ -1,0 +1,190 @@
+"""Loading a configuration: JSON, presets, run folders, overrides, and where each value came from.
+
+A CONFIG argument is one of
+  * a preset: a Python file and a function in it, `configs/gpt2.py:small` (`:main` may be left out);
+  * a resolved configuration: a JSON file as `gptjax config --json` prints it;
+  * a run folder, which holds such a file as `config.json`.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from gptjax.config.fields import Config
+from gptjax.errors import ConfigError
+
+CONFIG_FILE = "config.json"
+
+
+def to_dict(cfg: Any) -> dict[str, Any]:
+    """The configuration as nested dicts of JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg)))
+
+
+def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaf values by dotted name."""
+    leaves: dict[str, Any] = {}
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if dataclasses.is_dataclass(value):
+            leaves |= flatten(value, f"{prefix}{f.name}.")
+        else:
+            leaves[prefix + f.name] = value
+    return leaves
+
+
+def from_dict(values: Mapping[str, Any], cls: type = Config, prefix: str = "") -> Any:
+    """The inverse of `to_dict`. Absent fields take their defaults.
+
+    Raises ConfigError naming every unknown field, with the nearest known ones, and every value of
+    another type than its field's.
+    """
+    hints = typing.get_type_hints(cls)
+    problems, known = [], {}
+    for name, value in values.items():
+        dotted = prefix + name
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=2)
+            hint = (
+                f"did you mean {' or '.join(prefix + n for n in near)}?"
+                if near
+                else (f"known here: {', '.join(hints)}")
+            )
+            problems.append(f"{dotted}: unknown field; {hint}")
+        elif dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, Mapping):
+                problems.append(f"{dotted}={value!r}: must be an object of fields")
+                continue
+            try:
+                known[name] = from_dict(value, hints[name], f"{dotted}.")
+            except ConfigError as error:
+                problems += error.problems
+        else:
+            try:
+                known[name] = _coerce(value, hints[name])
+            except TypeError as error:
+                problems.append(f"{dotted}={value!r}: {error}")
+    if problems:
+        raise ConfigError(problems)
+    return cls(**known)
+
+
+def _coerce(value: Any, hint: Any) -> Any:
+    """A JSON value as the type of its field. Raises TypeError with what was wanted."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise TypeError(f"must be one of {', '.join(map(str, args))}")
+    if origin is types.UnionType:
+        if value is None and types.NoneType in args:
+            return None
+        return _coerce(value, next(a for a in args if a is not types.NoneType))
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise TypeError("must be a list")
+        return tuple(_coerce(item, args[0]) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise TypeError(f"must be of type {hint.__name__}")
+    return value
+
+
+def load(argument: str) -> Config:
+    """The configuration that a CONFIG argument names. Raises ConfigError."""
+    path, _, function = argument.partition(":")
+    file = Path(path)
+    if file.is_dir():
+        file = file / CONFIG_FILE
+        if not file.exists():
+            raise ConfigError([f"{path}: this folder holds no {CONFIG_FILE}, so it is no run"])
+    if not file.exists():
+        shelf = file.parent if file.parent.is_dir() else Path("configs")
+        near = difflib.get_close_matches(
+            file.name, [p.name for p in shelf.glob("*.py")], n=2, cutoff=0.4
+        )
+        hint = f"; did you mean {' or '.join(str(shelf / n) for n in near)}?" if near else ""
+        raise ConfigError([f"{path}: no such file{hint}"])
+    if file.suffix == ".json":
+        return read_json(file)
+    if file.suffix == ".py":
+        return _preset(file, function or "main")
+    raise ConfigError([f"{path}: a CONFIG is a .py preset, a .json file or a run folder"])
+
+
+def read_json(file: Path) -> Config:
+    """Reads a resolved configuration. Raises ConfigError."""
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"{file}: cannot be read as JSON: {error}"]) from None
+    if not isinstance(values, Mapping):
+        raise ConfigError([f"{file}: must hold an object of fields"])
+    return from_dict(values)
+
+
+def _preset(file: Path, function: str) -> Config:
+    spec = importlib.util.spec_from_file_location(f"gptjax_preset_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.dont_write_bytecode = before
+    presets = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, types.FunctionType)
+        and value.__module__ == module.__name__
+        and not name.startswith("_")
+    }
+    if function not in presets:
+        near = difflib.get_close_matches(function, presets, n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(presets)}"
+        raise ConfigError([f"{file}:{function}: no such preset; {hint}"])
+    return presets[function]()
+
+
+def resolve(argument: str, overrides: Sequence[str], prog: str, description: str = "") -> Config:
+    """The configuration of a command line: CONFIG, then `--section.field value` overrides.
+
+    tyro parses the overrides; at a mistake it prints what is wrong and the nearest right names,
+    and exits with status 2.
+    """
+    preset = load(argument)
+    if not overrides:
+        return preset
+    import tyro
+
+    return tyro.cli(
+        Config,
+        default=preset,
+        args=overrides,
+        prog=f"{prog} {argument}",
+        description=description,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+    )
+
+
+def provenance(cfg: Config, argument: str, overrides: Sequence[str]) -> dict[str, str]:
+    """Where each leaf came from, by dotted name: default, the preset's name, or command line."""
+    given = {word[2:].split("=")[0].replace("-", "_") for word in overrides if word[:2] == "--"}
+    defaults, preset = flatten(Config()), flatten(load(argument))
+    return {
+        name: "command line"
+        if name in given
+        else argument
+        if preset[name] != defaults[name]
+        else "default"
+        for name in flatten(cfg)
+    }

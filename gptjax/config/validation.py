@@ -1,0 +1,187 @@
+"""Whether the values of a configuration go together, and fit so many devices and processes.
+
+Every problem is told at once, each as `dotted.field=value: what is wrong and what to do`. `cfg` is a Config, whose file imports this one.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+
+def divisors(n: int) -> list[int]:
+    """Ascending."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _divides(part: int, whole: int) -> bool:
+    """Whether it does; a part below one is a problem told elsewhere, and none here."""
+    return part < 1 or whole % part == 0
+
+
+def _nearest_multiples(n: int, of: int) -> str:
+    """The legal values around n, in words."""
+    below, above = n // of * of, -(-n // of) * of
+    return str(above) if below == 0 else f"{below} or {above}"
+
+
+def value_problems(cfg: Any) -> Iterator[str]:
+    """Every value that is out of its range, or does not go with another."""
+    m, t, o = cfg.model, cfg.train, cfg.optim
+    at_least_one = {
+        **{f"model.{k}": getattr(m, k) for k in ("vocab_size", "context", "layers", "embed")},
+        "model.heads": m.heads,
+        "model.kv_heads": m.kv,
+        "model.head_dim": 1 if m.head_dim is None else m.head_dim,
+        "model.mlp": m.hidden,
+        "compute.loss_chunks": cfg.compute.loss_chunks,
+        "train.tokens": t.tokens,
+        "train.batch_tokens": t.batch_tokens,
+        "train.seq_len": t.seq_len,
+        "train.accumulation": t.accumulation,
+        "train.nonfinite_limit": t.nonfinite_limit,
+        "eval.batch": cfg.eval.batch,
+        "checkpoint.every": cfg.checkpoint.every,
+        "checkpoint.keep": cfg.checkpoint.keep,
+        "log.every": cfg.log.every,
+        "log.profile_steps": cfg.log.profile_steps,
+        "data.prefetch": cfg.data.prefetch,
+        "data.max_document_bytes": cfg.data.max_document_bytes,
+        "tokenizer.sample_bytes": cfg.tokenizer.sample_bytes,
+    }
+    for name, value in at_least_one.items():
+        if value < 1:
+            yield f"{name}={value}: must be at least 1"
+    at_least_zero = {
+        "optim.lr": o.lr,
+        "optim.warmup_tokens": o.warmup_tokens,
+        "optim.decay_tokens": o.decay_tokens,
+        "optim.weight_decay": o.weight_decay,
+        "optim.clip": o.clip,
+        "train.z_loss": t.z_loss,
+        "train.seed": t.seed,
+        "data.workers": cfg.data.workers,
+        "eval.every": cfg.eval.every,
+        "eval.sample_every": cfg.eval.sample_every,
+        "eval.temperature": cfg.eval.temperature,
+        "checkpoint.keep_every": cfg.checkpoint.keep_every,
+        "log.peak_tflops": cfg.log.peak_tflops,
+        "log.profile_start": cfg.log.profile_start,
+    }
+    for name, value in at_least_zero.items():
+        if not value >= 0:
+            yield f"{name}={value}: must not be negative"
+    shares = {
+        "model.dropout": m.dropout,
+        "train.ema_decay": t.ema_decay,
+        "optim.b1": o.b1,
+        "optim.b2": o.b2,
+        "data.valid_fraction": cfg.data.valid_fraction,
+    }
+    for name, value in shares.items():
+        if not 0 <= value < 1:
+            yield f"{name}={value}: must be at least 0 and below 1"
+    if not 0 < cfg.eval.top_p <= 1:
+        yield f"eval.top_p={cfg.eval.top_p}: must be above 0 and at most 1"
+    if t.seed >= 2**32:
+        yield f"train.seed={t.seed}: must be below 2**32, which is what JAX's generator takes"
+    if m.head_dim is None and not _divides(m.heads, m.embed):
+        yield (
+            f"model.heads={m.heads}: does not divide model.embed={m.embed}; legal values near it "
+            f"are {_near(m.heads, divisors(m.embed))}, or set model.head_dim"
+        )
+    if not _divides(m.kv, m.heads):
+        yield (
+            f"model.kv_heads={m.kv}: does not divide model.heads={m.heads}; legal values near it "
+            f"are {_near(m.kv, divisors(m.heads))}"
+        )
+    if m.positions == "rope" and m.heads >= 1 and m.head % 2:
+        yield f"model.head_dim={m.head}: rotary positions need an even width"
+    if not m.pattern:
+        yield "model.pattern=(): needs at least one entry, for example full"
+    elif not _divides(len(m.pattern), m.layers):
+        yield (
+            f"model.layers={m.layers}: is no multiple of the {len(m.pattern)} entries of "
+            f"model.pattern; use {_nearest_multiples(m.layers, len(m.pattern))}"
+        )
+    if "window" in m.pattern and (m.window is None or m.window < 1):
+        yield f"model.window={m.window}: model.pattern has windowed layers; give their width"
+    if m.shared_norm and m.residual != "parallel":
+        yield "model.shared_norm=True: only with model.residual=parallel"
+    if m.norm_position == "post" and m.residual == "parallel":
+        yield "model.norm_position=post: only with model.residual=sequential"
+    if t.seq_len > m.context:
+        yield (
+            f"train.seq_len={t.seq_len}: longer than model.context={m.context}; lower the one or "
+            "raise the other"
+        )
+    if not _divides(t.seq_len, t.batch_tokens):
+        yield (
+            f"train.batch_tokens={t.batch_tokens}: is no multiple of train.seq_len={t.seq_len}; "
+            f"use {_nearest_multiples(t.batch_tokens, t.seq_len)}"
+        )
+    elif t.seq_len >= 1 and not _divides(t.accumulation, t.batch):
+        yield (
+            f"train.accumulation={t.accumulation}: does not divide the {t.batch} sequences of a "
+            f"batch; legal values near it are {_near(t.accumulation, divisors(t.batch))}"
+        )
+    if o.warmup_tokens > t.tokens:
+        yield f"optim.warmup_tokens={o.warmup_tokens}: more than train.tokens={t.tokens}"
+    if o.lr_schedule == "wsd" and o.decay_tokens + o.warmup_tokens > t.tokens:
+        yield (
+            f"optim.decay_tokens={o.decay_tokens}: with optim.warmup_tokens={o.warmup_tokens} "
+            f"more than train.tokens={t.tokens}"
+        )
+    if cfg.eval.sample_tokens >= m.context:
+        yield (
+            f"eval.sample_tokens={cfg.eval.sample_tokens}: must be below "
+            f"model.context={m.context}, which holds the prompt as well"
+        )
+    if "://" in cfg.run:
+        yield f"run={cfg.run}: must be a local or mounted folder"
+    if not cfg.data.sources:
+        yield "data.sources=(): name at least one source"
+    if not cfg.data.valid_sources and cfg.data.valid_fraction == 0:
+        yield "data.valid_fraction=0.0: with no data.valid_sources there is nothing to validate on"
+    needed = {"bytes": 258, "sentencepiece": cfg.tokenizer.vocab_size}[cfg.tokenizer.kind]
+    if not cfg.tokenizer.path and m.vocab_size < needed:
+        yield (
+            f"model.vocab_size={m.vocab_size}: smaller than the tokenizer's {needed}; raise it "
+            "(a multiple of 128 suits the hardware)"
+        )
+
+
+def _near(value: int, legal: Sequence[int]) -> str:
+    below = [v for v in legal if v < value][-1:]
+    above = [v for v in legal if v > value][:1]
+    return " and ".join(map(str, below + above))
+
+
+def mesh_problems(cfg: Any, sizes: Mapping[str, int], processes: int) -> Iterator[str]:
+    """Every dimension that a mesh axis would have to split and cannot."""
+    m, t, tensor, fsdp = cfg.model, cfg.train, sizes["tensor"], sizes["fsdp"]
+    rows = sizes["data"] * fsdp
+    split = [
+        ("tensor", tensor, "model.heads", m.heads),
+        ("tensor", tensor, "model.kv_heads", m.kv),
+        ("tensor", tensor, "model.mlp", m.hidden),
+        ("tensor", tensor, "model.vocab_size", m.vocab_size),
+        ("fsdp", fsdp, "model.embed", m.embed),
+        ("data x fsdp", rows, "eval.batch", cfg.eval.batch),
+    ]
+    for axis, parts, name, size in split:
+        if size % parts:
+            yield (
+                f"{name}={size}: mesh axis {axis}={parts} does not divide it; use "
+                f"{_nearest_multiples(size, parts)}, or an axis of {_near(parts, divisors(size))}"
+            )
+    if min(t.seq_len, t.accumulation) >= 1 and (micro := t.batch // t.accumulation) % rows:
+        unit = rows * t.accumulation * t.seq_len
+        yield (
+            f"train.batch_tokens={t.batch_tokens}: the {micro} sequences of one "
+            f"accumulation step are not divisible by mesh axes data x fsdp = {rows}; use "
+            f"{_nearest_multiples(t.batch_tokens, unit)}"
+        )
+    if rows % processes and processes % rows:
+        yield (
+            f"mesh: data x fsdp = {rows} and {processes} processes do not divide each other, so "
+            "no process has whole rows of the batch"
+        )
