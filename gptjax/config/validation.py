@@ -1,6 +1,7 @@
 """Whether the values of a configuration go together, and fit so many devices and processes.
 
-Every problem is told at once, each as `dotted.field=value: what is wrong and what to do`. `cfg` is a Config, whose file imports this one.
+Every problem is told at once, each as `dotted.field=value: what is wrong and what to do`. `cfg` is
+a Config, whose file imports this one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
