@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,15 @@ import numpy as np
 from gptjax.config import TokenizerConfig
 from gptjax.errors import DataError
 
-_KNOWN_LINES = 1 << 17  # that are remembered; some 50 MB
+_KNOWN = 1 << 17  # units of text whose ids are remembered; some 25 MB
+_KNOWN_LENGTH = 64  # characters of the longest one; longer ones seldom recur
+_SLICE = 1 << 20  # characters of a text that are cut into units at once
+
+# Ways to cut a text where no piece of a model may cross, finest first: Latin letters from all else,
+# words with the spaces before them, lines.
+_LETTERS = "A-Za-zªºÀ-ÖØ-öø-ʸḀ-ỿ"
+_WORDS = (rf"\n| *(?:[{_LETTERS}]+|[^{_LETTERS} \n]+)| +", r"\n| *[^ \n]+| +")
+_LINES = r"\n|[^\n]+"
 _FILES = {"bytes": "tokenizer.bytes", "sentencepiece": "tokenizer.model"}
 
 
@@ -107,8 +116,8 @@ class SentencePieceTokenizer(Tokenizer):
                 "this SentencePiece model has no end-of-sentence piece, which ends documents; "
                 "train it with an eos_id"
             )
-        self._newline_id = _newline_id(model)
-        self._lines: dict[str, list[int]] = {}
+        self._units = _units(model)
+        self._known = _Known(self._processor)
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(_plain(text))
@@ -117,22 +126,33 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
 
     def _encode_long(self, text: str) -> np.ndarray:
-        if self._newline_id is None:
+        if self._units is None:
             return super()._encode_long(text)
-        # No piece crosses a line's end, so each line is encoded by itself, and once if it recurs.
-        lines, known = _plain(text).split("\n"), self._lines
-        if len(known) > _KNOWN_LINES:
-            known.clear()
-        new = [line for line in dict.fromkeys(lines) if line not in known]
-        known.update(zip(new, self._processor.encode(new), strict=True))
-        ids: list[int] = []
-        for line in lines:
-            ids += known[line]
-            ids.append(self._newline_id)
-        return np.array(ids[:-1], np.uint32)
+        plain, known = _plain(text), self._known
+        parts, start = [], 0
+        while start < len(plain):
+            end = plain.find("\n", start + _SLICE) + 1 or len(plain)
+            parts += map(known.__getitem__, self._units.findall(plain, start, end))
+            start = end
+        return np.frombuffer(b"".join(parts), np.uint32)
 
     def serialized(self) -> bytes:
         return self._model
+
+
+class _Known(dict[str, bytes]):
+    """The ids of units of text, uint32; a unit is encoded when it is first met."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+
+    def __missing__(self, unit: str) -> bytes:
+        ids = np.array(self._processor.encode(unit), np.uint32).tobytes()
+        if len(unit) <= _KNOWN_LENGTH:
+            if len(self) >= _KNOWN:
+                self.clear()
+            self[unit] = ids
+        return ids
 
 
 def _plain(text: str) -> str:
@@ -222,15 +242,26 @@ def _slices(texts: Iterable[str]) -> Iterator[str]:
             yield plain[start : start + SLICE]
 
 
-def _newline_id(model: bytes) -> int | None:
-    """The id of the newline where it is a piece that no other piece contains or is glued to."""
+def _units(model: bytes) -> re.Pattern[str] | None:
+    """The finest cut of a text whose units can be encoded one by one, if there is one.
+
+    It is one that no piece crosses. Words are for BPE alone: its merges look no farther than the
+    pieces that they join, while Unigram adds up the scores of a whole text, which rounds.
+    """
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
-    own = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
-    spec = proto.normalizer_spec
+    spec, piece = proto.normalizer_spec, sentencepiece_model_pb2.ModelProto.SentencePiece
     if spec.add_dummy_prefix or spec.remove_extra_whitespaces or spec.name != "identity":
         return None
-    found = [(i, p) for i, p in enumerate(proto.pieces) if "\n" in p.piece]
-    alone = len(found) == 1 and found[0][1].piece == "\n" and found[0][1].type == own
-    return found[0][0] if alone else None
+    in_text = [p for p in proto.pieces if p.type not in (piece.BYTE, piece.CONTROL, piece.UNKNOWN)]
+    if not any(p.piece == "\n" and p.type == piece.USER_DEFINED for p in in_text):
+        return None
+    trainer = proto.trainer_spec
+    # An unknown character that has no bytes is merged with an unknown one before it.
+    local = trainer.model_type == trainer.BPE and trainer.byte_fallback
+    for pattern in (*_WORDS, _LINES) if local and not spec.escape_whitespaces else (_LINES,):
+        units = re.compile(pattern)
+        if all(units.fullmatch(p.piece) for p in in_text):
+            return units
+    return None

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
 
 from gptjax import tokenizer as tokenizers
 from gptjax.config import TokenizerConfig
@@ -85,6 +86,39 @@ def test_documents_are_encoded_as_each_alone_with_an_eos_where_it_ends(kinds, ki
     assert flat.dtype == np.uint32
     wanted = [i for text, end in pieces for i in tokenizer.encode(text) + [tokenizer.eos_id] * end]
     assert flat.tolist() == wanted
+
+
+@pytest.mark.parametrize("kind", ALGORITHMS)
+def test_a_long_text_is_encoded_as_a_whole(trained, kind: str, monkeypatch) -> None:
+    monkeypatch.setattr(tokenizers, "_SLICE", 100)
+    monkeypatch.setattr(tokenizers, "_KNOWN", 50)
+    monkeypatch.setattr(tokenizers, "_KNOWN_LENGTH", 6)
+    text = "\n".join(corpus()) * 2
+    ids = trained[kind].encode_documents([text], [False])
+    assert ids.tolist() == trained[kind].encode(text)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "piece", "cut"),
+    [
+        ("bpe", "", ["value", "(", "n", ")", "  z", "\n", " 1"]),
+        ("bpe", "e(", ["value(n)", "  z", "\n", " 1"]),
+        ("bpe", "e ", ["value(n)  z", "\n", " 1"]),
+        ("bpe", "e\n", None),
+        ("unigram", "", ["value(n)  z", "\n", " 1"]),
+    ],
+)
+def test_a_text_is_cut_as_finely_as_the_pieces_allow(trained, algorithm, piece, cut) -> None:
+    proto = sentencepiece_model_pb2.ModelProto.FromString(trained[algorithm].serialized())
+    if piece:
+        proto.pieces.add(piece=piece, score=1.0)
+    tokenizer = SentencePieceTokenizer(proto.SerializeToString())
+    assert (tokenizer._units and tokenizer._units.findall("value(n)  z\n 1")) == cut
+    text = "value return value(return value\n" + "\n".join(corpus()[-9:])
+    ids = tokenizer.encode(text)
+    if piece and cut:  # a newline joins no piece
+        assert tokenizer.vocab_size - 1 in ids
+    assert tokenizer.encode_documents([text], [False]).tolist() == ids
 
 
 @KINDS
