@@ -100,12 +100,14 @@ def _python_library() -> list[File]:
 
 def _glob(pattern: str) -> list[File]:
     path = epath.Path(pattern).expanduser()
-    if not any(c in pattern for c in "*?["):
-        if path.is_dir():
-            return _below(path, "**/*")
-        return [File(path, path.name)] if path.exists() else []
+    if path.is_dir():
+        return _below(path, "**/*")
+    if path.exists():  # also where its name could be taken for a glob
+        return [File(path, path.name)]
     parts = path.parts
-    first = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
+    first = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), None)
+    if first is None:
+        return []
     root = epath.Path(*parts[:first]) if first else epath.Path(".")
     return _below(root, "/".join(parts[first:])) if root.exists() else []
 
@@ -120,7 +122,8 @@ def _below(root: Any, pattern: str) -> list[File]:
             f"data.sources={root}/{pattern}: a remote folder is not searched; name its files, or "
             "give a glob without **"
         ) from None
-    return [File(epath.Path(path), path.relative_to(root).as_posix()) for path in paths]
+    above = len(root.parts)  # relative_to takes longer than all else that finding files does
+    return [File(epath.Path(path), "/".join(path.parts[above:])) for path in paths]
 
 
 def name(source: Source) -> str:

@@ -93,6 +93,7 @@ def keys(pattern: str) -> list[str]:
     [
         ("a.txt", ["a.txt"]),
         ("*.txt", ["a.txt", "b.txt", "z [1].txt"]),
+        ("z [1].txt", ["z [1].txt"]),
         ("sub/*.md", ["d.md"]),
         ("sub/**/*.txt", ["c.txt", "deep/a.txt"]),
         ("s?b/[cd].*", ["sub/c.txt", "sub/d.md"]),
@@ -104,6 +105,17 @@ def test_files_folders_and_globs_give_sorted_files(tree, monkeypatch, pattern, w
     assert keys(f"{tree}/{pattern}") == wanted
     monkeypatch.chdir(tree)
     assert keys(pattern or ".") == wanted  # a key is the path below the source's own root
+
+
+@pytest.mark.parametrize("name", ["[ab].txt", "?.txt", "*.txt", "[ab]*"])
+def test_what_exists_is_taken_by_its_name_before_it_is_taken_for_a_glob(tree, name) -> None:
+    assert len(keys(f"{tree}/{name}")) > 1
+    (tree / name).write_text("this one")
+    assert keys(f"{tree}/{name}") == [name]
+    (tree / name).unlink()
+    (tree / name).mkdir()
+    (tree / name / "within.txt").write_text("this one")
+    assert keys(f"{tree}/{name}") == ["within.txt"]
 
 
 def test_documents_come_in_the_order_of_the_sources(tree: Path) -> None:
