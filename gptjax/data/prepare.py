@@ -33,6 +33,7 @@ from gptjax.progress import Bar, Progress
 
 JOURNAL = "journal.json"
 _LOCK = "prepare.lock"
+_OWN = {_LOCK, f".{JOURNAL}.partial"}  # what a preparation may leave before it has a journal
 _SAMPLED_FROM = 16  # times the tokenizer's sample is read to take it from
 _BATCH_BYTES = 1 << 20
 _JOURNAL_BYTES = 64 << 20
@@ -137,7 +138,7 @@ class _Journal:
                 _check_same(f"{folder} (unfinished)", journal.identity, wanted)
                 return journal
             _discard(folder)  # nothing was done yet, so another attempt may be at other data
-        elif others := sorted(p.name for p in folder.iterdir() if p.name != _LOCK):
+        elif others := sorted({p.name for p in folder.iterdir()} - _OWN):
             raise OutputError(
                 f"data.store={folder}: holds other files ({', '.join(others[:3])}); give a new or "
                 "an empty folder"
@@ -147,9 +148,7 @@ class _Journal:
         return journal
 
     def save(self, folder: Path) -> None:
-        partial = folder / f".{JOURNAL}.partial"
-        partial.write_text(json.dumps(asdict(self)))
-        os.replace(partial, folder / JOURNAL)
+        store.replace_file(folder / JOURNAL, json.dumps(asdict(self)))
 
 
 def _discard(folder: Path) -> None:
@@ -175,6 +174,8 @@ def _tokenizer(
             "pieces; raise it"
         )
     tokenizer.save(folder)
+    for file in folder.glob("tokenizer*"):
+        store.sync(file)
     return tokenizer
 
 

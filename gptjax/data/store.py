@@ -14,6 +14,7 @@ from something.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,6 +122,7 @@ class Writer:
         self._folder, self._dtype, self._per_file = folder, dtype, per_file
         self.tokens = tokens
         (folder / "c").mkdir(parents=True, exist_ok=True)
+        sync(folder)
         last, offset = divmod(tokens, per_file)
         for file in (folder / "c").iterdir():
             if int(file.name) > last:
@@ -146,8 +148,10 @@ class Writer:
                 self._file = self._path(self.tokens // self._per_file).open("ab")
 
     def flush(self) -> None:
-        """Hands everything to the operating system."""
+        """Returns when everything is on the disk, where a loss of power leaves it."""
         self._file.flush()
+        sync(self._path(self.tokens // self._per_file))
+        sync(self._folder / "c")
 
     def _end_file(self, tokens: int) -> None:
         """Fills the last range up with zeros and appends the index: offset and size of each."""
@@ -158,9 +162,10 @@ class Writer:
         index[:used, 0], index[:used, 1] = np.arange(used) * size, size
         self._file.write(index.tobytes())
         self._file.close()
+        sync(self._file.name)
 
     def close(self) -> tuple[str, ...]:
-        """Writes the last index and zarr.json; returns each file's SHA-256."""
+        """Writes the last index and zarr.json, to the disk; returns each file's SHA-256."""
         if self.tokens % self._per_file:
             self._end_file(self.tokens % self._per_file)
         else:
@@ -180,7 +185,27 @@ class Writer:
             "fill_value": 0,
         }
         (self._folder / "zarr.json").write_text(json.dumps(metadata, indent=2))
+        for path in (self._folder / "zarr.json", self._folder / "c", self._folder):
+            sync(path)
         return tuple(_sha256(self._path(i)) for i in range(-(-self.tokens // self._per_file)))
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file whole or not at all, and to the disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def sync(path: str | Path) -> None:
+    """Returns when a file's contents, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _sha256(path: Any) -> str:
@@ -233,10 +258,8 @@ def parse_manifest(text: str | bytes, place: str = "a store's manifest") -> Mani
 
 def write_manifest(store: Path, manifest: Manifest) -> None:
     """Writes manifest.json whole or not at all."""
-    partial = store / f".{MANIFEST}.partial"
     try:
-        partial.write_text(json.dumps(asdict(manifest), indent=2))
-        partial.replace(store / MANIFEST)
+        replace_file(store / MANIFEST, json.dumps(asdict(manifest), indent=2))
     except OSError as error:
         raise OutputError(f"{store}: cannot be written: {error}") from None
 

@@ -305,6 +305,49 @@ def test_what_was_written_and_is_gone_is_missed(tmp_path, corpus, monkeypatch) -
 
 
 @HERE
+def test_what_the_journal_says_is_on_the_disk_before_it(tmp_path, corpus, monkeypatch) -> None:
+    cfg = config(tmp_path, tokenizer=SENTENCEPIECE)
+    monkeypatch.setattr(prepare, "_BATCH_BYTES", 1500)
+    monkeypatch.setattr(prepare, "_JOURNAL_BYTES", 4000)
+    folder, synced, said = Path(cfg.data.store), {}, []
+    sync, replace_file = store.sync, store.replace_file
+
+    def noted(path: str | Path) -> None:
+        sync(path)
+        synced[Path(path)] = Path(path).stat().st_size
+
+    def checked(path: Path, text: str) -> None:
+        if path.name == prepare.JOURNAL and (journal := json.loads(text))["documents"]:
+            said.append(journal)
+            wanted = {folder / s / "c" / "0": 2 * n for s, n in journal["tokens"].items()}
+            wanted[folder / "tokenizer.model"] = (folder / "tokenizer.model").stat().st_size
+            assert {file: synced.get(file) for file in wanted} == wanted
+            assert {folder / s / part for s in ("train", "valid") for part in (".", "c")} < set(
+                synced
+            )
+        replace_file(path, text)
+        assert synced[path.with_name(f".{path.name}.partial")] == len(text)
+
+    monkeypatch.setattr(store, "sync", noted)
+    monkeypatch.setattr(store, "replace_file", checked)
+    prepare.prepare(cfg)
+    assert len(said) > 2
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "prepare.lock"]
+    for file in files:
+        here = file.with_name(f".{file.name}.partial") if file.name == store.MANIFEST else file
+        assert synced[here] == file.stat().st_size
+
+
+@HERE
+def test_a_journal_that_was_never_finished_is_written_anew(tmp_path: Path, corpus: Path) -> None:
+    folder = tmp_path / "store"
+    folder.mkdir()
+    (folder / ".journal.json.partial").write_text('{"ident')
+    assert prepare.prepare(config(tmp_path)).splits["train"].documents > 5
+    assert not [path for path in folder.rglob("*") if "journal" in path.name]
+
+
+@HERE
 def test_a_damaged_journal_is_named(tmp_path: Path, corpus: Path, monkeypatch) -> None:
     cfg = config(tmp_path)
     interrupt(cfg, monkeypatch, 0)
