@@ -209,14 +209,22 @@ def _sample(args: argparse.Namespace, _: Sequence[str]) -> None:
 
 
 def _data_prepare(args: argparse.Namespace, overrides: Sequence[str]) -> None:
-    cfg = _resolve(args, overrides)
-    manifest = _prepare(cfg, Progress())
+    cfg, progress, rates = _resolve(args, overrides), Progress(), []
+    from gptjax.data import prepare
+
+    with prepare.shown(progress) as tell:
+        manifest = prepare.prepare(cfg, tell, progress.say, lambda *done: rates.append(done))
     print(json.dumps({"store": cfg.data.store, "tokenizer": manifest.tokenizer}))
     for name, split in manifest.splits.items():
         print(
             f"{name}: {split.documents:,} documents, {split.bytes:,} bytes, {split.tokens:,} tokens"
         )
     print(", ".join(f"{name} {count}" for name, count in manifest.counts.items()))
+    for size, seconds in rates:  # none where the store was found made
+        print(
+            f"{size / 1e6:.1f} MB of text tokenized in {seconds:.1f} s "
+            f"({size / 1e6 / seconds:.1f} MB/s)"
+        )
 
 
 def _data_verify(args: argparse.Namespace, overrides: Sequence[str]) -> None:

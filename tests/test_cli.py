@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -323,6 +324,10 @@ def test_data_prepare_verify_and_show(run: Run, preset: str, cfg: Config) -> Non
     assert code == 0
     assert "train: 3 documents, 2,400 bytes, 2,404 tokens" in out
     assert "valid: 1 documents, 800 bytes, 802 tokens" in out
+    rate = re.compile(r"0\.0 MB of text tokenized in \d+\.\d s \(\d+\.\d MB/s\)")
+    assert rate.fullmatch(out.splitlines()[-1])
+    code, again, _ = run("data", "prepare", preset)
+    assert (code, again.splitlines()) == (0, out.splitlines()[:-1])
     assert run("data", "verify", preset)[0] == 0
 
     code, first, _ = run("data", "show", preset)

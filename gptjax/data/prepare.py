@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,6 +41,8 @@ _JOURNAL_BYTES = 64 << 20
 
 Tell = Callable[[str, int, int | None], None]
 """Told (phase, bytes of text done, bytes expected)."""
+Clock = Callable[[int, float], None]
+"""Told (bytes of text tokenized by this call, the seconds that took) where any were."""
 
 
 @contextlib.contextmanager
@@ -65,7 +68,10 @@ def identity(cfg: Config) -> dict[str, Any]:
 
 
 def prepare(
-    cfg: Config, tell: Tell = lambda *_: None, say: Callable[[str], None] = lambda line: None
+    cfg: Config,
+    tell: Tell = lambda *_: None,
+    say: Callable[[str], None] = lambda line: None,
+    clock: Clock = lambda *_: None,
 ) -> store.Manifest:
     """Makes the configured store, or finishes it, or finds it made; returns its manifest.
 
@@ -86,7 +92,10 @@ def prepare(
                 return _made(cfg)  # by the process that held the lock before
             journal = _Journal.load(folder, identity(cfg) | {"files": _files(found + held_out)})
             tokenizer = _tokenizer(cfg, folder, found, tell)
-            return _tokenize(cfg, folder, found, held_out, tokenizer, journal, tell)
+            began, before = time.monotonic(), sum(journal.bytes.values())
+            manifest = _tokenize(cfg, folder, found, held_out, tokenizer, journal, tell)
+            clock(sum(journal.bytes.values()) - before, time.monotonic() - began)
+            return manifest
     except OSError as error:
         raise OutputError(f"data.store={cfg.data.store}: cannot be written: {error}") from None
 

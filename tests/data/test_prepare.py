@@ -208,7 +208,10 @@ def test_a_store_that_is_made_is_found_made(tmp_path: Path, corpus: Path) -> Non
     for file in corpus.iterdir():
         file.unlink()
     other = replace(cfg.data, workers=2, prefetch=3, documents="mask")  # make no other store
-    assert prepare.prepare(replace(cfg, data=other)) == manifest
+    clock: list[tuple[int, float]] = []
+    again = prepare.prepare(replace(cfg, data=other), clock=lambda *done: clock.append(done))
+    assert again == manifest
+    assert clock == []
     assert contents(cfg.data.store) == before
 
 
@@ -251,8 +254,13 @@ def test_an_interrupted_preparation_goes_on_to_the_same_bytes(
     monkeypatch.setattr(prepare, "_JOURNAL_BYTES", 4000)
     done = [interrupt(cut, monkeypatch, after)["documents"] for after in (6, 0, 4)]
     assert 0 < done[0] == done[1] < done[2]
+    before = json.loads(Path(cut.data.store, prepare.JOURNAL).read_text())["bytes"]
     monkeypatch.undo()  # goes on in other processes, and in batches of another size
-    assert prepare.prepare(cut) == manifest
+    clock: list[tuple[int, float]] = []
+    assert prepare.prepare(cut, clock=lambda *done: clock.append(done)) == manifest
+    ((size, seconds),) = clock  # of what was done now
+    assert size == sum(s.bytes for s in manifest.splits.values()) - sum(before.values())
+    assert seconds > 0
     assert contents(cut.data.store) == contents(whole.data.store)
 
 
