@@ -34,7 +34,7 @@ def pretrain(cfg: Config, manifest: store.Manifest, progress: Progress) -> dict[
             f"model.vocab_size={cfg.model.vocab_size}: the tokenizer of {cfg.data.store} has "
             f"{tokenizer.vocab_size} pieces; raise it"
         )
-    prompts = [sample.prompt_ids(tokenizer, text) for text in cfg.eval.prompts]
+    prompts = [tokenizer.prompt(text) for text in cfg.eval.prompts]
     settings = sample.Settings(
         temperature=cfg.eval.temperature,
         top_p=cfg.eval.top_p,

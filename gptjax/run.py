@@ -1,7 +1,7 @@
 """The run folder: what a run is, on disk, and who may write to it.
 
 RUN/config.json        the resolved configuration, itself a CONFIG
-RUN/tokenizer.model    the tokenizer
+RUN/tokenizer.*        the tokenizer, with the files that declare its special tokens
 RUN/data.json          the manifest of the store that it learns from
 RUN/checkpoints/       see checkpoint.py
 RUN/metrics.jsonl, RUN/tensorboard/, RUN/samples/, RUN/profile/

@@ -34,7 +34,7 @@ class Settings:
     """How the next token is drawn, and when to stop.
 
     temperature 0 is greedy. top_k 0 and top_p 1 keep every token. max_tokens bounds the
-    continuation; EOS ends it earlier.
+    continuation; a stop token ends it earlier.
     """
 
     temperature: float = 0.8
@@ -158,13 +158,13 @@ def _decode(
     draw: _Draw,
     model: ModelConfig,
     compute: ComputeConfig,
-    eos_id: int,
+    stop_ids: tuple[int, ...],
     greedy: bool,
     filtered: bool,
 ) -> tuple[jax.Array, jax.Array, Cache]:
     """Continues every row until each has ended or is full: tokens [B, S], lengths [B], the cache.
 
-    A row's EOS is among its tokens.
+    A row's stop token is among its tokens.
     """
     b, t = prompt_BT.shape
     capacity = cache.keys_LBSKC.shape[2]
@@ -177,7 +177,8 @@ def _decode(
         write_BS = slot_BS & ~state.ended_B[:, None]
         tokens_BS = jnp.where(write_BS, token_B[:, None], state.tokens_BS)
         lengths_B = state.lengths_B + ~state.ended_B
-        ended_B = state.ended_B | (token_B == eos_id) | (lengths_B >= capacity)
+        stopped_B = (token_B[:, None] == jnp.array(stop_ids, jnp.int32)).any(-1)
+        ended_B = state.ended_B | stopped_B | (lengths_B >= capacity)
         return _State(tokens_BS, lengths_B, ended_B, state.step + 1, state.cache)
 
     def unfinished(state: _State) -> jax.Array:
@@ -247,11 +248,11 @@ def generate(
     model: ModelConfig,
     compute: ComputeConfig,
     prompts: Sequence[Sequence[int]],
-    eos_id: int,
+    stop_ids: tuple[int, ...],
     settings: Settings,
     vocab_size: int | None = None,
 ) -> list[list[int]]:
-    """Continuations of token prompts, each up to and with its EOS, in the order of the prompts.
+    """Continuations of token prompts, each up to and with the first of `stop_ids`, in their order.
 
     Only ids below `vocab_size` are drawn: a table may have more rows than the tokenizer has
     pieces. Raises ConfigError as `check` does.
@@ -291,7 +292,7 @@ def generate(
         draw,
         model,
         compute,
-        eos_id,
+        stop_ids,
         settings.temperature == 0,
         settings.top_k > 0 or settings.top_p < 1,
     )
@@ -314,11 +315,7 @@ def continue_texts(
     settings: Settings,
 ) -> list[str]:
     """Continuations of texts. Raises ConfigError as `check` does."""
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    outs = generate(params, model, compute, ids, tokenizer.eos_id, settings, tokenizer.vocab_size)
-    return [tokenizer.decode([i for i in out if i != tokenizer.eos_id]) for out in outs]
-
-
-def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of a prompt. It begins a document, and so follows an EOS."""
-    return [tokenizer.eos_id, *tokenizer.encode(text)]
+    ids = [tokenizer.prompt(prompt) for prompt in prompts]
+    stop = tokenizer.stop_ids
+    outs = generate(params, model, compute, ids, stop, settings, tokenizer.vocab_size)
+    return [tokenizer.decode([i for i in out if i not in stop]) for out in outs]

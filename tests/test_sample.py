@@ -19,7 +19,6 @@ from gptjax.sample import Settings
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 COMPUTE = ComputeConfig()
-NO_EOS = -1
 KINDS = {
     "learned": {},
     "rope": {"positions": "rope", "kv_heads": 2},
@@ -35,8 +34,8 @@ def prompts_of(*lengths):
     return [rng.integers(0, 128, n).tolist() for n in lengths]
 
 
-def generate(params, model, prompts, settings=GREEDY, eos_id=NO_EOS):
-    return sample.generate(params, model, COMPUTE, prompts, eos_id, settings)
+def generate(params, model, prompts, settings=GREEDY, stop_ids=()):
+    return sample.generate(params, model, COMPUTE, prompts, stop_ids, settings)
 
 
 def full_logits(params, model, rows):
@@ -140,13 +139,15 @@ def test_a_mesh_of_eight_generates_the_tokens_of_one_device(
 # --- stopping ----------------------------------------------------------------------------------
 
 
-def test_a_row_stops_with_its_eos_and_the_others_go_on(one_device, model, params):
+def test_a_row_stops_with_a_stop_token_and_the_others_go_on(one_device, model, params):
     prompts = prompts_of(3, 5)
     first, second = generate(params, model, prompts)
-    eos = next(token for token in first[2:-1] if token not in second)
-    stopped, other = generate(params, model, prompts, eos_id=eos)
-    assert stopped == first[: first.index(eos) + 1]
-    assert other == second
+    stop = next(token for token in first[2:-1] if token not in second)
+    unseen = next(token for token in range(model.vocab_size) if token not in first + second)
+    for stop_ids in [(stop,), (unseen, stop), (stop, unseen)]:
+        stopped, other = generate(params, model, prompts, stop_ids=stop_ids)
+        assert stopped == first[: first.index(stop) + 1]
+        assert other == second
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 31])
@@ -373,7 +374,7 @@ def test_all_problems_are_told_at_once(one_device, model, params):
 class Letters:
     """A tokenizer of one id a character, and EOS 0."""
 
-    eos_id, vocab_size = 0, 128
+    stop_ids, vocab_size = (0, 7), 128
 
     def encode(self, text):
         return [ord(c) for c in text]
@@ -381,15 +382,18 @@ class Letters:
     def decode(self, ids):
         return "".join(map(chr, ids))
 
+    def prompt(self, text):
+        return [0, *self.encode(text)]
+
 
 def test_a_text_is_continued_as_the_beginning_of_a_document(one_device, model, params):
     texts = sample.continue_texts(params, model, COMPUTE, Letters(), ["ab", ""], GREEDY)
-    outs = generate(params, model, [[0, 97, 98], [0]], eos_id=0)
-    assert texts == ["".join(chr(i) for i in out if i) for out in outs]
+    outs = generate(params, model, [[0, 97, 98], [0]], stop_ids=(0, 7))
+    assert texts == ["".join(chr(i) for i in out if i not in (0, 7)) for out in outs]
 
 
 def test_rows_of_the_table_that_are_no_piece_are_never_drawn(one_device, model, params):
     settings = Settings(temperature=5.0, max_tokens=40)  # nearly uniform
-    outs = sample.generate(params, model, COMPUTE, prompts_of(5, 5), 0, settings, vocab_size=9)
+    outs = sample.generate(params, model, COMPUTE, prompts_of(5, 5), (0,), settings, vocab_size=9)
     assert {i for out in outs for i in out} <= set(range(9))
     assert max(i for out in generate(params, model, prompts_of(5, 5), settings) for i in out) > 9

@@ -12,7 +12,7 @@ from sentencepiece import sentencepiece_model_pb2
 from gptjax import tokenizer as tokenizers
 from gptjax.config import TokenizerConfig
 from gptjax.errors import DataError
-from gptjax.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
+from gptjax.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, sentencepiece
 
 ALGORITHMS = ("bpe", "unigram")
 
@@ -90,9 +90,9 @@ def test_documents_are_encoded_as_each_alone_with_an_eos_where_it_ends(kinds, ki
 
 @pytest.mark.parametrize("kind", ALGORITHMS)
 def test_a_long_text_is_encoded_as_a_whole(trained, kind: str, monkeypatch) -> None:
-    monkeypatch.setattr(tokenizers, "_SLICE", 100)
-    monkeypatch.setattr(tokenizers, "_KNOWN", 50)
-    monkeypatch.setattr(tokenizers, "_KNOWN_LENGTH", 6)
+    monkeypatch.setattr(sentencepiece, "_SLICE", 100)
+    monkeypatch.setattr(sentencepiece, "_KNOWN", 50)
+    monkeypatch.setattr(sentencepiece, "_KNOWN_LENGTH", 6)
     text = "\n".join(corpus()) * 2
     ids = trained[kind].encode_documents([text], [False])
     assert ids.tolist() == trained[kind].encode(text)

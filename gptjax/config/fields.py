@@ -163,12 +163,14 @@ class MeshConfig:
 class TokenizerConfig:
     """The tokenizer: loaded from a file, or trained on the data when the store is prepared."""
 
-    kind: Literal["bytes", "sentencepiece"] = identity("sentencepiece")
-    """Raw bytes, or a SentencePiece model."""
+    kind: Literal["bytes", "sentencepiece", "huggingface"] = identity("sentencepiece")
+    """Raw bytes, a SentencePiece model, or Hugging Face's tokenizer.json."""
     path: str = identity("")
-    """A SentencePiece .model file to use; empty: train one on the training documents."""
-    algorithm: Literal["bpe", "unigram"] = identity("bpe")
-    """What to train."""
+    """The .model or tokenizer.json file to use, or its folder; empty: train one on the training
+    documents. Special tokens are those that the files beside tokenizer.json declare."""
+    algorithm: Literal["bpe", "unigram", "byte_bpe", "wordpiece"] = identity("bpe")
+    """What to train: bpe or unigram with kind=sentencepiece, byte_bpe (GPT-2's byte-level BPE) or
+    wordpiece (BERT's, which loses spaces) with kind=huggingface."""
     vocab_size: int = identity(4096)
     """Pieces to train, special ones included."""
     sample_bytes: int = identity(10_000_000)

@@ -47,6 +47,7 @@ def value_problems(cfg: Any) -> Iterator[str]:
         "data.prefetch": cfg.data.prefetch,
         "data.max_document_bytes": cfg.data.max_document_bytes,
         "tokenizer.sample_bytes": cfg.tokenizer.sample_bytes,
+        "tokenizer.vocab_size": cfg.tokenizer.vocab_size,
     }
     for name, value in at_least_one.items():
         if value < 1:
@@ -142,11 +143,30 @@ def value_problems(cfg: Any) -> Iterator[str]:
         yield "data.sources=(): name at least one source"
     if not cfg.data.valid_sources and cfg.data.valid_fraction == 0:
         yield "data.valid_fraction=0.0: with no data.valid_sources there is nothing to validate on"
-    needed = {"bytes": 258, "sentencepiece": cfg.tokenizer.vocab_size}[cfg.tokenizer.kind]
+    yield from _tokenizer_problems(cfg.tokenizer)
+    needed = 258 if cfg.tokenizer.kind == "bytes" else cfg.tokenizer.vocab_size
     if not cfg.tokenizer.path and m.vocab_size < needed:
         yield (
             f"model.vocab_size={m.vocab_size}: smaller than the tokenizer's {needed}; raise it "
             "(a multiple of 128 suits the hardware)"
+        )
+
+
+ALGORITHMS = {"sentencepiece": ("bpe", "unigram"), "huggingface": ("byte_bpe", "wordpiece")}
+
+
+def _tokenizer_problems(tokenizer: Any) -> Iterator[str]:
+    if tokenizer.kind == "bytes" or tokenizer.path:
+        return  # nothing is trained
+    if tokenizer.algorithm not in ALGORITHMS[tokenizer.kind]:
+        yield (
+            f"tokenizer.algorithm={tokenizer.algorithm}: not with tokenizer.kind={tokenizer.kind}, "
+            f"which trains {' or '.join(ALGORITHMS[tokenizer.kind])}"
+        )
+    elif tokenizer.algorithm == "byte_bpe" and 1 <= tokenizer.vocab_size < 257:
+        yield (
+            f"tokenizer.vocab_size={tokenizer.vocab_size}: byte_bpe needs at least 257, the bytes "
+            "and the end of a document"
         )
 
 

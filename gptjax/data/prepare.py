@@ -176,19 +176,19 @@ def _tokenizer(
     try:
         return tokenizers.load(folder)
     except DataError:
-        tokenizer = tokenizers.make(cfg.tokenizer, _sample(cfg, found, tell))
+        tokenizer = tokenizers.make(cfg.tokenizer, tokenizer_sample(cfg, found, tell))
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise DataError(
             f"model.vocab_size={cfg.model.vocab_size}: the tokenizer has {tokenizer.vocab_size} "
             "pieces; raise it"
         )
     tokenizer.save(folder)
-    for file in folder.glob("tokenizer*"):
-        store.sync(file)
+    for name in tokenizer.files():
+        store.sync(folder / name)
     return tokenizer
 
 
-def _sample(cfg: Config, found: list[sources.Source], tell: Tell) -> Iterator[str]:
+def tokenizer_sample(cfg: Config, found: list[sources.Source], tell: Tell) -> Iterator[str]:
     """Slices of training documents to train the tokenizer on, by a hash of text and place.
 
     Of a large corpus only some files are read, chosen by a hash too.
@@ -201,7 +201,7 @@ def _sample(cfg: Config, found: list[sources.Source], tell: Tell) -> Iterator[st
         total += sources.size(source)
     share = budget / max(min(total, _SAMPLED_FROM * budget), 1)
     taken = 0
-    for document in _documents(cfg, [s for s in found if s in chosen], "train", Counts()):
+    for document in read_documents(cfg, [s for s in found if s in chosen], "train", Counts()):
         for start in range(0, len(document.text), tokenizers.SLICE):
             if sources.hash_share(f"tokenizer {document.key} {start}") < share:
                 text = document.text[start : start + tokenizers.SLICE]
@@ -212,7 +212,7 @@ def _sample(cfg: Config, found: list[sources.Source], tell: Tell) -> Iterator[st
             return
 
 
-def _documents(
+def read_documents(
     cfg: Config, found: list[sources.Source], split: str | None, counts: Counts
 ) -> Iterator[Document]:
     """Documents of the sources that belong to one split, or all where it is None."""
@@ -226,9 +226,9 @@ def _documents(
 def _labelled(cfg: Config, found, held_out, counts: Counts) -> Iterator[tuple[str, Document]]:
     """Every document with the name of its split."""
     fraction = 0.0 if cfg.data.valid_sources else cfg.data.valid_fraction
-    for document in _documents(cfg, found, None, counts):
+    for document in read_documents(cfg, found, None, counts):
         yield "valid" if sources.hash_share(document.key) < fraction else "train", document
-    for document in _documents(cfg, held_out, None, counts):
+    for document in read_documents(cfg, held_out, None, counts):
         yield "valid", document
 
 
@@ -263,6 +263,7 @@ _worker_tokenizer: tokenizers.Tokenizer
 
 def _start_worker(folder: Path) -> None:
     global _worker_tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a worker for each core
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker_tokenizer = tokenizers.load(folder)
 

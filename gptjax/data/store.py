@@ -1,7 +1,7 @@
 """The token store: the tokens of a split, on disk, as one long array.
 
     STORE/manifest.json             what is in it, and from what it was made
-    STORE/tokenizer.model           the tokenizer that made it
+    STORE/tokenizer.*               the tokenizer that made it
     STORE/{train,valid}/zarr.json   a sharded zarr 3 array, uncompressed,
     STORE/{train,valid}/c/0 ...     so that a file is the raw tokens, little-endian, and an index
 

@@ -26,6 +26,8 @@ from gptjax.progress import Progress
 WORDS = [a + b for a in ("ra", "tor", "lu", "mes", "po") for b in ("de", "cha", "bi", "sen", "")]
 SENTENCEPIECE = TokenizerConfig(vocab_size=320)
 BYTES = TokenizerConfig(kind="bytes")
+HUGGINGFACE = TokenizerConfig(kind="huggingface", algorithm="byte_bpe", vocab_size=320)
+TOKENIZERS = [BYTES, SENTENCEPIECE, HUGGINGFACE]
 
 
 def text(seed: int, lines: int = 30) -> str:
@@ -110,7 +112,7 @@ def source_documents(cfg: Config) -> dict[str, str]:
 # --- what is in a store ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tokenizer", [BYTES, SENTENCEPIECE], ids=["bytes", "sentencepiece"])
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda t: t.kind)
 def test_a_store_holds_each_document_and_an_eos_after_it(tmp_path, corpus, tokenizer) -> None:
     cfg = config(tmp_path, tokenizer=tokenizer)
     manifest = prepare.prepare(cfg)
@@ -135,12 +137,11 @@ def test_a_store_holds_each_document_and_an_eos_after_it(tmp_path, corpus, token
 
 
 @HERE
-@pytest.mark.parametrize("tokenizer", [BYTES, SENTENCEPIECE], ids=["bytes", "sentencepiece"])
+@pytest.mark.parametrize("tokenizer", [BYTES, SENTENCEPIECE], ids=lambda t: t.kind)
 def test_a_long_file_read_in_pieces_is_one_document(tmp_path, corpus, tokenizer) -> None:
     cfg = config(tmp_path, "whole", tokenizer)
     whole = prepare.prepare(cfg)
-    own = Path(cfg.data.store, "tokenizer.model")
-    same = replace(tokenizer, path=str(own) if own.exists() else "")
+    same = replace(tokenizer, path="" if tokenizer == BYTES else cfg.data.store)
     cut = config(tmp_path, "cut", same, max_document_bytes=4000)
     manifest = prepare.prepare(cut)
     assert manifest.counts["split_documents"] == 1
@@ -242,7 +243,7 @@ def interrupt(cfg: Config, monkeypatch, after: int) -> dict:
 
 
 @HERE
-@pytest.mark.parametrize("tokenizer", [BYTES, SENTENCEPIECE], ids=["bytes", "sentencepiece"])
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda t: t.kind)
 def test_an_interrupted_preparation_goes_on_to_the_same_bytes(
     tmp_path: Path, corpus: Path, monkeypatch, tokenizer: TokenizerConfig
 ) -> None:

@@ -1,23 +1,16 @@
-"""Tokenizers behind one interface: raw bytes, and SentencePiece models (loaded or trained).
+"""SentencePiece models: read, trained, and made fast on text that repeats itself."""
 
-A tokenizer is a file with a fingerprint. It is copied into the token store and into the run folder,
-and whoever uses either checks the fingerprint, so text is never read with another vocabulary.
-"""
-
-import hashlib
 import io
-import json
 import os
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from gptjax.config import TokenizerConfig
 from gptjax.errors import DataError
+from gptjax.tokenizer.interface import SLICE, Tokenizer, slices, valid_text
 
 _KNOWN = 1 << 17  # units of text whose ids are remembered; some 25 MB
 _KNOWN_LENGTH = 64  # characters of the longest one; longer ones seldom recur
@@ -28,70 +21,6 @@ _SLICE = 1 << 20  # characters of a text that are cut into units at once
 _LETTERS = "A-Za-zªºÀ-ÖØ-öø-ʸḀ-ỿ"
 _WORDS = (rf"\n| *(?:[{_LETTERS}]+|[^{_LETTERS} \n]+)| +", r"\n| *[^ \n]+| +")
 _LINES = r"\n|[^\n]+"
-_FILES = {"bytes": "tokenizer.bytes", "sentencepiece": "tokenizer.model"}
-
-
-class Tokenizer(ABC):
-    """Text to token ids and back.
-
-    Attributes: `vocab_size`; `eos_id`, which ends every document and starts every prompt.
-    """
-
-    kind: str
-    vocab_size: int
-    eos_id: int
-
-    @abstractmethod
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with no special token added."""
-
-    @abstractmethod
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; special tokens have none, invalid UTF-8 becomes U+FFFD."""
-
-    def encode_documents(self, texts: Sequence[str], ends: Sequence[bool]) -> np.ndarray:
-        """All texts one after the other, uint32; an EOS after each that ends a document."""
-        parts = [np.zeros(0, np.uint32)]
-        for text, end in zip(texts, ends, strict=True):
-            parts += [self._encode_long(text), np.array([self.eos_id][:end], np.uint32)]
-        return np.concatenate(parts)
-
-    def _encode_long(self, text: str) -> np.ndarray:
-        """The ids of `encode`, uint32, by the fastest way."""
-        return np.array(self.encode(text), np.uint32)
-
-    @abstractmethod
-    def serialized(self) -> bytes:
-        """The contents of the tokenizer's file."""
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the kind and the file's contents."""
-        return hashlib.sha256(self.kind.encode() + b"\0" + self.serialized()).hexdigest()
-
-    def save(self, folder: Path) -> None:
-        """Writes the tokenizer's file into a folder."""
-        partial = folder / f".{_FILES[self.kind]}.partial"
-        partial.write_bytes(self.serialized())
-        os.replace(partial, folder / _FILES[self.kind])
-
-
-class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes 0..255; 256 is EOS, 257 is reserved for padding."""
-
-    kind, vocab_size, eos_id = "bytes", 258, 256
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8", "replace"))
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
-
-    def _encode_long(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.uint32)
-
-    def serialized(self) -> bytes:
-        return json.dumps({"kind": "bytes"}).encode()
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -116,19 +45,24 @@ class SentencePieceTokenizer(Tokenizer):
                 "this SentencePiece model has no end-of-sentence piece, which ends documents; "
                 "train it with an eos_id"
             )
+        if self._processor.bos_id() >= 0:
+            self.bos_id = self._processor.bos_id()
         self._units = _units(model)
         self._known = _Known(self._processor)
 
     def encode(self, text: str) -> list[int]:
-        return self._processor.encode(_plain(text))
+        return self._processor.encode(valid_text(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
 
+    def piece(self, token: int) -> str:
+        return self._processor.id_to_piece(token)
+
     def _encode_long(self, text: str) -> np.ndarray:
         if self._units is None:
             return super()._encode_long(text)
-        plain, known = _plain(text), self._known
+        plain, known = valid_text(text), self._known
         parts, start = [], 0
         while start < len(plain):
             end = plain.find("\n", start + _SLICE) + 1 or len(plain)
@@ -155,35 +89,6 @@ class _Known(dict[str, bytes]):
         return ids
 
 
-def _plain(text: str) -> str:
-    """Text without lone surrogates, which have no UTF-8."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
-
-
-def load(folder: Any) -> Tokenizer:
-    """The tokenizer whose file a folder, a pathlib or epath Path, holds. Raises DataError."""
-    if (file := folder / _FILES["sentencepiece"]).exists():
-        return SentencePieceTokenizer(file.read_bytes())
-    if (folder / _FILES["bytes"]).exists():
-        return ByteTokenizer()
-    raise DataError(f"{folder}: holds no tokenizer ({' or '.join(_FILES.values())})")
-
-
-def make(cfg: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
-    """The configured tokenizer: loaded from `cfg.path`, or trained on texts. Raises DataError."""
-    if cfg.kind == "bytes":
-        return ByteTokenizer()
-    if cfg.path:
-        path = Path(cfg.path).expanduser()
-        if not path.is_file():
-            raise DataError(f"tokenizer.path={cfg.path}: no such file")
-        try:
-            return SentencePieceTokenizer(path.read_bytes())
-        except DataError as error:
-            raise DataError(f"tokenizer.path={cfg.path}: {error}") from None
-    return train_sentencepiece(texts, cfg)
-
-
 def train_sentencepiece(texts: Iterable[str], cfg: TokenizerConfig) -> SentencePieceTokenizer:
     """Trains a model that encodes any text without loss.
 
@@ -197,7 +102,7 @@ def train_sentencepiece(texts: Iterable[str], cfg: TokenizerConfig) -> SentenceP
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_slices(texts),
+            sentence_iterator=slices(texts),
             model_writer=model,
             model_type=cfg.algorithm,
             vocab_size=cfg.vocab_size,
@@ -229,17 +134,6 @@ def train_sentencepiece(texts: Iterable[str], cfg: TokenizerConfig) -> SentenceP
         piece.piece = piece.piece.replace("\u2581", " ")
     proto.normalizer_spec.escape_whitespaces = False
     return SentencePieceTokenizer(proto.SerializeToString())
-
-
-SLICE = 4096  # characters
-
-
-def _slices(texts: Iterable[str]) -> Iterator[str]:
-    """Texts in slices, which the trainer takes for sentences."""
-    for text in texts:
-        plain = _plain(text)
-        for start in range(0, len(plain), SLICE):
-            yield plain[start : start + SLICE]
 
 
 def _units(model: bytes) -> re.Pattern[str] | None:

@@ -1,0 +1,293 @@
+"""Hugging Face's tokenizer.json: read with the special tokens declared beside it, and trained."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from gptjax.config import TokenizerConfig
+from gptjax.errors import DataError
+from gptjax.tokenizer.interface import FILES, Tokenizer, slices, valid_text
+
+_PIECE = 1 << 17  # characters that the `tokenizers` library gets at once, if it may be
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json` of the `tokenizers` library, with the special tokens declared beside it.
+
+    EOS and BOS are the first that tokenizer_config.json, special_tokens_map.json (by name) and
+    generation_config.json, config.json (by id, perhaps several) declare, in this order; every EOS
+    of theirs is a stop id.
+
+    Text of a document that reads like a special token stays text, so no document can end another's
+    context. A prompt is what `transformers` makes of it: there such text does become the token.
+    """
+
+    kind = "huggingface"
+
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        """From the contents of tokenizer.json and of the files beside it, by name.
+
+        Raises DataError where they are damaged, declare no EOS, or declare one that is no token.
+        """
+        self._files = dict(files)
+        self._declared = {
+            **_named(_parsed(files, "special_tokens_map.json")),
+            **_named(_parsed(files, "tokenizer_config.json")),
+        }
+        library = self._library()
+        self._ids = frozenset(library.get_vocab().values())
+        self.vocab_size = 1 + max(self._ids, default=-1)
+        added = library.get_added_tokens_decoder()
+        self._special = frozenset(i for i, token in added.items() if token.special)
+        self.bos_id = next(iter(self._token_ids(library, "bos")), None)
+        self._stop_ids = self._token_ids(library, "eos")
+        if not self._stop_ids:
+            raise DataError(
+                "no end-of-sequence token is declared, which ends documents; name one as eos_token "
+                "in tokenizer_config.json beside tokenizer.json"
+            )
+        self.eos_id = self._stop_ids[0]
+        self._documents = _blind_to_special(library)
+        self._splits_lines = _splits_lines(library)
+        if self.eos_id in self.encode(library.id_to_token(self.eos_id)):
+            raise DataError(
+                f"the text {library.id_to_token(self.eos_id)!r} in a document would end it; give "
+                "the end-of-sequence token a name that its pre-tokenizer splits"
+            )
+
+    def _library(self) -> Any:
+        """A fresh `tokenizers.Tokenizer`, to which every declared token is a special one."""
+        from tokenizers import AddedToken, Tokenizer
+
+        name = FILES[self.kind]
+        try:
+            library = Tokenizer.from_buffer(self._files.get(name, b""))
+        except ValueError as error:
+            raise DataError(f"{name} is damaged, or of another version: {error}") from None
+        library.no_truncation()
+        library.no_padding()
+        added = {token.content: token for token in library.get_added_tokens_decoder().values()}
+        for content in self._declared.values():
+            token = added.get(content, AddedToken(content, normalized=False))
+            if library.token_to_id(content) is not None and not token.special:
+                token.special = True
+                library.add_special_tokens([token])
+        return library
+
+    @cached_property
+    def _prompts(self) -> Any:
+        return self._library()
+
+    def _token_ids(self, library: Any, which: str) -> tuple[int, ...]:
+        """The declared ids of "bos" or "eos", each once, the most specific declaration first."""
+        found: list[Any] = []
+        if content := self._declared.get(f"{which}_token"):
+            found.append(library.token_to_id(content))
+            if found[0] is None:
+                raise DataError(f"{which}_token={content!r} is declared and not in the vocabulary")
+        for name in _ID_FILES:
+            ids = _parsed(self._files, name).get(key := f"{which}_token_id")
+            ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+            if unknown := [i for i in ids if i not in self._ids]:
+                raise DataError(f"{name}: {key}={unknown[0]!r} is not in the vocabulary")
+            found += ids
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return self._stop_ids
+
+    def encode(self, text: str) -> list[int]:
+        return self._encode_plain(valid_text(text))
+
+    def _encode_plain(self, text: str) -> list[int]:
+        # encode_batch_fast alone leaves out the offsets, which take half of the time.
+        return self._documents.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def _encode_long(self, text: str) -> np.ndarray:
+        # The library takes 150 bytes of memory for each one of a text.
+        text, parts, start = valid_text(text), [], 0
+        while start < len(text) or not parts:
+            end = _line_end(text, start + _PIECE) if self._splits_lines else len(text)
+            parts.append(np.array(self._encode_plain(text[start:end]), np.uint32))
+            start = end
+        return np.concatenate(parts)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        own = [int(i) for i in ids if i < self.vocab_size and int(i) not in self._special]
+        return self._documents.decode(own)
+
+    def piece(self, token: int) -> str:
+        return self._prompts.id_to_token(token) or ""
+
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt as `transformers` 5 gives them, special tokens and all.
+
+        The template is that of tokenizer.json, beside which add_bos_token means nothing to it.
+        """
+        ids = self._prompts.encode(valid_text(text)).ids
+        return ids or [self.eos_id if self.bos_id is None else self.bos_id]
+
+    def serialized(self) -> bytes:
+        special = [self.bos_id, self.stop_ids, sorted(self._special)]
+        return self._files[FILES[self.kind]] + b"\0" + json.dumps(special).encode()
+
+    def files(self) -> dict[str, bytes]:
+        beside = {k: v for k, v in self._files.items() if k != FILES[self.kind]}
+        return {**beside, FILES[self.kind]: self._files[FILES[self.kind]]}
+
+
+_TOKEN_IDS = "token_ids.json"  # those of a model's config.json; a run has its own file of that name
+_ID_FILES = ("generation_config.json", _TOKEN_IDS)
+
+
+def read_files(file: Any) -> dict[str, bytes]:
+    """The contents of a tokenizer.json, whatever it is called, and of the files beside it."""
+    found = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json", *_ID_FILES):
+        if (path := file.parent / name).exists():
+            found[name] = path.read_bytes()
+    if (path := file.parent / "config.json").exists():
+        config = _parsed({path.name: path.read_bytes()}, path.name)
+        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
+        if ids:
+            found[_TOKEN_IDS] = json.dumps(ids).encode()
+    return {**found, FILES["huggingface"]: file.read_bytes()}
+
+
+def _parsed(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """The object in a JSON file; an absent file has an empty one."""
+    try:
+        value = json.loads(files.get(name, b"{}"))
+    except ValueError as error:
+        raise DataError(f"{name} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{name} is no JSON object")
+    return value
+
+
+def _named(declared: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens that a file declares, as strings or as objects, by role."""
+    found = dict(declared)
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = found.pop(key, None) or []
+        items = more.items() if isinstance(more, dict) else enumerate(more)
+        found |= {f"{key}_{name}_token": token for name, token in items}
+    contents = {k: t.get("content") if isinstance(t, dict) else t for k, t in found.items()}
+    return {k: t for k, t in contents.items() if k.endswith("_token") and isinstance(t, str) and t}
+
+
+def _blind_to_special(library: Any) -> Any:
+    """The same tokenizer, to which text that reads like a special token is text."""
+    from tokenizers import Tokenizer, models
+
+    if isinstance(library.model, models.Unigram):
+        # Its special tokens are pieces as well, which text would match; an empty one matches none.
+        changed = json.loads(library.to_str())
+        pieces, added = changed["model"]["vocab"], changed["added_tokens"]
+        own = [token for token in added if token["special"] and token["id"] < len(pieces)]
+        for token in own:
+            pieces[token["id"]][0] = ""
+        changed["added_tokens"] = [token for token in added if token not in own]
+        library = Tokenizer.from_str(json.dumps(changed))
+    library.encode_special_tokens = True
+    return library
+
+
+def _line_end(text: str, start: int) -> int:
+    """The first place at or after `start` where a letter ends a line."""
+    while (end := text.find("\n", start)) > 0 and not text[end - 1].isalpha():
+        start = end + 1
+    return end if end > 0 else len(text)
+
+
+def _splits_lines(library: Any) -> bool:
+    """Whether a word and the line's end after it are split whatever is around them.
+
+    It is tried rather than proved. So it is with the patterns of GPT-2, Llama 3, Falcon and BERT;
+    not where text gets a prefix, nor where words of several lines are one piece of work.
+    """
+    if library.pre_tokenizer is None:
+        return False
+    normalize = library.normalizer.normalize_str if library.normalizer else str
+
+    def split(text: str) -> list[str]:
+        return [piece for piece, _ in library.pre_tokenizer.pre_tokenize_str(normalize(text))]
+
+    before = ("word", "two words", "    it's", "\n\n x = 12 ab", "a.b:\n\tбуква", "日本語")
+    after = ("\n", "\nword", "\n\n\n", "\n    x", "\n\n  12", "\n.\n", "\n \n語 ")
+    return all(split(a + b) == split(a) + split(b) for a in before for b in after)
+
+
+def train_huggingface(texts: Iterable[str], cfg: TokenizerConfig) -> HuggingFaceTokenizer:
+    """Trains byte-level BPE (Radford et al. 2019) or WordPiece (Devlin et al. 2019).
+
+    Byte-level BPE splits words as GPT-2 does and encodes any text without loss. WordPiece splits
+    and cleans text as BERT does, case kept, and so promises no round trip: runs of spaces are lost,
+    and an unknown character makes its word [UNK]. Raises DataError where the texts cannot fill the
+    vocabulary.
+    """
+    make = _byte_bpe if cfg.algorithm == "byte_bpe" else _wordpiece
+    library, special = make(list(slices(texts)), cfg.vocab_size)
+    if library.get_vocab_size() != cfg.vocab_size:
+        raise DataError(
+            f"tokenizer.vocab_size={cfg.vocab_size}: the text makes {library.get_vocab_size()} "
+            "pieces; give more text or ask for fewer pieces"
+        )
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    return HuggingFaceTokenizer(
+        {
+            "tokenizer_config.json": json.dumps(config, indent=2).encode(),
+            FILES["huggingface"]: library.to_str(pretty=True).encode(),
+        }
+    )
+
+
+def _byte_bpe(texts: list[str], vocab_size: int) -> tuple[Any, dict[str, str]]:
+    """The trained library object, and its special tokens by role."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    special = {"eos_token": "<|endoftext|>"}
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator(texts, trainer)
+    return library, special
+
+
+def _wordpiece(texts: list[str], vocab_size: int) -> tuple[Any, dict[str, str]]:
+    """The trained library object, and its special tokens by role."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    special = {"eos_token": "[EOS]", "unk_token": "[UNK]"}
+    library = Tokenizer(models.WordPiece(unk_token=special["unk_token"]))
+    library.normalizer = normalizers.BertNormalizer(lowercase=False)
+    library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    library.decoder = decoders.WordPiece()
+
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    seen = (c for c in counts if library.normalizer.normalize_str(c).strip())
+    kept = sorted(seen, key=lambda c: (-counts[c], c))[: vocab_size // 8]  # they take x and ##x
+    options = {"initial_alphabet": kept, "limit_alphabet": len(kept), "show_progress": False}
+
+    # The trainer numbers x and ##x in the order of a hash table, and among pairs that are as
+    # frequent it merges the one of lower numbers. Numbers given beforehand make it repeatable.
+    library.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=0, **options))
+    first = [*special.values(), *sorted(library.get_vocab())]
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=first, **options)
+    library.train_from_iterator(texts, trainer)
+    made = json.loads(library.to_str())
+    made["added_tokens"] = made["added_tokens"][: len(special)]
+    return Tokenizer.from_str(json.dumps(made)), special

@@ -1,0 +1,121 @@
+"""What every tokenizer does, and the simplest one: raw bytes."""
+
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+FILES = {  # by kind, the one that tells it
+    "huggingface": "tokenizer.json",
+    "sentencepiece": "tokenizer.model",
+    "bytes": "tokenizer.bytes",
+}
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back.
+
+    Attributes: `vocab_size`, above every id; `eos_id`, which ends every document; `bos_id`, which
+    begins a prompt where the tokenizer has one; `stop_ids`, each of which ends a continuation,
+    `eos_id` first.
+    """
+
+    kind: str
+    vocab_size: int
+    eos_id: int
+    bos_id: int | None = None
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return (self.eos_id,)
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a document's text: no special token is added, and none is read from it."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids; special tokens have none, invalid UTF-8 becomes U+FFFD."""
+
+    @abstractmethod
+    def piece(self, token: int) -> str:
+        """How the vocabulary spells a token, for people to read."""
+
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt, by the tokenizer's own convention; never empty.
+
+        Here it begins as a document does: after a BOS, or after the EOS of the document before.
+        """
+        return [self.eos_id if self.bos_id is None else self.bos_id, *self.encode(text)]
+
+    def encode_documents(self, texts: Sequence[str], ends: Sequence[bool]) -> np.ndarray:
+        """All texts one after the other, uint32; an EOS after each that ends a document."""
+        parts = [np.zeros(0, np.uint32)]
+        for text, end in zip(texts, ends, strict=True):
+            parts += [self._encode_long(text), np.array([self.eos_id][:end], np.uint32)]
+        return np.concatenate(parts)
+
+    def _encode_long(self, text: str) -> np.ndarray:
+        """The ids of `encode`, uint32, by the fastest way."""
+        return np.array(self.encode(text), np.uint32)
+
+    @abstractmethod
+    def serialized(self) -> bytes:
+        """All that decides what it does."""
+
+    def files(self) -> dict[str, bytes]:
+        """The files that hold it, by name; last the one that tells its kind."""
+        return {FILES[self.kind]: self.serialized()}
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the kind and of all that decides what it does."""
+        return hashlib.sha256(self.kind.encode() + b"\0" + self.serialized()).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Writes the tokenizer's files into a folder, each whole or not at all."""
+        for name, contents in self.files().items():
+            partial = folder / f".{name}.partial"
+            partial.write_bytes(contents)
+            os.replace(partial, folder / name)
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes 0..255; 256 is EOS, 257 is reserved for padding."""
+
+    kind, vocab_size, eos_id = "bytes", 258, 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8", "replace"))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
+
+    def piece(self, token: int) -> str:
+        return f"<0x{token:02X}>" if token < 256 else "<eos>" if token == self.eos_id else "<pad>"
+
+    def _encode_long(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.uint32)
+
+    def serialized(self) -> bytes:
+        return json.dumps({"kind": "bytes"}).encode()
+
+
+def valid_text(text: str) -> str:
+    """Text without lone surrogates, which have no UTF-8."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+SLICE = 4096  # characters
+
+
+def slices(texts: Iterable[str]) -> Iterator[str]:
+    """Texts in slices, which the trainer takes for sentences."""
+    for text in texts:
+        plain = valid_text(text)
+        for start in range(0, len(plain), SLICE):
+            yield plain[start : start + SLICE]
