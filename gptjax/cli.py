@@ -109,6 +109,39 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--seconds", type=float, default=5.0, help="how long to measure (5)")
 
+    tokenizer = commands.add_parser("tokenizer", help="Train and look at tokenizers.")
+    actions = tokenizer.add_subparsers(required=True, metavar="ACTION")
+    sub = command(
+        actions,
+        "train",
+        _tokenizer_train,
+        "Train a tokenizer on text and tell its speed, and its compression of held-out documents.",
+    )
+    sub.add_argument("folder", metavar="FOLDER", help="where to save it, for --tokenizer.path")
+    sub.add_argument(
+        "--source",
+        action="append",
+        metavar="PATTERN",
+        help="files, a quoted glob, tfds:NAME; may be repeated (python-library)",
+    )
+    sub.add_argument(
+        "--algorithm",
+        choices=[name for names in config.validation.ALGORITHMS.values() for name in names],
+        default="bpe",
+        help="bpe and unigram are SentencePiece's, the others Hugging Face's (bpe)",
+    )
+    sub.add_argument("--vocab-size", type=int, default=4096, help="pieces to train (4096)")
+    sub.add_argument(
+        "--sample-bytes", type=int, default=10_000_000, help="text to train on (10000000)"
+    )
+    sub.add_argument("--text-field", default="text", help="field of records with the text (text)")
+    sub.add_argument(
+        "--valid-fraction", type=float, default=0.02, help="share of documents held out (0.02)"
+    )
+    sub = command(actions, "show", _tokenizer_show, "Print the tokens of a text.")
+    sub.add_argument("folder", metavar="FOLDER", help="a folder that holds a tokenizer")
+    sub.add_argument("--text", required=True, help="the text, taken as a document")
+
     sub = command(
         commands,
         "config",
@@ -262,6 +295,51 @@ def _data_bench(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         f"{cfg.train.batch} x {cfg.train.seq_len} tokens a batch: median {rates[1] / 1e6:.1f} "
         f"million tokens/s through tf.data (from {rates[0] / 1e6:.1f} to {rates[2] / 1e6:.1f})"
     )
+
+
+def _tokenizer_train(args: argparse.Namespace, _: Sequence[str]) -> None:
+    kind = next(
+        kind for kind, names in config.validation.ALGORITHMS.items() if args.algorithm in names
+    )
+    cfg = config.Config(
+        model=config.ModelConfig(vocab_size=max(args.vocab_size, 1)),
+        tokenizer=config.TokenizerConfig(
+            kind=kind,
+            algorithm=args.algorithm,
+            vocab_size=args.vocab_size,
+            sample_bytes=args.sample_bytes,
+        ),
+        data=config.DataConfig(
+            sources=tuple(args.source or ["python-library"]),
+            text_field=args.text_field,
+            valid_fraction=args.valid_fraction,
+        ),
+    )
+    cfg.check()
+    from pathlib import Path
+
+    from gptjax.data import prepare, vocabulary
+
+    with prepare.shown(Progress()) as tell:
+        report = vocabulary.train(cfg, Path(args.folder), tell)
+    print(f"{args.folder}: {args.algorithm}, {report}")
+
+
+def _tokenizer_show(args: argparse.Namespace, _: Sequence[str]) -> None:
+    from etils import epath
+
+    from gptjax import tokenizer as tokenizers
+
+    tokenizer = tokenizers.load(epath.Path(args.folder))
+    special = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    named = ", ".join(
+        f"{name} {token} {tokenizer.piece(token)!r}"
+        for name, token in special.items()
+        if token is not None
+    )
+    print(f"{tokenizer.kind}, {tokenizer.vocab_size:,} pieces, {named}")
+    for token in tokenizer.encode(args.text):
+        print(f"{token:8} {tokenizer.piece(token)!r}")
 
 
 def _config(args: argparse.Namespace, overrides: Sequence[str]) -> None:

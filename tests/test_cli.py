@@ -1,5 +1,6 @@
 """The command line: light help, one sentence and an exit code for each mistake, no traceback."""
 
+import ast
 import fcntl
 import json
 import os
@@ -14,6 +15,7 @@ import pytest
 
 from gptjax import allocator, cli, config
 from gptjax.config import Config, DataConfig, EvalConfig, ModelConfig, TokenizerConfig, TrainConfig
+from gptjax.data import sources
 
 REPO = Path(__file__).resolve().parent.parent
 QUICKSTART = str(REPO / "configs" / "quickstart.py")
@@ -96,7 +98,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("argv", "wanted"),
     [
-        (["--help"], ["train", "eval", "sample", "data", "config"]),
+        (["--help"], ["train", "eval", "sample", "data", "tokenizer", "config"]),
         (["sample", "--help"], ["--prompt", "--temperature", "--top-k", "--seed"]),
         (["data", "prepare", "--help"], ["CONFIG"]),
         (["config", QUICKSTART, "--optim.lr", "1"], ["optim.lr", "command line"]),
@@ -314,6 +316,79 @@ def test_a_missing_file_is_named(run, preset, command: str, overrides, wanted: s
     code, _, err = run(*command.split(), preset, *overrides)
     assert code == 65
     assert wanted in sentence(err)
+
+
+# --- tokenizers ------------------------------------------------------------------------------
+
+TOKENIZER_TRAINED = re.compile(
+    r"(?P<folder>\S+): (?P<algorithm>\w+), 400 pieces trained on 0\.\d\d MB in \d+\.\d s "
+    r"\(\d+\.\d\d MB/s\); encodes \d+\.\d\d MB/s on one core and (?P<ratio>\d\.\d{3}) bytes per "
+    r"token, on the 0\.\d\d MB of (?P<documents>\d+) held-out documents\n"
+)
+
+
+@pytest.fixture(scope="module")
+def library_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some real text: modules of the running Python's library, 20 files."""
+    folder = tmp_path_factory.mktemp("texts")
+    modules = sorted(Path(os.__file__).parent.glob("[a-d]*.py"))[:20]
+    assert len(modules) == 20
+    for module in modules:
+        (folder / module.name).write_bytes(module.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram", "byte_bpe", "wordpiece"])
+def test_a_tokenizer_is_trained_and_can_be_used(run, library_texts, tmp_path, algorithm) -> None:
+    folder = tmp_path / "tokenizer"
+    words = ["--source", f"{library_texts}/*.py", "--algorithm", algorithm, "--vocab-size", 400]
+    words += ["--sample-bytes", 150_000, "--valid-fraction", 0.2]
+    code, out, err = run("tokenizer", "train", folder, *words)
+    assert code == 0, err
+    found = TOKENIZER_TRAINED.fullmatch(out)
+    assert found
+    assert (found["folder"], found["algorithm"]) == (str(folder), algorithm)
+    assert 1.2 < float(found["ratio"]) < 4
+    held_out = {f for f in library_texts.iterdir() if sources.hash_share(f.name) < 0.2}
+    assert int(found["documents"]) == len(held_out) > 0
+
+    code, shown, _ = run("tokenizer", "show", folder, "--text", "import os")
+    first, *pieces = shown.splitlines()
+    assert code == 0
+    assert "eos" in first
+    spelt = "".join(ast.literal_eval(line.split(maxsplit=1)[1]) for line in pieces)
+    assert spelt.replace("##", "").replace("Ġ", " ").replace(" ", "") == "importos"
+
+    code, _, err = run("tokenizer", "train", folder, *words)
+    assert code == 73
+    assert f"{folder}: holds a tokenizer already" in sentence(err)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "wanted"),
+    [
+        (["--source", "absent.txt"], 65, "data.sources=absent.txt: no such file"),
+        (["--vocab-size", "0"], 2, "tokenizer.vocab_size=0: must be at least 1"),
+        (["--algorithm", "byte_bpe", "--vocab-size", "9"], 2, "byte_bpe needs at least 257"),
+        (["--valid-fraction", "1"], 2, "data.valid_fraction=1.0: must be"),
+        (["--source", "0.txt"], 65, "no document was held out to measure on"),
+        (["--source", "[0-2].txt", "--valid-fraction", "0.7"], 65, "tokenizer.vocab_size=4096: "),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_trained(
+    run: Run, preset: str, tmp_path: Path, monkeypatch, words: list[str], code: int, wanted: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    got, _, err = run("tokenizer", "train", "new", *words)
+    assert got == code
+    assert wanted in sentence(err.splitlines()[-1])
+    assert not list(Path("new").glob("*"))
+
+
+def test_showing_a_folder_without_a_tokenizer(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("tokenizer", "show", tmp_path, "--text", "a")
+    assert code == 65
+    assert f"{tmp_path}: holds no tokenizer" in sentence(err)
 
 
 # --- data ------------------------------------------------------------------------------------

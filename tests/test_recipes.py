@@ -23,7 +23,7 @@ SHOWN = [
     line.split("#")[0].strip().removeprefix(".venv/bin/")
     for page in [REPO / "README.md", *sorted((REPO / "configs").glob("*.py"))]
     for line in page.read_text().splitlines()
-    if re.match(r"\s*(\.venv/bin/)?gptjax (train|eval|sample|data|config) ", line)
+    if re.match(r"\s*(\.venv/bin/)?gptjax (train|eval|sample|data|tokenizer|config) ", line)
 ]
 
 

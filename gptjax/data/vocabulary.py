@@ -1,0 +1,90 @@
+"""A tokenizer trained on text sources, and what it is worth on text that it has not seen."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptjax import tokenizer as tokenizers
+from gptjax.config import Config
+from gptjax.data import prepare, sources
+from gptjax.data.prepare import Tell
+from gptjax.data.sources import Counts
+from gptjax.errors import DataError, OutputError
+
+
+@dataclass(frozen=True)
+class Report:
+    """Sizes are in bytes, times in seconds."""
+
+    pieces: int
+    trained_on: int
+    train_seconds: float
+    held_out: int
+    held_out_documents: int
+    held_out_tokens: int
+    encode_seconds: float
+    """Of one core: processor time, so that threads are no advantage."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.pieces:,} pieces trained on {self.trained_on / 1e6:.2f} MB in "
+            f"{self.train_seconds:.1f} s ({self.trained_on / 1e6 / self.train_seconds:.2f} MB/s); "
+            f"encodes {self.held_out / 1e6 / self.encode_seconds:.2f} MB/s on one core and "
+            f"{self.held_out / self.held_out_tokens:.3f} bytes per token, on the "
+            f"{self.held_out / 1e6:.2f} MB of {self.held_out_documents:,} held-out documents"
+        )
+
+
+def train(cfg: Config, folder: Path, tell: Tell = lambda *_: None) -> Report:
+    """Trains the configured tokenizer on the training documents and saves it into a folder.
+
+    It is measured on the documents that data.valid_fraction holds out, on as many bytes of them as
+    it was trained on at most.
+
+    Raises DataError for text that cannot be used, or too little of it; OutputError where the folder
+    holds a tokenizer already or cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if held := [name for name in tokenizers.FILES.values() if (folder / name).exists()]:
+            raise OutputError(f"{folder}: holds a tokenizer already ({held[0]}); give a new folder")
+        found = sources.resolve(cfg.data.sources)
+        held_out = _held_out(cfg, found)
+        texts = list(prepare.tokenizer_sample(cfg, found, tell))
+        began = time.perf_counter()
+        tokenizer = tokenizers.train(texts, cfg.tokenizer)
+        train_seconds = time.perf_counter() - began
+        tokenizer.save(folder)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error}") from None
+    began = time.process_time()
+    tokens = tokenizer.encode_documents(held_out, [False] * len(held_out))
+    encode_seconds = time.process_time() - began
+    return Report(
+        tokenizer.vocab_size,
+        sum(map(_bytes, texts)),
+        train_seconds,
+        sum(map(_bytes, held_out)),
+        len(held_out),
+        len(tokens),
+        encode_seconds,
+    )
+
+
+def _held_out(cfg: Config, found: list[sources.Source]) -> list[str]:
+    texts, size = [], 0
+    for document in prepare.read_documents(cfg, found, "valid", Counts()):
+        texts.append(document.text)
+        size += _bytes(document.text)
+        if size >= cfg.tokenizer.sample_bytes:
+            break
+    if not texts:
+        raise DataError(
+            f"data.valid_fraction={cfg.data.valid_fraction}: no document was held out to measure "
+            "on; give more documents, or a larger --valid-fraction"
+        )
+    return texts
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode("utf-8", "replace"))
