@@ -19,7 +19,7 @@ def main() -> Config:
     """40 steps of 16 windows of 64 bytes."""
     return Config(
         run="runs/debug",
-        model=ModelConfig(vocab_size=384, context=128, layers=2, embed=64, heads=4),
+        model=ModelConfig(vocab_size=258, context=128, layers=2, embed=64, heads=4),
         tokenizer=TokenizerConfig(kind="bytes"),
         data=DataConfig(store="data/debug", workers=1),
         optim=OptimConfig(lr=3e-3, warmup_tokens=4096),

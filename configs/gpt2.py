@@ -1,12 +1,11 @@
 """GPT-2 (Radford et al. 2019) in its four sizes.
 
-    gptjax train configs/gpt2.py:small --data.sources 'corpus/*.jsonl.zst' --data.store data/corpus
+    gptjax train configs/gpt2.py:small --data.sources 'corpus/*.jsonl.zst'
 
-Shapes are those of the released models, whose vocabulary of 50,257 is filled up to 50,304, a
-multiple of 128. OpenAI never published the learning rate; the recipe is the usual one for training
-these shapes from scratch: AdamW with betas 0.9 and 0.95, decay 0.1, clipping at 1, half a million
-tokens a step, a cosine to a tenth of the peak. Peak rates for the larger sizes follow GPT-3's table
-(Brown et al. 2020, table 2.1) for the nearest size.
+Shapes are those of the released models. OpenAI never published the learning rate; the recipe is the
+usual one for training these shapes from scratch: AdamW with betas 0.9 and 0.95, decay 0.1, clipping
+at 1, half a million tokens a step, a cosine to a tenth of the peak. Peak rates for the larger sizes
+follow GPT-3's table (Brown et al. 2020, table 2.1) for the nearest size.
 """
 
 from gptjax.config import (
@@ -45,7 +44,7 @@ def xl() -> Config:
 def _gpt2(size: str, *, layers: int, embed: int, heads: int, lr: float) -> Config:
     return Config(
         run=f"runs/gpt2-{size}",
-        model=ModelConfig(vocab_size=50304, context=1024, layers=layers, embed=embed, heads=heads),
+        model=ModelConfig(vocab_size=50257, context=1024, layers=layers, embed=embed, heads=heads),
         compute=ComputeConfig(dtype="bfloat16", remat="dots", loss_chunks=8),
         tokenizer=TokenizerConfig(vocab_size=50257, sample_bytes=200_000_000),
         data=DataConfig(store="data/corpus", valid_fraction=0.001),

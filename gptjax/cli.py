@@ -150,6 +150,9 @@ def _parser() -> argparse.ArgumentParser:
         overrides=True,
     )
     sub.add_argument("--json", action="store_true", help="print JSON, itself a valid CONFIG")
+    sub.add_argument(
+        "--count", action="store_true", help="print parameters and FLOPs instead; allocates nothing"
+    )
     return parser
 
 
@@ -347,6 +350,24 @@ def _config(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     if args.json:
         print(json.dumps(config.to_dict(cfg), indent=2))
         return
+    if args.count:
+        _print_counts(cfg)
+        return
     origins = config.provenance(cfg, args.config, overrides)
     for name, value in config.flatten(cfg).items():
         print(f"{name:28} {value!r:32} {origins[name]}")
+
+
+def _print_counts(cfg: config.Config) -> None:
+    from gptjax.model import counts
+
+    parameters = counts.parameters(cfg.model)
+    for name, number in parameters.parts.items():
+        print(f"{name:28} {number:>20,}")
+    print(f"{'total':28} {parameters.total:>20,}")
+    print(f"{'active':28} {parameters.active:>20,}  of one token")
+    flops = counts.flops_per_token(cfg.model, cfg.train.seq_len)
+    print(
+        f"{'training FLOPs':28} {flops:>20,.0f}  a token, in sequences of {cfg.train.seq_len} "
+        "(forward: a third)"
+    )

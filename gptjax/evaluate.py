@@ -41,7 +41,7 @@ class ValidationLoss:
 
         def sums(params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
             _, parts = next_token(params, cfg, batch, eos_id)
-            return parts["ce"], parts["targets"]
+            return parts["loss"], parts["targets"]
 
         self._sums = jax.jit(sums)
 

@@ -17,8 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax import sharding
 
+NEVER = -1e30  # a logit that is no token's: finite, so that zero times it stays a number
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def cross_entropy(
     x_ND: jax.Array,
     w_VD: jax.Array,
@@ -26,20 +28,24 @@ def cross_entropy(
     weights_N: jax.Array,
     z_loss: float = 0.0,
     chunks: int = 1,
+    vocab_size: int | None = None,
+    soft_cap: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Sums over tokens of weight * -log p(target), and of weight * z_loss * logsumexp**2.
 
+    Rows of `w_VD` from `vocab_size` on are no tokens. `soft_cap` bounds the logits.
     Returns (cross-entropy sum, z-loss sum) in nats. The gradient flows through their sum.
     """
-    return _island(x_ND, w_VD, targets_N, weights_N, z_loss, chunks, gradients=False)
+    settings = (z_loss, chunks, vocab_size, soft_cap)
+    return _island(x_ND, w_VD, targets_N, weights_N, *settings, gradients=False)
 
 
-def _fwd(x_ND, w_VD, targets_N, weights_N, z_loss, chunks):
-    ce, z, dx_ND, dw_VD = _island(x_ND, w_VD, targets_N, weights_N, z_loss, chunks, gradients=True)
+def _fwd(x_ND, w_VD, targets_N, weights_N, *settings):
+    ce, z, dx_ND, dw_VD = _island(x_ND, w_VD, targets_N, weights_N, *settings, gradients=True)
     return (ce, z), (dx_ND, dw_VD)
 
 
-def _bwd(z_loss, chunks, residuals, cotangents):
+def _bwd(z_loss, chunks, vocab_size, soft_cap, residuals, cotangents):
     # Only the sum of the two is ever differentiated, so both cotangents are the same number.
     dx_ND, dw_VD = residuals
     g = cotangents[0]
@@ -49,17 +55,24 @@ def _bwd(z_loss, chunks, residuals, cotangents):
 cross_entropy.defvjp(_fwd, _bwd)
 
 
-def _island(x_ND, w_VD, targets_N, weights_N, z_loss, chunks, *, gradients):
+def _island(x_ND, w_VD, targets_N, weights_N, z_loss, chunks, vocab_size, soft_cap, *, gradients):
     x_spec, row_spec = sharding.spec("tokens", "embed"), sharding.spec("tokens")
     w_spec = sharding.spec("vocab", "w_embed")
     out_specs = (P(), P(), x_spec, w_spec) if gradients else (P(), P())
-    local = functools.partial(_local, z_loss=z_loss, chunks=chunks, gradients=gradients)
+    local = functools.partial(
+        _local,
+        z_loss=z_loss,
+        chunks=chunks,
+        vocab_size=None if vocab_size == len(w_VD) else vocab_size,
+        soft_cap=soft_cap,
+        gradients=gradients,
+    )
     return jax.shard_map(
         local, in_specs=(x_spec, w_spec, row_spec, row_spec), out_specs=out_specs, check_vma=False
     )(x_ND, w_VD, targets_N, weights_N)
 
 
-def _local(x_ND, w_VD, targets_N, weights_N, *, z_loss, chunks, gradients):
+def _local(x_ND, w_VD, targets_N, weights_N, *, z_loss, chunks, vocab_size, soft_cap, gradients):
     n, d = x_ND.shape
     rows, columns, width = (sharding.RULES[name] for name in ("tokens", "vocab", "w_embed"))
     w_VD = lax.all_gather(w_VD, width, axis=1, tiled=True).astype(x_ND.dtype)
@@ -70,6 +83,11 @@ def _local(x_ND, w_VD, targets_N, weights_N, *, z_loss, chunks, gradients):
         wide = sharding.wide(x_nD.dtype)
         logits_nV = jnp.einsum("nd,vd->nv", x_nD, w_VD, preferred_element_type=wide)
         logits_nV = logits_nV.astype(jnp.float32)
+        if soft_cap:
+            bounded_nV = jnp.tanh(logits_nV / soft_cap)
+            logits_nV = soft_cap * bounded_nV
+        if vocab_size is not None:
+            logits_nV = jnp.where(vocab_ids_V < vocab_size, logits_nV, NEVER)
         hit_nV = targets_n[:, None] == vocab_ids_V
         top_n1 = lax.pmax(logits_nV.max(-1, keepdims=True), columns)
         e_nV = jnp.exp(logits_nV - top_n1)
@@ -83,6 +101,8 @@ def _local(x_ND, w_VD, targets_N, weights_N, *, z_loss, chunks, gradients):
         # d ce = weight * (softmax - hit);  d z = weight * 2 z_loss lse * softmax
         scale_n1 = (weights_n * (1 + 2 * z_loss * lse_n))[:, None] / total_n1
         dlogits_nV = e_nV * scale_n1 - jnp.where(hit_nV, weights_n[:, None], 0)
+        if soft_cap:
+            dlogits_nV *= 1 - bounded_nV * bounded_nV
         dlogits_nV = dlogits_nV.astype(x_nD.dtype)
         dx_nD = lax.psum(jnp.einsum("nv,vd->nd", dlogits_nV, w_VD), columns)
         dw_VD += jnp.einsum("nv,nd->vd", dlogits_nV, x_nD, preferred_element_type=wide).astype(

@@ -36,7 +36,7 @@ class Throughput:
     """Tokens per second and, where a peak is known, the model-FLOPs utilisation.
 
     MFU = tokens/s * FLOPs/token / (devices * peak), where FLOPs/token is what the model needs
-    (`decoder.flops_per_token`): causal attention counted by its causal half, recomputation not.
+    (`counts.flops_per_token`): causal attention counted by its causal half, recomputation not.
     """
 
     def __init__(self, flops_per_token: float, dtype: str, peak_tflops: float) -> None:

@@ -58,11 +58,19 @@ def backends(cfg: Config) -> tuple[str, ...]:
 
 
 def next_token(
-    params: Params, cfg: Config, batch: DeviceBatch, eos_id: int, key: jax.Array | None = None
+    params: Params,
+    cfg: Config,
+    batch: DeviceBatch,
+    eos_id: int,
+    key: jax.Array | None = None,
+    *,
+    training: bool = False,
 ) -> tuple[jax.Array, Sums]:
     """The loss to differentiate, summed over targets, and the sums that metrics are made of.
 
-    Returns (ce + z, {"ce", "z", "targets"}) in nats and counts. With `key`, dropout is on.
+    Returns (all losses together, {"loss", "targets", ...}), in nats and counts: "loss" is the
+    cross-entropy; each other sum, divided by the targets, is a mean. With `key`, dropout is on;
+    with `training`, experts have their capacity.
     """
     tokens_BT, targets_BT = batch["windows_BW"][:, :-1], batch["windows_BW"][:, 1:]
     b, t = tokens_BT.shape
@@ -71,7 +79,7 @@ def next_token(
     if cfg.data.documents == "mask":
         # Each document opens with the EOS before it, so every token is predicted within its own.
         segments_BT, positions_BT = documents(tokens_BT, eos_id)
-    x_ND, _ = decoder.apply(
+    out = decoder.apply(
         params,
         cfg.model,
         cfg.compute,
@@ -79,15 +87,31 @@ def next_token(
         positions_BT=positions_BT,
         segments_BT=segments_BT,
         key=key,
+        training=training,
     )
     flat = lambda a_BT: lax.reshape(a_BT, (b * t,), out_sharding=sharding.spec("tokens"))
     weights_N = flat(counts_BT.astype(jnp.float32))
     ce, z = loss.cross_entropy(
-        x_ND,
+        out.x_ND,
         decoder.head(params),
         flat(targets_BT),
         weights_N,
         cfg.train.z_loss,
         cfg.compute.loss_chunks,
+        cfg.model.vocab_size,
+        cfg.model.logit_soft_cap,
     )
-    return ce + z, {"ce": ce, "z": z, "targets": weights_N.sum()}
+    total, sums = ce + z, {"loss": ce, "targets": weights_N.sum()}
+    if cfg.train.z_loss:
+        sums["z_loss"] = z
+    if out.routing is not None:
+        # The router's sums are over all tokens; as if over the targets, so that shares stay shares.
+        scale = sums["targets"] / (b * t)
+        routing = jax.tree.map(lambda a_L: scale * a_L, out.routing)
+        sums["moe_balance"] = routing.balance.mean()
+        sums["moe_router_z"] = routing.router_z.mean()
+        sums["moe_dropped"] = routing.dropped.mean()
+        sums["moe_load"] = routing.load_E
+        moe = cfg.model.moe
+        total += moe.balance_loss * sums["moe_balance"] + moe.router_z_loss * sums["moe_router_z"]
+    return total, sums

@@ -14,7 +14,7 @@ from gptjax.config import Config
 from gptjax.data import pipeline, store
 from gptjax.errors import DataError
 from gptjax.evaluate import ValidationLoss
-from gptjax.model import decoder
+from gptjax.model import counts, decoder
 from gptjax.model.decoder import Params
 from gptjax.progress import Progress
 
@@ -99,7 +99,7 @@ def pretrain(cfg: Config, manifest: store.Manifest, progress: Progress) -> dict[
         cfg,
         init_fn=lambda key: decoder.init(cfg.model, key),
         loss_fn=lambda params, batch, key: objective.next_token(
-            params, cfg, batch, manifest.tokenizer["eos_id"], key
+            params, cfg, batch, manifest.tokenizer["eos_id"], key, training=True
         ),
         abstract_batch=objective.abstract_batch(cfg),
         batches=batches,
@@ -108,7 +108,7 @@ def pretrain(cfg: Config, manifest: store.Manifest, progress: Progress) -> dict[
         checkpoints=checkpoints,
         writers=writers,
         throughput=metrics.Throughput(
-            decoder.flops_per_token(cfg.model, cfg.train.seq_len),
+            counts.flops_per_token(cfg.model, cfg.train.seq_len),
             cfg.compute.dtype,
             cfg.log.peak_tflops,
         ),

@@ -145,7 +145,8 @@ def _prefill(
     positions_BT = jnp.broadcast_to(
         jnp.arange(t), (b, t), out_sharding=sharding.spec("batch", "seq")
     )
-    return decoder.apply(params, model, compute, prompt_BT, positions_BT=positions_BT, cache=cache)
+    out = decoder.apply(params, model, compute, prompt_BT, positions_BT=positions_BT, cache=cache)
+    return out.x_ND, out.cache
 
 
 @functools.partial(jax.jit, static_argnums=(6, 7, 8, 9, 10), donate_argnums=(4,))
@@ -188,10 +189,11 @@ def _decode(
         last_B1 = state.lengths_B[:, None] - 1
         here_BS = jnp.arange(capacity)[None] == last_B1
         token_B1 = jnp.where(here_BS, state.tokens_BS, 0).sum(1, keepdims=True)
-        x_BD, cache = decoder.apply(
+        out = decoder.apply(
             params, model, compute, token_B1, positions_BT=last_B1, cache=state.cache
         )
-        return append(state._replace(cache=cache), decoder.logits(params, x_BD))
+        scores_BV = decoder.logits(params, model, out.x_ND)
+        return append(state._replace(cache=out.cache), scores_BV)
 
     x_BTD = lax.reshape(
         x_ND, (b, t, x_ND.shape[-1]), out_sharding=sharding.spec("batch", "seq", "embed")
@@ -205,7 +207,7 @@ def _decode(
         jnp.int32(0),
         cache,
     )
-    state = append(state, decoder.logits(params, x_BD))
+    state = append(state, decoder.logits(params, model, x_BD))
     state = lax.while_loop(unfinished, one, state)
     return state.tokens_BS, state.lengths_B, state.cache
 

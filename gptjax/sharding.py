@@ -16,13 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gptjax.config import MeshConfig
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),  # sequences
-    "tokens": ("data", "fsdp"),  # sequences x positions, flattened
+    "batch": ("data", "fsdp", "expert"),  # sequences
+    "tokens": ("data", "fsdp", "expert"),  # sequences x positions, flattened
     "seq": None,
     "embed": None,  # the residual stream's width
     "w_embed": "fsdp",  # the same width, of a parameter
@@ -30,6 +30,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "experts": "expert",
     "vocab": "tensor",
     "layers": None,
 }
@@ -54,6 +55,12 @@ def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), (AxisType.Explicit,) * len(sizes), devices=devices
     )
+
+
+def abstract_mesh(**sizes: int) -> AbstractMesh:
+    """A mesh with no devices behind it, of one part along every axis that is not given."""
+    axes = dict.fromkeys(MeshConfig().shape(1), 1) | sizes
+    return AbstractMesh(tuple(axes.values()), tuple(axes), (AxisType.Explicit,) * len(axes))
 
 
 def axis_size(logical: str) -> int:
@@ -107,8 +114,9 @@ def abstract(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def platform() -> str:
-    """The platform of the ambient mesh: "cpu", "gpu" or "tpu"."""
-    return jax.sharding.get_abstract_mesh().abstract_device.platform
+    """The platform of the ambient mesh: "cpu", "gpu" or "tpu"; of a mesh with no devices, "cpu"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return "cpu" if device is None else device.platform
 
 
 def wide(dtype: Any) -> Any:

@@ -30,7 +30,10 @@ from gptjax.model.decoder import Params
 from gptjax.progress import Progress
 
 LossFn = Callable[[Params, Any, jax.Array | None], tuple[jax.Array, dict[str, jax.Array]]]
-"""(params, batch, dropout key or None) -> (sum to differentiate, sums with "ce" and "targets")."""
+"""(params, batch, dropout key or None) -> (sum to differentiate, sums by name).
+
+Both are sums over the batch's targets, whose number is the sum "targets"; "loss" is there too. Each
+other sum, divided by the targets, is a metric; an array gives its largest and smallest entry."""
 
 
 @jax.tree_util.register_dataclass
@@ -125,7 +128,8 @@ def train_step(
         decay = cfg.train.ema_decay
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
 
-    loss = sums["ce"] / sums["targets"]
+    means = {k: v / sums["targets"] for k, v in sums.items() if k != "targets"}
+    loss = means["loss"]
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
     new = TrainState(
@@ -137,14 +141,16 @@ def train_step(
         nonfinite=jnp.where(finite, 0, state.nonfinite + 1),
     )
     metrics = {
-        "loss": loss,
         "grad_norm": grad_norm,
         "param_norm": optim.global_norm(new.params),
         "lr": jnp.float32(optim.learning_rate(cfg)(state.step)),
         "nonfinite": new.nonfinite,
     }
-    if cfg.train.z_loss:
-        metrics["z_loss"] = sums["z"] / sums["targets"]
+    for name, mean in means.items():
+        if mean.ndim:
+            metrics |= {f"{name}_max": mean.max(), f"{name}_min": mean.min()}
+        else:
+            metrics[name] = mean
     return new, metrics
 
 

@@ -27,12 +27,15 @@ MeshFactory = Callable[..., AbstractContextManager[jax.sharding.Mesh]]
 
 @pytest.fixture(scope="session")
 def on_mesh() -> MeshFactory:
-    """`with on_mesh(data, fsdp, tensor):` is on a mesh over the first devices that it takes."""
+    """`with on_mesh(data, fsdp, tensor, expert):` is on a mesh over the first devices it takes."""
 
     @contextmanager
-    def enter(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Iterator[jax.sharding.Mesh]:
-        devices = jax.devices()[: math.prod((data, fsdp, tensor))]
-        mesh = sharding.make_mesh(MeshConfig(data, fsdp, tensor), devices)
+    def enter(
+        data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1
+    ) -> Iterator[jax.sharding.Mesh]:
+        cfg = MeshConfig(data=data, fsdp=fsdp, expert=expert, tensor=tensor)
+        devices = jax.devices()[: math.prod((data, fsdp, tensor, expert))]
+        mesh = sharding.make_mesh(cfg, devices)
         with jax.set_mesh(mesh):
             yield mesh
 
@@ -71,7 +74,7 @@ def random_params() -> Callable[..., decoder.Params]:
         rng = np.random.default_rng(0)
 
         def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-            mean = float(path[-1].key == "scale")
+            mean = float(path[-1].key.endswith("scale"))
             return jax.device_put(np.float32(rng.normal(mean, std, leaf.shape)), leaf.sharding)
 
         abstract = sharding.abstract(lambda: decoder.init(model, jax.random.key(0)))

@@ -241,14 +241,14 @@ def test_a_head_dim_below_one_is_refused(value: int) -> None:
 @pytest.mark.parametrize(
     ("mesh", "devices", "shape"),
     [
-        (MeshConfig(), 8, (8, 1, 1)),
-        (MeshConfig(fsdp=4), 8, (2, 4, 1)),
-        (MeshConfig(data=2, fsdp=-1, tensor=2), 8, (2, 2, 2)),
-        (MeshConfig(data=1, fsdp=1, tensor=1), 1, (1, 1, 1)),
+        (MeshConfig(), 8, (8, 1, 1, 1)),
+        (MeshConfig(fsdp=4), 8, (2, 4, 1, 1)),
+        (MeshConfig(data=2, fsdp=-1, tensor=2), 8, (2, 2, 1, 2)),
+        (MeshConfig(data=1, fsdp=1, tensor=1), 1, (1, 1, 1, 1)),
     ],
 )
 def test_minus_one_takes_the_devices_that_are_left(mesh, devices, shape) -> None:
-    assert mesh.shape(devices) == dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+    assert mesh.shape(devices) == dict(zip(("data", "fsdp", "expert", "tensor"), shape, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -280,21 +280,21 @@ def test_a_mesh_that_the_devices_do_not_make_up_is_told(mesh, wanted: list[str])
         ),
         ({"mesh.tensor": 2, "model.mlp": 3071}, ["model.mlp=3071", "tensor=2", "3070 or 3072"]),
         (
-            {"mesh.tensor": 2, "model.vocab_size": 50257},
-            ["model.vocab_size=50257", "tensor=2", "50256 or 50258"],
+            {"mesh.tensor": 2, "model.vocab_size": 50257, "model.vocab_multiple": 1},
+            ["model.vocab_multiple=1", "tensor=2", "use 2"],
         ),
         (
             {"mesh.fsdp": 8, "model.embed": 36, "model.heads": 2},
             ["model.embed=36", "fsdp=8", "32 or 40", "6 and 9"],
         ),
-        ({"eval.batch": 12}, ["eval.batch=12", "data x fsdp=8", "8 or 16", "6 and 12"]),
+        ({"eval.batch": 12}, ["eval.batch=12", "data x fsdp x expert=8", "8 or 16", "6 and 12"]),
         (
             {"train.batch_tokens": 12 * 1024},
-            ["train.batch_tokens=12288", "data x fsdp = 8", "8192 or 16384"],
+            ["train.batch_tokens=12288", "data x fsdp x expert = 8", "8192 or 16384"],
         ),
         (
             {"train.batch_tokens": 16 * 1024, "train.accumulation": 4},
-            ["train.batch_tokens=16384", "data x fsdp = 8", "use 32768"],
+            ["train.batch_tokens=16384", "data x fsdp x expert = 8", "use 32768"],
         ),
     ],
 )
@@ -469,8 +469,10 @@ def test_where_and_how_often_is_free(section: str) -> None:
 
 
 def sections(cls: type) -> dict[str, type]:
+    """Sections by name, those within sections too."""
     hints = typing.get_type_hints(cls)
-    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    found = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    return found | {name: hint for c in found.values() for name, hint in sections(c).items()}
 
 
 class _Reads(ast.NodeVisitor):
@@ -505,7 +507,7 @@ class _Reads(ast.NodeVisitor):
             if isinstance(node.value, ast.Name) and node.value.id == "self":
                 return self.attributes.get(node.attr)
             owner = self.class_of(node.value)
-            return self.by_section.get(node.attr) if owner is self.by_class["Config"] else None
+            return self.by_section.get(node.attr) if owner else None
         return None
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
@@ -581,10 +583,18 @@ def unread_leaves(root: type, definitions: str, files: Mapping[str, str]) -> set
                 for inner in ast.walk(method):
                     if isinstance(inner, ast.Attribute) and isinstance(inner.value, ast.Name):
                         scan.reads |= {(cls, inner.attr)} if inner.value.id == "self" else set()
-    leaves = {(root, name): name for name in typing.get_type_hints(root)}
-    for section, cls in scan.by_section.items():
-        del leaves[root, section]
-        leaves |= {(cls, name): f"{section}.{name}" for name in typing.get_type_hints(cls)}
+                scan.attributes = sections(cls)  # self.section.leaf
+                scan.visit(method)
+    leaves: dict[tuple[type, str], str] = {}
+
+    def collect(cls: type, prefix: str) -> None:
+        for name, hint in typing.get_type_hints(cls).items():
+            if dataclasses.is_dataclass(hint):
+                collect(hint, f"{prefix}{name}.")
+            else:
+                leaves[cls, name] = prefix + name
+
+    collect(root, "")
     return {dotted for read, dotted in leaves.items() if read not in scan.reads}
 
 

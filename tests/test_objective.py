@@ -90,10 +90,10 @@ def test_masking_makes_a_packed_loss_the_sum_of_the_documents_losses(
         together = loss_sums(cfg, params, packed, [packed.shape[1] - 1])
         alone = loss_sums(cfg, params, padded(ended, 38), [len(d) for d in documents])
     assert together["targets"] == alone["targets"] == packed.shape[1] - 1
-    same = together["ce"] == pytest.approx(alone["ce"], rel=1e-5)
+    same = together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
     assert same == (border == "mask")
-    assert together["total"] == pytest.approx(together["ce"] + together["z"], rel=1e-6)
-    assert together["z"] > 0
+    assert together["total"] == pytest.approx(together["loss"] + together["z_loss"], rel=1e-6)
+    assert together["z_loss"] > 0
 
 
 def test_only_as_many_targets_as_a_rows_length_count(on_mesh, tiny_config, random_params):
@@ -111,14 +111,14 @@ def test_only_as_many_targets_as_a_rows_length_count(on_mesh, tiny_config, rando
         changed = loss_sums(cfg, params, other, lengths)
         tokens = sharding.global_batch(windows[:, :-1], 4)
         forward = jax.jit(lambda t: decoder.apply(params, cfg.model, cfg.compute, t)[0])
-        scores = jax.nn.log_softmax(decoder.logits(params, forward(tokens)))
+        scores = jax.nn.log_softmax(decoder.logits(params, cfg.model, forward(tokens)))
     scores = np.asarray(scores).reshape(4, 32, -1)
     expected = -sum(
         scores[row, t, windows[row, t + 1]] for row, n in enumerate(lengths) for t in range(n)
     )
     assert sums["targets"] == 40
-    assert sums["ce"] == pytest.approx(expected, rel=1e-5)
-    assert changed["ce"] == pytest.approx(sums["ce"], rel=1e-6)
+    assert sums["loss"] == pytest.approx(expected, rel=1e-5)
+    assert changed["loss"] == pytest.approx(sums["loss"], rel=1e-6)
 
 
 def test_a_mesh_of_eight_has_the_loss_of_one_device_with_documents_masked(

@@ -43,7 +43,7 @@ def full_logits(params, model, rows):
     tokens = sharding.global_batch(np.asarray(rows, np.int32), len(rows))
 
     def forward(params, tokens):
-        return decoder.logits(params, decoder.apply(params, model, COMPUTE, tokens)[0])
+        return decoder.logits(params, model, decoder.apply(params, model, COMPUTE, tokens)[0])
 
     return np.asarray(jax.jit(forward)(params, tokens)).reshape(*tokens.shape, -1)
 
@@ -80,10 +80,10 @@ def test_cached_logits_are_those_of_the_full_forward_at_every_step(
 
     @jax.jit
     def step(cache, tokens, positions):
-        x, cache = decoder.apply(
+        x, cache, _ = decoder.apply(
             params, model, COMPUTE, tokens, positions_BT=positions, cache=cache
         )
-        return decoder.logits(params, x), cache
+        return decoder.logits(params, model, x), cache
 
     place = lambda a: sharding.global_batch(a, 3)
     positions = np.broadcast_to(np.arange(prefilled, dtype=np.int32), (3, prefilled))

@@ -142,7 +142,7 @@ def test_an_unknown_logical_axis_is_an_error():
 
 def test_a_mesh_axis_of_minus_one_takes_the_devices_that_are_left():
     mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
 
 
 @pytest.mark.parametrize("sizes", [(-1, 3, 1), (2, 2, 1)])

@@ -32,11 +32,64 @@ def free(default: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions (Su et al. 2021), and how they are stretched over longer contexts."""
+
+    theta: float = identity(10000.0)
+    """Base of the frequencies."""
+    fraction: float = identity(1.0)
+    """Share of a head's width that is rotated; the rest has no position."""
+    scaling: Literal["none", "linear", "llama3", "yarn"] = identity("none")
+    """Stretching: all frequencies alike (Chen et al. 2023), the low ones only (Llama 3.1), or by
+    the number of turns within the original context (YaRN, Peng et al. 2023)."""
+    factor: float = identity(1.0)
+    """How many times longer."""
+    original_context: int = identity(0)
+    """llama3, yarn: context before stretching, in tokens."""
+    low_freq_factor: float = identity(1.0)
+    """llama3: wavelengths above original_context / this are stretched in full."""
+    high_freq_factor: float = identity(4.0)
+    """llama3: wavelengths below original_context / this are left as they are."""
+    beta_fast: float = identity(32.0)
+    """yarn: from this many turns within the original context, left as they are."""
+    beta_slow: float = identity(1.0)
+    """yarn: to this many turns, stretched in full."""
+    attention_factor: float | None = identity(None)
+    """yarn: multiplies sine and cosine; None: 0.1 ln(factor) + 1."""
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """Mixture of experts: a feed-forward layer of which each token sees a few parts."""
+
+    experts: int = identity(0)
+    """Experts of a layer; 0: none, every layer is dense."""
+    top_k: int = identity(2)
+    """Experts that a token is sent to."""
+    hidden: int | None = identity(None)
+    """Hidden width of an expert; None: model.mlp."""
+    normalize: bool = identity(True)
+    """The weights of a token's experts sum to one; otherwise they are their shares of all."""
+    shared: int = identity(0)
+    """Experts beside these that every token sees, as one feed-forward layer of their widths."""
+    capacity: float = schedule(0.0)
+    """In training, an expert takes at most this many times its even share of a sequence's tokens,
+    and what is beyond is dropped and counted; 0: every token reaches its experts."""
+    balance_loss: float = schedule(0.01)
+    """Weight of the loss that evens out the experts' shares (Fedus et al. 2021, by sequence)."""
+    router_z_loss: float = schedule(0.001)
+    """Weight of the router's squared log-partition (Zoph et al. 2022)."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The decoder. Orthogonal choices; a family is a combination of them (see configs/)."""
 
-    vocab_size: int = identity(50304)
-    """Rows of the embedding table; at least the tokenizer's vocabulary."""
+    vocab_size: int = identity(50257)
+    """Tokens that can be predicted; at least the tokenizer's vocabulary."""
+    vocab_multiple: int = identity(128)
+    """Tables are filled up to a multiple of this many rows, which no mesh axis or matrix unit
+    stumbles over. The rows added are never predicted and count for nothing."""
     context: int = identity(1024)
     """Longest sequence that the model accepts, in tokens."""
     layers: int = identity(12)
@@ -53,6 +106,7 @@ class ModelConfig:
     """Hidden width of the feed-forward layer; None: 4 * embed."""
     activation: Literal["gelu_tanh", "gelu", "swiglu"] = identity("gelu_tanh")
     """Feed-forward kind: tanh GELU (GPT-2), exact GELU, or the gated SwiGLU."""
+    moe: MoeConfig = free(MoeConfig)
     norm: Literal["layernorm", "rmsnorm"] = identity("layernorm")
     """Normalisation layer."""
     norm_eps: float = identity(1e-5)
@@ -63,14 +117,22 @@ class ModelConfig:
     """Feed-forward after attention, or both from the same input (Falcon)."""
     shared_norm: bool = identity(False)
     """With residual=parallel: one normalisation feeds both branches."""
+    qk_norm: bool = identity(False)
+    """RMSNorm of each head's queries and keys, before rotary positions (Henry et al. 2020)."""
     positions: Literal["learned", "rope", "alibi", "none"] = identity("learned")
     """How a token knows its place."""
-    rope_theta: float = identity(10000.0)
-    """Base of the rotary frequencies."""
+    rope: RopeConfig = free(RopeConfig)
+    alibi: Literal["exact", "scaled_bf16"] = identity("exact")
+    """Linear biases as published (Press et al. 2021), or rounded to bfloat16 at their absolute
+    place and divided by sqrt(head_dim) with the scores, as Falcon-RW was trained."""
     window: int | None = identity(None)
     """Keys that a windowed layer sees, itself included, in tokens."""
     pattern: tuple[Literal["full", "window"], ...] = identity(("full",))
     """Attention of successive layers, repeated down the stack."""
+    attention_soft_cap: float = identity(0.0)
+    """Scores are bounded to +- this by tanh (Gemma 2); 0: not."""
+    logit_soft_cap: float = identity(0.0)
+    """Logits likewise."""
     linear_bias: bool = identity(True)
     """Biases in the linear layers."""
     norm_bias: bool = identity(True)
@@ -93,9 +155,19 @@ class ModelConfig:
         return 4 * self.embed if self.mlp is None else self.mlp
 
     @property
+    def expert_hidden(self) -> int:
+        """Width of an expert, resolved."""
+        return self.hidden if self.moe.hidden is None else self.moe.hidden
+
+    @property
     def head(self) -> int:
         """Width of a head, resolved."""
         return self.embed // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def table(self) -> int:
+        """Rows of the embedding table and of the output layer."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
 @dataclass(frozen=True)
@@ -123,12 +195,19 @@ class MeshConfig:
     """Replicas that share nothing but gradients; -1: all devices that the other axes leave."""
     fsdp: int = free(1)
     """Shards of parameters and optimizer state; the batch is split over them as well."""
+    expert: int = free(1)
+    """Shards of a mixture's experts; the batch is split over them as well."""
     tensor: int = free(1)
     """Shards of heads, feed-forward and vocabulary."""
 
     def shape(self, devices: int) -> dict[str, int]:
         """Sizes by axis name on so many devices. Raises ConfigError if they do not multiply out."""
-        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        sizes = {
+            "data": self.data,
+            "fsdp": self.fsdp,
+            "expert": self.expert,
+            "tensor": self.tensor,
+        }
         problems = [
             f"mesh.{axis}={size}: must be at least 1, or -1 for all devices that are left"
             for axis, size in sizes.items()

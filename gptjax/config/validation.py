@@ -24,11 +24,14 @@ def _nearest_multiples(n: int, of: int) -> str:
     return str(above) if below == 0 else f"{below} or {above}"
 
 
+_MODEL_SIZES = ("vocab_size", "vocab_multiple", "context", "layers", "embed")
+
+
 def value_problems(cfg: Any) -> Iterator[str]:
     """Every value that is out of its range, or does not go with another."""
     m, t, o = cfg.model, cfg.train, cfg.optim
     at_least_one = {
-        **{f"model.{k}": getattr(m, k) for k in ("vocab_size", "context", "layers", "embed")},
+        **{f"model.{k}": getattr(m, k) for k in _MODEL_SIZES},
         "model.heads": m.heads,
         "model.kv_heads": m.kv,
         "model.head_dim": 1 if m.head_dim is None else m.head_dim,
@@ -65,6 +68,13 @@ def value_problems(cfg: Any) -> Iterator[str]:
         "eval.sample_every": cfg.eval.sample_every,
         "eval.temperature": cfg.eval.temperature,
         "checkpoint.keep_every": cfg.checkpoint.keep_every,
+        "model.attention_soft_cap": m.attention_soft_cap,
+        "model.logit_soft_cap": m.logit_soft_cap,
+        "model.moe.experts": m.moe.experts,
+        "model.moe.shared": m.moe.shared,
+        "model.moe.capacity": m.moe.capacity,
+        "model.moe.balance_loss": m.moe.balance_loss,
+        "model.moe.router_z_loss": m.moe.router_z_loss,
         "log.peak_tflops": cfg.log.peak_tflops,
         "log.profile_start": cfg.log.profile_start,
     }
@@ -95,8 +105,21 @@ def value_problems(cfg: Any) -> Iterator[str]:
             f"model.kv_heads={m.kv}: does not divide model.heads={m.heads}; legal values near it "
             f"are {_near(m.kv, divisors(m.heads))}"
         )
-    if m.positions == "rope" and m.heads >= 1 and m.head % 2:
-        yield f"model.head_dim={m.head}: rotary positions need an even width"
+    if m.positions == "rope":
+        yield from _rope_problems(m)
+    if m.alibi != "exact" and m.positions != "alibi":
+        yield f"model.alibi={m.alibi}: only with model.positions=alibi"
+    if m.moe.experts and not 1 <= m.moe.top_k <= m.moe.experts:
+        yield (
+            f"model.moe.top_k={m.moe.top_k}: must be at least 1 and at most "
+            f"model.moe.experts={m.moe.experts}"
+        )
+    if m.moe.experts and m.expert_hidden < 1:
+        yield f"model.moe.hidden={m.expert_hidden}: must be at least 1"
+    if m.moe.experts and m.activation != "swiglu":
+        yield f"model.activation={m.activation}: experts are swiglu layers; set it so"
+    if m.moe.experts and m.linear_bias:
+        yield "model.linear_bias=True: experts have no biases; set it to False"
     if not m.pattern:
         yield "model.pattern=(): needs at least one entry, for example full"
     elif not _divides(len(m.pattern), m.layers):
@@ -170,6 +193,36 @@ def _tokenizer_problems(tokenizer: Any) -> Iterator[str]:
         )
 
 
+def _rope_problems(m: Any) -> Iterator[str]:
+    rope = m.rope
+    if not 0 < rope.fraction <= 1:
+        yield f"model.rope.fraction={rope.fraction}: must be above 0 and at most 1"
+    elif m.heads >= 1 and int(m.head * rope.fraction) % 2:
+        yield (
+            f"model.head_dim={m.head}: rotary positions need an even width, and "
+            f"{int(m.head * rope.fraction)} of it are rotated"
+        )
+    if not rope.theta > 0:
+        yield f"model.rope.theta={rope.theta}: must be above 0"
+    if not rope.factor >= 1:
+        yield f"model.rope.factor={rope.factor}: must be at least 1"
+    if rope.scaling in ("llama3", "yarn") and rope.original_context < 1:
+        yield (
+            f"model.rope.original_context={rope.original_context}: model.rope.scaling="
+            f"{rope.scaling} needs the context before stretching"
+        )
+    if rope.scaling == "llama3" and not 0 < rope.low_freq_factor < rope.high_freq_factor:
+        yield (
+            f"model.rope.low_freq_factor={rope.low_freq_factor}: must be above 0 and below "
+            f"model.rope.high_freq_factor={rope.high_freq_factor}"
+        )
+    if rope.scaling == "yarn" and not 0 < rope.beta_slow < rope.beta_fast:
+        yield (
+            f"model.rope.beta_slow={rope.beta_slow}: must be above 0 and below "
+            f"model.rope.beta_fast={rope.beta_fast}"
+        )
+
+
 def _near(value: int, legal: Sequence[int]) -> str:
     below = [v for v in legal if v < value][-1:]
     above = [v for v in legal if v > value][:1]
@@ -179,15 +232,23 @@ def _near(value: int, legal: Sequence[int]) -> str:
 def mesh_problems(cfg: Any, sizes: Mapping[str, int], processes: int) -> Iterator[str]:
     """Every dimension that a mesh axis would have to split and cannot."""
     m, t, tensor, fsdp = cfg.model, cfg.train, sizes["tensor"], sizes["fsdp"]
-    rows = sizes["data"] * fsdp
+    rows = sizes["data"] * fsdp * sizes["expert"]
     split = [
         ("tensor", tensor, "model.heads", m.heads),
         ("tensor", tensor, "model.kv_heads", m.kv),
         ("tensor", tensor, "model.mlp", m.hidden),
-        ("tensor", tensor, "model.vocab_size", m.vocab_size),
         ("fsdp", fsdp, "model.embed", m.embed),
-        ("data x fsdp", rows, "eval.batch", cfg.eval.batch),
+        ("data x fsdp x expert", rows, "eval.batch", cfg.eval.batch),
     ]
+    if min(m.vocab_size, m.vocab_multiple) >= 1 and m.table % tensor:
+        split.append(("tensor", tensor, "model.vocab_multiple", m.vocab_multiple))
+    if m.moe.experts:
+        split += [
+            ("tensor", tensor, "model.moe.hidden", m.expert_hidden),
+            ("expert", sizes["expert"], "model.moe.experts", m.moe.experts),
+        ]
+    elif sizes["expert"] > 1:
+        yield f"mesh.expert={sizes['expert']}: model.moe.experts=0, so there is nothing to split"
     for axis, parts, name, size in split:
         if size % parts:
             yield (
@@ -198,11 +259,11 @@ def mesh_problems(cfg: Any, sizes: Mapping[str, int], processes: int) -> Iterato
         unit = rows * t.accumulation * t.seq_len
         yield (
             f"train.batch_tokens={t.batch_tokens}: the {micro} sequences of one "
-            f"accumulation step are not divisible by mesh axes data x fsdp = {rows}; use "
+            f"accumulation step are not divisible by mesh axes data x fsdp x expert = {rows}; use "
             f"{_nearest_multiples(t.batch_tokens, unit)}"
         )
     if rows % processes and processes % rows:
         yield (
-            f"mesh: data x fsdp = {rows} and {processes} processes do not divide each other, so "
-            "no process has whole rows of the batch"
+            f"mesh: data x fsdp x expert = {rows} and {processes} processes do not divide each "
+            "other, so no process has whole rows of the batch"
         )

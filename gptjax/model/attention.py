@@ -21,7 +21,8 @@ from jax import lax
 from gptjax import sharding
 from gptjax.config import ModelConfig
 from gptjax.errors import ConfigError
-from gptjax.model.layers import dense, dropout, rope, vector, weight
+from gptjax.model import layers
+from gptjax.model.layers import dense, dropout, rms_norm, rope, vector, weight
 
 NEVER = -1e30  # a score that is masked out: finite, so that a fully masked row stays a number
 
@@ -34,6 +35,7 @@ class Need:
     window: bool = False
     grouped: bool = False
     alibi: bool = False
+    soft_cap: bool = False
     dropout: bool = False
 
     def names(self) -> list[str]:
@@ -53,8 +55,9 @@ class Sizes:
 class Backend:
     """An implementation, where it runs, and which features of `Need` it has.
 
-    `attend(q_BTHC, k_BTKC, v_BTKC, segments_BT, window)` is called on one device's share; all but
-    the reference are. `dtypes` are those that it takes, `length_unit` what divides its sequences.
+    `attend(q_BTHC, k_BTKC, v_BTKC, segments_BT, window)`, and the soft cap after them where there
+    is one, is called on one device's share; all but the reference are. `dtypes` are those that it
+    takes, `length_unit` what divides its sequences.
     """
 
     attend: Callable[..., jax.Array] | None
@@ -88,19 +91,32 @@ def alibi_slopes(heads: int) -> jax.Array:
     return jnp.array(slopes, jnp.float32)
 
 
+def alibi_bias(cfg: ModelConfig, query_BT: jax.Array, key_BS: jax.Array) -> jax.Array:
+    """What ALiBi adds to the scores of queries and keys at these positions, [B, H, T or 1, S]."""
+    slopes_H11 = alibi_slopes(cfg.heads)[:, None, None]
+    if cfg.alibi == "exact":
+        distance_BTS = key_BS[:, None, :] - query_BT[:, :, None]
+        return slopes_H11 * distance_BTS[:, None].astype(jnp.float32)
+    # The softmax takes a shift of a whole row for none; the rounding goes by the place itself.
+    rounded = slopes_H11.astype(jnp.bfloat16) * key_BS[:, None, None, :].astype(jnp.float32).astype(
+        jnp.bfloat16
+    )
+    return rounded.astype(jnp.float32) * cfg.head**-0.5
+
+
 def dot_product(
     q_BTHC: jax.Array,
     k_BSKC: jax.Array,
     v_BSKC: jax.Array,
     mask_BTS: jax.Array,
-    alibi_BTS: jax.Array | None = None,
+    bias_BHTS: jax.Array | None = None,
+    soft_cap: float = 0.0,
     dropout_rate: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention, written for reading; scores and softmax in float32.
 
-    `mask_BTS` (or [1, T, S]) is true where a query may look; `alibi_BTS` holds key position minus
-    query position, for ALiBi.
+    `mask_BTS` (or [1, T, S]) is true where a query may look; `bias_BHTS` is added to the scores.
     """
     b, t, h, c = q_BTHC.shape
     k = k_BSKC.shape[2]
@@ -110,10 +126,10 @@ def dot_product(
     q_BTKRC = lax.reshape(q_BTHC, (b, t, k, h // k, c), out_sharding=grouped)
     wide = sharding.wide(q_BTHC.dtype)
     s_BKRTS = jnp.einsum("btkrc,bskc->bkrts", q_BTKRC, k_BSKC, preferred_element_type=wide)
-    s_BKRTS = s_BKRTS.astype(jnp.float32) * c**-0.5
-    if alibi_BTS is not None:
-        slopes_KR11 = alibi_slopes(h).reshape(k, h // k, 1, 1)
-        s_BKRTS += slopes_KR11 * alibi_BTS[:, None, None].astype(jnp.float32)
+    s_BKRTS = layers.soft_cap(s_BKRTS.astype(jnp.float32) * c**-0.5, soft_cap)
+    if bias_BHTS is not None:
+        bias_KRTS = lambda shape: (shape[0], k, h // k, *shape[2:])
+        s_BKRTS += bias_BHTS.reshape(bias_KRTS(bias_BHTS.shape))
     s_BKRTS = jnp.where(mask_BTS[:, None, None], s_BKRTS, NEVER)
     p_BKRTS = dropout(jax.nn.softmax(s_BKRTS, -1), dropout_rate, key).astype(q_BTHC.dtype)
     out_BTKRC = jnp.einsum("bkrts,bskc->btkrc", p_BKRTS, v_BSKC)
@@ -240,7 +256,7 @@ blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
 # --- splash (TPU) and cuDNN (GPU), which JAX ships -------------------------------------------
 
 
-def splash(q_BTHC, k_BTKC, v_BTKC, segments_BT, window):
+def splash(q_BTHC, k_BTKC, v_BTKC, segments_BT, window, soft_cap=0.0):
     """JAX's splash attention for TPU: block-sparse, never holds the scores."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernel,
@@ -253,7 +269,9 @@ def splash(q_BTHC, k_BTKC, v_BTKC, segments_BT, window):
     one = (
         masks.CausalMask((t, t)) if window is None else masks.LocalMask((t, t), (window - 1, 0), 0)
     )
-    attend = kernel.make_splash_mha_single_device(masks.MultiHeadMask([one] * h))
+    attend = kernel.make_splash_mha_single_device(
+        masks.MultiHeadMask([one] * h), attn_logits_soft_cap=soft_cap or None
+    )
     segments = None if segments_BT is None else kernel.SegmentIds(segments_BT, segments_BT)
     heads_first = [x.swapaxes(1, 2) for x in (q_BTHC * c**-0.5, k_BTKC, v_BTKC)]
     return jax.vmap(attend)(*heads_first, segments).swapaxes(1, 2)
@@ -270,14 +288,14 @@ def cudnn(q_BTHC, k_BTKC, v_BTKC, segments_BT, window):
 
 BACKENDS: dict[str, Backend] = {  # fastest first, for each platform
     "splash": Backend(
-        splash, ("tpu",), frozenset({"segments", "window", "grouped"}), length_unit=128
+        splash, ("tpu",), frozenset({"segments", "window", "grouped", "soft_cap"}), length_unit=128
     ),
     "cudnn": Backend(cudnn, ("gpu",), frozenset({"window", "grouped"}), dtypes=("bfloat16",)),
     "blockwise": Backend(blockwise, ("cpu",), frozenset({"segments", "window", "grouped"})),
     "reference": Backend(
         None,
         ("cpu", "gpu", "tpu"),
-        frozenset({"segments", "window", "grouped", "alibi", "dropout"}),
+        frozenset({"segments", "window", "grouped", "alibi", "soft_cap", "dropout"}),
     ),
 }
 
@@ -298,27 +316,28 @@ def choose(wanted: str, need: Need, sizes: Sizes, platform: str) -> str:
 
 
 def attend(
+    cfg: ModelConfig,
     q_BTHC: jax.Array,
     k_BTKC: jax.Array,
     v_BTKC: jax.Array,
+    positions_BT: jax.Array,
     *,
     backend: str,
     segments_BT: jax.Array | None = None,
     window: int | None = None,
-    alibi: bool = False,
-    dropout_rate: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention over whole sequences by the named backend, [B, T, H, C]."""
-    chosen = BACKENDS[backend]
+    chosen, cap = BACKENDS[backend], cfg.attention_soft_cap
     if chosen.attend is None:
-        t = q_BTHC.shape[1]
-        distance = jnp.arange(t)[None, None, :] - jnp.arange(t)[None, :, None] if alibi else None
-        mask = causal_mask(t, segments_BT, window)
-        return dot_product(q_BTHC, k_BTKC, v_BTKC, mask, distance, dropout_rate, key)
+        mask = causal_mask(q_BTHC.shape[1], segments_BT, window)
+        alibi = cfg.positions == "alibi"
+        bias = alibi_bias(cfg, positions_BT, positions_BT) if alibi else None
+        return dot_product(q_BTHC, k_BTKC, v_BTKC, mask, bias, cap, cfg.dropout, key)
     heads = sharding.spec("batch", None, "heads", None)
     rows = sharding.spec("batch", None)
-    local: Any = lambda q, k, v, segments: chosen.attend(q, k, v, segments, window)
+    extra = (cap,) if cap else ()
+    local: Any = lambda q, k, v, segments: chosen.attend(q, k, v, segments, window, *extra)
     return jax.shard_map(
         local,
         in_specs=(heads, heads, heads, None if segments_BT is None else rows),
@@ -398,20 +417,24 @@ class SelfAttention(nn.Module):
         q_BTHC = project("q", cfg.heads, "heads")
         k_BTKC = project("k", cfg.kv, "kv_heads")
         v_BTKC = project("v", cfg.kv, "kv_heads")
+        if cfg.qk_norm:
+            q_BTHC, k_BTKC = (
+                rms_norm(x, vector(self, name, (c,), (None,), 1.0), cfg.norm_eps)
+                for name, x in (("q_scale", q_BTHC), ("k_scale", k_BTKC))
+            )
         if cfg.positions == "rope":
-            q_BTHC = rope(q_BTHC, positions_BT, cfg.rope_theta)
-            k_BTKC = rope(k_BTKC, positions_BT, cfg.rope_theta)
+            q_BTHC, k_BTKC = (rope(x, positions_BT, cfg.rope) for x in (q_BTHC, k_BTKC))
 
         if cache is None:
             out_BTHC = attend(
+                cfg,
                 q_BTHC,
                 k_BTKC,
                 v_BTKC,
+                positions_BT,
                 backend=self.backend,
                 segments_BT=segments_BT,
                 window=self.window,
-                alibi=cfg.positions == "alibi",
-                dropout_rate=cfg.dropout,
                 key=key,
             )
         else:
@@ -438,7 +461,9 @@ class SelfAttention(nn.Module):
         mask_BTS = distance_BTS <= 0
         if self.window is not None:
             mask_BTS &= distance_BTS > -self.window
-        alibi_BTS = distance_BTS if self.cfg.positions == "alibi" else None
-        return cache, dot_product(
-            q_BTHC, keys.astype(q_BTHC.dtype), values.astype(q_BTHC.dtype), mask_BTS, alibi_BTS
-        )
+        bias = None
+        if self.cfg.positions == "alibi":
+            bias = alibi_bias(self.cfg, positions_BT, slots_11S[0])
+        keys, values = keys.astype(q_BTHC.dtype), values.astype(q_BTHC.dtype)
+        cap = self.cfg.attention_soft_cap
+        return cache, dot_product(q_BTHC, keys, values, mask_BTS, bias, cap)

@@ -8,7 +8,7 @@ Shapes: B batch, T sequence, N = B*T tokens, D embed, V vocabulary, L layers.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from gptjax.config import ComputeConfig, ModelConfig
 from gptjax.model import attention, layers
 from gptjax.model.attention import Cache, SelfAttention
 from gptjax.model.ffn import FeedForward
+from gptjax.model.moe import MoE, Routing
 
 Params = dict[str, Any]
 
@@ -29,35 +30,52 @@ _REMAT = {
 }
 
 
+class Outputs(NamedTuple):
+    """What the decoder gives: final hidden states in the compute dtype, the cache with the new
+    tokens in it, and each layer's routing, its sums stacked [L, ...], where there are experts.
+    """
+
+    x_ND: jax.Array
+    cache: Cache | None
+    routing: Routing | None
+
+
 class Block(nn.Module):
     """Attention and feed-forward, each on its branch of the residual stream."""
 
     cfg: ModelConfig
     window: int | None
     backend: str
+    training: bool
 
     @nn.compact
     def __call__(self, x_ND, positions_BT, segments_BT, key, cache, layer):
         cfg = self.cfg
         attn = SelfAttention(cfg, self.window, self.backend, name="attn")
-        mlp = FeedForward(cfg, name="mlp")
         norm_attn = layers.Norm(cfg, name="norm_attn")
         norm_mlp = norm_attn if cfg.shared_norm else layers.Norm(cfg, name="norm_mlp")
         keys = [None] * 3 if key is None else jax.random.split(jax.random.fold_in(key, layer), 3)
         drop = lambda y, i: layers.dropout(y, cfg.dropout, keys[i])
         context = (positions_BT, segments_BT, keys[0], cache, layer)
 
+        def mlp(h_ND):
+            if not cfg.moe.experts:
+                return FeedForward(cfg, name="mlp")(h_ND), None
+            return MoE(cfg, self.training, name="mlp")(h_ND, len(positions_BT))
+
         if cfg.norm_position == "post":
             y_ND, cache = attn(x_ND, *context)
             x_ND = norm_attn(x_ND + drop(y_ND, 1))
-            return norm_mlp(x_ND + drop(mlp(x_ND), 2)), cache
+            y_ND, routing = mlp(x_ND)
+            return norm_mlp(x_ND + drop(y_ND, 2)), cache, routing
         h_ND = norm_attn(x_ND)
         y_ND, cache = attn(h_ND, *context)
         if cfg.residual == "parallel":
-            h_ND = h_ND if cfg.shared_norm else norm_mlp(x_ND)
-            return x_ND + drop(y_ND, 1) + drop(mlp(h_ND), 2), cache
+            m_ND, routing = mlp(h_ND if cfg.shared_norm else norm_mlp(x_ND))
+            return x_ND + drop(y_ND, 1) + drop(m_ND, 2), cache, routing
         x_ND = x_ND + drop(y_ND, 1)
-        return x_ND + drop(mlp(norm_mlp(x_ND)), 2), cache
+        m_ND, routing = mlp(norm_mlp(x_ND))
+        return x_ND + drop(m_ND, 2), cache, routing
 
 
 class Period(nn.Module):
@@ -66,6 +84,7 @@ class Period(nn.Module):
     cfg: ModelConfig
     compute: ComputeConfig
     backends: tuple[str, ...]
+    training: bool
 
     @nn.compact
     def __call__(self, carry, index, positions_BT, segments_BT, key):
@@ -77,13 +96,15 @@ class Period(nn.Module):
                 Block, policy=_REMAT[compute.remat], prevent_cse=not compute.scan_layers
             )
         x_ND, cache = carry
+        routings = []
         for j, kind in enumerate(cfg.pattern):
             window = cfg.window if kind == "window" else None
             layer = index * len(cfg.pattern) + j
-            x_ND, cache = block(cfg, window, self.backends[j], name=f"layer_{j}")(
-                x_ND, positions_BT, segments_BT, key, cache, layer
-            )
-        return (x_ND, cache), None
+            x_ND, cache, routing = block(
+                cfg, window, self.backends[j], self.training, name=f"layer_{j}"
+            )(x_ND, positions_BT, segments_BT, key, cache, layer)
+            routings.append(routing)
+        return (x_ND, cache), jax.tree.map(lambda *sums: jnp.stack(sums), *routings)
 
 
 class Decoder(nn.Module):
@@ -92,6 +113,7 @@ class Decoder(nn.Module):
     cfg: ModelConfig
     compute: ComputeConfig
     backends: tuple[str, ...]
+    training: bool = False
 
     @nn.compact
     def __call__(
@@ -101,12 +123,12 @@ class Decoder(nn.Module):
         segments_BT: jax.Array | None = None,
         key: jax.Array | None = None,
         cache: Cache | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> Outputs:
         cfg = self.cfg
         b, t = tokens_BT.shape
         dtype = jnp.dtype(self.compute.dtype)
         table_VD = layers.weight(
-            self, "embed", (cfg.vocab_size, cfg.embed), ("vocab", "w_embed"), cfg.init_std
+            self, "embed", (cfg.table, cfg.embed), ("vocab", "w_embed"), cfg.init_std
         )
         x_BTD = _lookup(table_VD, tokens_BT)
         if cfg.positions == "learned":
@@ -136,15 +158,17 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=periods,
             unroll=1 if self.compute.scan_layers else periods,
-        )(cfg, self.compute, self.backends, name="blocks")
-        (x_ND, cache), _ = stack((x_ND, cache), jnp.arange(periods), positions_BT, segments_BT, key)
+        )(cfg, self.compute, self.backends, self.training, name="blocks")
+        (x_ND, cache), routing = stack(
+            (x_ND, cache), jnp.arange(periods), positions_BT, segments_BT, key
+        )
         if cfg.norm_position == "pre":
             x_ND = layers.Norm(cfg, name="norm_final")(x_ND)
         if not cfg.tied_embeddings:
-            layers.weight(
-                self, "head", (cfg.vocab_size, cfg.embed), ("vocab", "w_embed"), cfg.init_std
-            )
-        return x_ND, cache
+            layers.weight(self, "head", (cfg.table, cfg.embed), ("vocab", "w_embed"), cfg.init_std)
+        if routing is not None:  # [periods, layers of a period, ...] to [L, ...]
+            routing = jax.tree.map(lambda a: a.reshape(cfg.layers, *a.shape[2:]), routing)
+        return Outputs(x_ND, cache, routing)
 
 
 def _lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
@@ -176,6 +200,7 @@ def attention_backends(
                 window=kind == "window",
                 grouped=cfg.kv != cfg.heads,
                 alibi=cfg.positions == "alibi",
+                soft_cap=cfg.attention_soft_cap > 0,
                 dropout=training and cfg.dropout > 0,
             ),
             sizes,
@@ -203,11 +228,13 @@ def apply(
     segments_BT: jax.Array | None = None,
     key: jax.Array | None = None,
     cache: Cache | None = None,
-) -> tuple[jax.Array, Cache | None]:
-    """Final hidden states [N, D] in the compute dtype, and the cache with the new tokens in it.
+    training: bool = False,
+) -> Outputs:
+    """The decoder on [B, T] tokens.
 
-    With `key`, dropout is on. With `cache`, tokens are at `positions_BT` of their rows and see the
-    tokens cached before them; a position past the capacity is not stored.
+    With `key`, dropout is on; with `training`, experts have their capacity. With `cache`, tokens
+    are at `positions_BT` of their rows and see the tokens cached before them; a position past the
+    capacity is not stored.
     """
     if cache is None:
         backends = attention_backends(
@@ -220,7 +247,7 @@ def apply(
         )
     else:  # attention over a cache has one implementation
         backends = ("reference",) * len(cfg.pattern)
-    return Decoder(cfg, compute, backends).apply(
+    return Decoder(cfg, compute, backends, training).apply(
         {"params": params}, tokens_BT, positions_BT, segments_BT, key, cache
     )
 
@@ -230,8 +257,8 @@ def head(params: Params) -> jax.Array:
     return params.get("head", params["embed"])
 
 
-def logits(params: Params, x_ND: jax.Array) -> jax.Array:
-    """Scores of the vocabulary in float32, [N, V]."""
+def logits(params: Params, cfg: ModelConfig, x_ND: jax.Array) -> jax.Array:
+    """Scores of the vocabulary in float32, [N, rows of the table]; rows added to it are NEVER."""
     w_VD = head(params).astype(x_ND.dtype)
     y_NV = jnp.einsum(
         "nd,vd->nv",
@@ -240,7 +267,11 @@ def logits(params: Params, x_ND: jax.Array) -> jax.Array:
         out_sharding=sharding.spec("tokens", "vocab"),
         preferred_element_type=sharding.wide(x_ND.dtype),
     )
-    return y_NV.astype(jnp.float32)
+    y_NV = layers.soft_cap(y_NV.astype(jnp.float32), cfg.logit_soft_cap)
+    if cfg.table == cfg.vocab_size:
+        return y_NV
+    ids_V = jnp.arange(cfg.table, out_sharding=sharding.spec("vocab"))
+    return jnp.where(ids_V < cfg.vocab_size, y_NV, attention.NEVER)
 
 
 def empty_cache(cfg: ModelConfig, rows: int, capacity: int, dtype: str) -> Cache:
@@ -252,21 +283,3 @@ def empty_cache(cfg: ModelConfig, rows: int, capacity: int, dtype: str) -> Cache
         out_sharding=sharding.spec("layers", "batch", None, "kv_heads", None),
     )
     return Cache(make(), make())
-
-
-def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
-    """Floating-point operations of training on one token: forward, and twice that backward.
-
-    6 for each weight of a matrix product (the output layer included, embedding look-ups not), plus
-    attention's own 12 * heads * head_dim for each key, of which causal masking leaves half, and a
-    window fewer. (Kaplan et al. 2020, section 2.1; PaLM, appendix B, with the causal half taken.)
-    """
-    attn = cfg.embed * cfg.head * (2 * cfg.heads + 2 * cfg.kv)
-    mlp = cfg.embed * cfg.hidden * (3 if cfg.activation == "swiglu" else 2)
-    weights = cfg.layers * (attn + mlp) + cfg.vocab_size * cfg.embed
-    keys = {"full": (seq_len + 1) / 2}
-    if "window" in cfg.pattern:
-        w = min(cfg.window or seq_len, seq_len)
-        keys["window"] = w - w * (w - 1) / (2 * seq_len)
-    seen = sum(keys[kind] for kind in cfg.pattern) * cfg.layers / len(cfg.pattern)
-    return 6.0 * weights + 12.0 * cfg.heads * cfg.head * seen

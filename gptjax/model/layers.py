@@ -9,15 +9,17 @@ H heads, C head_dim.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
 from gptjax import sharding
-from gptjax.config import ModelConfig
+from gptjax.config import ModelConfig, RopeConfig
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -91,14 +93,59 @@ def dense(
     return y_NF if bias_F is None else y_NF + bias_F.astype(x_ND.dtype)
 
 
-def rope(x_BTHC: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotary positions (Su et al. 2021), half-split layout, angles in float32."""
-    half = x_BTHC.shape[-1] // 2
-    frequency = theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BT1C = positions_BT[..., None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle_BT1C), jnp.sin(angle_BT1C)
-    a, b = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHC.dtype)
+def rope_frequencies(cfg: RopeConfig, width: int) -> tuple[np.ndarray, float]:
+    """Radians a position of each pair of `width` rotated dimensions, float32 [width/2], and the
+    factor on sine and cosine.
+
+    All in float32, as the public models were trained: at position 10**5 the last bit of a frequency
+    is a hundredth of a radian.
+    """
+    f32 = np.float32
+    half = np.arange(0, width, 2, dtype=f32) / f32(width)
+    base = f32(1) / f32(cfg.theta) ** half
+    if cfg.scaling == "linear":
+        return base / f32(cfg.factor), 1.0
+    if cfg.scaling == "llama3":
+        turns = f32(cfg.original_context) / (f32(2 * math.pi) / base)
+        low, high = f32(cfg.low_freq_factor), f32(cfg.high_freq_factor)
+        keep = np.clip((turns - low) / (high - low), 0, 1)
+        return ((1 - keep) * base / f32(cfg.factor) + keep * base).astype(f32), 1.0
+    if cfg.scaling == "yarn":
+
+        def dimension(turns: float) -> float:
+            """The pair that makes so many turns within the original context."""
+            wavelengths = cfg.original_context / (turns * 2 * math.pi)
+            return width * math.log(wavelengths) / (2 * math.log(cfg.theta))
+
+        low = max(math.floor(dimension(cfg.beta_fast)), 0)
+        high = min(math.ceil(dimension(cfg.beta_slow)), width - 1)
+        ramp = (np.arange(width // 2, dtype=f32) - f32(low)) / f32(max(high - low, 1e-3))
+        keep = 1 - np.clip(ramp, 0, 1)
+        frequencies = base / f32(cfg.factor) * (1 - keep) + base * keep
+        factor = cfg.attention_factor
+        return frequencies.astype(f32), 0.1 * math.log(cfg.factor) + 1 if factor is None else factor
+    return base, 1.0
+
+
+def rope(x_BTHC: jax.Array, positions_BT: jax.Array, cfg: RopeConfig) -> jax.Array:
+    """Rotary positions (Su et al. 2021) of the first `cfg.fraction` of a head, half-split layout.
+
+    Angles are float32.
+    """
+    width = int(x_BTHC.shape[-1] * cfg.fraction)
+    frequencies, factor = rope_frequencies(cfg, width)
+    angle_BT1C = positions_BT[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angle_BT1C) * factor, jnp.sin(angle_BT1C) * factor
+    a, b = jnp.split(x_BTHC[..., :width].astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHC.dtype)
+    if width == x_BTHC.shape[-1]:
+        return turned
+    return jnp.concatenate([turned, x_BTHC[..., width:]], -1)
+
+
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """Smoothly bounded to +-cap; 0 is no bound."""
+    return cap * jnp.tanh(x / cap) if cap else x
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.config import ModelConfig
 from gptjax.errors import ConfigError
 from gptjax.model import attention
 from gptjax.model.attention import Need, Sizes, choose
@@ -47,8 +48,10 @@ def both_passes(function, q, k, v, do):
     return jax.device_get(jax.jit(run)(q, k, v, do))
 
 
-def attend_on(mesh, arrays, backend, segments=None, **features):
-    """Both passes of a backend, on a mesh."""
+def attend_on(mesh, arrays, backend, segments=None, key=None, window=None, **fields):
+    """Both passes of a backend, on a mesh; `fields` of the model as given."""
+    batch, length, heads, head = arrays[0].shape
+    cfg = ModelConfig(heads=heads, kv_heads=arrays[1].shape[2], head_dim=head, **fields)
     with mesh as entered:
         arrays = [placed(a, "batch", None, "heads", None) for a in arrays]
         if segments is not None:
@@ -56,7 +59,10 @@ def attend_on(mesh, arrays, backend, segments=None, **features):
         assert len({str(s.index) for s in arrays[0].addressable_shards}) == entered.size
 
         def attend(q, k, v):
-            return attention.attend(q, k, v, backend=backend, segments_BT=segments, **features)
+            at = jnp.broadcast_to(jnp.arange(length), (batch, length))
+            return attention.attend(
+                cfg, q, k, v, at, backend=backend, segments_BT=segments, window=window, key=key
+            )
 
         return both_passes(attend, *arrays)
 
@@ -152,17 +158,36 @@ def test_alibi_slopes_are_those_of_the_paper():
 
 def test_alibi_lowers_a_score_by_the_slope_for_each_token_of_distance(on_mesh):
     q, _, v, _ = make(5, heads=8, kv_heads=8, batch=1)
-    out = attend_on(on_mesh(), (0 * q, 0 * q, v, q), "reference", alibi=True)[0]
+    out = attend_on(on_mesh(), (0 * q, 0 * q, v, q), "reference", positions="alibi")[0]
     for head in range(8):
         p = np.exp(-(2.0 ** -(head + 1)) * np.arange(4, -1, -1))
         np.testing.assert_allclose(out[0, 4, head], p / p.sum() @ v[0, :, head], atol=1e-6)
+
+
+def test_rounded_alibi_is_the_slope_times_the_place_in_bfloat16_scaled_with_the_scores(on_mesh):
+    q, _, v, _ = make(300, heads=8, kv_heads=8, batch=1)
+    arrays = (0 * q, 0 * q, v, q)
+    out = attend_on(on_mesh(), arrays, "reference", positions="alibi", alibi="scaled_bf16")[0]
+    for head in range(8):
+        place = np.float32(np.arange(300).astype(jnp.bfloat16))
+        bias = np.float32((2.0 ** -(head + 1) * place).astype(jnp.bfloat16)) / np.sqrt(HEAD)
+        p = np.exp(bias - bias.max())
+        np.testing.assert_allclose(out[0, -1, head], p / p.sum() @ v[0, :, head], atol=1e-6)
+
+
+def test_a_soft_cap_bounds_the_scores_by_tanh(on_mesh):
+    q, k, v, _ = make(6, heads=1, kv_heads=1, batch=1)
+    out = attend_on(on_mesh(), (9 * q, k, v, q), "reference", attention_soft_cap=2.0)[0]
+    score = 2 * np.tanh(k[0, :, 0] @ (9 * q[0, -1, 0]) / np.sqrt(HEAD) / 2)
+    p = np.exp(score)
+    np.testing.assert_allclose(out[0, -1, 0], p / p.sum() @ v[0, :, 0], atol=1e-6)
 
 
 def test_dropout_of_attention_weights_is_scaled_and_keyed(on_mesh):
     q, *_ = make(64, batch=1)
     arrays = (0 * q, 0 * q, np.ones_like(q), q)
     out, again, other = (
-        attend_on(on_mesh(), arrays, "reference", dropout_rate=0.5, key=jax.random.key(seed))[0]
+        attend_on(on_mesh(), arrays, "reference", dropout=0.5, key=jax.random.key(seed))[0]
         for seed in (0, 0, 1)
     )
     assert np.array_equal(out, again)

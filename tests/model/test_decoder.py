@@ -10,9 +10,9 @@ from scipy.special import erf
 
 from gptjax import objective, sharding
 from gptjax.checkpoint import leaves_by_path
-from gptjax.config import ComputeConfig, ModelConfig
+from gptjax.config import ComputeConfig, ModelConfig, MoeConfig, RopeConfig
 from gptjax.errors import ConfigError
-from gptjax.model import attention, decoder
+from gptjax.model import attention, counts, decoder
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -34,9 +34,39 @@ VARIANTS = {
         "mlp": 48,
         "tied_embeddings": False,
         "positions": "rope",
-        "rope_theta": 100.0,
+        "rope": RopeConfig(theta=100.0),
         "kv_heads": 4,
         "linear_bias": False,
+    },
+    "stretched": {
+        "positions": "rope",
+        "rope": RopeConfig(
+            theta=100.0, fraction=0.5, scaling="llama3", factor=4.0, original_context=16
+        ),
+        "head_dim": 16,
+        "qk_norm": True,
+    },
+    "yarn": {
+        "positions": "rope",
+        "rope": RopeConfig(
+            theta=100.0, scaling="yarn", factor=4.0, original_context=64, beta_fast=2.0
+        ),
+        "head_dim": 16,
+        "attention_soft_cap": 1.5,
+        "logit_soft_cap": 3.0,
+        "vocab_size": 100,
+    },
+    "mixture": {
+        "activation": "swiglu",
+        "linear_bias": False,
+        "moe": MoeConfig(experts=4, top_k=2, hidden=48),
+    },
+    "shared-mixture": {
+        "activation": "swiglu",
+        "linear_bias": False,
+        "pattern": ("full", "full"),
+        "residual": "parallel",
+        "moe": MoeConfig(experts=6, top_k=3, hidden=16, normalize=False, shared=2),
     },
     "windowed": {"pattern": ("window", "full"), "window": 5, "positions": "none", "head_dim": 6},
 }
@@ -98,21 +128,46 @@ def plain_norm(cfg, p, x):
     return x + p.get("bias", 0)
 
 
-def plain_rope(x, theta):
-    half = x.shape[-1] // 2
-    angle = np.arange(len(x))[:, None, None] * theta ** (-np.arange(half) / half)
-    z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
-    return np.concatenate([z.real, z.imag], -1)
+def plain_frequencies(rope, width):
+    """Radians a position, and the factor on the whole."""
+    base = rope.theta ** (-np.arange(0, width, 2) / width)
+    turns = rope.original_context * base / (2 * np.pi)
+    if rope.scaling == "llama3":
+        low, high = rope.low_freq_factor, rope.high_freq_factor
+        keep = np.clip((turns - low) / (high - low), 0, 1)
+        return keep * base + (1 - keep) * base / rope.factor, 1
+    if rope.scaling == "yarn":
+        pair = lambda n: np.log(rope.original_context / (2 * np.pi * n)) / np.log(rope.theta)
+        low, high = (width / 2 * pair(n) for n in (rope.beta_fast, rope.beta_slow))
+        low, high = max(np.floor(low), 0), np.ceil(high)
+        assert 0 < low < high < width / 2
+        keep = 1 - np.clip((np.arange(len(base)) - low) / (high - low), 0, 1)
+        return keep * base + (1 - keep) * base / rope.factor, 0.1 * np.log(rope.factor) + 1
+    return base, 1
+
+
+def plain_rope(x, rope):
+    width = int(x.shape[-1] * rope.fraction)
+    half = width // 2
+    frequencies, factor = plain_frequencies(rope, width)
+    angle = np.arange(len(x))[:, None, None] * frequencies
+    z = (x[..., :half] + 1j * x[..., half:width]) * np.exp(1j * angle) * factor
+    return np.concatenate([z.real, z.imag, x[..., width:]], -1)
 
 
 def plain_attention(cfg, p, x, window):
     q, k, v = (
         np.einsum("td,dhc->thc", x, p[name]) + p.get(f"{name}_bias", 0) for name in ("q", "k", "v")
     )
+    if cfg.qk_norm:
+        rms = lambda x: np.sqrt((x**2).mean(-1, keepdims=True) + cfg.norm_eps)
+        q, k = q / rms(q) * p["q_scale"], k / rms(k) * p["k_scale"]
     if cfg.positions == "rope":
-        q, k = plain_rope(q, cfg.rope_theta), plain_rope(k, cfg.rope_theta)
+        q, k = plain_rope(q, cfg.rope), plain_rope(k, cfg.rope)
     k, v = (np.repeat(a, cfg.heads // cfg.kv, axis=1) for a in (k, v))
     score = np.einsum("thc,shc->hts", q, k) / np.sqrt(cfg.head)
+    if cap := cfg.attention_soft_cap:
+        score = cap * np.tanh(score / cap)
     distance = np.arange(len(x))[:, None] - np.arange(len(x))
     if cfg.positions == "alibi":
         score -= 2.0 ** -np.arange(1, cfg.heads + 1)[:, None, None] * distance  # of 8 heads
@@ -122,7 +177,25 @@ def plain_attention(cfg, p, x, window):
     return np.einsum("thc,hcd->td", out, p["o"]) + p.get("o_bias", 0)
 
 
+def plain_mixture(cfg, p, x):
+    """Token by token, expert by expert."""
+    swiglu = lambda x, gate, up, down: (x @ gate / (1 + np.exp(-x @ gate)) * (x @ up)) @ down
+    out = np.zeros_like(x)
+    for t, token in enumerate(x):
+        e = np.exp(token @ p["router"])
+        share = e / e.sum()
+        chosen = np.argsort(-share)[: cfg.moe.top_k]
+        total = share[chosen].sum() if cfg.moe.normalize else 1
+        for i in chosen:
+            out[t] += share[i] / total * swiglu(token, p["gate"][i], p["up"][i], p["down"][i])
+    if cfg.moe.shared:
+        out += swiglu(x, p["shared_gate"], p["shared_up"], p["shared_down"])
+    return out
+
+
 def plain_mlp(cfg, p, x):
+    if cfg.moe.experts:
+        return plain_mixture(cfg, p, x)
     up = x @ p["up"] + p.get("up_bias", 0)
     if cfg.activation == "swiglu":
         gate = x @ p["gate"] + p.get("gate_bias", 0)
@@ -165,21 +238,30 @@ def test_every_variant_is_the_textbook_on_one_device_and_on_a_mesh_of_eight(
 ):
     cfg = tiny_config(model=VARIANTS[name])
     one, eight = [], []
-    for results, mesh in ((one, (1, 1, 1)), (eight, (2, 2, 2))):
+    meshes = [(one, (1, 1, 1)), (eight, (2, 2, 2))]
+    if cfg.model.moe.experts:
+        meshes[1] = (eight, (1, 2, 2, 2))
+    for results, mesh in meshes:
         with on_mesh(*mesh):
             params, batch = random_params(cfg.model), batch_of(cfg)
-            assert len({str(s.index) for s in params["embed"].addressable_shards}) == min(mesh) ** 2
+            shards = {str(s.index) for s in params["embed"].addressable_shards}
+            assert len(shards) == mesh[1] * mesh[2]
             results += loss_and_grads(cfg, params, batch)
             if results is one:
                 hidden = hidden_states(cfg, params, batch)
-                scores = jax.device_get(jax.jit(decoder.logits)(params, hidden))
+                logits = jax.jit(decoder.logits, static_argnums=1)
+                scores = jax.device_get(logits(params, cfg.model, hidden))
                 params, hidden = jax.device_get((params, hidden))
     assert_same(eight, one, tolerance=1e-5)
 
     plain = plain_decoder(cfg.model, params, windows(cfg)[0, :-1])
     np.testing.assert_allclose(hidden[: len(plain)], plain, atol=2e-5, rtol=2e-5)
     plain_scores = plain @ params["embed" if cfg.model.tied_embeddings else "head"].T
-    np.testing.assert_allclose(scores[: len(plain)], plain_scores, atol=1e-4, rtol=1e-4)
+    if cap := cfg.model.logit_soft_cap:
+        plain_scores = cap * np.tanh(plain_scores / cap)
+    own, added = np.split(scores[: len(plain)], [cfg.model.vocab_size], axis=1)
+    np.testing.assert_allclose(own, plain_scores[:, : cfg.model.vocab_size], atol=1e-4, rtol=1e-4)
+    assert (added < -1e29).all()
 
 
 # --- against itself, computed otherwise --------------------------------------------------------
@@ -305,22 +387,6 @@ def test_a_later_token_does_not_change_what_was_before_it(
     assert (before[:, 20:] != after[:, 20:]).any(-1).all()
 
 
-@pytest.mark.parametrize(
-    ("layers", "embed", "heads", "parameters"),
-    [
-        (12, 768, 12, 124_439_808),
-        (24, 1024, 16, 354_823_168),
-        (36, 1280, 20, 774_030_080),
-        (48, 1600, 25, 1_557_611_200),
-    ],
-)
-def test_the_sizes_of_gpt2_have_its_number_of_parameters(on_mesh, layers, embed, heads, parameters):
-    cfg = ModelConfig(vocab_size=50257, context=1024, layers=layers, embed=embed, heads=heads)
-    with on_mesh(1, 1, 1):
-        shapes = jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
-
-
 def test_initial_parameters_have_the_spread_that_gpt2_gives_them(on_mesh, tiny_model):
     cfg = tiny_model(vocab_size=1024, context=256, embed=128, layers=3)
     with on_mesh(1, 1, 1):
@@ -354,7 +420,7 @@ def test_flops_per_token_equal_a_count_by_hand():
     cfg = ModelConfig(vocab_size=100, layers=2, embed=8, heads=2, context=64)
     # a layer: q, k, v, o 4 * 8 * 8; feed-forward 2 * 8 * 32.  head: 100 * 8.  8 queries see
     # 1 + 2 + ... + 8 = 36 keys, 4.5 each; a key costs 2 * 2 * 8 forward, three times that in all.
-    assert decoder.flops_per_token(cfg, 8) == 6 * (2 * (256 + 512) + 800) + 2 * 4.5 * 3 * 32
+    assert counts.flops_per_token(cfg, 8) == 6 * (2 * (256 + 512) + 800) + 2 * 4.5 * 3 * 32
 
 
 def test_flops_per_token_count_grouped_heads_swiglu_and_windows_by_hand():
@@ -374,9 +440,9 @@ def test_flops_per_token_count_grouped_heads_swiglu_and_windows_by_hand():
     windowed = (1 + 2 + 3 * 6) / 8
     keys = 2 * windowed + 2 * 4.5
     expected = 6 * (4 * layer + 800) + 12 * 12 * keys
-    assert decoder.flops_per_token(cfg, 8) == pytest.approx(expected, rel=1e-12)
+    assert counts.flops_per_token(cfg, 8) == pytest.approx(expected, rel=1e-12)
     wide = replace(cfg, window=50)
-    assert decoder.flops_per_token(wide, 8) == decoder.flops_per_token(
+    assert counts.flops_per_token(wide, 8) == counts.flops_per_token(
         replace(cfg, pattern=("full",)), 8
     )
 

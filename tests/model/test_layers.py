@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gptjax import sharding
+from gptjax.config import RopeConfig
 from gptjax.model import layers
 
 
@@ -79,13 +80,14 @@ def test_gelu_tanh_in_bfloat16_keeps_dtype():
 
 def test_rope_leaves_position_zero_alone():
     x = normal(0, 2, 3, 4, 8)
-    assert jnp.array_equal(layers.rope(x, jnp.zeros((2, 3), jnp.int32), 1e4), x)
+    assert jnp.array_equal(layers.rope(x, jnp.zeros((2, 3), jnp.int32), RopeConfig()), x)
 
 
 def test_rope_turns_pair_i_by_the_position_times_theta_to_the_minus_i_over_half():
     half, theta, position = 4, 100.0, 7
     x = jnp.eye(2 * half)[:half].reshape(half, 1, 1, 2 * half)  # row i: 1 in the pair's first half
-    turned = layers.rope(x, jnp.full((half, 1), position), theta).reshape(half, 2 * half)
+    turned = layers.rope(x, jnp.full((half, 1), position), RopeConfig(theta=theta))
+    turned = turned.reshape(half, 2 * half)
     for i in range(half):
         angle = position * theta ** (-i / half)
         expected = np.zeros(2 * half)
@@ -98,7 +100,8 @@ def test_rope_scores_depend_on_the_distance_alone():
 
     def scores(shift):
         at = jnp.arange(5)[None] + shift
-        return jnp.einsum("bthc,bshc->bhts", layers.rope(q, at, 1e4), layers.rope(k, at, 1e4))
+        turned = (layers.rope(x, at, RopeConfig()) for x in (q, k))
+        return jnp.einsum("bthc,bshc->bhts", *turned)
 
     np.testing.assert_allclose(scores(0), scores(91), atol=1e-4)
     assert not np.allclose(scores(0), jnp.einsum("bthc,bshc->bhts", q, k), atol=1e-2)
