@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptjax import allocator, config
-from gptjax.errors import ConfigError, GptjaxError
+from gptjax.errors import ConfigError, DataError, GptjaxError
 from gptjax.progress import Progress
 
 CONFIG_HELP = (
@@ -87,6 +87,24 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-k", type=int, default=0, help="keep the k likeliest; 0: all (0)")
     sub.add_argument("--top-p", type=float, default=0.95, help="nucleus; 1: all (0.95)")
     sub.add_argument("--seed", type=int, default=0, help="same seed, same samples (0)")
+
+    sub = command(
+        commands,
+        "convert",
+        _convert,
+        "Make a run of a Hugging Face folder, or the reverse: convert hf:FOLDER RUN, or RUN "
+        "hf:FOLDER. Compares the logits with those of transformers where it is installed.",
+    )
+    sub.add_argument("source", metavar="FROM", help="hf:FOLDER, or a run folder")
+    sub.add_argument("target", metavar="TO", help="a new run folder, or hf:FOLDER")
+    sub.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of exported tensors (an imported run's own formats, otherwise float32)",
+    )
+    sub.add_argument("--no-compare", action="store_true", help="leave transformers alone")
+    sub = command(commands, "inspect", _inspect, "What a run holds, and its certificate if any.")
+    sub.add_argument("run", metavar="RUN", help="a run folder")
 
     data = commands.add_parser("data", help="Prepare and inspect training data.")
     actions = data.add_subparsers(required=True, metavar="ACTION")
@@ -211,6 +229,8 @@ def _eval(args: argparse.Namespace, _: Sequence[str]) -> None:
     from gptjax import evaluate, run
 
     cfg, _tokenizer, manifest = run.open_run(args.run)
+    if manifest is None:
+        raise DataError(f"{args.run}: an imported model, which has no validation text of its own")
     run.check_store(cfg, manifest)
     progress = Progress()
     with run.entered_mesh(cfg):
@@ -236,12 +256,61 @@ def _sample(args: argparse.Namespace, _: Sequence[str]) -> None:
     )
     settings.check()
     cfg, tokenizer, _manifest = run.open_run(args.run)
+    if tokenizer is None:
+        raise DataError(f"{args.run}: its source had no tokenizer, so it cannot read a prompt")
     prompts = args.prompt or [""]
     with run.entered_mesh(cfg):
         params, _step = run.restore_params(args.run, cfg, Progress().say)
         texts = sample.continue_texts(params, cfg.model, cfg.compute, tokenizer, prompts, settings)
     for prompt, text in zip(prompts, texts, strict=True):
         print(f"{prompt}{text}")
+
+
+def _convert(args: argparse.Namespace, _: Sequence[str]) -> None:
+    into, out = (path.startswith("hf:") for path in (args.source, args.target))
+    if into == out:
+        what = f"convert {args.source} {args.target}"
+        raise ConfigError([f"{what}: one of the two must be hf:FOLDER, the other a run folder"])
+    if into and args.dtype:
+        raise ConfigError([f"--dtype={args.dtype}: only of an export; an import is exact"])
+    from gptjax import convert
+
+    source, target = args.source.removeprefix("hf:"), args.target.removeprefix("hf:")
+    progress, compare = Progress(), not args.no_compare
+    if into:
+        certificate = convert.import_run(source, target, progress, compare=compare)
+    else:
+        certificate = convert.export_run(
+            source, target, progress, dtype=args.dtype, compare=compare
+        )
+    _print_certificate(certificate)
+
+
+def _print_certificate(certificate: dict[str, Any], indent: str = "") -> None:
+    for name, value in certificate.items():
+        if isinstance(value, dict):
+            print(f"{indent}{name}:")
+            _print_certificate(value, f"{indent}  ")
+        else:
+            print(f"{indent}{name}: {value if not isinstance(value, float) else f'{value:.3g}'}")
+
+
+def _inspect(args: argparse.Namespace, _: Sequence[str]) -> None:
+    from pathlib import Path
+
+    from gptjax import run
+    from gptjax.checkpoint import Checkpoints
+    from gptjax.model import counts
+
+    cfg = config.load(args.run)
+    steps = Checkpoints(Path(args.run) / run.CHECKPOINTS).steps()
+    parameters = counts.parameters(cfg.model)
+    print(f"{args.run}: {parameters.total:,} parameters, {parameters.active:,} active")
+    print(f"checkpoints: {', '.join(map(str, steps)) or 'none'}")
+    if source := run.source_of(args.run):
+        print(f"imported from {source['folder']}")
+    if certificate := run.certificate_of(args.run):
+        _print_certificate(certificate)
 
 
 def _data_prepare(args: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -265,7 +334,6 @@ def _data_prepare(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 def _data_verify(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     from gptjax.data import store
-    from gptjax.errors import DataError
 
     cfg = _resolve(args, overrides)
     problems = list(store.verify(cfg.data.store))

@@ -3,6 +3,7 @@
 RUN/config.json        the resolved configuration, itself a CONFIG
 RUN/tokenizer.*        the tokenizer, with the files that declare its special tokens
 RUN/data.json          the manifest of the store that it learns from
+RUN/source.json        of an imported model, instead: where it came from (see convert.py)
 RUN/checkpoints/       see checkpoint.py
 RUN/metrics.jsonl, RUN/tensorboard/, RUN/samples/, RUN/profile/
 RUN/run.lock           held while a process trains here
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -30,8 +32,10 @@ from gptjax.model.decoder import Params
 from gptjax.tokenizer import Tokenizer
 
 CHECKPOINTS = "checkpoints"
+CERTIFICATE = "certificate.json"
 _LOCK = "run.lock"
 _DATA = "data.json"
+_SOURCE = "source.json"
 
 
 @contextmanager
@@ -78,8 +82,8 @@ def record(cfg: Config, tokenizer: Tokenizer, manifest: Manifest) -> None:
         )
         _check_tokens(cfg, begun_with, manifest)
     tokenizer.save(folder)
-    _write(known, json.dumps(asdict(manifest), indent=2))
-    _write(folder / CONFIG_FILE, json.dumps(config.to_dict(cfg), indent=2))
+    write_json(known, asdict(manifest))
+    write_json(folder / CONFIG_FILE, config.to_dict(cfg))
 
 
 def _check_tokens(cfg: Config, of_run: Manifest, of_store: Manifest) -> None:
@@ -93,6 +97,41 @@ def _check_tokens(cfg: Config, of_run: Manifest, of_store: Manifest) -> None:
 def check_store(cfg: Config, manifest: Manifest) -> None:
     """Raises DataError where a run's store is not there, MismatchError where it is another."""
     _check_tokens(cfg, manifest, store.read_manifest(cfg.data.store))
+
+
+def record_imported(cfg: Config, tokenizer: Tokenizer | None, source: dict[str, Any]) -> None:
+    """Writes configuration and tokenizer of an imported model, and where it came from."""
+    folder = Path(cfg.run)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+        source = source | {"tokenizer": tokenizer.fingerprint}
+    write_json(folder / _SOURCE, source)
+    write_json(folder / CONFIG_FILE, config.to_dict(cfg))
+
+
+def source_of(folder: str) -> dict[str, Any] | None:
+    """Where an imported run came from; None for one that was trained here. Raises DataError."""
+    return _read_json(Path(folder) / _SOURCE)
+
+
+def certificate_of(folder: str) -> dict[str, Any] | None:
+    """How the run's conversion was checked; None for one that was trained. Raises DataError."""
+    return _read_json(Path(folder) / CERTIFICATE)
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    """The object in a file, or None where there is no such file."""
+    if not file.exists():
+        return None
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{file}: cannot be read as JSON: {error}") from None
+
+
+def write_json(file: Path, values: Any) -> None:
+    """Writes JSON, whole or not at all."""
+    _write(file, json.dumps(values, indent=2))
 
 
 def _write(file: Path, text: str) -> None:
@@ -110,15 +149,20 @@ def check_tokenizer(one: str, other: str, one_place: str, other_place: str) -> N
         )
 
 
-def open_run(folder: str) -> tuple[Config, Tokenizer, Manifest]:
+def open_run(folder: str) -> tuple[Config, Tokenizer | None, Manifest | None]:
     """Configuration, tokenizer and data manifest of a run, to be used and not trained.
+
+    An imported model has no manifest, and no tokenizer if its source had none.
 
     It may be on another machine than it was trained on: where its mesh does not suit the devices
     here they all take rows, and attention is computed by what runs here.
 
     Raises ConfigError, DataError, or MismatchError if the tokenizer is not the run's own.
     """
-    cfg, tokenizer = config.load(folder), tokenizers.load(Path(folder))
+    cfg, source = config.load(folder), source_of(folder)
+    tokenizer = None
+    if source is None or "tokenizer" in source:
+        tokenizer = tokenizers.load(Path(folder))
     cfg = replace(cfg, run=folder, compute=replace(cfg.compute, attention="auto"))
     devices = jax.device_count()
     try:
@@ -127,6 +171,13 @@ def open_run(folder: str) -> tuple[Config, Tokenizer, Manifest]:
         rows = -(-cfg.eval.batch // devices) * devices
         cfg = replace(cfg, mesh=MeshConfig(), eval=replace(cfg.eval, batch=rows))
     file = Path(folder) / _DATA
+    if source is not None:
+        if tokenizer is not None:
+            check_tokenizer(
+                source["tokenizer"], tokenizer.fingerprint, f"{folder}/{_SOURCE}", folder
+            )
+        return cfg, tokenizer, None
+    assert tokenizer is not None
     if not file.exists():
         raise DataError(f"{folder}: this run has no {_DATA}, so nothing was trained in it")
     manifest = store.parse_manifest(file.read_text())

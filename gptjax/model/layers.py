@@ -97,12 +97,13 @@ def rope_frequencies(cfg: RopeConfig, width: int) -> tuple[np.ndarray, float]:
     """Radians a position of each pair of `width` rotated dimensions, float32 [width/2], and the
     factor on sine and cosine.
 
-    All in float32, as the public models were trained: at position 10**5 the last bit of a frequency
-    is a hundredth of a radian.
+    In float32 step by step, as the public models were trained: at position 10**5 the last bit of a
+    frequency is a hundredth of a radian. The power alone is rounded from float64, which is what
+    PyTorch's float32 power gives; numpy's is off by a bit in every sixth.
     """
     f32 = np.float32
-    half = np.arange(0, width, 2, dtype=f32) / f32(width)
-    base = f32(1) / f32(cfg.theta) ** half
+    exponent = np.arange(0, width, 2, dtype=f32) / f32(width)
+    base = f32(1) / np.power(cfg.theta, exponent, dtype=np.float64).astype(f32)
     if cfg.scaling == "linear":
         return base / f32(cfg.factor), 1.0
     if cfg.scaling == "llama3":

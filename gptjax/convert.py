@@ -1,0 +1,261 @@
+"""Conversions between Hugging Face folders and runs, and the certificate of each.
+
+RUN/source.json         where an imported model came from: its config.json, its tensors' formats
+RUN/certificate.json    how the conversion was checked
+
+The certificate says whether the model, converted back, is its source byte for byte, and how far its
+logits are from those of `transformers` on the same weights, in float32, at positions that reach to
+the end of the context, where a mistake in the rotary frequencies shows.
+"""
+
+import importlib.util
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import hf, run, sharding, weights
+from gptjax import tokenizer as tokenizers
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import (
+    CheckpointConfig,
+    ComputeConfig,
+    Config,
+    EvalConfig,
+    ModelConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from gptjax.errors import DataError, OutputError
+from gptjax.model import decoder
+from gptjax.model.decoder import Params
+from gptjax.progress import Progress
+from gptjax.weights import Source
+
+COMPARED_TOKENS = 1024
+_COMPARED_POSITIONS = 64
+
+Json = dict[str, Any]
+
+
+def import_run(folder: str, target: str, progress: Progress, *, compare: bool = True) -> Json:
+    """Makes a run of a Hugging Face folder; returns its certificate.
+
+    Raises DataError and MismatchError as `weights.open_source` does, before anything is written;
+    OutputError where the target exists and is not empty, or cannot be written.
+    """
+    source = weights.open_source(Path(folder))
+    tokenizer = _tokenizer(source, progress)
+    cfg = _config(source.model, tokenizer, target)
+    cfg.check(jax.device_count(), jax.process_count())
+    path = Path(target)
+    _new_folder(path)
+    with run.entered_mesh(cfg):
+        tree = weights.parameter_shapes(source.model)
+        with progress.bar("read", len(tree), unit="tensor") as bar:
+            done: list[str] = []
+
+            def tell(name: str) -> None:
+                done.append(name)
+                bar.update(len(done))
+
+            params = weights.read_params(source, tell)
+        run.record_imported(cfg, tokenizer, _provenance(source, folder))
+        checkpoints = Checkpoints(
+            path / run.CHECKPOINTS, CheckpointConfig(), lambda step: {"imported": folder}
+        )
+        with checkpoints:
+            checkpoints.save(0, {"step": jnp.int32(0), "params": params})
+            checkpoints.finish()
+        certificate = {
+            "source": folder,
+            "tensors": len(source.names),
+            "keys of config.json not read": list(source.unread),
+            **_round_trip(source, params, progress),
+            **(_compared(source, params, progress) if compare else _not_compared("as told")),
+        }
+    run.write_json(path / run.CERTIFICATE, certificate)
+    return certificate
+
+
+def export_run(
+    folder: str, target: str, progress: Progress, *, dtype: str | None, compare: bool = True
+) -> Json:
+    """Writes a run's newest checkpoint as a Hugging Face folder; returns its certificate.
+
+    Tensors have the formats of the source where the run was imported and float32 otherwise, or
+    `dtype`. Raises MismatchError where no Hugging Face architecture has this model.
+    """
+    cfg, tokenizer, _ = run.open_run(folder)
+    hf.family_of(cfg.model)  # refuses before anything is read
+    provenance = run.source_of(folder)
+    path = Path(target)
+    _new_folder(path)
+    formats = {} if dtype or provenance is None else provenance["dtypes"]
+    with run.entered_mesh(cfg):
+        params, step = run.restore_params(folder, cfg, progress.say)
+        extra = {} if provenance is None else provenance["config"]
+        if tokenizer is not None:
+            extra = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} | extra
+            tokenizer.save(path)
+        common = (
+            weights.FORMATS_BY_NAME[dtype]
+            if dtype
+            else (Counter(formats.values()).most_common(1) or [("F32", 0)])[0][0]
+        )
+        weights.write_folder(path, params, cfg.model, dtype=common, dtypes=formats, extra=extra)
+        source = weights.open_source(path)
+        certificate = {
+            "source": folder,
+            "step": step,
+            "tensors": len(source.names),
+            "format": common,
+            **(_compared(source, params, progress) if compare else _not_compared("as told")),
+        }
+    run.write_json(path / run.CERTIFICATE, certificate)
+    return certificate
+
+
+def _new_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise OutputError(f"{path}: is not empty; give a new folder")
+        probe = path / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error}") from None
+
+
+def _tokenizer(source: Source, progress: Progress) -> tokenizers.Tokenizer | None:
+    """The folder's own, or none, which is told."""
+    folder = source.folder
+    for kind, file in (("huggingface", "tokenizer.json"), ("sentencepiece", "tokenizer.model")):
+        if (folder / file).exists():
+            path = folder if kind == "huggingface" else folder / file
+            return tokenizers.make(TokenizerConfig(kind=kind, path=str(path)), ())  # type: ignore[arg-type]
+    progress.say(f"{folder}: no tokenizer.json and no tokenizer.model, so the run cannot read text")
+    return None
+
+
+def _config(model: ModelConfig, tokenizer: tokenizers.Tokenizer | None, target: str) -> Config:
+    """A configuration that uses the model, and from which training can go on."""
+    seq_len = min(model.context, 1024)
+    kind = TokenizerConfig(path=target)
+    if tokenizer is not None:
+        kind = replace(kind, kind=tokenizer.kind, vocab_size=tokenizer.vocab_size)
+    if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
+        raise DataError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces and the model {model.vocab_size}"
+        )
+    return Config(
+        run=target,
+        model=model,
+        tokenizer=kind,
+        train=TrainConfig(seq_len=seq_len, batch_tokens=seq_len * 32),
+        eval=EvalConfig(sample_tokens=max(1, min(128, model.context // 2))),
+    )
+
+
+def _provenance(source: Source, folder: str) -> Json:
+    return {
+        "folder": folder,
+        "config": source.config,
+        "dtypes": {name: source.dtype(name) for name in source.names},
+    }
+
+
+# --- the certificate ---------------------------------------------------------------------------
+
+
+def _round_trip(source: Source, params: Params, progress: Progress) -> Json:
+    """Whether every tensor, made of the parameters again, has the bytes that it had."""
+    differ = []
+    with progress.bar("convert back", len(source.names), unit="tensor") as bar:
+        made = weights.tensors(params, source.model, source.family)
+        for count, (name, value) in enumerate(made, 1):
+            original = source.tensor(name)
+            if weights.cast(value, source.dtype(name)).tobytes() != original.tobytes():
+                differ.append(name)
+            bar.update(count)
+    return {"round trip": "byte-equal" if not differ else {"differ": differ}}
+
+
+def _not_compared(why: str) -> Json:
+    return {"transformers": f"not compared: {why}"}
+
+
+def _compared(source: Source, params: Params, progress: Progress) -> Json:
+    """Logits against those of `transformers`, where it is installed."""
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        return _not_compared(f"{' and '.join(missing)} not installed")
+    progress.say("comparing with transformers")
+    return {"transformers": compare(source, params)}
+
+
+def compare(source: Source, params: Params) -> Json:
+    """How far the logits are from those of `transformers` on the folder's weights, in float32.
+
+    Two sequences of random tokens, as long as the context up to 1024: one at positions 0, 1, 2, …,
+    one spread over the whole context. Logits of 64 tokens of each are compared: the largest
+    difference, how often the likeliest token agrees, and the Kullback-Leibler divergence (summed
+    over the vocabulary, in nats, a token).
+    """
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        source.folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    ).eval()
+    model = source.model
+    length = min(model.context, COMPARED_TOKENS)
+    ids = np.random.default_rng(0).integers(0, model.vocab_size, (1, length)).astype(np.int32)
+    chosen = np.unique(np.linspace(0, length - 1, _COMPARED_POSITIONS).round().astype(int))
+    starts = {"near": np.arange(length)}
+    if model.context > length:
+        starts["far"] = np.linspace(0, model.context - 1, length).round().astype(int)
+
+    @jax.jit
+    def ours(params: Params, ids_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        x_ND = decoder.apply(params, model, ComputeConfig(), ids_BT, positions_BT=positions_BT).x_ND
+        rows = sharding.spec(None, None)
+        x_ND = jax.sharding.reshard(x_ND, rows)[: len(ids_BT[0])]
+        picked = x_ND.at[jnp.asarray(chosen)].get(out_sharding=rows)
+        return decoder.logits(params, model, picked)[:, : model.vocab_size]
+
+    result: Json = {
+        "version": transformers.__version__,
+        "tokens": length,
+        "largest_logit": 0.0,
+        "largest_difference": 0.0,
+        "argmax_agreement": 1.0,
+        "kl_nats_per_token": 0.0,
+    }
+    rows = sharding.axis_size("batch")
+    place = lambda row: sharding.global_batch(np.repeat(row[None], rows, 0).astype(np.int32), rows)
+    for name, positions in starts.items():
+        kwargs = {} if name == "near" else {"position_ids": torch.tensor(positions)[None]}
+        with torch.no_grad():
+            hidden = theirs.base_model(
+                torch.tensor(ids, dtype=torch.long), attention_mask=torch.ones(1, length), **kwargs
+            )[0]
+            want = theirs.get_output_embeddings()(hidden[0, chosen]).numpy()
+        got = np.asarray(ours(params, place(ids[0]), place(positions)))
+        p, q = (np.asarray(jax.nn.log_softmax(np.float64(x))) for x in (want, got))
+        divergence = float((np.exp(p) * (p - q)).sum(-1).mean())
+        agreement = float((want.argmax(-1) == got.argmax(-1)).mean())
+        result["largest_logit"] = max(result["largest_logit"], float(np.abs(want).max()))
+        result["argmax_agreement"] = min(result["argmax_agreement"], agreement)
+        difference = float(np.abs(want - got).max())
+        result["largest_difference"] = max(result["largest_difference"], difference)
+        result["kl_nats_per_token"] = max(result["kl_nats_per_token"], divergence)
+        result["last_position"] = int(positions[-1])
+    return result
