@@ -209,6 +209,7 @@ def compare(source: Source, params: Params) -> Json:
     """
     import torch
     import transformers
+    from scipy.special import log_softmax
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -244,12 +245,11 @@ def compare(source: Source, params: Params) -> Json:
     for name, positions in starts.items():
         kwargs = {} if name == "near" else {"position_ids": torch.tensor(positions)[None]}
         with torch.no_grad():
-            hidden = theirs.base_model(
-                torch.tensor(ids, dtype=torch.long), attention_mask=torch.ones(1, length), **kwargs
-            )[0]
+            given = torch.tensor(ids, dtype=torch.long)
+            hidden = theirs.base_model(given, attention_mask=torch.ones_like(given), **kwargs)[0]
             want = theirs.get_output_embeddings()(hidden[0, chosen]).numpy()
         got = np.asarray(ours(params, place(ids[0]), place(positions)))
-        p, q = (np.asarray(jax.nn.log_softmax(np.float64(x))) for x in (want, got))
+        p, q = (log_softmax(np.float64(x), -1) for x in (want, got))
         divergence = float((np.exp(p) * (p - q)).sum(-1).mean())
         agreement = float((want.argmax(-1) == got.argmax(-1)).mean())
         result["largest_logit"] = max(result["largest_logit"], float(np.abs(want).max()))

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.config import ModelConfig, MoeConfig, RopeConfig
-from gptjax.errors import DataError, MismatchError
+from gptjax.config import ModelConfig, MoeConfig, RopeConfig, from_dict, to_dict
+from gptjax.errors import ConfigError, DataError, MismatchError
 
 Json = dict[str, Any]
 
@@ -326,7 +326,7 @@ def _qwen3_moe(c: Reader) -> ModelConfig:
     )
 
 
-def _llama_config(m: ModelConfig) -> Json:
+def _llama_config(m: ModelConfig, experts: str = "num_local_experts") -> Json:
     values = {
         "vocab_size": m.vocab_size,
         "max_position_embeddings": m.context,
@@ -346,8 +346,7 @@ def _llama_config(m: ModelConfig) -> Json:
     if m.moe.experts:
         values |= {
             "num_experts_per_tok": m.moe.top_k,
-            "num_local_experts": m.moe.experts,
-            "num_experts": m.moe.experts,
+            experts: m.moe.experts,
             "router_aux_loss_coef": m.moe.balance_loss,
         }
     return values
@@ -537,7 +536,7 @@ FAMILIES: dict[str, Family] = {
         "Qwen3MoeForCausalLM",
         to_model=_qwen3_moe,
         to_config=lambda m: (
-            _llama_config(m)
+            _llama_config(m, "num_experts")
             | {"moe_intermediate_size": m.expert_hidden, "norm_topk_prob": m.moe.normalize}
         ),
         pieces=lambda m: _llama_pieces(
@@ -564,9 +563,11 @@ def read_config(config: Json, place: str) -> tuple[Family, ModelConfig, set[str]
         )
     reader = Reader(config, place)
     try:
-        return FAMILIES[kind], FAMILIES[kind].to_model(reader), reader.read
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+        model = FAMILIES[kind].to_model(reader)
+        from_dict(to_dict(model), ModelConfig, "model.")  # which looks at the types
+    except (TypeError, ValueError, ZeroDivisionError, ConfigError) as error:
         raise DataError(f"{place}: has a value that makes no sense ({error})") from None
+    return FAMILIES[kind], model, reader.read
 
 
 def family_of(model: ModelConfig) -> tuple[str, Json]:

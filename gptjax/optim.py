@@ -78,11 +78,14 @@ def _muon(cfg: Config) -> optax.GradientTransformation:
     o = cfg.optim
 
     def kind(path: tuple[Any, ...], leaf: Any) -> str:
-        return "muon" if _in_stack(path) and is_matrix(path, leaf) else "adam"
+        matrix = _in_stack(path) and is_matrix(path, leaf) and path[-1].key != "router"
+        return "muon" if matrix else "adam"
 
     def dimensions(path: tuple[Any, ...], leaf: Any) -> Any:
-        # [layers, in, out], [layers, embed, heads, head_dim], [layers, heads, head_dim, embed]
-        axes = tuple(range(1, leaf.ndim))
+        # [layers, in, out], [layers, embed, heads, head_dim], [layers, heads, head_dim, embed], and
+        # of experts [layers, experts, in, out]
+        experts = leaf.ndim == 4 and path[-2].key == "mlp"
+        axes = tuple(range(2 if experts else 1, leaf.ndim))
         inputs = axes[:-1] if path[-1].key == "o" else axes[:1]
         return optax.contrib.MuonDimensionNumbers(inputs, axes[len(inputs) :])
 

@@ -1,0 +1,162 @@
+"""Every family and structural variant against `transformers`, on the same random weights.
+
+Needs torch and transformers (`pip install -e '.[compare]'`). With -s it prints a line for each
+variant: what README.md's table of families holds.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference_models import VARIANTS, build
+
+from gptjax import convert, loss, sample, sharding, weights
+from gptjax.checkpoint import leaves_by_path
+from gptjax.config import ComputeConfig
+from gptjax.model import decoder
+
+pytestmark = pytest.mark.slow
+
+COMPUTE = ComputeConfig()
+ROWS = 2
+
+
+@pytest.fixture(scope="module", params=list(VARIANTS))
+def variant(request, tmp_path_factory):
+    """The name, the model of `transformers`, and its folder opened."""
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs = build(request.param, folder)
+    return request.param, theirs, weights.open_source(folder)
+
+
+def tokens(source, length=None) -> np.ndarray:
+    shape = (ROWS, length or source.model.context)
+    return np.random.default_rng(0).integers(0, source.model.vocab_size, shape).astype(np.int32)
+
+
+def mean_loss(source, params, ids):
+    """Cross-entropy of each token but the first, given those before it."""
+    model = source.model
+    x_ND = decoder.apply(params, model, COMPUTE, ids[:, :-1]).x_ND
+    flat = jax.lax.reshape(ids[:, 1:], (x_ND.shape[0],), out_sharding=sharding.spec("tokens"))
+    ones = jnp.ones_like(flat, jnp.float32)
+    ce, _ = loss.cross_entropy(
+        x_ND, decoder.head(params), flat, ones, 0.0, 1, model.vocab_size, model.logit_soft_cap
+    )
+    return ce / flat.size
+
+
+def test_logits_and_gradients(on_mesh, variant, tmp_path, record_property):
+    import torch
+
+    name, theirs, source = variant
+    ids = tokens(source)
+    given = torch.tensor(ids, dtype=torch.long)
+    with torch.no_grad():
+        want = theirs(given).logits.numpy()
+    theirs(given, labels=given).loss.backward()
+    with torch.no_grad():  # gradients take the places of the weights, and so their names
+        for parameter in theirs.parameters():
+            parameter.data, parameter.grad = parameter.grad, parameter.data
+    theirs.save_pretrained(tmp_path)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.data, parameter.grad = parameter.grad, None
+
+    with on_mesh():
+        params = weights.read_params(source)
+
+        @jax.jit
+        def ours(params, ids):
+            x_ND = decoder.apply(params, source.model, COMPUTE, ids).x_ND
+            return decoder.logits(params, source.model, x_ND)[:, : source.model.vocab_size]
+
+        ids = sharding.global_batch(ids, ROWS)
+        got = np.asarray(ours(params, ids)).reshape(want.shape)
+        grads = jax.jit(jax.grad(lambda p, ids: mean_loss(source, p, ids)))(params, ids)
+        grads = jax.device_get(grads)
+        want_grads = jax.device_get(weights.read_params(weights.open_source(tmp_path)))
+    difference = float(np.abs(got - want).max())
+    relative = {}
+    for path, g in leaves_by_path(want_grads).items():
+        # A key's bias moves all scores of a query alike: its gradient is rounding alone.
+        scale = np.abs(leaves_by_path(want_grads)[path.replace("k_bias", "k")]).max()
+        relative[path] = float(np.abs(leaves_by_path(grads)[path] - g).max() / scale)
+    record_property("difference", difference)
+    print(
+        f"\n{name:24} logits {difference:.1e} of {np.abs(want).max():.1f}, "
+        f"gradients {max(relative.values()):.1e} relative"
+    )
+    assert difference < 1e-4
+    assert max(relative.values()) < 1e-3, max(relative, key=relative.get)
+
+
+def test_greedy_generation_token_for_token(on_mesh, variant):
+    import torch
+
+    _, theirs, source = variant
+    prompts = [row[: 5 + 6 * i].tolist() for i, row in enumerate(tokens(source))]
+    with on_mesh():
+        params = weights.read_params(source)
+        got = sample.generate(
+            params,
+            source.model,
+            COMPUTE,
+            prompts,
+            (-1,),
+            sample.Settings(temperature=0.0, max_tokens=32),
+        )
+    for prompt, continuation in zip(prompts, got, strict=True):
+        out = theirs.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=32,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert continuation == out[0, len(prompt) :].tolist()
+
+
+def test_the_certificate_compares_far_positions(on_mesh, variant):
+    _, _, source = variant
+    with on_mesh():
+        params = weights.read_params(source)
+        far = convert.compare(source, params)
+    assert far["last_position"] == source.model.context - 1
+    assert far["largest_difference"] < 1e-4
+    assert far["argmax_agreement"] == 1.0
+    assert far["kl_nats_per_token"] < 1e-8
+
+
+def test_the_certificate_tells_a_wrong_rotary_base(on_mesh, tmp_path):
+    build("llama3", tmp_path)
+    source = weights.open_source(tmp_path)
+    with on_mesh():
+        params = weights.read_params(source)
+        rope = replace(source.model.rope, factor=9.0)
+        wrong = replace(source, model=replace(source.model, rope=rope))
+        assert convert.compare(wrong, params)["largest_difference"] > 1e-3
+
+
+def test_an_exported_folder_is_loaded_by_transformers(on_mesh, variant, tmp_path):
+    import torch
+    import transformers
+
+    _, theirs, source = variant
+    with on_mesh():
+        weights.write_folder(tmp_path, weights.read_params(source), source.model)
+    loaded, told = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = torch.tensor(tokens(source), dtype=torch.long)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, theirs(ids).logits)
+    assert json.loads((Path(tmp_path) / "config.json").read_text())["architectures"] == [
+        source.family.architecture
+    ]
