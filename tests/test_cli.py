@@ -242,7 +242,7 @@ def test_a_batch_that_the_mesh_does_not_divide_names_axis_and_nearest(run, prese
     assert code == 2
     last = err.strip().splitlines()[-1]
     assert last.startswith("gptjax: ")
-    for part in ("train.batch_tokens=384", "data x fsdp = 8", "256 or 512"):
+    for part in ("train.batch_tokens=384", "data x fsdp x expert = 8", "256 or 512"):
         assert part in last
     assert not (Path(cfg.run) / config.CONFIG_FILE).exists()
 

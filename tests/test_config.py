@@ -248,7 +248,9 @@ def test_a_head_dim_below_one_is_refused(value: int) -> None:
     ],
 )
 def test_minus_one_takes_the_devices_that_are_left(mesh, devices, shape) -> None:
-    assert mesh.shape(devices) == dict(zip(("data", "fsdp", "expert", "tensor"), shape, strict=True))
+    assert mesh.shape(devices) == dict(
+        zip(("data", "fsdp", "expert", "tensor"), shape, strict=True)
+    )
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,9 @@ def nats_by_hand(params: decoder.Params, cfg: Config, tokens: np.ndarray) -> lis
     padded[: len(tokens) - 1] = tokens[:-1]
     with jax.set_mesh(sharding.make_mesh(cfg.mesh, jax.devices()[:1])):
         apply = jax.jit(
-            lambda p, x: decoder.logits(p, cfg.model, decoder.apply(p, cfg.model, cfg.compute, x)[0])
+            lambda p, x: decoder.logits(
+                p, cfg.model, decoder.apply(p, cfg.model, cfg.compute, x)[0]
+            )
         )
         logits = np.float64(apply(jax.device_get(params), jnp.int32(padded.reshape(rows, t))))
     top = logits.max(-1, keepdims=True)

@@ -8,6 +8,7 @@ import pytest
 
 from gptjax import optim, sharding
 from gptjax.checkpoint import leaves_by_path
+from gptjax.config import MoeConfig
 from gptjax.model import decoder
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -216,6 +217,26 @@ def test_muon_is_adamw_for_all_but_the_matrices_of_the_blocks(on_mesh, tiny_conf
             assert not np.allclose(muon[path], x, atol=1e-4), path
         else:
             np.testing.assert_allclose(muon[path], x, atol=1e-6, err_msg=path)
+
+
+def test_muon_takes_each_expert_for_a_matrix_and_leaves_the_router_to_adam(on_mesh, tiny_config):
+    mixture = {"activation": "swiglu", "linear_bias": False, "moe": MoeConfig(experts=4, hidden=64)}
+    cfg = tiny_config(model=mixture, optim={"name": "muon", "weight_decay": 0.0, "clip": 0.0})
+    optimizer, rng = optim.make(cfg), np.random.default_rng(0)
+    with on_mesh(1, 1, 1):
+        shapes = jax.eval_shape(lambda: decoder.init(cfg.model, jax.random.key(0)))
+        gradient = jax.tree.map(
+            lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), shapes
+        )
+        update = jax.jit(lambda g: optimizer.update(g, optimizer.init(g), g)[0])
+        updates = jax.device_get(leaves_by_path(update(gradient)))
+    gate = updates["blocks/layer_0/mlp/gate"]
+    assert gate.shape == (2, 4, 32, 64)
+    for matrix in gate.reshape(8, 32, 64):
+        values = np.linalg.svd(matrix, compute_uv=False)
+        assert values.max() / np.median(values) < 1.7
+    router = np.abs(updates["blocks/layer_0/mlp/router"])
+    np.testing.assert_allclose(router, router.max(), rtol=1e-3)  # Adam's first step: the sign
 
 
 # --- on a mesh ---------------------------------------------------------------------------------

@@ -235,7 +235,7 @@ def test_drawn_tokens_follow_the_claimed_distribution(
     prompt, rows = [1, 2, 3], 4096
     settings = Settings(temperature, top_k, top_p, max_tokens=1, seed=1)
     drawn = np.array(generate(params, model, [prompt] * rows, settings))[:, 0]
-    scores = full_logits(params, model, [prompt])[:, -1].astype(np.float64) / temperature
+    scores = full_logits(params, model, [prompt])[:, -1, :8].astype(np.float64) / temperature
     keep = numpy_top_k(scores, top_k)
     keep &= numpy_top_p(np.where(keep, scores, NEVER), top_p)
     share = np.where(keep, np.exp(scores), 0)[0]
