@@ -26,6 +26,8 @@ from gptjax.progress import Progress
 
 EOS = 0
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def tiny(**train_fields) -> Config:
     fields = {"tokens": 8 * 512, "batch_tokens": 512, "seq_len": 32} | train_fields
