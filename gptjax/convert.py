@@ -228,7 +228,7 @@ def compare(source: Source, params: Params) -> Json:
     def ours(params: Params, ids_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         x_ND = decoder.apply(params, model, ComputeConfig(), ids_BT, positions_BT=positions_BT).x_ND
         rows = sharding.spec(None, None)
-        x_ND = jax.sharding.reshard(x_ND, rows)[: len(ids_BT[0])]
+        x_ND = jax.sharding.reshard(x_ND, rows)[:length]
         picked = x_ND.at[jnp.asarray(chosen)].get(out_sharding=rows)
         return decoder.logits(params, model, picked)[:, : model.vocab_size]
 

@@ -34,12 +34,24 @@ def test_documents_count_at_each_eos_and_positions_restart_there(on_mesh):
     np.testing.assert_array_equal(positions, [[0, 1, 2, 0, 1, 0, 0, 1], [0, 1, 2, 0, 1, 2, 3, 4]])
 
 
-@pytest.mark.parametrize("positions", ["learned", "rope"])
-@pytest.mark.parametrize("backend", ["blockwise", "reference"])
+@pytest.mark.parametrize(
+    ("backend", "fields"),
+    [
+        ("blockwise", {"positions": "learned"}),
+        ("blockwise", {"positions": "rope", "kv_heads": 2}),
+        ("blockwise", {"positions": "rope", "pattern": ("window",), "window": 4}),
+        ("reference", {"positions": "learned"}),
+        ("reference", {"positions": "rope", "pattern": ("window", "full"), "window": 4}),
+        ("reference", {"positions": "alibi"}),
+        ("reference", {"positions": "alibi", "alibi": "scaled_bf16"}),
+        ("reference", {"positions": "rope", "attention_soft_cap": 2.0}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
 def test_a_packed_document_has_the_hidden_states_it_has_alone(
-    on_mesh, tiny_config, random_params, documents, backend, positions
+    on_mesh, tiny_config, random_params, documents, backend, fields
 ):
-    cfg = tiny_config(model={"context": 40, "positions": positions}, compute={"attention": backend})
+    cfg = tiny_config(model={"context": 40} | fields, compute={"attention": backend})
     packed = np.concatenate(documents)[None]
     with on_mesh(1, 1, 1):
         params = random_params(cfg.model, std=0.1)

@@ -282,8 +282,12 @@ def test_cudnns_arguments_mean_what_the_reference_does(on_mesh, monkeypatch, win
     assert_same(got, attend_on(on_mesh(), arrays, "reference", window=window))
 
 
-@pytest.mark.parametrize(("window", "kv_heads", "segmented"), [(None, 2, False), (50, 1, True)])
-def test_splash_interpreted_equals_the_reference(on_mesh, monkeypatch, window, kv_heads, segmented):
+@pytest.mark.parametrize(
+    ("window", "kv_heads", "segmented", "cap"), [(None, 2, False, 1.5), (50, 1, True, 0.0)]
+)
+def test_splash_interpreted_equals_the_reference(
+    on_mesh, monkeypatch, window, kv_heads, segmented, cap
+):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 
     made = kernel.make_splash_mha_single_device
@@ -291,6 +295,7 @@ def test_splash_interpreted_equals_the_reference(on_mesh, monkeypatch, window, k
     monkeypatch.setattr(kernel, "make_splash_mha_single_device", interpreted)
     arrays = make(128, heads=2, kv_heads=kv_heads, head=64)
     segments = segments_of(128) if segmented else None
-    got = jax.jit(lambda q, k, v: attention.splash(q, k, v, segments, window))(*arrays[:3])
-    want = attend_on(on_mesh(), arrays, "reference", segments=segments, window=window)
+    got = jax.jit(lambda q, k, v: attention.splash(q, k, v, segments, window, cap))(*arrays[:3])
+    fields = {"segments": segments, "window": window, "attention_soft_cap": cap}
+    want = attend_on(on_mesh(), arrays, "reference", **fields)
     assert_same([got], want)

@@ -1,0 +1,78 @@
+"""A real pretrained model: its certificate, and what it says, word for word."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from fetch_smollm2 import fetch
+
+from gptjax import cli, run, sample
+from gptjax.config import ComputeConfig
+from gptjax.sample import Settings
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = [
+    "The capital of France is",
+    "def fibonacci(n):\n",
+    "Once upon a time, in a land far away,",
+    "<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n",
+    "Ünïcödé — 日本語 🙂:",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("smollm2")
+    try:
+        fetch(path)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"the model cannot be fetched here: {error}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def imported(folder, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("imported") / "run"
+    assert cli.main(["convert", f"hf:{folder}", str(target)]) == 0
+    return target
+
+
+def test_the_certificate(imported):
+    certificate = run.certificate_of(str(imported))
+    compared = certificate["transformers"]
+    print(f"\n{certificate}")
+    assert certificate["tensors"] == 272
+    assert certificate["round trip"] == "byte-equal"
+    assert compared["last_position"] == 8191
+    assert compared["argmax_agreement"] == 1.0
+    assert compared["kl_nats_per_token"] < 1e-6
+    assert compared["largest_difference"] < 5e-3  # of logits up to 36, at position 8191
+
+
+def test_64_greedy_tokens_are_those_of_transformers(folder, imported):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    their_tokenizer = AutoTokenizer.from_pretrained(folder)
+    cfg, tokenizer, _ = run.open_run(str(imported))
+    prompts = [tokenizer.prompt(text) for text in PROMPTS]
+    assert prompts == [their_tokenizer(text).input_ids for text in PROMPTS]
+    with run.entered_mesh(cfg):
+        params, _ = run.restore_params(str(imported), cfg)
+        settings = Settings(temperature=0.0, max_tokens=64)
+        got = sample.generate(params, cfg.model, ComputeConfig(), prompts, (-1,), settings)
+    for prompt, continuation in zip(prompts, got, strict=True):
+        out = theirs.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=64,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[0, len(prompt) :].tolist()
+        assert continuation == out
+        assert tokenizer.decode(continuation) == their_tokenizer.decode(
+            out, skip_special_tokens=True
+        )
