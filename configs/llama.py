@@ -123,7 +123,7 @@ def _llama3(
 ) -> Config:
     rope = RopeConfig(theta=5e5)
     if stretch > 1:
-        rope = RopeConfig(theta=5e5, scaling="llama3", factor=stretch, original_context=8192)
+        rope = RopeConfig(theta=5e5, scaling="low_frequency", factor=stretch, original_context=8192)
     tokenizer = TokenizerConfig(
         kind="huggingface", algorithm="byte_bpe", vocab_size=128_256, sample_bytes=200_000_000
     )

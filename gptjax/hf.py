@@ -162,7 +162,7 @@ def _rope_of(c: Reader, theta: float = 10000.0) -> RopeConfig:
     given = {**c.get("rope_scaling", {}), **c.get("rope_parameters", {})}
     settings = Reader(given, f"{c.place}: rope_parameters")
     kind = settings.get("rope_type", settings.get("type", "default"))
-    names = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+    names = {"default": "none", "linear": "linear", "llama3": "low_frequency", "yarn": "yarn"}
     if kind not in names:
         raise MismatchError(
             f"{settings.place}: rope_type={kind!r} has no counterpart here (known: "
@@ -200,15 +200,15 @@ def _rope_of(c: Reader, theta: float = 10000.0) -> RopeConfig:
 
 
 def _rope_to(rope: RopeConfig) -> Json:
-    names = {"none": "default", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+    names = {"none": "default", "linear": "linear", "low_frequency": "llama3", "yarn": "yarn"}
     values: Json = {"rope_type": names[rope.scaling], "rope_theta": rope.theta}
     if rope.fraction != 1:
         values["partial_rotary_factor"] = rope.fraction
     if rope.scaling != "none":
         values["factor"] = rope.factor
-    if rope.scaling in ("llama3", "yarn"):
+    if rope.scaling in ("low_frequency", "yarn"):
         values["original_max_position_embeddings"] = rope.original_context
-    if rope.scaling == "llama3":
+    if rope.scaling == "low_frequency":
         values |= {
             "low_freq_factor": rope.low_freq_factor,
             "high_freq_factor": rope.high_freq_factor,

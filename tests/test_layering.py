@@ -164,3 +164,32 @@ def test_importing_loads_nothing_heavy_that_it_can_do_without(
     loaded = set(done.stdout.split())
     assert "gptjax" in loaded
     assert loaded & absent == set()
+
+
+FAMILIES = ("gpt1", "gpt2", "gpt3", "llama", "falcon", "mistral", "mixtral", "qwen")
+
+
+def family_names(source: str) -> list[str]:
+    """Names of families in a source's code: identifiers and strings, but no docstrings."""
+    tree = ast.parse(source)
+    bodies = (
+        node.body
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+    )
+    prose = {id(line.value) for body in bodies for line in body if isinstance(line, ast.Expr)}
+    words = [
+        getattr(node, field)
+        for node in ast.walk(tree)
+        if id(node) not in prose
+        for field in ("id", "attr", "name", "arg", "value")
+        if isinstance(getattr(node, field, None), str)
+    ]
+    return [w for w in words if any(f in w.lower() and "configs/" not in w for f in FAMILIES)]
+
+
+def test_no_code_knows_a_family_by_name_but_the_presets_and_their_declaration() -> None:
+    files = modules()
+    assert {file: names for file, s in files.items() if (names := family_names(s))}.keys() == {"hf"}
+    caught = 'def f(kind):\n    """Falcon."""\n    return kind == "falcon"'
+    assert family_names(caught) == ["falcon"]

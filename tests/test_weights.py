@@ -37,7 +37,7 @@ MODELS = {
         LLAMA,
         kv_heads=2,
         head_dim=16,
-        rope=RopeConfig(5e5, scaling="llama3", factor=8.0, original_context=32),
+        rope=RopeConfig(5e5, scaling="low_frequency", factor=8.0, original_context=32),
     ),
     "mistral": replace(LLAMA, kv_heads=2, window=7, pattern=("window",)),
     "qwen3": replace(LLAMA, kv_heads=4, qk_norm=True, tied_embeddings=True),

@@ -39,17 +39,17 @@ class RopeConfig:
     """Base of the frequencies."""
     fraction: float = identity(1.0)
     """Share of a head's width that is rotated; the rest has no position."""
-    scaling: Literal["none", "linear", "llama3", "yarn"] = identity("none")
+    scaling: Literal["none", "linear", "low_frequency", "yarn"] = identity("none")
     """Stretching: all frequencies alike (Chen et al. 2023), the low ones only (Llama 3.1), or by
     the number of turns within the original context (YaRN, Peng et al. 2023)."""
     factor: float = identity(1.0)
     """How many times longer."""
     original_context: int = identity(0)
-    """llama3, yarn: context before stretching, in tokens."""
+    """low_frequency, yarn: context before stretching, in tokens."""
     low_freq_factor: float = identity(1.0)
-    """llama3: wavelengths above original_context / this are stretched in full."""
+    """low_frequency: wavelengths above original_context / this are stretched in full."""
     high_freq_factor: float = identity(4.0)
-    """llama3: wavelengths below original_context / this are left as they are."""
+    """low_frequency: wavelengths below original_context / this are left as they are."""
     beta_fast: float = identity(32.0)
     """yarn: from this many turns within the original context, left as they are."""
     beta_slow: float = identity(1.0)

@@ -206,12 +206,12 @@ def _rope_problems(m: Any) -> Iterator[str]:
         yield f"model.rope.theta={rope.theta}: must be above 0"
     if not rope.factor >= 1:
         yield f"model.rope.factor={rope.factor}: must be at least 1"
-    if rope.scaling in ("llama3", "yarn") and rope.original_context < 1:
+    if rope.scaling in ("low_frequency", "yarn") and rope.original_context < 1:
         yield (
             f"model.rope.original_context={rope.original_context}: model.rope.scaling="
             f"{rope.scaling} needs the context before stretching"
         )
-    if rope.scaling == "llama3" and not 0 < rope.low_freq_factor < rope.high_freq_factor:
+    if rope.scaling == "low_frequency" and not 0 < rope.low_freq_factor < rope.high_freq_factor:
         yield (
             f"model.rope.low_freq_factor={rope.low_freq_factor}: must be above 0 and below "
             f"model.rope.high_freq_factor={rope.high_freq_factor}"

@@ -106,7 +106,7 @@ def rope_frequencies(cfg: RopeConfig, width: int) -> tuple[np.ndarray, float]:
     base = f32(1) / np.power(cfg.theta, exponent, dtype=np.float64).astype(f32)
     if cfg.scaling == "linear":
         return base / f32(cfg.factor), 1.0
-    if cfg.scaling == "llama3":
+    if cfg.scaling == "low_frequency":
         turns = f32(cfg.original_context) / (f32(2 * math.pi) / base)
         low, high = f32(cfg.low_freq_factor), f32(cfg.high_freq_factor)
         keep = np.clip((turns - low) / (high - low), 0, 1)

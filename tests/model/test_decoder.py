@@ -41,7 +41,7 @@ VARIANTS = {
     "stretched": {
         "positions": "rope",
         "rope": RopeConfig(
-            theta=100.0, fraction=0.5, scaling="llama3", factor=4.0, original_context=16
+            theta=100.0, fraction=0.5, scaling="low_frequency", factor=4.0, original_context=16
         ),
         "head_dim": 16,
         "qk_norm": True,
@@ -132,7 +132,7 @@ def plain_frequencies(rope, width):
     """Radians a position, and the factor on the whole."""
     base = rope.theta ** (-np.arange(0, width, 2) / width)
     turns = rope.original_context * base / (2 * np.pi)
-    if rope.scaling == "llama3":
+    if rope.scaling == "low_frequency":
         low, high = rope.low_freq_factor, rope.high_freq_factor
         keep = np.clip((turns - low) / (high - low), 0, 1)
         return keep * base + (1 - keep) * base / rope.factor, 1
