@@ -84,6 +84,7 @@ def falcon2_11b() -> Config:
         head_dim=128,
         shared_norm=True,
         rope=RopeConfig(theta=500_042.0),
+        tied_embeddings=False,
     )
     return _falcon("2-11b", model, lr=3.7e-4, batch=2048, tokens=5.0)
 

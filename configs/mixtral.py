@@ -4,7 +4,7 @@
 
 The public stand-in for the GPT-4 class, whose architecture its makers have not published. Shapes
 are those of the released configurations. How Mixtral was trained was not published: rates, batch
-and budget are Llama 2's, the balance loss's weight is that of the released configuration.
+and budget are Llama 2's, the balance loss's weight is the released one, whose even value is top_k.
 """
 
 from gptjax.config import (
@@ -43,7 +43,7 @@ def _mixtral(size: str, *, vocab: int, lr: float, context: int = 32_768, **shape
             context=context,
             kv_heads=8,
             activation="swiglu",
-            moe=MoeConfig(experts=8, top_k=2, balance_loss=0.02),
+            moe=MoeConfig(experts=8, top_k=2, balance_loss=2 * 0.02),
             norm="rmsnorm",
             positions="rope",
             rope=RopeConfig(theta=1e6),

@@ -36,7 +36,7 @@ def qwen3_30b_a3b() -> Config:
             head_dim=128,
             mlp=6144,
             activation="swiglu",
-            moe=MoeConfig(experts=128, top_k=8, hidden=768, balance_loss=0.001),
+            moe=MoeConfig(experts=128, top_k=8, hidden=768, balance_loss=8 * 0.001),
             norm="rmsnorm",
             norm_eps=1e-6,
             qk_norm=True,

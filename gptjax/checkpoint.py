@@ -87,10 +87,10 @@ def fingerprints(leaves: Leaves) -> dict[str, list[int]]:
 
 
 def _orbax() -> Any:
-    """Orbax's own module, imported when first needed, silent below errors."""
+    """Orbax's own module, imported when first needed, and silent: failures are told here."""
     from orbax.checkpoint import v1
 
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     return v1
 
 

@@ -9,7 +9,9 @@ the end of the context, where a mistake in the rotary frequencies shows.
 """
 
 import importlib.util
+import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,12 @@ from gptjax.config import (
     ComputeConfig,
     Config,
     EvalConfig,
+    MeshConfig,
     ModelConfig,
     TokenizerConfig,
     TrainConfig,
 )
-from gptjax.errors import DataError, OutputError
+from gptjax.errors import ConfigError, DataError, MismatchError, OutputError
 from gptjax.model import decoder
 from gptjax.model.decoder import Params
 from gptjax.progress import Progress
@@ -38,6 +41,8 @@ from gptjax.weights import Source
 
 COMPARED_TOKENS = 1024
 _COMPARED_POSITIONS = 64
+_SKIPPED = "not compared: as told"
+_TOLERATED = 1e-2  # of the largest logit, and of the positions
 
 Json = dict[str, Any]
 
@@ -46,8 +51,10 @@ def import_run(folder: str, target: str, progress: Progress, *, compare: bool = 
     """Makes a run of a Hugging Face folder; returns its certificate.
 
     Raises DataError and MismatchError as `weights.open_source` does, before anything is written;
-    OutputError where the target exists and is not empty, or cannot be written.
+    OutputError where the target exists and is not empty, or cannot be written; MismatchError, with
+    the run and its certificate in place, where the conversion turns out not to agree.
     """
+    _one_process()
     source = weights.open_source(Path(folder))
     tokenizer = _tokenizer(source, progress)
     cfg = _config(source.model, tokenizer, target)
@@ -55,15 +62,11 @@ def import_run(folder: str, target: str, progress: Progress, *, compare: bool = 
     path = Path(target)
     _new_folder(path)
     with run.entered_mesh(cfg):
-        tree = weights.parameter_shapes(source.model)
-        with progress.bar("read", len(tree), unit="tensor") as bar:
-            done: list[str] = []
-
-            def tell(name: str) -> None:
-                done.append(name)
-                bar.update(len(done))
-
-            params = weights.read_params(source, tell)
+        with progress.bar(
+            "read", len(weights.parameter_shapes(source.model)), unit="tensor"
+        ) as bar:
+            params = weights.read_params(source, bar.update)
+        _carry(source.folder, path / _CARRIED)
         run.record_imported(cfg, tokenizer, _provenance(source, folder))
         checkpoints = Checkpoints(
             path / run.CHECKPOINTS, CheckpointConfig(), lambda step: {"imported": folder}
@@ -75,11 +78,8 @@ def import_run(folder: str, target: str, progress: Progress, *, compare: bool = 
             "source": folder,
             "tensors": len(source.names),
             "keys of config.json not read": list(source.unread),
-            **_round_trip(source, params, progress),
-            **(_compared(source, params, progress) if compare else _not_compared("as told")),
         }
-    run.write_json(path / run.CERTIFICATE, certificate)
-    return certificate
+        return _certify(certificate, source, params, progress, [path], compare=compare)
 
 
 def export_run(
@@ -88,19 +88,24 @@ def export_run(
     """Writes a run's newest checkpoint as a Hugging Face folder; returns its certificate.
 
     Tensors have the formats of the source where the run was imported and float32 otherwise, or
-    `dtype`. Raises MismatchError where no Hugging Face architecture has this model.
+    `dtype`. Raises MismatchError where no Hugging Face architecture has this model, and where the
+    folder, written, turns out not to agree.
     """
+    _one_process()
     cfg, tokenizer, _ = run.open_run(folder)
     hf.family_of(cfg.model)  # refuses before anything is read
     provenance = run.source_of(folder)
     path = Path(target)
     _new_folder(path)
     formats = {} if dtype or provenance is None else provenance["dtypes"]
-    with run.entered_mesh(cfg):
+    with run.entered_mesh(replace(cfg, compute=ComputeConfig())):  # compared in float32
         params, step = run.restore_params(folder, cfg, progress.say)
         extra = {} if provenance is None else provenance["config"]
-        if tokenizer is not None:
-            extra = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} | extra
+        extra = {key: value for key, value in extra.items() if key != "torch_dtype"}
+        if provenance is not None:
+            _carry(Path(folder) / _CARRIED, path)
+        elif tokenizer is not None:
+            extra = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
             tokenizer.save(path)
         common = (
             weights.FORMATS_BY_NAME[dtype]
@@ -114,10 +119,28 @@ def export_run(
             "step": step,
             "tensors": len(source.names),
             "format": common,
-            **(_compared(source, params, progress) if compare else _not_compared("as told")),
         }
-    run.write_json(path / run.CERTIFICATE, certificate)
-    return certificate
+        return _certify(certificate, source, params, progress, [path], compare=compare)
+
+
+def _one_process() -> None:
+    if jax.process_count() > 1:
+        raise ConfigError([f"convert: runs in one process, not in {jax.process_count()}"])
+
+
+_CARRIED = "source"
+_BESIDE = (  # what goes along as it is: tokenizers' files in every form, and generation's settings
+    *("tokenizer*.json", "tokenizer.model", "vocab.*", "merges.txt", "added_tokens.json"),
+    *("special_tokens_map.json", "chat_template*", "generation_config.json"),
+)
+
+
+def _carry(source: Path, target: Path) -> None:
+    """Copies the small files beside the weights."""
+    target.mkdir(exist_ok=True)
+    for pattern in _BESIDE:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, target / file.name)
 
 
 def _new_folder(path: Path) -> None:
@@ -133,32 +156,40 @@ def _new_folder(path: Path) -> None:
 
 
 def _tokenizer(source: Source, progress: Progress) -> tokenizers.Tokenizer | None:
-    """The folder's own, or none, which is told."""
+    """The folder's own; or none, which is told, where it has none that can be used."""
     folder = source.folder
+    why = "no tokenizer.json and no tokenizer.model"
     for kind, file in (("huggingface", "tokenizer.json"), ("sentencepiece", "tokenizer.model")):
         if (folder / file).exists():
-            path = folder if kind == "huggingface" else folder / file
-            return tokenizers.make(TokenizerConfig(kind=kind, path=str(path)), ())  # type: ignore[arg-type]
-    progress.say(f"{folder}: no tokenizer.json and no tokenizer.model, so the run cannot read text")
+            given = TokenizerConfig(kind=kind, path=str(folder / file))  # type: ignore[arg-type]
+            try:
+                tokenizer = tokenizers.make(given, ())
+            except DataError as error:
+                why = str(error)
+                continue
+            if tokenizer.vocab_size <= source.model.vocab_size:
+                return tokenizer
+            why = f"{file} has {tokenizer.vocab_size} pieces, the model {source.model.vocab_size}"
+    progress.say(f"{folder}: {why}; so the run cannot read text")
     return None
 
 
 def _config(model: ModelConfig, tokenizer: tokenizers.Tokenizer | None, target: str) -> Config:
-    """A configuration that uses the model, and from which training can go on."""
+    """A configuration that uses the model, its parameters split over as many devices as go."""
+    devices = jax.device_count()
+    shards = next(n for n in range(devices, 0, -1) if devices % n == 0 == model.embed % n)
+    rows = -(-32 // devices) * devices
     seq_len = min(model.context, 1024)
     kind = TokenizerConfig(path=target)
     if tokenizer is not None:
         kind = replace(kind, kind=tokenizer.kind, vocab_size=tokenizer.vocab_size)
-    if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
-        raise DataError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces and the model {model.vocab_size}"
-        )
     return Config(
         run=target,
         model=model,
+        mesh=MeshConfig(fsdp=shards),
         tokenizer=kind,
-        train=TrainConfig(seq_len=seq_len, batch_tokens=seq_len * 32),
-        eval=EvalConfig(sample_tokens=max(1, min(128, model.context // 2))),
+        train=TrainConfig(seq_len=seq_len, batch_tokens=seq_len * rows),
+        eval=EvalConfig(batch=rows, sample_tokens=max(1, min(128, model.context // 2))),
     )
 
 
@@ -173,39 +204,74 @@ def _provenance(source: Source, folder: str) -> Json:
 # --- the certificate ---------------------------------------------------------------------------
 
 
-def _round_trip(source: Source, params: Params, progress: Progress) -> Json:
-    """Whether every tensor, made of the parameters again, has the bytes that it had."""
+def _certify(
+    certificate: Json,
+    source: Source,
+    params: Params,
+    progress: Progress,
+    folders: Sequence[Path],
+    *,
+    compare: bool,
+) -> Json:
+    """Adds both comparisons to a certificate and writes it, each as soon as it is known.
+
+    Raises MismatchError where the model does not agree with the folder.
+    """
+
+    def write() -> None:
+        for folder in folders:
+            run.write_json(folder / run.CERTIFICATE, certificate)
+
+    differ = _differing(source, params, progress)
+    certificate["round trip"] = {"differ": differ} if differ else "byte-equal"
+    write()
+    certificate["transformers"] = _compared(source, params, progress) if compare else _SKIPPED
+    write()
+    logits = certificate["transformers"]
+    far_off = isinstance(logits, dict) and (
+        logits["largest_difference"] > _TOLERATED * logits["largest_logit"]
+        or logits["argmax_agreement"] < 1 - _TOLERATED
+    )
+    if differ or far_off:
+        raise MismatchError(
+            f"{source.folder} and the run do not agree; see {folders[0] / run.CERTIFICATE}"
+        )
+    return certificate
+
+
+def _differing(source: Source, params: Params, progress: Progress) -> list[str]:
+    """Tensors that, made of the parameters, have not the bytes that they have in the folder."""
     differ = []
-    with progress.bar("convert back", len(source.names), unit="tensor") as bar:
+    with progress.bar("compare bytes", len(source.names), unit="tensor") as bar:
         made = weights.tensors(params, source.model, source.family)
         for count, (name, value) in enumerate(made, 1):
             original = source.tensor(name)
             if weights.cast(value, source.dtype(name)).tobytes() != original.tobytes():
                 differ.append(name)
             bar.update(count)
-    return {"round trip": "byte-equal" if not differ else {"differ": differ}}
+    return differ
 
 
-def _not_compared(why: str) -> Json:
-    return {"transformers": f"not compared: {why}"}
-
-
-def _compared(source: Source, params: Params, progress: Progress) -> Json:
-    """Logits against those of `transformers`, where it is installed."""
+def _compared(source: Source, params: Params, progress: Progress) -> Json | str:
+    """Logits against those of `transformers`, where it is installed and loads the folder."""
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
-        return _not_compared(f"{' and '.join(missing)} not installed")
+        return f"not compared: {' and '.join(missing)} not installed"
     progress.say("comparing with transformers")
-    return {"transformers": compare(source, params)}
+    try:
+        return compare(source, params)
+    except (ImportError, OSError, ValueError, RuntimeError, MemoryError) as error:
+        return f"not compared: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
 
 
 def compare(source: Source, params: Params) -> Json:
     """How far the logits are from those of `transformers` on the folder's weights, in float32.
 
     Two sequences of random tokens, as long as the context up to 1024: one at positions 0, 1, 2, …,
-    one spread over the whole context. Logits of 64 tokens of each are compared: the largest
-    difference, how often the likeliest token agrees, and the Kullback-Leibler divergence (summed
-    over the vocabulary, in nats, a token).
+    one spread over the whole context (not with ALiBi, whose place `transformers` takes from the
+    sequence: there one sequence of up to 4096 tokens). Logits of 64 tokens of each are compared:
+    the largest difference, how often the likeliest token agrees, and the Kullback-Leibler
+    divergence (summed over the vocabulary, in nats, a token).
     """
     import torch
     import transformers
@@ -217,11 +283,12 @@ def compare(source: Source, params: Params) -> Json:
         source.folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     ).eval()
     model = source.model
-    length = min(model.context, COMPARED_TOKENS)
+    alibi = model.positions == "alibi"
+    length = min(model.context, 4 * COMPARED_TOKENS if alibi else COMPARED_TOKENS)
     ids = np.random.default_rng(0).integers(0, model.vocab_size, (1, length)).astype(np.int32)
     chosen = np.unique(np.linspace(0, length - 1, _COMPARED_POSITIONS).round().astype(int))
     starts = {"near": np.arange(length)}
-    if model.context > length:
+    if model.context > length and not alibi:
         starts["far"] = np.linspace(0, model.context - 1, length).round().astype(int)
 
     @jax.jit

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.config import ModelConfig, MoeConfig, RopeConfig, from_dict, to_dict
+from gptjax.config import ModelConfig, MoeConfig, RopeConfig, from_dict, model_problems, to_dict
 from gptjax.errors import ConfigError, DataError, MismatchError
 
 Json = dict[str, Any]
@@ -129,6 +129,12 @@ class Reader:
     def __init__(self, values: Json, place: str) -> None:
         self.values, self.place = values, place
         self.read: set[str] = set()
+        self.inner: dict[str, Reader] = {}
+
+    def unread(self) -> set[str]:
+        """Keys that nobody asked for, those of inner objects with a dot."""
+        inner = {f"{name}.{key}" for name, r in self.inner.items() for key in r.unread()}
+        return set(self.values) - self.read | inner
 
     def get(self, name: str, default: Any = None) -> Any:
         self.read.add(name)
@@ -157,10 +163,14 @@ def _unless(value: Any, default: Any) -> Any:
     return None if value == default else value
 
 
-def _rope_of(c: Reader, theta: float = 10000.0) -> RopeConfig:
-    """Rotary settings, from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
-    given = {**c.get("rope_scaling", {}), **c.get("rope_parameters", {})}
-    settings = Reader(given, f"{c.place}: rope_parameters")
+def _rope_of(c: Reader, theta: float | None = None) -> RopeConfig:
+    """Rotary settings, from `rope_parameters` or the older `rope_theta` and `rope_scaling`.
+
+    `theta` is what an absent base stands for.
+    """
+    older = c.get("rope_scaling", {})
+    given = c.get("rope_parameters", older)
+    settings = c.inner["rope_parameters"] = Reader(given, f"{c.place}: rope_parameters")
     kind = settings.get("rope_type", settings.get("type", "default"))
     names = {"default": "none", "linear": "linear", "llama3": "low_frequency", "yarn": "yarn"}
     if kind not in names:
@@ -168,9 +178,11 @@ def _rope_of(c: Reader, theta: float = 10000.0) -> RopeConfig:
             f"{settings.place}: rope_type={kind!r} has no counterpart here (known: "
             f"{', '.join(names)})"
         )
+    for reader in (c, settings):  # these architectures turn whole heads
+        reader.demand("partial_rotary_factor", 1, default=1)
+    base = settings.get("rope_theta", c.get("rope_theta", theta))
     rope = RopeConfig(
-        theta=float(settings.get("rope_theta", c.get("rope_theta", theta))),
-        fraction=float(settings.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0))),
+        theta=float(c.need("rope_theta") if base is None else base),
         scaling=names[kind],  # type: ignore[arg-type]
     )
     if kind == "default":
@@ -200,10 +212,19 @@ def _rope_of(c: Reader, theta: float = 10000.0) -> RopeConfig:
 
 
 def _rope_to(rope: RopeConfig) -> Json:
+    """Keys of config.json, as `transformers` 5 writes them and as its older versions do."""
+    values = _rope_parameters(rope)
+    old = {k: v for k, v in values.items() if k != "rope_theta"}
+    return {
+        "rope_parameters": values,
+        "rope_theta": rope.theta,
+        "rope_scaling": None if rope.scaling == "none" else old,
+    }
+
+
+def _rope_parameters(rope: RopeConfig) -> Json:
     names = {"none": "default", "linear": "linear", "low_frequency": "llama3", "yarn": "yarn"}
     values: Json = {"rope_type": names[rope.scaling], "rope_theta": rope.theta}
-    if rope.fraction != 1:
-        values["partial_rotary_factor"] = rope.fraction
     if rope.scaling != "none":
         values["factor"] = rope.factor
     if rope.scaling in ("low_frequency", "yarn"):
@@ -222,7 +243,9 @@ def _rope_to(rope: RopeConfig) -> Json:
 
 def _gpt(c: Reader, *, activation: str, post: bool) -> ModelConfig:
     embed = c.need("n_embd")
-    c.demand(activation, *(("gelu_new", "gelu") if post else ("gelu_new", "gelu_pytorch_tanh")))
+    # What post-norm models of this kind call gelu is the tanh approximation as well.
+    names = ("gelu_new", "gelu") if post else ("gelu_new", "gelu_pytorch_tanh")
+    c.demand(activation, *names, default=names[post])
     if not post:
         c.demand("scale_attn_weights", True, default=True)
         c.demand("scale_attn_by_inverse_layer_idx", False, default=False)
@@ -277,14 +300,21 @@ def _gpt_pieces(m: ModelConfig, *, embed: str, positions: str, final: str | None
     return pieces
 
 
-def _llama(c: Reader, *, windowed: bool = False, qk_norm: bool = False) -> ModelConfig:
-    """Llama, and what has grown from it."""
+def _llama(
+    c: Reader,
+    *,
+    biases: bool = False,
+    theta: float | None = None,
+    windows: Sequence[bool] = (False,),
+    qk_norm: bool = False,
+) -> ModelConfig:
+    """Llama, and what has grown from it. `windows`: which layers have a window."""
     c.demand("hidden_act", "silu", default="silu")
     embed, heads = c.need("hidden_size"), c.need("num_attention_heads")
-    biases = {c.get("attention_bias", False), c.get("mlp_bias", False)}
-    if len(biases) > 1:
+    allowed = (False, True) if biases else (False,)
+    linear_bias = c.demand("attention_bias", *allowed, default=False)
+    if c.demand("mlp_bias", *allowed, default=False) != linear_bias:
         raise MismatchError(f"{c.place}: attention_bias and mlp_bias differ; here both or neither")
-    window = c.get("sliding_window") if windowed and c.get("use_sliding_window", True) else None
     return ModelConfig(
         vocab_size=c.need("vocab_size"),
         context=c.need("max_position_embeddings"),
@@ -296,27 +326,52 @@ def _llama(c: Reader, *, windowed: bool = False, qk_norm: bool = False) -> Model
         mlp=_unless(c.need("intermediate_size"), 4 * embed),
         activation="swiglu",
         norm="rmsnorm",
-        norm_eps=float(c.get("rms_norm_eps", 1e-6)),
+        norm_eps=float(c.need("rms_norm_eps")),
         qk_norm=qk_norm,
         positions="rope",
-        rope=_rope_of(c),
-        window=window,
-        pattern=("window",) if window else ("full",),
-        linear_bias=biases == {True},
+        rope=_rope_of(c, theta),
+        window=c.need("sliding_window") if any(windows) else None,
+        pattern=_pattern(windows),
+        linear_bias=linear_bias,
         tied_embeddings=bool(c.get("tie_word_embeddings", False)),
     )
 
 
+def _pattern(windows: Sequence[bool]) -> tuple[Any, ...]:
+    """The shortest pattern that repeats to these layers."""
+    kinds = tuple("window" if w else "full" for w in windows)
+    lengths = (n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0)
+    return next(kinds[:n] for n in lengths if kinds == kinds[:n] * (len(kinds) // n))
+
+
+def _mistral_windows(c: Reader) -> Sequence[bool]:
+    if "sliding_window" not in c.values:  # where absent, it stands for a number
+        c.need("sliding_window")
+    return (c.get("sliding_window") is not None,)
+
+
+def _qwen_windows(c: Reader, *, by_layer: bool) -> Sequence[bool]:
+    used = bool(c.get("use_sliding_window", False))
+    if not by_layer:
+        return (used,)
+    layers, first = c.need("num_hidden_layers"), c.get("max_window_layers", 28)
+    kinds = c.get("layer_types") or [
+        "sliding_attention" if i >= first else "full_attention" for i in range(layers)
+    ]
+    return [used and kind == "sliding_attention" for kind in kinds]
+
+
 def _mixture(c: Reader, model: ModelConfig, **moe: Any) -> ModelConfig:
-    balance = float(c.get("router_aux_loss_coef", 0.001))
-    given = MoeConfig(top_k=c.need("num_experts_per_tok"), balance_loss=balance, **moe)
-    return replace(model, moe=given)
+    """Theirs is a balance loss that is top_k where all is even, ours one that is 1."""
+    top_k = c.need("num_experts_per_tok")
+    balance = top_k * float(c.get("router_aux_loss_coef", 0.001))
+    return replace(model, moe=MoeConfig(top_k=top_k, balance_loss=balance, **moe))
 
 
 def _qwen3_moe(c: Reader) -> ModelConfig:
     c.demand("decoder_sparse_step", 1, default=1)
     c.demand("mlp_only_layers", [], default=[])
-    model = _llama(c, qk_norm=True, windowed=bool(c.get("use_sliding_window", False)))
+    model = _llama(c, qk_norm=True, windows=_qwen_windows(c, by_layer=False))
     return _mixture(
         c,
         model,
@@ -338,7 +393,7 @@ def _llama_config(m: ModelConfig, experts: str = "num_local_experts") -> Json:
         "intermediate_size": m.hidden,
         "hidden_act": "silu",
         "rms_norm_eps": m.norm_eps,
-        "rope_parameters": _rope_to(m.rope),
+        **_rope_to(m.rope),
         "attention_bias": m.linear_bias,
         "mlp_bias": m.linear_bias,
         "tie_word_embeddings": m.tied_embeddings,
@@ -347,8 +402,17 @@ def _llama_config(m: ModelConfig, experts: str = "num_local_experts") -> Json:
         values |= {
             "num_experts_per_tok": m.moe.top_k,
             experts: m.moe.experts,
-            "router_aux_loss_coef": m.moe.balance_loss,
+            "router_aux_loss_coef": m.moe.balance_loss / m.moe.top_k,
         }
+    return values
+
+
+def _qwen_window_config(m: ModelConfig, *, by_layer: bool) -> Json:
+    values: Json = {"use_sliding_window": "window" in m.pattern, "sliding_window": m.window}
+    if by_layer:
+        kinds = m.pattern * (m.layers // len(m.pattern))
+        names = {"window": "sliding_attention", "full": "full_attention"}
+        values["layer_types"] = [names[kind] for kind in kinds]
     return values
 
 
@@ -417,7 +481,7 @@ def _falcon(c: Reader) -> ModelConfig:
         residual="parallel" if parallel else "sequential",
         shared_norm=parallel and norms == 1,
         positions="alibi" if alibi else "rope",
-        rope=RopeConfig() if alibi else _rope_of(c),
+        rope=RopeConfig() if alibi else _rope_of(c, 10000.0),
         alibi="scaled_bf16" if alibi else "exact",
         linear_bias=bool(c.get("bias", False)),
         tied_embeddings=bool(c.get("tie_word_embeddings", True)),
@@ -443,7 +507,7 @@ def _falcon_config(m: ModelConfig) -> Json:
         "alibi": m.positions == "alibi",
         "bias": m.linear_bias,
         "layer_norm_epsilon": m.norm_eps,
-        "rope_parameters": _rope_to(m.rope),
+        **_rope_to(m.rope),
         "tie_word_embeddings": m.tied_embeddings,
         "hidden_dropout": m.dropout,
         "attention_dropout": m.dropout,
@@ -500,28 +564,33 @@ FAMILIES: dict[str, Family] = {
         _BUFFERS,
     ),
     "llama": _LLAMA_LIKE(
-        "LlamaForCausalLM", to_model=_llama, to_config=_llama_config, pieces=_llama_pieces
+        "LlamaForCausalLM",
+        to_model=lambda c: _llama(c, biases=True, theta=10000.0),
+        to_config=_llama_config,
+        pieces=_llama_pieces,
     ),
     "mistral": _LLAMA_LIKE(
         "MistralForCausalLM",
-        to_model=lambda c: _llama(c, windowed=True),
+        to_model=lambda c: _llama(c, windows=_mistral_windows(c)),
         to_config=lambda m: _llama_config(m) | {"sliding_window": m.window},
         pieces=_llama_pieces,
     ),
     "qwen3": _LLAMA_LIKE(
         "Qwen3ForCausalLM",
-        to_model=lambda c: _llama(
-            c, qk_norm=True, windowed=bool(c.get("use_sliding_window", False))
-        ),
-        to_config=_llama_config,
+        to_model=lambda c: _llama(c, qk_norm=True, windows=_qwen_windows(c, by_layer=True)),
+        to_config=lambda m: _llama_config(m) | _qwen_window_config(m, by_layer=True),
         pieces=_llama_pieces,
     ),
     "mixtral": _LLAMA_LIKE(
         "MixtralForCausalLM",
         to_model=lambda c: _mixture(
-            c, _llama(c, windowed=True), experts=c.need("num_local_experts")
+            c,
+            _llama(c, windows=(c.get("sliding_window") is not None,)),
+            experts=c.need("num_local_experts"),
         ),
-        to_config=lambda m: _llama_config(m) | {"sliding_window": m.window},
+        to_config=lambda m: (
+            _llama_config(m) | {"sliding_window": m.window, "intermediate_size": m.expert_hidden}
+        ),
         pieces=lambda m: _llama_pieces(
             m,
             {
@@ -537,6 +606,7 @@ FAMILIES: dict[str, Family] = {
         to_model=_qwen3_moe,
         to_config=lambda m: (
             _llama_config(m, "num_experts")
+            | _qwen_window_config(m, by_layer=False)
             | {"moe_intermediate_size": m.expert_hidden, "norm_topk_prob": m.moe.normalize}
         ),
         pieces=lambda m: _llama_pieces(
@@ -552,12 +622,12 @@ FAMILIES: dict[str, Family] = {
 
 
 def read_config(config: Json, place: str) -> tuple[Family, ModelConfig, set[str]]:
-    """The family and the model of a config.json, and the keys that were read.
+    """The family and the model of a config.json, and the keys that were not read.
 
     Raises DataError for one that makes no sense, MismatchError for a model with no counterpart.
     """
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise MismatchError(
             f"{place}: model_type={kind!r} is not known (known: {', '.join(FAMILIES)})"
         )
@@ -565,9 +635,12 @@ def read_config(config: Json, place: str) -> tuple[Family, ModelConfig, set[str]
     try:
         model = FAMILIES[kind].to_model(reader)
         from_dict(to_dict(model), ModelConfig, "model.")  # which looks at the types
+        problems = list(model_problems(model))
+        if problems:
+            raise ConfigError(problems)
     except (TypeError, ValueError, ZeroDivisionError, ConfigError) as error:
         raise DataError(f"{place}: has a value that makes no sense ({error})") from None
-    return FAMILIES[kind], model, reader.read
+    return FAMILIES[kind], model, reader.unread()
 
 
 def family_of(model: ModelConfig) -> tuple[str, Json]:
@@ -582,14 +655,17 @@ def family_of(model: ModelConfig) -> tuple[str, Json]:
         vocab_multiple=1,
         kv_heads=m.kv,
         head_dim=m.head,
-        mlp=m.hidden,
-        moe=replace(m.moe, capacity=0.0, router_z_loss=0.0, hidden=m.expert_hidden),
+        mlp=m.expert_hidden if m.moe.experts else m.hidden,
+        moe=replace(
+            m.moe, capacity=0.0, balance_loss=0.0, router_z_loss=0.0, hidden=m.expert_hidden
+        ),
         rope=m.rope if m.positions == "rope" else RopeConfig(),
         pattern=m.pattern[:1] if len(set(m.pattern)) == 1 else m.pattern,
         window=m.window if "window" in m.pattern else None,
         norm_bias=m.norm_bias or m.norm == "rmsnorm",
     )
     differences: dict[str, list[str]] = {}
+    refused = set()
     for name, family in FAMILIES.items():
         config = {"model_type": name, "architectures": [family.architecture]}
         config |= family.to_config(model)
@@ -597,6 +673,7 @@ def family_of(model: ModelConfig) -> tuple[str, Json]:
             back = family.to_model(Reader(json.loads(json.dumps(config)), name))
         except (MismatchError, DataError) as error:
             differences[name] = [str(error)]
+            refused.add(name)
             continue
         if not model.moe.experts:
             back = replace(back, moe=model.moe)
@@ -605,7 +682,7 @@ def family_of(model: ModelConfig) -> tuple[str, Json]:
         if not differs:
             return name, config
         differences[name] = differs
-    nearest = min(differences, key=lambda name: len(differences[name]))
+    nearest = min(differences, key=lambda name: (name in refused, len(differences[name])))
     raise MismatchError(
         f"no Hugging Face architecture has this model; the nearest, {nearest}, differs in",
         differences[nearest],

@@ -58,6 +58,8 @@ def claim(cfg: Config) -> Iterator[list[str]]:
         except OSError as error:
             raise OutputError(f"run={cfg.run}: cannot be written: {error}") from None
         changes: list[str] = []
+        if (folder / _SOURCE).exists():
+            raise MismatchError(f"{folder} holds an imported model; give another --run")
         if (folder / CONFIG_FILE).exists():
             changes = config.resume_changes(config.read_json(folder / CONFIG_FILE), cfg)
         elif Checkpoints(folder / CHECKPOINTS).steps():

@@ -72,7 +72,7 @@ def open_source(folder: Path) -> Source:
         raise DataError(f"{config_file}: cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):
         raise DataError(f"{config_file}: must hold an object")
-    family, model, read = hf.read_config(config, str(config_file))
+    family, model, unread = hf.read_config(config, str(config_file))
     pieces = family.pieces(model)
     files = _open_files(folder)
     return Source(
@@ -80,7 +80,7 @@ def open_source(folder: Path) -> Source:
         config,
         family,
         model,
-        tuple(sorted(set(config) - read - set(_NO_MATHEMATICS.split()))),
+        tuple(sorted(unread - set(_NO_MATHEMATICS.split()))),
         files,
         _account(folder, family, model, pieces, files),
     )
@@ -92,7 +92,7 @@ architectures model_type torch_dtype dtype transformers_version use_cache bos_to
 pad_token_id initializer_range pretraining_tp attention_dropout hidden_dropout attn_pdrop embd_pdrop
 resid_pdrop output_router_logits router_jitter_noise task_specific_params _name_or_path n_ctx
 summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
-reorder_and_upcast_attn auto_map use_sliding_window sliding_window max_window_layers layer_types
+reorder_and_upcast_attn auto_map use_sliding_window sliding_window
 multi_query num_kv_heads num_ln_in_parallel_attn parallel_attn rope_theta rope_scaling
 rope_parameters
 """
@@ -154,13 +154,14 @@ def _account(
             left.remove("lm_head.weight")
     problems = [f"{name}: missing" for name in expected if name not in found]
     problems += [f"{name}: stored, and has no place in the model" for name in left]
+    shapes = {piece.name: _shape(piece, model) for piece in pieces}
     for name, stored in found.items():
         header = files[stored].get_slice(stored)
         if header.get_dtype() not in _FORMATS:
             known = ", ".join(_FORMATS)
             problems.append(f"{name}: of number format {header.get_dtype()}; known: {known}")
         shape = tuple(header.get_shape())
-        wanted = _shape(expected[name], model)
+        wanted = shapes[expected[name].name]
         if shape != wanted:
             problems.append(f"{name}: {list(shape)} stored, {list(wanted)} by config.json")
     if problems:
@@ -183,7 +184,7 @@ def _shape(piece: Piece, model: ModelConfig) -> tuple[int, ...]:
     parts = []
     for path in piece.paths:
         shape = shapes[f"blocks/layer_0/{path}"][1:] if piece.in_layer else shapes[path]
-        parts.append(np.broadcast_to(np.zeros(()), shape[1:] if "{e}" in piece.name else shape))
+        parts.append(np.broadcast_to(np.int8(0), shape[1:] if "{e}" in piece.name else shape))
     return piece.join(*parts).shape
 
 
@@ -198,8 +199,8 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 # --- import ------------------------------------------------------------------------------------
 
 
-def read_params(source: Source, done: Callable[[str], None] = lambda path: None) -> Params:
-    """The parameters in float32, laid out over the ambient mesh; tells each path when it is done.
+def read_params(source: Source, done: Callable[[int], None] = lambda count: None) -> Params:
+    """The parameters in float32, laid out over the ambient mesh; tells how many are done.
 
     Every element of the source is exactly representable.
     """
@@ -208,42 +209,46 @@ def read_params(source: Source, done: Callable[[str], None] = lambda path: None)
     place = {path: (piece, k) for piece in pieces for k, path in enumerate(piece.paths)}
     period = len(model.pattern)
 
-    def parameter(path: str, layer: int) -> np.ndarray:
+    def parameter(path: str, layer: int, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a parameter of a layer; of experts, only those in the part are read."""
         piece, k = place[path]
         if "{e}" not in piece.name:
-            return piece.split(source.tensor(piece.name.format(i=layer)))[k]
-        each = (
-            piece.split(source.tensor(piece.name.format(i=layer, e=e)))[k]
-            for e in range(model.moe.experts)
-        )
-        return np.stack(list(each))
+            return piece.split(source.tensor(piece.name.format(i=layer)))[k][index]
+        each = [
+            piece.split(source.tensor(piece.name.format(i=layer, e=e)))[k][index[1:]]
+            for e in range(model.moe.experts)[index[0]]
+        ]
+        return np.stack(each)
+
+    def share(path: str, layers: int, index: tuple[slice, ...]) -> np.ndarray:
+        """One device's part of a parameter, in float32, filled layer by layer."""
+        if not path.startswith("blocks/"):
+            return np.float32(parameter(path, 0, index))
+        _, block, inner = path.split("/", 2)
+        first = int(block.removeprefix("layer_"))
+        rows = range(layers)[index[0]]
+        values = parameter(inner, rows[0] * period + first, index[1:])
+        out = np.empty((len(rows), *values.shape), np.float32)
+        out[0] = values
+        for at, row in enumerate(rows[1:], 1):
+            out[at] = parameter(inner, row * period + first, index[1:])
+        return out
 
     def make(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        *_, block, inner = (
-            ("", "", *path.split("/", 2)) if path.startswith("blocks/") else ("", path)
-        )
-
-        def share(index: tuple[slice, ...]) -> np.ndarray:
-            if not block:
-                return np.float32(parameter(inner, 0)[index])
-            first = int(block.removeprefix("layer_"))
-            rows = range(leaf.shape[0])[index[0]]
-            inside = index[1:]
-            out: np.ndarray | None = None
-            for at, row in enumerate(rows):
-                values = parameter(inner, row * period + first)[inside]
-                if out is None:
-                    out = np.empty((len(rows), *values.shape), np.float32)
-                out[at] = values
-            assert out is not None
-            return out
-
-        array = jax.make_array_from_callback(leaf.shape, leaf.sharding, share)
-        done(path)
-        return array
+        """Device by device, so that the host holds no more than one part."""
+        shards: list[jax.Array] = []
+        before: tuple[Any, np.ndarray] | None = None
+        for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
+            if before is None or before[0] != index:
+                before = index, share(path, leaf.shape[0], index)
+            shards.append(jax.device_put(before[1], device))
+        return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
 
     abstract = sharding.abstract(lambda: decoder.init(model, jax.random.key(0)))
-    leaves = {path: make(path, leaf) for path, leaf in leaves_by_path(abstract).items()}
+    leaves = {}
+    for path, leaf in leaves_by_path(abstract).items():
+        leaves[path] = make(path, leaf)
+        done(len(leaves))
     return jax.tree.unflatten(jax.tree.structure(abstract), list(leaves.values()))
 
 

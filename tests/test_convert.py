@@ -63,6 +63,7 @@ def test_an_imported_model_is_a_run_that_samples_and_comes_back(capsys, folder, 
     assert code == 0
     assert "round trip: byte-equal" in out
     assert "transformers: not compared: transformers not installed" in out
+    assert (made / "source" / "tokenizer_config.json").exists()
     assert config.load(str(made)).model == MODEL
 
     code, out, _ = run(capsys, "inspect", made)
@@ -84,7 +85,35 @@ def test_an_imported_model_is_a_run_that_samples_and_comes_back(capsys, folder, 
     for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         assert (back / name).read_bytes() == (folder / name).read_bytes(), name
     before, after = (json.loads((p / "config.json").read_text()) for p in (folder, back))
-    assert after == before | {"bos_token_id": None, "eos_token_id": 0}
+    assert after == before
+    assert "round trip: byte-equal" in out
+    assert not list(back.glob("token_ids*"))
+
+
+def test_nothing_is_trained_in_an_imported_run(capsys, folder, tmp_path):
+    run(capsys, "convert", f"hf:{folder}", tmp_path / "run")
+    code, _, err = run(capsys, "train", tmp_path / "run")
+    assert code == 78
+    assert "holds an imported model" in err
+
+
+def test_a_conversion_that_does_not_agree_is_an_error_with_its_certificate_in_place(
+    capsys, folder, tmp_path, monkeypatch
+):
+    cast = weights.cast
+    monkeypatch.setattr(weights, "cast", lambda tensor, dtype: cast(tensor + 1, dtype))
+    code, _, err = run(capsys, "convert", f"hf:{folder}", tmp_path / "run")
+    assert (code, "do not agree" in err) == (78, True)
+    certificate = json.loads((tmp_path / "run" / "certificate.json").read_text())
+    assert "lm_head.weight" not in certificate["round trip"]["differ"]
+    assert "model.norm.weight" in certificate["round trip"]["differ"]
+
+
+@pytest.mark.parametrize("damage", ["not JSON", "{}"])
+def test_weights_come_in_without_a_tokenizer_that_cannot_be_used(capsys, folder, tmp_path, damage):
+    (folder / "tokenizer.json").write_text(damage)
+    code, _, err = run(capsys, "convert", f"hf:{folder}", tmp_path / "run")
+    assert (code, "cannot read text" in err) == (0, True)
 
 
 def test_the_number_format_of_an_export_can_be_chosen(capsys, folder, tmp_path):

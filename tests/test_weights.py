@@ -40,7 +40,15 @@ MODELS = {
         rope=RopeConfig(5e5, scaling="low_frequency", factor=8.0, original_context=32),
     ),
     "mistral": replace(LLAMA, kv_heads=2, window=7, pattern=("window",)),
-    "qwen3": replace(LLAMA, kv_heads=4, qk_norm=True, tied_embeddings=True),
+    "qwen3": replace(
+        LLAMA,
+        layers=4,
+        kv_heads=4,
+        qk_norm=True,
+        tied_embeddings=True,
+        window=7,
+        pattern=("full", "window"),
+    ),
     "mixtral": replace(LLAMA, kv_heads=2, moe=MoeConfig(experts=4, balance_loss=0.02)),
     "qwen3_moe": replace(
         LLAMA, qk_norm=True, moe=MoeConfig(experts=6, top_k=3, hidden=24, normalize=False)
@@ -197,6 +205,13 @@ def test_a_damaged_file_is_named(folders, tmp_path):
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("gpt2", {"activation_function": "relu"}, "activation_function='relu'"),
         ("gpt2", {"n_embd": "wide"}, "makes no sense"),
+        ("gpt2", {"n_layer": 0}, "model.layers=0: must be at least 1"),
+        ("llama", {"head_dim": 15}, "even width"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ("mistral", {"attention_bias": True}, "attention_bias=True"),
+        ("mixtral", {"rms_norm_eps": None}, "has no rms_norm_eps"),
+        ("mixtral", {"rope_parameters": None, "rope_theta": None}, "has no rope_theta"),
+        ("llama", {"model_type": ["llama"]}, "is not known"),
         ("llama", {"num_hidden_layers": None}, "has no num_hidden_layers"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
         ("falcon", {"activation": "relu"}, "activation='relu'"),
@@ -210,8 +225,41 @@ def test_a_configuration_with_no_counterpart_is_refused_by_its_key(
 
 
 def test_keys_that_nobody_reads_are_told(folders, tmp_path):
-    source = weights.open_source(edited(folders["llama"][0], tmp_path, new_trick=True))
-    assert source.unread == ("new_trick",)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "twist": 1}
+    changes = {"new_trick": True, "rope_parameters": rope}
+    source = weights.open_source(edited(folders["llama"][0], tmp_path, **changes))
+    assert source.unread == ("new_trick", "rope_parameters.twist")
+
+
+def test_layers_with_windows_are_read_however_they_are_told(folders, tmp_path):
+    folder = folders["qwen3"][0]
+    assert weights.open_source(folder).model.pattern == ("full", "window")
+    changes = {"layer_types": None, "max_window_layers": 3}
+    source = weights.open_source(edited(folder, tmp_path, **changes))
+    assert source.model.pattern == ("full", "full", "full", "window")
+    source = weights.open_source(edited(folder, tmp_path, use_sliding_window=False))
+    assert source.model.pattern == ("full",)
+
+
+def test_an_absent_window_is_asked_for_where_it_stands_for_a_number(folders, tmp_path):
+    config = folders["mistral"][0] / "config.json"
+    values = {k: v for k, v in json.loads(config.read_text()).items() if k != "sliding_window"}
+    with pytest.raises(DataError, match="has no sliding_window"):
+        hf.read_config(values, "config.json")
+    _, model, _ = hf.read_config(values | {"sliding_window": None}, "config.json")
+    assert model.pattern == ("full",)
+
+
+def test_the_weight_of_the_balance_loss_is_theirs_times_top_k(folders):
+    config = json.loads((folders["mixtral"][0] / "config.json").read_text())
+    assert config["router_aux_loss_coef"] == pytest.approx(0.01)
+    _, model, _ = hf.read_config(config | {"router_aux_loss_coef": 0.03}, "config.json")
+    assert model.moe.balance_loss == pytest.approx(0.06)
+
+
+def test_the_nearest_family_is_one_that_could_be_read():
+    with pytest.raises(MismatchError, match="nearest, llama, differs"):
+        hf.family_of(replace(LLAMA, logit_soft_cap=30.0))
 
 
 def test_the_older_way_to_write_rope_is_read_the_same(folders, tmp_path):
@@ -229,6 +277,8 @@ def test_the_older_way_to_write_rope_is_read_the_same(folders, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
+        ({"rope": RopeConfig(fraction=0.5)}, "fraction=0.5"),
+        ({"linear_bias": True, "qk_norm": True}, "qk_norm"),
         ({"logit_soft_cap": 30.0}, "logit_soft_cap"),
         ({"positions": "none"}, "positions"),
         ({"pattern": ("window", "full"), "window": 4}, "pattern"),

@@ -33,6 +33,7 @@ from gptjax.config.loading import (
     to_dict,
 )
 from gptjax.config.resuming import resume_changes, resume_classes
+from gptjax.config.validation import model_problems
 
 __all__ = [
     "CONFIG_FILE",
@@ -52,6 +53,7 @@ __all__ = [
     "flatten",
     "from_dict",
     "load",
+    "model_problems",
     "provenance",
     "read_json",
     "resolve",

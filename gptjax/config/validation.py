@@ -30,12 +30,8 @@ _MODEL_SIZES = ("vocab_size", "vocab_multiple", "context", "layers", "embed")
 def value_problems(cfg: Any) -> Iterator[str]:
     """Every value that is out of its range, or does not go with another."""
     m, t, o = cfg.model, cfg.train, cfg.optim
+    yield from model_problems(m)
     at_least_one = {
-        **{f"model.{k}": getattr(m, k) for k in _MODEL_SIZES},
-        "model.heads": m.heads,
-        "model.kv_heads": m.kv,
-        "model.head_dim": 1 if m.head_dim is None else m.head_dim,
-        "model.mlp": m.hidden,
         "compute.loss_chunks": cfg.compute.loss_chunks,
         "train.tokens": t.tokens,
         "train.batch_tokens": t.batch_tokens,
@@ -68,13 +64,6 @@ def value_problems(cfg: Any) -> Iterator[str]:
         "eval.sample_every": cfg.eval.sample_every,
         "eval.temperature": cfg.eval.temperature,
         "checkpoint.keep_every": cfg.checkpoint.keep_every,
-        "model.attention_soft_cap": m.attention_soft_cap,
-        "model.logit_soft_cap": m.logit_soft_cap,
-        "model.moe.experts": m.moe.experts,
-        "model.moe.shared": m.moe.shared,
-        "model.moe.capacity": m.moe.capacity,
-        "model.moe.balance_loss": m.moe.balance_loss,
-        "model.moe.router_z_loss": m.moe.router_z_loss,
         "log.peak_tflops": cfg.log.peak_tflops,
         "log.profile_start": cfg.log.profile_start,
     }
@@ -82,7 +71,6 @@ def value_problems(cfg: Any) -> Iterator[str]:
         if not value >= 0:
             yield f"{name}={value}: must not be negative"
     shares = {
-        "model.dropout": m.dropout,
         "train.ema_decay": t.ema_decay,
         "optim.b1": o.b1,
         "optim.b2": o.b2,
@@ -95,44 +83,6 @@ def value_problems(cfg: Any) -> Iterator[str]:
         yield f"eval.top_p={cfg.eval.top_p}: must be above 0 and at most 1"
     if t.seed >= 2**32:
         yield f"train.seed={t.seed}: must be below 2**32, which is what JAX's generator takes"
-    if m.head_dim is None and not _divides(m.heads, m.embed):
-        yield (
-            f"model.heads={m.heads}: does not divide model.embed={m.embed}; legal values near it "
-            f"are {_near(m.heads, divisors(m.embed))}, or set model.head_dim"
-        )
-    if not _divides(m.kv, m.heads):
-        yield (
-            f"model.kv_heads={m.kv}: does not divide model.heads={m.heads}; legal values near it "
-            f"are {_near(m.kv, divisors(m.heads))}"
-        )
-    if m.positions == "rope":
-        yield from _rope_problems(m)
-    if m.alibi != "exact" and m.positions != "alibi":
-        yield f"model.alibi={m.alibi}: only with model.positions=alibi"
-    if m.moe.experts and not 1 <= m.moe.top_k <= m.moe.experts:
-        yield (
-            f"model.moe.top_k={m.moe.top_k}: must be at least 1 and at most "
-            f"model.moe.experts={m.moe.experts}"
-        )
-    if m.moe.experts and m.expert_hidden < 1:
-        yield f"model.moe.hidden={m.expert_hidden}: must be at least 1"
-    if m.moe.experts and m.activation != "swiglu":
-        yield f"model.activation={m.activation}: experts are swiglu layers; set it so"
-    if m.moe.experts and m.linear_bias:
-        yield "model.linear_bias=True: experts have no biases; set it to False"
-    if not m.pattern:
-        yield "model.pattern=(): needs at least one entry, for example full"
-    elif not _divides(len(m.pattern), m.layers):
-        yield (
-            f"model.layers={m.layers}: is no multiple of the {len(m.pattern)} entries of "
-            f"model.pattern; use {_nearest_multiples(m.layers, len(m.pattern))}"
-        )
-    if "window" in m.pattern and (m.window is None or m.window < 1):
-        yield f"model.window={m.window}: model.pattern has windowed layers; give their width"
-    if m.shared_norm and m.residual != "parallel":
-        yield "model.shared_norm=True: only with model.residual=parallel"
-    if m.norm_position == "post" and m.residual == "parallel":
-        yield "model.norm_position=post: only with model.residual=sequential"
     if t.seq_len > m.context:
         yield (
             f"train.seq_len={t.seq_len}: longer than model.context={m.context}; lower the one or "
@@ -193,6 +143,72 @@ def _tokenizer_problems(tokenizer: Any) -> Iterator[str]:
         )
 
 
+def model_problems(m: Any) -> Iterator[str]:
+    """Every value of a ModelConfig that is out of its range, or does not go with another."""
+    at_least_one = {
+        **{f"model.{k}": getattr(m, k) for k in _MODEL_SIZES},
+        "model.heads": m.heads,
+        "model.kv_heads": m.kv,
+        "model.head_dim": 1 if m.head_dim is None else m.head_dim,
+        "model.mlp": m.hidden,
+    }
+    for name, value in at_least_one.items():
+        if value < 1:
+            yield f"{name}={value}: must be at least 1"
+    at_least_zero = {
+        "model.attention_soft_cap": m.attention_soft_cap,
+        "model.logit_soft_cap": m.logit_soft_cap,
+        "model.moe.experts": m.moe.experts,
+        "model.moe.shared": m.moe.shared,
+        "model.moe.capacity": m.moe.capacity,
+        "model.moe.balance_loss": m.moe.balance_loss,
+        "model.moe.router_z_loss": m.moe.router_z_loss,
+    }
+    for name, value in at_least_zero.items():
+        if not value >= 0:
+            yield f"{name}={value}: must not be negative"
+    if not 0 <= m.dropout < 1:
+        yield f"model.dropout={m.dropout}: must be at least 0 and below 1"
+    if m.head_dim is None and not _divides(m.heads, m.embed):
+        yield (
+            f"model.heads={m.heads}: does not divide model.embed={m.embed}; legal values near it "
+            f"are {_near(m.heads, divisors(m.embed))}, or set model.head_dim"
+        )
+    if not _divides(m.kv, m.heads):
+        yield (
+            f"model.kv_heads={m.kv}: does not divide model.heads={m.heads}; legal values near it "
+            f"are {_near(m.kv, divisors(m.heads))}"
+        )
+    if m.positions == "rope":
+        yield from _rope_problems(m)
+    if m.alibi != "exact" and m.positions != "alibi":
+        yield f"model.alibi={m.alibi}: only with model.positions=alibi"
+    if m.moe.experts and not 1 <= m.moe.top_k <= m.moe.experts:
+        yield (
+            f"model.moe.top_k={m.moe.top_k}: must be at least 1 and at most "
+            f"model.moe.experts={m.moe.experts}"
+        )
+    if m.moe.experts and m.expert_hidden < 1:
+        yield f"model.moe.hidden={m.expert_hidden}: must be at least 1"
+    if m.moe.experts and m.activation != "swiglu":
+        yield f"model.activation={m.activation}: experts are swiglu layers; set it so"
+    if m.moe.experts and m.linear_bias:
+        yield "model.linear_bias=True: experts have no biases; set it to False"
+    if not m.pattern:
+        yield "model.pattern=(): needs at least one entry, for example full"
+    elif not _divides(len(m.pattern), m.layers):
+        yield (
+            f"model.layers={m.layers}: is no multiple of the {len(m.pattern)} entries of "
+            f"model.pattern; use {_nearest_multiples(m.layers, len(m.pattern))}"
+        )
+    if "window" in m.pattern and (m.window is None or m.window < 1):
+        yield f"model.window={m.window}: model.pattern has windowed layers; give their width"
+    if m.shared_norm and m.residual != "parallel":
+        yield "model.shared_norm=True: only with model.residual=parallel"
+    if m.norm_position == "post" and m.residual == "parallel":
+        yield "model.norm_position=post: only with model.residual=sequential"
+
+
 def _rope_problems(m: Any) -> Iterator[str]:
     rope = m.rope
     if not 0 < rope.fraction <= 1:
@@ -236,7 +252,6 @@ def mesh_problems(cfg: Any, sizes: Mapping[str, int], processes: int) -> Iterato
     split = [
         ("tensor", tensor, "model.heads", m.heads),
         ("tensor", tensor, "model.kv_heads", m.kv),
-        ("tensor", tensor, "model.mlp", m.hidden),
         ("fsdp", fsdp, "model.embed", m.embed),
         ("data x fsdp x expert", rows, "eval.batch", cfg.eval.batch),
     ]
@@ -247,7 +262,9 @@ def mesh_problems(cfg: Any, sizes: Mapping[str, int], processes: int) -> Iterato
             ("tensor", tensor, "model.moe.hidden", m.expert_hidden),
             ("expert", sizes["expert"], "model.moe.experts", m.moe.experts),
         ]
-    elif sizes["expert"] > 1:
+    else:
+        split.append(("tensor", tensor, "model.mlp", m.hidden))
+    if sizes["expert"] > 1 and not m.moe.experts:
         yield f"mesh.expert={sizes['expert']}: model.moe.experts=0, so there is nothing to split"
     for axis, parts, name, size in split:
         if size % parts:

@@ -49,6 +49,7 @@ class Sizes:
 
     dtype: str
     length: int
+    head: int = 64
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Backend:
 
     `attend(q_BTHC, k_BTKC, v_BTKC, segments_BT, window)`, and the soft cap after them where there
     is one, is called on one device's share; all but the reference are. `dtypes` are those that it
-    takes, `length_unit` what divides its sequences.
+    takes, `length_unit` what divides its sequences, `head_limit` its widest head.
     """
 
     attend: Callable[..., jax.Array] | None
@@ -65,6 +66,7 @@ class Backend:
     features: frozenset[str]
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     length_unit: int = 1
+    head_limit: int = 2**31
 
     def refusal(self, need: Need, sizes: Sizes, platform: str) -> str | None:
         """Why it cannot serve a call, or None if it can."""
@@ -77,6 +79,8 @@ class Backend:
             return f"needs compute.dtype={'/'.join(self.dtypes)}"
         if sizes.length % self.length_unit:
             return f"needs sequences of a multiple of {self.length_unit}, not {sizes.length}"
+        if sizes.head > self.head_limit:
+            return f"needs heads of at most {self.head_limit}, not {sizes.head}"
         return None
 
 
@@ -290,7 +294,9 @@ BACKENDS: dict[str, Backend] = {  # fastest first, for each platform
     "splash": Backend(
         splash, ("tpu",), frozenset({"segments", "window", "grouped", "soft_cap"}), length_unit=128
     ),
-    "cudnn": Backend(cudnn, ("gpu",), frozenset({"window", "grouped"}), dtypes=("bfloat16",)),
+    "cudnn": Backend(
+        cudnn, ("gpu",), frozenset({"window", "grouped"}), ("bfloat16",), head_limit=128
+    ),
     "blockwise": Backend(blockwise, ("cpu",), frozenset({"segments", "window", "grouped"})),
     "reference": Backend(
         None,

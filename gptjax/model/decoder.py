@@ -191,7 +191,7 @@ def attention_backends(
 
     Raises ConfigError, see `attention.choose`.
     """
-    sizes = attention.Sizes(compute.dtype, length)
+    sizes = attention.Sizes(compute.dtype, length, cfg.head)
     return tuple(
         attention.choose(
             compute.attention,

@@ -89,7 +89,7 @@ def grouped_product(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> ja
     inside_M = jnp.arange(m) - (ends_E - sizes_E)[group_M]
     place_M = (block_ends_E - blocks_E)[group_M] * block + inside_M
     place_M = jnp.where(group_M < e, place_M, -1)
-    count = m // block + e
+    count = m // block + min(e, m)
     padded = jnp.zeros((count * block, x_MD.shape[1]), x_MD.dtype)
     padded = padded.at[place_M].set(x_MD, mode="drop", wrap_negative_indices=False)
     group_of_block = jnp.searchsorted(block_ends_E, jnp.arange(count), side="right")
@@ -180,7 +180,13 @@ class MoE(nn.Module):
         down_EFD = weight(self, "down", (e, f, d), ("experts", "mlp", "w_embed"), std)
 
         # The choice of experts is discrete: it is made in float32, whatever the compute dtype.
-        logits_NE = dense(x_ND.astype(jnp.float32), router_DE, None, ("tokens", None))
+        logits_NE = jnp.einsum(
+            "nd,de->ne",
+            x_ND.astype(jnp.float32),
+            router_DE,
+            precision="highest",
+            out_sharding=sharding.spec("tokens", None),
+        )
         ids_Nk, weights_Nk, routing = route(cfg, logits_NE, rows)
 
         seq, places = len(x_ND) // rows, 0

@@ -39,7 +39,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": (
         "Llama",
         _GROUPED
-        | {"max_position_embeddings": 512}
+        | {"max_position_embeddings": 2048}
         | _rope(
             "llama3",
             rope_theta=500000.0,
@@ -59,7 +59,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-yarn": (
         "Llama",
         _GROUPED
-        | {"max_position_embeddings": 256, "head_dim": 32}
+        | {"max_position_embeddings": 1536, "head_dim": 32}
         | _rope("yarn", factor=4.0, original_max_position_embeddings=64),
     ),
     "mistral-window": ("Mistral", _GROUPED | {"sliding_window": 7}),
@@ -77,7 +77,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-rw": (
         "Falcon",
         _FALCON
-        | {"hidden_size": 48, "num_attention_heads": 6, "max_position_embeddings": 512}
+        | {"hidden_size": 48, "num_attention_heads": 6, "max_position_embeddings": 2048}
         | {"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True},
     ),
     "falcon-untied": ("Falcon", _FALCON | {"tie_word_embeddings": False}),
