@@ -243,7 +243,9 @@ def fit(
                 step, values = pending[0], jax.device_get(pending[1])
                 metrics, pending = {k: float(v) for k, v in values.items()}, None
                 clock.step_done()
-                bar.update(step, loss=metrics["loss"], tokens_per_second=clock.rate)
+                dropped = metrics.get("moe_dropped", 0.0)  # of a mixture's assignments
+                more = {"dropped": dropped} if dropped else {}
+                bar.update(step, loss=metrics["loss"], tokens_per_second=clock.rate, **more)
                 if metrics["nonfinite"]:
                     progress.say(
                         f"step {step}: loss or gradient not finite; parameters left as they are"
