@@ -62,7 +62,8 @@ def test_an_imported_model_is_a_run_that_samples_and_comes_back(capsys, folder, 
     code, out, _ = run(capsys, "convert", f"hf:{folder}", made)
     assert code == 0
     assert "round trip: byte-equal" in out
-    assert "transformers: not compared: transformers not installed" in out
+    assert "transformers: not compared: " in out
+    assert "transformers not installed" in out
     assert (made / "source" / "tokenizer_config.json").exists()
     assert config.load(str(made)).model == MODEL
 
