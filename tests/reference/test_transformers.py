@@ -18,6 +18,7 @@ from gptjax import convert, loss, sample, sharding, weights
 from gptjax.checkpoint import leaves_by_path
 from gptjax.config import ComputeConfig
 from gptjax.model import decoder
+from gptjax.progress import Progress
 
 pytestmark = pytest.mark.slow
 
@@ -141,6 +142,17 @@ def test_the_certificate_tells_a_wrong_rotary_base(on_mesh, tmp_path):
         rope = replace(source.model.rope, factor=9.0)
         wrong = replace(source, model=replace(source.model, rope=rope))
         assert convert.compare(wrong, params)["largest_difference"] > 1e-3
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_a_narrower_export_agrees_with_what_it_holds(name, tmp_path):
+    folder, made, out = (tmp_path / part for part in ("hf", "run", "out"))
+    build(name, folder)
+    progress = Progress(shown=False)
+    convert.import_run(str(folder), str(made), progress, compare=False)
+    certificate = convert.export_run(str(made), str(out), progress, dtype="bfloat16")
+    assert certificate["round trip"] == "byte-equal"
+    assert certificate["transformers"]["largest_difference"] < 1e-4
 
 
 def test_an_exported_folder_is_loaded_by_transformers(on_mesh, variant, tmp_path):
