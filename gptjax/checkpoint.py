@@ -35,6 +35,7 @@ FORMAT = 1
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _COMMITTED = "_CHECKPOINT_METADATA"
 _FAILED_SAVES_LIMIT = 3
+_SURGE_BYTES = 1 << 27  # that a save may hold beyond the arrays, unless one alone is larger
 
 Leaves = dict[str, Any]  # by path, "params/blocks/layer_0/attn/q"
 
@@ -94,13 +95,14 @@ def _orbax() -> Any:
     return v1
 
 
-def _context(*, partial: bool = False) -> Any:
+def _context(*, partial: bool = False, write_bytes: int | None = None) -> Any:
     ocp = _orbax()
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
     context = ocp.Context()
     context.checkpointables.registry = registry
     context.pytree.loading.partial_load = partial
+    context.memory.write_concurrent_bytes = write_bytes
     # Created in the background, a folder that cannot be made hangs the process at its end.
     context.asynchronous.create_directories_asynchronously = False
     return context
@@ -162,7 +164,8 @@ class Checkpoints:
         }
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with _context():
+            surge = max(_SURGE_BYTES, *(leaf.nbytes for leaf in leaves.values()))
+            with _context(write_bytes=surge):
                 response = _orbax().save_checkpointables_async(
                     self.folder / str(step),
                     {"state": _nested(leaves), "meta": meta},

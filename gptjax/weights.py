@@ -277,7 +277,7 @@ def tensors(params: Params, model: ModelConfig, family: Family) -> Iterator[tupl
 
 def cast(tensor: np.ndarray, dtype: str) -> np.ndarray:
     """In one of the number formats of safetensors files: F32, BF16, F16."""
-    return np.ascontiguousarray(tensor.astype(_FORMATS[dtype]))
+    return np.ascontiguousarray(tensor.astype(_FORMATS[dtype], copy=False))
 
 
 def write_folder(
