@@ -1,8 +1,9 @@
-"""The tensors of Hugging Face folders: every one accounted for, read and written one at a time.
+"""The tensors of Hugging Face folders: every one accounted for, read one at a time.
 
-Each device's share of a parameter is filled layer by layer, so host memory holds the target's
-shards and one tensor. Pickled checkpoints are refused: loading one runs code from it. What a tensor
-holds is declared in hf.py.
+Each device's share of a parameter is filled layer by layer and brought to it before the next, so
+host memory holds one share and one tensor beyond what is on the devices. Files are written of up to
+4 GB, which are held whole. Pickled checkpoints are refused: loading one runs code from it. What a
+tensor holds is declared in hf.py.
 """
 
 import functools
