@@ -1,8 +1,8 @@
 """Hugging Face families: their configurations and tensors, in both directions.
 
 A family is declared once: how its `config.json` reads as a ModelConfig and back, and which of its
-tensors holds which parameters (`Piece`). weights.py follows the declaration both ways. Family names
-appear here and in configs/ only.
+tensors holds which parameters (pieces.py). weights.py follows the declaration both ways. Family
+names appear here and in configs/ only.
 
 Shapes: D embed, H query heads, K key heads, R = H/K, C head_dim, F hidden, E experts.
 """
@@ -13,102 +13,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from gptjax.config import ModelConfig, MoeConfig, RopeConfig, from_dict, model_problems, to_dict
 from gptjax.errors import ConfigError, DataError, MismatchError
+from gptjax.pieces import (
+    Piece,
+    concatenated_qkv,
+    grouped_qkv,
+    matrix,
+    norm,
+    one,
+    table,
+    vector,
+)
 
 Json = dict[str, Any]
-
-
-# --- pieces ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One tensor of theirs and the parameters of ours that it holds.
-
-    `name` may have {i}, the layer, and {e}, the expert; `paths` are below the layer's part of the
-    tree, or of the whole tree. `split` gives the parameters of a tensor, `join` the reverse.
-    """
-
-    name: str
-    paths: tuple[str, ...]
-    split: Callable[[np.ndarray], Sequence[np.ndarray]]
-    join: Callable[..., np.ndarray]
-
-    @property
-    def in_layer(self) -> bool:
-        """Whether there is one for every layer."""
-        return "{i}" in self.name
-
-
-def _one(name: str, path: str, split: Any, join: Any) -> Piece:
-    return Piece(name, (path,), lambda t: [split(t)], join)
-
-
-def _vector(name: str, path: str, shape: tuple[int, ...] = (-1,)) -> Piece:
-    return _one(name, path, lambda t: t.reshape(shape), lambda x: x.reshape(-1))
-
-
-def _matrix(
-    name: str, path: str, shape: tuple[int, ...], *, inputs: int = 1, **kind: bool
-) -> Piece:
-    """A linear layer; theirs is [out, in] as PyTorch's, or [in, out] with conv1d=True."""
-    turn = (lambda t: t) if kind.get("conv1d") else np.transpose
-    flat = (int(np.prod(shape[:inputs])), -1)
-    return _one(name, path, lambda t: turn(t).reshape(shape), lambda x: turn(x.reshape(flat)))
-
-
-def _table(name: str, path: str, cfg: ModelConfig) -> Piece:
-    """An embedding table, which ours fills up with rows of zeros."""
-    extra = cfg.table - cfg.vocab_size
-    return _one(
-        name, path, lambda t: np.pad(t, ((0, extra), (0, 0))), lambda x: x[: cfg.vocab_size]
-    )
-
-
-def _grouped_qkv(name: str, cfg: ModelConfig, suffix: str = "") -> Piece:
-    """Queries, keys and values in one tensor, [K, R + 2, C] on the output side: per group of heads
-    its R queries, one key and one value."""
-    k, r, c = cfg.kv, cfg.heads // cfg.kv, cfg.head
-    paths = tuple(f"attn/{p}{suffix}" for p in "qkv")
-
-    def split(t: np.ndarray) -> list[np.ndarray]:
-        groups = t.reshape(k, r + 2, c, -1)
-        parts = groups[:, :r], groups[:, r : r + 1], groups[:, r + 1 :]
-        heads = [p.reshape(-1, c, p.shape[-1]) for p in parts]
-        return [h[..., 0] if suffix else h.transpose(2, 0, 1) for h in heads]
-
-    def join(*parts: np.ndarray) -> np.ndarray:
-        heads = [p[..., None] if suffix else p.transpose(1, 2, 0) for p in parts]
-        groups = [h.reshape(k, -1, c, h.shape[-1]) for h in heads]
-        flat = np.concatenate(groups, 1).reshape((r + 2) * k * c, -1)
-        return flat[:, 0] if suffix else flat
-
-    return Piece(name, paths, split, join)
-
-
-def _concatenated_qkv(name: str, cfg: ModelConfig, suffix: str = "") -> Piece:
-    """All queries, then all keys, then all values, on the last axis of [in, out]."""
-    shape = (cfg.heads, cfg.head) if suffix else (cfg.embed, cfg.heads, cfg.head)
-    paths = tuple(f"attn/{p}{suffix}" for p in "qkv")
-    return Piece(
-        name,
-        paths,
-        lambda t: [part.reshape(shape) for part in np.split(t, 3, -1)],
-        lambda *parts: np.concatenate([p.reshape(*shape[:-2], -1) for p in parts], -1),
-    )
-
-
-def _norm(theirs: str, ours: str, cfg: ModelConfig) -> list[Piece]:
-    pieces = [_vector(f"{theirs}.weight", f"{ours}/scale")]
-    if cfg.norm == "layernorm" and cfg.norm_bias:
-        pieces.append(_vector(f"{theirs}.bias", f"{ours}/bias"))
-    return pieces
-
-
-# --- families ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -277,26 +195,26 @@ def _gpt_config(m: ModelConfig, activation: Json) -> Json:
 
 
 def _gpt_pieces(m: ModelConfig, *, embed: str, positions: str, final: str | None) -> list[Piece]:
-    conv = functools.partial(_matrix, conv1d=True)
+    conv = functools.partial(matrix, conv1d=True)
     h = "transformer.h.{i}"
     pieces = [
-        _table(f"transformer.{embed}.weight", "embed", m),
-        _one(f"transformer.{positions}.weight", "positions", lambda t: t, lambda x: x),
-        *_norm(f"{h}.ln_1", "norm_attn", m),
-        *_norm(f"{h}.ln_2", "norm_mlp", m),
-        _concatenated_qkv(f"{h}.attn.c_attn.weight", m),
-        _concatenated_qkv(f"{h}.attn.c_attn.bias", m, "_bias"),
+        table(f"transformer.{embed}.weight", "embed", m),
+        one(f"transformer.{positions}.weight", "positions", lambda t: t, lambda x: x),
+        *norm(f"{h}.ln_1", "norm_attn", m),
+        *norm(f"{h}.ln_2", "norm_mlp", m),
+        concatenated_qkv(f"{h}.attn.c_attn.weight", m),
+        concatenated_qkv(f"{h}.attn.c_attn.bias", m, "_bias"),
         conv(f"{h}.attn.c_proj.weight", "attn/o", (m.heads, m.head, m.embed), inputs=2),
-        _vector(f"{h}.attn.c_proj.bias", "attn/o_bias"),
+        vector(f"{h}.attn.c_proj.bias", "attn/o_bias"),
         conv(f"{h}.mlp.c_fc.weight", "mlp/up", (m.embed, m.hidden)),
-        _vector(f"{h}.mlp.c_fc.bias", "mlp/up_bias"),
+        vector(f"{h}.mlp.c_fc.bias", "mlp/up_bias"),
         conv(f"{h}.mlp.c_proj.weight", "mlp/down", (m.hidden, m.embed)),
-        _vector(f"{h}.mlp.c_proj.bias", "mlp/down_bias"),
+        vector(f"{h}.mlp.c_proj.bias", "mlp/down_bias"),
     ]
     if final:
-        pieces += _norm(f"transformer.{final}", "norm_final", m)
+        pieces += norm(f"transformer.{final}", "norm_final", m)
     if not m.tied_embeddings:
-        pieces.append(_table("lm_head.weight", "head", m))
+        pieces.append(table("lm_head.weight", "head", m))
     return pieces
 
 
@@ -421,37 +339,37 @@ def _llama_pieces(m: ModelConfig, experts: Mapping[str, str] | None = None) -> l
     layer = "model.layers.{i}"
     attn = f"{layer}.self_attn"
     pieces = [
-        _table("model.embed_tokens.weight", "embed", m),
-        *_norm("model.norm", "norm_final", m),
-        *_norm(f"{layer}.input_layernorm", "norm_attn", m),
-        *_norm(f"{layer}.post_attention_layernorm", "norm_mlp", m),
-        _matrix(f"{attn}.o_proj.weight", "attn/o", (m.heads, m.head, m.embed), inputs=2),
+        table("model.embed_tokens.weight", "embed", m),
+        *norm("model.norm", "norm_final", m),
+        *norm(f"{layer}.input_layernorm", "norm_attn", m),
+        *norm(f"{layer}.post_attention_layernorm", "norm_mlp", m),
+        matrix(f"{attn}.o_proj.weight", "attn/o", (m.heads, m.head, m.embed), inputs=2),
     ]
     for name, heads in (("q", m.heads), ("k", m.kv), ("v", m.kv)):
         shape = (m.embed, heads, m.head)
-        pieces.append(_matrix(f"{attn}.{name}_proj.weight", f"attn/{name}", shape))
+        pieces.append(matrix(f"{attn}.{name}_proj.weight", f"attn/{name}", shape))
         if m.linear_bias:
-            pieces.append(_vector(f"{attn}.{name}_proj.bias", f"attn/{name}_bias", shape[1:]))
+            pieces.append(vector(f"{attn}.{name}_proj.bias", f"attn/{name}_bias", shape[1:]))
     if m.linear_bias:
-        pieces.append(_vector(f"{attn}.o_proj.bias", "attn/o_bias"))
+        pieces.append(vector(f"{attn}.o_proj.bias", "attn/o_bias"))
     if m.qk_norm:
-        pieces += [_vector(f"{attn}.{n}_norm.weight", f"attn/{n}_scale") for n in "qk"]
+        pieces += [vector(f"{attn}.{n}_norm.weight", f"attn/{n}_scale") for n in "qk"]
     into, out = (m.embed, m.hidden), (m.hidden, m.embed)
     if experts is None:
         for name, shape in (("gate", into), ("up", into), ("down", out)):
             theirs = f"{layer}.mlp.{name}_proj"
-            pieces.append(_matrix(f"{theirs}.weight", f"mlp/{name}", shape))
+            pieces.append(matrix(f"{theirs}.weight", f"mlp/{name}", shape))
             if m.linear_bias:
-                pieces.append(_vector(f"{theirs}.bias", f"mlp/{name}_bias"))
+                pieces.append(vector(f"{theirs}.bias", f"mlp/{name}_bias"))
     else:
         into, out = (m.embed, m.expert_hidden), (m.expert_hidden, m.embed)
         shapes = {"router": (m.embed, m.moe.experts), "gate": into, "up": into, "down": out}
         pieces += [
-            _matrix(f"{layer}.{theirs}.weight", f"mlp/{name}", shapes[name])
+            matrix(f"{layer}.{theirs}.weight", f"mlp/{name}", shapes[name])
             for name, theirs in experts.items()
         ]
     if not m.tied_embeddings:
-        pieces.append(_table("lm_head.weight", "head", m))
+        pieces.append(table("lm_head.weight", "head", m))
     return pieces
 
 
@@ -521,24 +439,24 @@ def _falcon_pieces(m: ModelConfig) -> list[Piece]:
         norm_attn, norm_mlp = "ln_attn", "ln_mlp"
     attn, mlp = f"{h}.self_attention", f"{h}.mlp"
     pieces = [
-        _table("transformer.word_embeddings.weight", "embed", m),
-        *_norm("transformer.ln_f", "norm_final", m),
-        *_norm(f"{h}.{norm_attn}", "norm_attn", m),
-        *([] if m.shared_norm else _norm(f"{h}.{norm_mlp}", "norm_mlp", m)),
-        _grouped_qkv(f"{attn}.query_key_value.weight", m),
-        _matrix(f"{attn}.dense.weight", "attn/o", (m.heads, m.head, m.embed), inputs=2),
-        _matrix(f"{mlp}.dense_h_to_4h.weight", "mlp/up", (m.embed, m.hidden)),
-        _matrix(f"{mlp}.dense_4h_to_h.weight", "mlp/down", (m.hidden, m.embed)),
+        table("transformer.word_embeddings.weight", "embed", m),
+        *norm("transformer.ln_f", "norm_final", m),
+        *norm(f"{h}.{norm_attn}", "norm_attn", m),
+        *([] if m.shared_norm else norm(f"{h}.{norm_mlp}", "norm_mlp", m)),
+        grouped_qkv(f"{attn}.query_key_value.weight", m),
+        matrix(f"{attn}.dense.weight", "attn/o", (m.heads, m.head, m.embed), inputs=2),
+        matrix(f"{mlp}.dense_h_to_4h.weight", "mlp/up", (m.embed, m.hidden)),
+        matrix(f"{mlp}.dense_4h_to_h.weight", "mlp/down", (m.hidden, m.embed)),
     ]
     if m.linear_bias:
         pieces += [
-            _grouped_qkv(f"{attn}.query_key_value.bias", m, "_bias"),
-            _vector(f"{attn}.dense.bias", "attn/o_bias"),
-            _vector(f"{mlp}.dense_h_to_4h.bias", "mlp/up_bias"),
-            _vector(f"{mlp}.dense_4h_to_h.bias", "mlp/down_bias"),
+            grouped_qkv(f"{attn}.query_key_value.bias", m, "_bias"),
+            vector(f"{attn}.dense.bias", "attn/o_bias"),
+            vector(f"{mlp}.dense_h_to_4h.bias", "mlp/up_bias"),
+            vector(f"{mlp}.dense_4h_to_h.bias", "mlp/down_bias"),
         ]
     if not m.tied_embeddings:
-        pieces.append(_table("lm_head.weight", "head", m))
+        pieces.append(table("lm_head.weight", "head", m))
     return pieces
 
 

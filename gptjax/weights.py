@@ -21,9 +21,10 @@ from gptjax import hf, sharding
 from gptjax.checkpoint import leaves_by_path
 from gptjax.config import ModelConfig
 from gptjax.errors import DataError, MismatchError
-from gptjax.hf import Family, Json, Piece
+from gptjax.hf import Family, Json
 from gptjax.model import decoder
 from gptjax.model.decoder import Params
+from gptjax.pieces import Piece
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"

@@ -17,6 +17,7 @@ LEVELS = [
     {"", "errors"},  # the package itself, which holds the version
     {"config/*", "allocator", "lock", "progress", "interrupt"},
     {"tokenizer/*", "sharding", "compilation", "data/__init__", "model/__init__", "data/order"},
+    {"pieces"},
     {"data/*", "model/*", "loss", "optim", "metrics", "checkpoint"},
     {"objective", "sample", "run", "hf"},
     {"evaluate", "weights"},
