@@ -77,16 +77,44 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("run", metavar="RUN", help="a run folder")
     sub.add_argument("--json", action="store_true", help="print JSON")
-    sub = command(commands, "sample", _sample, "Continue prompts with a trained model.")
-    sub.add_argument("run", metavar="RUN", help="a run folder")
-    sub.add_argument(
+    sub = command(
+        commands,
+        "sample",
+        _sample,
+        "Continue prompts, lines of a file, or what is typed, with the model of a run or of a "
+        "Hugging Face folder.",
+    )
+    sub.add_argument("run", metavar="RUN|HF_DIR", help="a run folder, or a Hugging Face folder")
+    source = sub.add_mutually_exclusive_group()
+    source.add_argument(
         "--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated"
     )
-    sub.add_argument("--max-tokens", type=int, default=128, help="longest continuation (128)")
-    sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (0.8)")
-    sub.add_argument("--top-k", type=int, default=0, help="keep the k likeliest; 0: all (0)")
-    sub.add_argument("--top-p", type=float, default=0.95, help="nucleus; 1: all (0.95)")
-    sub.add_argument("--seed", type=int, default=0, help="same seed, same samples (0)")
+    source.add_argument(
+        "--file",
+        metavar="JSONL",
+        help='objects with "prompt" and, each if wanted, settings by their names below, such as '
+        '"temperature"; results go to --output as they come',
+    )
+    source.add_argument(
+        "--interactive", action="store_true", help="ask for prompts, and stream continuations"
+    )
+    source.add_argument(
+        "--bench", action="store_true", help="measure prefill and decoding at batch 1, 8 and 32"
+    )
+    sub.add_argument(
+        "--output", metavar="JSONL", help="of --file; lines that it has already are not done again"
+    )
+    sub.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="of weights and cache (the run's own)"
+    )
+    sub.add_argument("--rows", type=int, default=32, help="samples that decode at a time (32)")
+    sub.add_argument("--json", action="store_true", help="print JSON lines")
+    _add_settings(sub)
+    sub.add_argument("--beams", type=int, default=0, metavar="N", help="beam search instead")
+    sub.add_argument("--length-penalty", type=float, default=1.0, help="of beams (1)")
+    sub.add_argument(
+        "--early-stopping", choices=["false", "true", "never"], default="false", help="of beams"
+    )
 
     sub = command(
         commands,
@@ -174,6 +202,42 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_settings(sub: argparse.ArgumentParser) -> None:
+    """The options that are fields of `sample.Settings`, under the same names."""
+    add = sub.add_argument
+    add("--max-tokens", type=int, default=128, help="longest continuation (128)")
+    add("--temperature", type=float, default=0.8, help="0 is greedy (0.8)")
+    add("--top-k", type=int, default=0, help="keep the k likeliest; 0: all (0)")
+    add("--top-p", type=float, default=0.95, help="nucleus; 1: all (0.95)")
+    add("--min-p", type=float, default=0.0, help="least share of the likeliest's chance (0)")
+    add("--repetition-penalty", type=float, default=1.0, help="of tokens seen; 1: none (1)")
+    add("--presence-penalty", type=float, default=0.0, help="of tokens drawn before (0)")
+    add("--frequency-penalty", type=float, default=0.0, help="for each time drawn before (0)")
+    add(
+        "--logit-bias",
+        type=_bias,
+        action="append",
+        default=[],
+        metavar="ID=BIAS",
+        help="added to a token's logit; may be repeated",
+    )
+    add("--ban", type=int, action="append", default=[], metavar="ID", help="a token never drawn")
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends a continuation")
+    add("--samples", type=int, default=1, help="continuations of each prompt (1)")
+    add("--seed", type=int, default=0, help="same seed, same samples (0)")
+    add(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="log-probability of each token, and of the N likeliest in its place",
+    )
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    return int(token), float(bias)
+
+
 def _how_to_go_on(args: argparse.Namespace, argv: Sequence[str], error: GptjaxError) -> str:
     """For a training run that ended early: what is safe, and how to continue."""
     cfg = getattr(args, "resolved", None)
@@ -245,25 +309,49 @@ def _eval(args: argparse.Namespace, _: Sequence[str]) -> None:
 
 
 def _sample(args: argparse.Namespace, _: Sequence[str]) -> None:
-    from gptjax import run, sample
+    from gptjax import continuing
+    from gptjax.sample import BeamSettings, Settings
 
-    settings = sample.Settings(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        max_tokens=args.max_tokens,
-        seed=args.seed,
+    settings = Settings(
+        logit_bias=tuple(args.logit_bias),
+        banned=tuple(args.ban),
+        stop=tuple(args.stop),
+        **{name: getattr(args, name) for name in continuing.PLAIN},
     )
     settings.check()
-    cfg, tokenizer, _manifest = run.open_run(args.run)
-    if tokenizer is None:
-        raise DataError(f"{args.run}: its source had no tokenizer, so it cannot read a prompt")
-    prompts = args.prompt or [""]
-    with run.entered_mesh(cfg):
-        params, _step = run.restore_params(args.run, cfg, Progress().say)
-        texts = sample.continue_texts(params, cfg.model, cfg.compute, tokenizer, prompts, settings)
-    for prompt, text in zip(prompts, texts, strict=True):
-        print(f"{prompt}{text}")
+    beams = None
+    if args.beams:
+        early = {"false": False, "true": True, "never": "never"}[args.early_stopping]
+        beams = BeamSettings(args.beams, args.length_penalty, early, args.samples, args.max_tokens)
+        beams.check()
+    if bool(args.file) != bool(args.output):
+        raise ConfigError(["--file and --output: give both, or neither"])
+    if beams is not None and (args.file or args.interactive):
+        raise ConfigError([f"--beams={args.beams}: goes with --prompt only"])
+    if args.rows < 1:
+        raise ConfigError([f"--rows={args.rows}: must be at least 1"])
+    file = continuing.File(args.file, args.output, settings) if args.file else None
+    from gptjax import opening
+
+    with opening.opened(args.run, dtype=args.dtype, say=Progress().say) as model:
+        if args.bench:
+            from gptjax import speed
+
+            speed.report(model, print)
+            return
+        sampler = model.sampler(rows=args.rows)
+        if file is not None:
+            file.fill(sampler, Progress())
+        elif args.interactive:
+            continuing.converse(sampler, settings)
+        else:
+            prompts = args.prompt or [""]
+            done = (
+                sampler.generate(prompts, settings)
+                if beams is None
+                else sampler.beam(prompts, beams)
+            )
+            continuing.show(done, prompts, sampler, as_json=args.json, many=args.samples > 1)
 
 
 def _convert(args: argparse.Namespace, _: Sequence[str]) -> None:

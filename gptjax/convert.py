@@ -19,20 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import hf, run, sharding, weights
-from gptjax import tokenizer as tokenizers
+from gptjax import hf, opening, run, sharding, weights
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import (
     CheckpointConfig,
     ComputeConfig,
-    Config,
-    EvalConfig,
-    MeshConfig,
-    ModelConfig,
-    TokenizerConfig,
-    TrainConfig,
 )
-from gptjax.errors import ConfigError, DataError, MismatchError, OutputError
+from gptjax.errors import ConfigError, MismatchError, OutputError
 from gptjax.model import decoder
 from gptjax.model.decoder import Params
 from gptjax.progress import Progress
@@ -54,8 +47,8 @@ def import_run(folder: str, target: str, progress: Progress, *, compare: bool = 
     """
     _one_process()
     source = weights.open_source(Path(folder))
-    tokenizer = _tokenizer(source, progress)
-    cfg = _config(source.model, tokenizer, target)
+    tokenizer = opening.tokenizer_of(source, progress.say)
+    cfg = opening.config_of(source.model, tokenizer, target)
     cfg.check(jax.device_count(), jax.process_count())
     path = Path(target)
     _new_folder(path)
@@ -158,44 +151,6 @@ def _new_folder(path: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error}") from None
-
-
-def _tokenizer(source: Source, progress: Progress) -> tokenizers.Tokenizer | None:
-    """The folder's own; or none, which is told, where it has none that can be used."""
-    folder = source.folder
-    why = "no tokenizer.json and no tokenizer.model"
-    for kind, file in (("huggingface", "tokenizer.json"), ("sentencepiece", "tokenizer.model")):
-        if (folder / file).exists():
-            given = TokenizerConfig(kind=kind, path=str(folder / file))  # type: ignore[arg-type]
-            try:
-                tokenizer = tokenizers.make(given, ())
-            except DataError as error:
-                why = str(error)
-                continue
-            if tokenizer.vocab_size <= source.model.vocab_size:
-                return tokenizer
-            why = f"{file} has {tokenizer.vocab_size} pieces, the model {source.model.vocab_size}"
-    progress.say(f"{folder}: {why}; so the run cannot read text")
-    return None
-
-
-def _config(model: ModelConfig, tokenizer: tokenizers.Tokenizer | None, target: str) -> Config:
-    """A configuration that uses the model, its parameters split over as many devices as go."""
-    devices = jax.device_count()
-    shards = next(n for n in range(devices, 0, -1) if devices % n == 0 == model.embed % n)
-    rows = -(-32 // devices) * devices
-    seq_len = min(model.context, 1024)
-    kind = TokenizerConfig(path=target)
-    if tokenizer is not None:
-        kind = replace(kind, kind=tokenizer.kind, vocab_size=tokenizer.vocab_size)
-    return Config(
-        run=target,
-        model=model,
-        mesh=MeshConfig(fsdp=shards),
-        tokenizer=kind,
-        train=TrainConfig(seq_len=seq_len, batch_tokens=seq_len * rows),
-        eval=EvalConfig(batch=rows, sample_tokens=max(1, min(128, model.context // 2))),
-    )
 
 
 def _provenance(source: Source, folder: str) -> Json:

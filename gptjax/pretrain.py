@@ -41,7 +41,7 @@ def pretrain(cfg: Config, manifest: store.Manifest, progress: Progress) -> dict[
         max_tokens=cfg.eval.sample_tokens,
         seed=cfg.train.seed,
     )
-    sample.check(cfg.model, prompts, settings)
+    sample.check(cfg.model, prompts, settings, tokenizer.vocab_size)
     run.record(cfg, tokenizer, manifest)
     backends = objective.backends(cfg)
     progress.say(f"attention: {', '.join(dict.fromkeys(backends))}")
@@ -82,11 +82,10 @@ def pretrain(cfg: Config, manifest: store.Manifest, progress: Progress) -> dict[
     )
 
     def sampler(step: int, params: Params) -> None:
-        texts = sample.continue_texts(
-            params, cfg.model, cfg.compute, tokenizer, cfg.eval.prompts, settings
-        )
-        pairs = zip(cfg.eval.prompts, texts, strict=True)
-        shown = [f"--- prompt {prompt!r}\n{prompt}{text}\n" for prompt, text in pairs]
+        with_text = sample.Sampler(params, cfg.model, cfg.compute, tokenizer)
+        done = with_text.generate(cfg.eval.prompts, settings)
+        pairs = zip(cfg.eval.prompts, done, strict=True)
+        shown = [f"--- prompt {prompt!r}\n{prompt}{one.text}\n" for prompt, one in pairs]
         progress.say(f"samples at step {step}\n{''.join(shown)}".rstrip("\n"))
         try:
             folder = Path(cfg.run) / SAMPLES

@@ -110,8 +110,8 @@ def alibi_bias(cfg: ModelConfig, query_BT: jax.Array, key_BS: jax.Array) -> jax.
 
 def dot_product(
     q_BTHC: jax.Array,
-    k_BSKC: jax.Array,
-    v_BSKC: jax.Array,
+    k_BKSC: jax.Array,
+    v_BKSC: jax.Array,
     mask_BTS: jax.Array,
     bias_BHTS: jax.Array | None = None,
     soft_cap: float = 0.0,
@@ -123,20 +123,27 @@ def dot_product(
     `mask_BTS` (or [1, T, S]) is true where a query may look; `bias_BHTS` is added to the scores.
     """
     b, t, h, c = q_BTHC.shape
-    k = k_BSKC.shape[2]
+    k, s = k_BKSC.shape[1:3]
+    r = h // k
+    shape = lambda x, *axes: lax.reshape(
+        x, axes, out_sharding=sharding.spec("batch", "heads", *[None] * (len(axes) - 2))
+    )
     grouped, whole = (
         sharding.spec("batch", "seq", "heads", *rest) for rest in ((None, None), (None,))
     )
-    q_BTKRC = lax.reshape(q_BTHC, (b, t, k, h // k, c), out_sharding=grouped)
+    # Queries are the rows of one matrix for each key head: the shape that CPUs are fast at.
+    q_BTKRC = lax.reshape(q_BTHC, (b, t, k, r, c), out_sharding=grouped)
+    q_BKQC = shape(q_BTKRC.transpose(0, 2, 3, 1, 4), b, k, r * t, c)
     wide = sharding.wide(q_BTHC.dtype)
-    s_BKRTS = jnp.einsum("btkrc,bskc->bkrts", q_BTKRC, k_BSKC, preferred_element_type=wide)
-    s_BKRTS = layers.soft_cap(s_BKRTS.astype(jnp.float32) * c**-0.5, soft_cap)
+    s_BKQS = jnp.matmul(q_BKQC, k_BKSC.swapaxes(2, 3), preferred_element_type=wide)
+    s_BKRTS = shape(s_BKQS.astype(jnp.float32) * c**-0.5, b, k, r, t, s)
+    s_BKRTS = layers.soft_cap(s_BKRTS, soft_cap)
     if bias_BHTS is not None:
-        bias_KRTS = lambda shape: (shape[0], k, h // k, *shape[2:])
-        s_BKRTS += bias_BHTS.reshape(bias_KRTS(bias_BHTS.shape))
+        s_BKRTS += bias_BHTS.reshape(bias_BHTS.shape[0], k, r, *bias_BHTS.shape[2:])
     s_BKRTS = jnp.where(mask_BTS[:, None, None], s_BKRTS, NEVER)
     p_BKRTS = dropout(jax.nn.softmax(s_BKRTS, -1), dropout_rate, key).astype(q_BTHC.dtype)
-    out_BTKRC = jnp.einsum("bkrts,bskc->btkrc", p_BKRTS, v_BSKC)
+    out_BKQC = jnp.matmul(shape(p_BKRTS, b, k, r * t, s), v_BKSC)
+    out_BTKRC = shape(out_BKQC, b, k, r, t, c).transpose(0, 3, 1, 2, 4)
     return lax.reshape(out_BTKRC, (b, t, h, c), out_sharding=whole)
 
 
@@ -339,7 +346,8 @@ def attend(
         mask = causal_mask(q_BTHC.shape[1], segments_BT, window)
         alibi = cfg.positions == "alibi"
         bias = alibi_bias(cfg, positions_BT, positions_BT) if alibi else None
-        return dot_product(q_BTHC, k_BTKC, v_BTKC, mask, bias, cap, cfg.dropout, key)
+        k_BKTC, v_BKTC = k_BTKC.swapaxes(1, 2), v_BTKC.swapaxes(1, 2)
+        return dot_product(q_BTHC, k_BKTC, v_BKTC, mask, bias, cap, cfg.dropout, key)
     heads = sharding.spec("batch", None, "heads", None)
     rows = sharding.spec("batch", None)
     extra = (cap,) if cap else ()
@@ -357,37 +365,40 @@ def attend(
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of the tokens seen so far, of every layer, and where the next ones go.
+    """Keys and values of the tokens seen so far, for the layers of one place of the pattern.
 
-    keys_LBSKC, values_LBSKC: [layers, B, S, K, C]; S is the capacity in tokens. Slots at and after
-    a row's length hold nothing that is read.
+    keys_PBKSC, values_PBKSC: [periods, B, K, S, C]. Position p lies in slot p modulo S: a layer
+    with a window keeps a ring of its last S positions, any other has a slot for each. Slots that
+    have not been written hold nothing that is read.
     """
 
-    keys_LBSKC: jax.Array
-    values_LBSKC: jax.Array
+    keys_PBKSC: jax.Array
+    values_PBKSC: jax.Array
 
 
-jax.tree_util.register_dataclass(Cache, ["keys_LBSKC", "values_LBSKC"], [])
+jax.tree_util.register_dataclass(Cache, ["keys_PBKSC", "values_PBKSC"], [])
+
+CACHE_AXES = ("layers", "batch", "kv_heads", None, None)
 
 
 def _write(
-    store_LBSKC: jax.Array, new_BTKC: jax.Array, positions_BT: jax.Array, layer: jax.Array
+    store_PBKSC: jax.Array, new_BTKC: jax.Array, slots_BT: jax.Array, period: jax.Array
 ) -> jax.Array:
-    """The cache with new rows at their positions; each device writes its own rows and heads."""
+    """The cache with new rows in their slots; each device writes its own rows and heads."""
 
-    def local(store_LBSKC, new_BTKC, positions_BT, layer):
-        rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
-        slots = store_LBSKC.at[layer, rows_B1, positions_BT]
-        return slots.set(new_BTKC.astype(store_LBSKC.dtype), mode="drop", unique_indices=True)
+    def local(store_PBKSC, new_BTKC, slots_BT, period):
+        rows_B1 = jnp.arange(slots_BT.shape[0])[:, None]
+        slots = store_PBKSC.at[period, rows_B1, :, slots_BT]
+        return slots.set(new_BTKC.astype(store_PBKSC.dtype), mode="drop", unique_indices=True)
 
-    stored = sharding.spec("layers", "batch", None, "kv_heads", None)
+    stored = sharding.spec(*CACHE_AXES)
     new = sharding.spec("batch", None, "kv_heads", None)
     return jax.shard_map(
         local,
         in_specs=(stored, new, sharding.spec("batch", None), jax.P()),
         out_specs=stored,
         check_vma=False,
-    )(store_LBSKC, new_BTKC, positions_BT, layer)
+    )(store_PBKSC, new_BTKC, slots_BT, period)
 
 
 class SelfAttention(nn.Module):
@@ -405,7 +416,7 @@ class SelfAttention(nn.Module):
         segments_BT: jax.Array | None,
         key: jax.Array | None,
         cache: Cache | None,
-        layer: jax.Array,
+        period: jax.Array,
     ) -> tuple[jax.Array, Cache | None]:
         cfg = self.cfg
         (b, t), c = positions_BT.shape, cfg.head
@@ -444,7 +455,9 @@ class SelfAttention(nn.Module):
                 key=key,
             )
         else:
-            cache, out_BTHC = self._attend_cache(q_BTHC, k_BTKC, v_BTKC, positions_BT, cache, layer)
+            cache, out_BTHC = self._attend_cache(
+                q_BTHC, k_BTKC, v_BTKC, positions_BT, cache, period
+            )
 
         std = cfg.init_std / (2 * cfg.layers) ** 0.5
         w_HCD = weight(self, "o", (cfg.heads, c, cfg.embed), ("heads", "head_dim", "w_embed"), std)
@@ -455,21 +468,28 @@ class SelfAttention(nn.Module):
         w_FD = w_HCD.reshape(cfg.heads * c, cfg.embed)
         return dense(out_NF, w_FD, bias_D, ("tokens", "embed")), cache
 
-    def _attend_cache(self, q_BTHC, k_BTKC, v_BTKC, positions_BT, cache, layer):
-        """Writes the new keys at their positions, and attends to all up to each query's own."""
+    def _attend_cache(self, q_BTHC, k_BTKC, v_BTKC, positions_BT, cache, period):
+        """Writes the new keys into their slots, and attends to all up to each query's own.
+
+        A position below zero is no token: it is not written, and its result means nothing.
+        """
+        size = cache.keys_PBKSC.shape[3]
+        slots_BT = jnp.where(positions_BT < 0, size, positions_BT % size)
         cache = Cache(
-            _write(cache.keys_LBSKC, k_BTKC, positions_BT, layer),
-            _write(cache.values_LBSKC, v_BTKC, positions_BT, layer),
+            _write(cache.keys_PBKSC, k_BTKC, slots_BT, period),
+            _write(cache.values_PBKSC, v_BTKC, slots_BT, period),
         )
-        keys, values = (store[layer] for store in (cache.keys_LBSKC, cache.values_LBSKC))
-        slots_11S = jnp.arange(keys.shape[1])[None, None]
-        distance_BTS = slots_11S - positions_BT[..., None]
-        mask_BTS = distance_BTS <= 0
+        keys, values = (store[period] for store in (cache.keys_PBKSC, cache.values_PBKSC))
+        # What a slot holds: the last position written to it, below zero where there was none yet.
+        last_B1 = positions_BT.max(1, keepdims=True)
+        held_BS = last_B1 - (last_B1 - jnp.arange(size)) % size
+        distance_BTS = held_BS[:, None] - positions_BT[..., None]
+        mask_BTS = (distance_BTS <= 0) & (held_BS >= 0)[:, None]
         if self.window is not None:
             mask_BTS &= distance_BTS > -self.window
         bias = None
         if self.cfg.positions == "alibi":
-            bias = alibi_bias(self.cfg, positions_BT, slots_11S[0])
+            bias = alibi_bias(self.cfg, positions_BT, held_BS)
         keys, values = keys.astype(q_BTHC.dtype), values.astype(q_BTHC.dtype)
         cap = self.cfg.attention_soft_cap
         return cache, dot_product(q_BTHC, keys, values, mask_BTS, bias, cap)

@@ -8,6 +8,7 @@ Shapes: B batch, T sequence, N = B*T tokens, D embed, V vocabulary, L layers.
 """
 
 import functools
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from gptjax.model.ffn import FeedForward
 from gptjax.model.moe import MoE, Routing
 
 Params = dict[str, Any]
+Caches = tuple[Cache, ...]  # one for each place of the attention pattern
 
 _REMAT = {
     "block": jax.checkpoint_policies.nothing_saveable,
@@ -31,12 +33,12 @@ _REMAT = {
 
 
 class Outputs(NamedTuple):
-    """What the decoder gives: final hidden states in the compute dtype, the cache with the new
-    tokens in it, and each layer's routing, its sums stacked [L, ...], where there are experts.
+    """What the decoder gives: final hidden states in the compute dtype, the caches with the new
+    tokens in them, and each layer's routing, its sums stacked [L, ...], where there are experts.
     """
 
     x_ND: jax.Array
-    cache: Cache | None
+    caches: Caches | None
     routing: Routing | None
 
 
@@ -49,14 +51,14 @@ class Block(nn.Module):
     training: bool
 
     @nn.compact
-    def __call__(self, x_ND, positions_BT, segments_BT, key, cache, layer):
+    def __call__(self, x_ND, positions_BT, segments_BT, key, cache, layer, period):
         cfg = self.cfg
         attn = SelfAttention(cfg, self.window, self.backend, name="attn")
         norm_attn = layers.Norm(cfg, name="norm_attn")
         norm_mlp = norm_attn if cfg.shared_norm else layers.Norm(cfg, name="norm_mlp")
         keys = [None] * 3 if key is None else jax.random.split(jax.random.fold_in(key, layer), 3)
         drop = lambda y, i: layers.dropout(y, cfg.dropout, keys[i])
-        context = (positions_BT, segments_BT, keys[0], cache, layer)
+        context = (positions_BT, segments_BT, keys[0], cache, period)
 
         def mlp(h_ND):
             if not cfg.moe.experts:
@@ -78,6 +80,13 @@ class Block(nn.Module):
         return x_ND + drop(m_ND, 2), cache, routing
 
 
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def _cached_block(params, x_ND, positions_BT, cache, period, cfg, window):
+    """A block over a cache; a program of its own, so that like layers are traced once."""
+    block = Block(cfg, window, "reference", training=False)
+    return block.apply({"params": params}, x_ND, positions_BT, None, None, cache, 0, period)
+
+
 class Period(nn.Module):
     """One period of the attention pattern: what the stack is scanned over."""
 
@@ -95,16 +104,24 @@ class Period(nn.Module):
             block = nn.remat(
                 Block, policy=_REMAT[compute.remat], prevent_cse=not compute.scan_layers
             )
-        x_ND, cache = carry
+        x_ND, caches = carry
+        caches = [None] * len(cfg.pattern) if caches is None else list(caches)
         routings = []
         for j, kind in enumerate(cfg.pattern):
             window = cfg.window if kind == "window" else None
-            layer = index * len(cfg.pattern) + j
-            x_ND, cache, routing = block(
-                cfg, window, self.backends[j], self.training, name=f"layer_{j}"
-            )(x_ND, positions_BT, segments_BT, key, cache, layer)
+            if caches[j] is None:
+                layer = index * len(cfg.pattern) + j
+                x_ND, _, routing = block(
+                    cfg, window, self.backends[j], self.training, name=f"layer_{j}"
+                )(x_ND, positions_BT, segments_BT, key, None, layer, index)
+            else:
+                params = self.variables["params"][f"layer_{j}"]
+                x_ND, caches[j], routing = _cached_block(
+                    params, x_ND, positions_BT, caches[j], index, cfg, window
+                )
             routings.append(routing)
-        return (x_ND, cache), jax.tree.map(lambda *sums: jnp.stack(sums), *routings)
+        caches = None if caches[0] is None else tuple(caches)
+        return (x_ND, caches), jax.tree.map(lambda *sums: jnp.stack(sums), *routings)
 
 
 class Decoder(nn.Module):
@@ -122,7 +139,7 @@ class Decoder(nn.Module):
         positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
         key: jax.Array | None = None,
-        cache: Cache | None = None,
+        caches: Caches | None = None,
     ) -> Outputs:
         cfg = self.cfg
         b, t = tokens_BT.shape
@@ -159,8 +176,8 @@ class Decoder(nn.Module):
             length=periods,
             unroll=1 if self.compute.scan_layers else periods,
         )(cfg, self.compute, self.backends, self.training, name="blocks")
-        (x_ND, cache), routing = stack(
-            (x_ND, cache), jnp.arange(periods), positions_BT, segments_BT, key
+        (x_ND, caches), routing = stack(
+            (x_ND, caches), jnp.arange(periods), positions_BT, segments_BT, key
         )
         if cfg.norm_position == "pre":
             x_ND = layers.Norm(cfg, name="norm_final")(x_ND)
@@ -168,7 +185,7 @@ class Decoder(nn.Module):
             layers.weight(self, "head", (cfg.table, cfg.embed), ("vocab", "w_embed"), cfg.init_std)
         if routing is not None:  # [periods, layers of a period, ...] to [L, ...]
             routing = jax.tree.map(lambda a: a.reshape(cfg.layers, *a.shape[2:]), routing)
-        return Outputs(x_ND, cache, routing)
+        return Outputs(x_ND, caches, routing)
 
 
 def _lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
@@ -227,16 +244,16 @@ def apply(
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
     key: jax.Array | None = None,
-    cache: Cache | None = None,
+    caches: Caches | None = None,
     training: bool = False,
 ) -> Outputs:
     """The decoder on [B, T] tokens.
 
-    With `key`, dropout is on; with `training`, experts have their capacity. With `cache`, tokens
-    are at `positions_BT` of their rows and see the tokens cached before them; a position past the
-    capacity is not stored.
+    With `key`, dropout is on; with `training`, experts have their capacity. With `caches`, tokens
+    are at `positions_BT` of their rows and see those cached before them; a position below zero is
+    no token: it is not cached, and what comes out there means nothing.
     """
-    if cache is None:
+    if caches is None:
         backends = attention_backends(
             cfg,
             compute,
@@ -248,7 +265,7 @@ def apply(
     else:  # attention over a cache has one implementation
         backends = ("reference",) * len(cfg.pattern)
     return Decoder(cfg, compute, backends, training).apply(
-        {"params": params}, tokens_BT, positions_BT, segments_BT, key, cache
+        {"params": params}, tokens_BT, positions_BT, segments_BT, key, caches
     )
 
 
@@ -260,13 +277,7 @@ def head(params: Params) -> jax.Array:
 def logits(params: Params, cfg: ModelConfig, x_ND: jax.Array) -> jax.Array:
     """Scores of the vocabulary in float32, [N, rows of the table]; rows added to it are NEVER."""
     w_VD = head(params).astype(x_ND.dtype)
-    y_NV = jnp.einsum(
-        "nd,vd->nv",
-        x_ND,
-        w_VD,
-        out_sharding=sharding.spec("tokens", "vocab"),
-        preferred_element_type=sharding.wide(x_ND.dtype),
-    )
+    y_NV = layers.product("nd,vd->nv", x_ND, w_VD, ("tokens", "vocab"), sharding.wide(x_ND.dtype))
     y_NV = layers.soft_cap(y_NV.astype(jnp.float32), cfg.logit_soft_cap)
     if cfg.table == cfg.vocab_size:
         return y_NV
@@ -274,12 +285,42 @@ def logits(params: Params, cfg: ModelConfig, x_ND: jax.Array) -> jax.Array:
     return jnp.where(ids_V < cfg.vocab_size, y_NV, attention.NEVER)
 
 
-def empty_cache(cfg: ModelConfig, rows: int, capacity: int, dtype: str) -> Cache:
-    """A cache for `rows` sequences of up to `capacity` tokens."""
-    make = functools.partial(
-        jnp.zeros,
-        (cfg.layers, rows, capacity, cfg.kv, cfg.head),
-        jnp.dtype(dtype),
-        out_sharding=sharding.spec("layers", "batch", None, "kv_heads", None),
-    )
-    return Cache(make(), make())
+def empty_caches(cfg: ModelConfig, rows: int, capacity: int, dtype: str, chunk: int = 1) -> Caches:
+    """Caches for `rows` sequences of up to `capacity` tokens, which come up to `chunk` at a time.
+
+    A layer with a window keeps what the first token of a chunk still sees, and the chunk.
+    """
+
+    def one(kind: str) -> Cache:
+        size = min(capacity, cfg.window + chunk - 1) if kind == "window" else capacity
+        shape = (cfg.layers // len(cfg.pattern), rows, cfg.kv, size, cfg.head)
+        out_sharding = sharding.spec(*attention.CACHE_AXES)
+        return Cache(*(jnp.zeros(shape, dtype, out_sharding=out_sharding) for _ in range(2)))
+
+    return tuple(map(one, cfg.pattern))
+
+
+def unrolled(cfg: ModelConfig) -> ModelConfig:
+    """The same model as one period, for parameters that `split_layers` has made of its own."""
+    return replace(cfg, pattern=cfg.pattern * (cfg.layers // len(cfg.pattern)))
+
+
+@jax.jit
+def _layer(stacked: jax.Array, i: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(stacked, i, 1)
+
+
+def split_layers(params: Params, cfg: ModelConfig) -> Params:
+    """Parameters of `unrolled(cfg)`: each layer's in arrays of their own.
+
+    A loop over a stacked parameter copies each layer's out of it on XLA:CPU before it is used,
+    which halves the speed of decoding.
+    """
+    blocks: Params = {}
+    for j in range(len(cfg.pattern)):
+        for i in range(cfg.layers // len(cfg.pattern)):
+            layer = functools.partial(_layer, i=i)
+            blocks[f"layer_{i * len(cfg.pattern) + j}"] = jax.tree.map(
+                layer, params["blocks"][f"layer_{j}"]
+            )
+    return params | {"blocks": blocks}

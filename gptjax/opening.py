@@ -1,0 +1,108 @@
+"""A run, or a Hugging Face folder, opened to be used and not trained."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+
+from gptjax import run, weights
+from gptjax import tokenizer as tokenizers
+from gptjax.config import (
+    Config,
+    EvalConfig,
+    MeshConfig,
+    ModelConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from gptjax.errors import DataError
+from gptjax.model.decoder import Params
+from gptjax.sample import Sampler
+from gptjax.tokenizer import Tokenizer
+from gptjax.weights import Source
+
+_SAFETENSORS = "*.safetensors*"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model on the ambient mesh; `step` is its checkpoint's, None in a Hugging Face folder."""
+
+    name: str
+    cfg: Config
+    tokenizer: Tokenizer | None
+    params: Params
+    step: int | None
+
+    def sampler(self, *, rows: int = 32) -> Sampler:
+        """A sampler of it, which keeps a copy of the parameters in compute.dtype."""
+        return Sampler(self.params, self.cfg.model, self.cfg.compute, self.tokenizer, rows=rows)
+
+
+@contextmanager
+def opened(
+    path: str, *, dtype: str | None = None, say: Callable[[str], None] = lambda line: None
+) -> Iterator[Opened]:
+    """The model of a run folder or a Hugging Face folder, with its mesh as the ambient one.
+
+    `dtype` is what to compute in, float32 or bfloat16, otherwise the run's own. Raises what
+    `run.open_run`, `run.restore_params` and `weights.open_source` raise.
+    """
+    folder = Path(path.removeprefix("hf:"))
+    if not folder.is_dir():
+        raise DataError(f"{path}: no such folder; give a run or a Hugging Face folder")
+    source, step = None, None
+    if path.startswith("hf:") or any(folder.glob(_SAFETENSORS)):
+        source = weights.open_source(folder)
+        tokenizer = tokenizer_of(source, say)
+        cfg = config_of(source.model, tokenizer, str(folder))
+    else:
+        cfg, tokenizer, _ = run.open_run(path)
+    if dtype is not None:
+        cfg = replace(cfg, compute=replace(cfg.compute, dtype=dtype))  # type: ignore[arg-type]
+    with run.entered_mesh(cfg):
+        if source is not None:
+            params = weights.read_params(source)
+        else:
+            params, step = run.restore_params(path, cfg, say)
+        yield Opened(path, cfg, tokenizer, params, step)
+
+
+def tokenizer_of(source: Source, say: Callable[[str], None]) -> tokenizers.Tokenizer | None:
+    """The folder's own; or none, which is told, where it has none that can be used."""
+    folder = source.folder
+    why = "no tokenizer.json and no tokenizer.model"
+    for kind, file in (("huggingface", "tokenizer.json"), ("sentencepiece", "tokenizer.model")):
+        if (folder / file).exists():
+            given = TokenizerConfig(kind=kind, path=str(folder / file))  # type: ignore[arg-type]
+            try:
+                tokenizer = tokenizers.make(given, ())
+            except DataError as error:
+                why = str(error)
+                continue
+            if tokenizer.vocab_size <= source.model.vocab_size:
+                return tokenizer
+            why = f"{file} has {tokenizer.vocab_size} pieces, the model {source.model.vocab_size}"
+    say(f"{folder}: {why}; so the run cannot read text")
+    return None
+
+
+def config_of(model: ModelConfig, tokenizer: tokenizers.Tokenizer | None, target: str) -> Config:
+    """A configuration that uses the model, its parameters split over as many devices as go."""
+    devices = jax.device_count()
+    shards = next(n for n in range(devices, 0, -1) if devices % n == 0 == model.embed % n)
+    rows = -(-32 // devices) * devices
+    seq_len = min(model.context, 1024)
+    kind = TokenizerConfig(path=target)
+    if tokenizer is not None:
+        kind = replace(kind, kind=tokenizer.kind, vocab_size=tokenizer.vocab_size)
+    return Config(
+        run=target,
+        model=model,
+        mesh=MeshConfig(fsdp=shards),
+        tokenizer=kind,
+        train=TrainConfig(seq_len=seq_len, batch_tokens=seq_len * rows),
+        eval=EvalConfig(batch=rows, sample_tokens=max(1, min(128, model.context // 2))),
+    )

@@ -1,0 +1,164 @@
+"""What a request asks for, and when it makes no sense."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from gptjax.config import ModelConfig
+from gptjax.errors import ConfigError
+
+MOST_LOGPROBS = 20
+"""Alternatives that may be asked for beside each token."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the next token is drawn, and when to stop. The defaults draw from the model as it is.
+
+    They act on the logits in the order in which they stand here, see `filters.adjust`.
+    """
+
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Pairs of a token and what is added to its logit."""
+    banned: tuple[int, ...] = ()
+    """Tokens that are never drawn."""
+    repetition_penalty: float = 1.0
+    """Of tokens in prompt or continuation (Keskar et al. 2019); 1: none."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens that are in the continuation already."""
+    frequency_penalty: float = 0.0
+    """Taken from the logits of tokens as often as they are in the continuation."""
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Keep the nucleus (Holtzman et al. 2020); 1: all."""
+    min_p: float = 0.0
+    """Keep tokens at least this share as likely as the likeliest; 0: all."""
+    max_tokens: int = 128
+    """Longest continuation."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a continuation, and are not part of it."""
+    samples: int = 1
+    """Continuations of each prompt."""
+    seed: int = 0
+    logprobs: int | None = None
+    """None, or how many likeliest tokens to give with each drawn one, with log-probabilities."""
+
+    @property
+    def penalised(self) -> bool:
+        """Whether it matters which tokens there were."""
+        penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
+        return penalties != (1.0, 0.0, 0.0)
+
+    @property
+    def filtered(self) -> bool:
+        """Whether some tokens are cut off before the draw."""
+        cuts = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        return self.temperature > 0 and cuts
+
+    def check(self) -> None:
+        """Raises ConfigError with every value that makes no sense."""
+        if problems := list(self._problems()):
+            raise ConfigError(problems)
+
+    def _problems(self) -> Iterator[str]:
+        finite = lambda x: abs(x) <= 1e4
+        if not 0 <= self.temperature <= 1e4:
+            yield f"temperature={self.temperature}: must not be negative"
+        if self.top_k < 0:
+            yield f"top_k={self.top_k}: must not be negative; 0 keeps every token"
+        if not 0 < self.top_p <= 1:
+            yield f"top_p={self.top_p}: must be above 0 and at most 1"
+        if not 0 <= self.min_p < 1:
+            yield f"min_p={self.min_p}: must not be negative, and below 1; 0 keeps every token"
+        if not 0 < self.repetition_penalty <= 1e4:
+            yield f"repetition_penalty={self.repetition_penalty}: must be above 0; 1 is none"
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not finite(getattr(self, name)):
+                yield f"{name}={getattr(self, name)}: must be a number, such as 0.5; 0 is none"
+        for token, bias in self.logit_bias:
+            if not finite(bias):
+                yield f"logit_bias of token {token}, {bias}: must be a number; -100 as good as bans"
+        if self.max_tokens < 1:
+            yield f"max_tokens={self.max_tokens}: must be at least 1"
+        if self.samples < 1:
+            yield f"samples={self.samples}: must be at least 1"
+        if "" in self.stop:
+            yield "stop='': an empty text is everywhere; give one with a character"
+        if not 0 <= self.seed < 2**32:
+            yield f"seed={self.seed}: must not be negative, and below 2**32"
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            yield f"logprobs={self.logprobs}: must be from 0 to {MOST_LOGPROBS}"
+
+
+@dataclass(frozen=True)
+class BeamSettings:
+    """Beam search: the `width` likeliest continuations are followed at a time."""
+
+    width: int = 4
+    length_penalty: float = 1.0
+    """Exponent of the length that divides a continuation's log-probability; 0 ignores length."""
+    early_stopping: bool | Literal["never"] = False
+    """Of a prompt with `width` finished continuations: True stops at once; False when the best live
+    one, scored as it is, is worse than all of them; "never" when none could become better."""
+    returned: int = 1
+    """Continuations of each prompt, best first."""
+    max_tokens: int = 128
+
+    def check(self) -> None:
+        """Raises ConfigError with every value that makes no sense."""
+        problems = []
+        if self.width < 1:
+            problems.append(f"width={self.width}: must be at least 1")
+        if not abs(self.length_penalty) <= 100:
+            problems.append(f"length_penalty={self.length_penalty}: must be a number, such as 1")
+        if self.early_stopping not in (True, False, "never"):
+            problems.append(f"early_stopping={self.early_stopping}: must be True, False or 'never'")
+        if not 1 <= self.returned <= max(self.width, 1):
+            problems.append(f"returned={self.returned}: must be from 1 to width={self.width}")
+        if self.max_tokens < 1:
+            problems.append(f"max_tokens={self.max_tokens}: must be at least 1")
+        if problems:
+            raise ConfigError(problems)
+
+
+def check(
+    model: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings | BeamSettings,
+    vocab_size: int | None = None,
+) -> None:
+    """Raises ConfigError for settings that make no sense, an empty prompt, a token outside the
+    vocabulary, or a prompt that leaves no room in the model's context.
+    """
+    settings.check()
+    vocabulary = model.vocab_size if vocab_size is None else vocab_size
+    longest = max(map(len, prompts), default=0)
+    problems = []
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            problems.append(f"prompt {number}: is empty; begin with the EOS token")
+        elif not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
+            problems.append(f"prompt {number}: has ids outside 0..{model.vocab_size - 1}")
+    if isinstance(settings, Settings):
+        named = {"logit_bias": [i for i, _ in settings.logit_bias], "banned": settings.banned}
+        for name, ids in named.items():
+            if bad := [i for i in ids if not 0 <= i < vocabulary]:
+                problems.append(f"{name}: has ids outside 0..{vocabulary - 1}: {bad[0]}")
+        if len(set(settings.banned)) >= vocabulary:
+            problems.append("banned: holds every token; leave one")
+    elif settings.width > vocabulary:
+        problems.append(f"width={settings.width}: is above the vocabulary of {vocabulary}")
+    if longest >= model.context:
+        problems.append(
+            f"a prompt has {longest} tokens, which leave no room in model.context={model.context}"
+        )
+    elif longest + settings.max_tokens > model.context:
+        problems.append(
+            f"max_tokens={settings.max_tokens}: with a prompt of {longest} tokens more than "
+            f"model.context={model.context}; at most {model.context - longest} fit"
+        )
+    if problems:
+        raise ConfigError(problems)
