@@ -105,10 +105,12 @@ def take_over(caches: Caches, prompts: Caches, rows_bn: jax.Array) -> Caches:
         size = min(store_PBKSC.shape[3], new_PbKSC.shape[3])
         local_bn = rows_bn - lax.axis_index(sharding.RULES["batch"]) * store_PBKSC.shape[1]
         local_bn = jnp.where(local_bn < 0, store_PBKSC.shape[1], local_bn)  # no wrapping
-        for i in range(rows_bn.shape[1]):
+
+        def put(i: jax.Array, store_PBKSC: jax.Array) -> jax.Array:
             rows = store_PBKSC.at[:, local_bn[:, i], :, :size]
-            store_PBKSC = rows.set(new_PbKSC[:, :, :, :size], mode="drop")
-        return store_PBKSC
+            return rows.set(new_PbKSC[:, :, :, :size], mode="drop")
+
+        return lax.fori_loop(0, rows_bn.shape[1], put, store_PBKSC)
 
     stored = sharding.spec(*CACHE_AXES)
     return jax.tree.map(

@@ -36,8 +36,8 @@ class Knobs(NamedTuple):
 
 def add_bias(logits_BV: jax.Array, ids_Bn: jax.Array, bias_Bn: jax.Array) -> jax.Array:
     """Logits with a bias added to those of some tokens; NEVER bans."""
-    rows_B1 = jnp.arange(len(logits_BV))[:, None]
-    return logits_BV.at[rows_B1, ids_Bn].add(bias_Bn, mode="drop")
+    add = lambda logits_V, ids_n, bias_n: logits_V.at[ids_n].add(bias_n, mode="drop")
+    return jax.vmap(add)(logits_BV, ids_Bn, bias_Bn)
 
 
 def penalise_repetition(
@@ -97,7 +97,7 @@ def _cut(logits_BV: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.
         higher_B = threshold_B | (sign >> i.astype(jnp.uint32))
         return jnp.where(enough(order_BV >= higher_B[:, None]), higher_B, threshold_B)
 
-    threshold_B = lax.fori_loop(0, 32, refine, jnp.zeros_like(order_BV[:, 0]))
+    threshold_B = lax.fori_loop(0, 32, refine, jnp.zeros_like(order_BV.max(-1)))
     return jnp.where(order_BV >= threshold_B[:, None], logits_BV, NEVER)
 
 

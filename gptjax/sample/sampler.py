@@ -62,7 +62,8 @@ class Sampler:
     """A model ready to continue, stream and score texts, on the ambient mesh.
 
     Makes a copy of the parameters in compute.dtype. `tokenizer` may be None for a model without
-    one: then prompts are token ids, and texts are empty.
+    one: then prompts are token ids, and texts are empty. `stop_ids` end a continuation and ids from
+    `vocab_size` on are never drawn; both are the tokenizer's unless given.
     """
 
     def __init__(
@@ -72,16 +73,23 @@ class Sampler:
         compute: ComputeConfig,
         tokenizer: Tokenizer | None = None,
         *,
+        stop_ids: Sequence[int] | None = None,
+        vocab_size: int | None = None,
         rows: int = ROWS,
     ) -> None:
         self.model, self.compute, self.tokenizer = model, compute, tokenizer
         self._params, self._unrolled = decoding.decoding_params(params, model, compute.dtype)
         self._most = rows
-        self.vocab_size = model.vocab_size
-        self.stop_ids: tuple[int, ...] = ()
-        if tokenizer is not None:
-            self.vocab_size = min(tokenizer.vocab_size, model.vocab_size)
-            self.stop_ids = tokenizer.stop_ids
+        own = (
+            (model.vocab_size, ())
+            if tokenizer is None
+            else (
+                min(tokenizer.vocab_size, model.vocab_size),
+                tokenizer.stop_ids,
+            )
+        )
+        self.vocab_size = own[0] if vocab_size is None else vocab_size
+        self.stop_ids = own[1] if stop_ids is None else tuple(stop_ids)
 
     # --- requests ---
 

@@ -257,10 +257,10 @@ def test_a_mixture_decodes_as_it_reads(on_mesh, tiny_config, random_params):
         whole = jax.jit(lambda t: decoder.apply(params, cfg, compute, t).x_ND)(place(tokens))
         step = jax.jit(
             lambda t, at, cache: decoder.apply(
-                params, cfg, compute, t, positions_BT=at, cache=cache
+                params, cfg, compute, t, positions_BT=at, caches=cache
             )[:2]
         )
-        cache = decoder.empty_cache(cfg, 2, 9, "float32")
+        cache = decoder.empty_caches(cfg, 2, 9, "float32")
         for t in range(9):
             x, cache = step(place(tokens[:, t : t + 1]), place(np.full((2, 1), t)), cache)
             np.testing.assert_allclose(x, np.asarray(whole).reshape(2, 9, -1)[:, t], atol=2e-5)

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy_filters import distribution
 from scipy import stats
 
-from gptjax import sample, sharding
+from gptjax import sharding
 from gptjax.config import ComputeConfig
 from gptjax.errors import ConfigError
 from gptjax.model import decoder
-from gptjax.model.attention import NEVER
-from gptjax.sample import Settings
+from gptjax.sample import Sampler, Settings
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -34,8 +34,9 @@ def prompts_of(*lengths):
     return [rng.integers(0, 128, n).tolist() for n in lengths]
 
 
-def generate(params, model, prompts, settings=GREEDY, stop_ids=()):
-    return sample.generate(params, model, COMPUTE, prompts, stop_ids, settings)
+def generate(params, model, prompts, settings=GREEDY, stop_ids=(), **kwargs):
+    sampler = Sampler(params, model, COMPUTE, stop_ids=stop_ids, **kwargs)
+    return [one.ids for one in sampler.generate(prompts, settings)]
 
 
 def full_logits(params, model, rows):
@@ -76,12 +77,12 @@ def test_cached_logits_are_those_of_the_full_forward_at_every_step(
     params = random_params(model, std=0.1)
     rows = np.asarray(prompts_of(20, 20, 20), np.int32)
     prefilled, at = 7, lambda t: np.full((3, 1), t, np.int32)
-    cache = decoder.empty_cache(model, 3, 24, "float32")
+    cache = decoder.empty_caches(model, 3, 24, "float32", chunk=7)
 
     @jax.jit
     def step(cache, tokens, positions):
         x, cache, _ = decoder.apply(
-            params, model, COMPUTE, tokens, positions_BT=positions, cache=cache
+            params, model, COMPUTE, tokens, positions_BT=positions, caches=cache
         )
         return decoder.logits(params, model, x), cache
 
@@ -166,81 +167,32 @@ def test_a_prompt_and_its_continuation_may_fill_the_context_exactly(one_device, 
     assert out == likeliest[len(prompt) - 1 : -1].tolist()
 
 
-# --- filters -----------------------------------------------------------------------------------
-
-
-def numpy_top_k(logits, k):
-    if k == 0:
-        return np.ones_like(logits, bool)
-    kth = np.sort(logits, -1)[:, ::-1][:, min(k, logits.shape[1]) - 1]
-    return logits >= kth[:, None]
-
-
-def numpy_top_p(logits, p):
-    keep = np.zeros_like(logits, bool)
-    for row, kept in zip(np.float64(logits), keep, strict=True):
-        share = np.exp(row - row.max())
-        share /= share.sum()
-        order = np.argsort(-row, kind="stable")
-        needed = np.searchsorted(np.cumsum(share[order]), p - 1e-12) + 1
-        least = row[order[min(needed, len(row)) - 1]]
-        kept[:] = row >= least
-    return keep
-
-
-@pytest.fixture(scope="module")
-def logits():
-    """Rows without ties, with many, and with nothing else."""
-    rng = np.random.default_rng(0)
-    ties = rng.integers(-3, 3, (20, 17)).astype(np.float32)
-    return np.concatenate([3 * rng.normal(size=(20, 17)), ties, np.zeros((1, 17))]).astype("f4")
-
-
-@pytest.mark.parametrize("k", [0, 1, 2, 5, 16, 17, 99])
-def test_top_k_keeps_the_k_largest_and_ties_with_the_last(logits, k):
-    got = np.asarray(sample.keep_top_k(logits, jnp.int32(k)))
-    keep = numpy_top_k(logits, k)
-    np.testing.assert_array_equal(got, np.where(keep, logits, np.float32(NEVER)))
-    if 0 < k < 17:
-        assert (keep[:20].sum(-1) == k).all()
-        assert keep[-1].all()
-
-
-@pytest.mark.parametrize("p", [1e-6, 0.1, 0.333, 0.5, 0.9, 0.999, 1.0])
-def test_top_p_keeps_the_fewest_whose_mass_reaches_p(logits, p):
-    got = np.asarray(sample.keep_top_p(logits, jnp.float32(p)))
-    keep = np.ones_like(logits, bool) if p == 1 else numpy_top_p(logits, p)
-    np.testing.assert_array_equal(got, np.where(keep, logits, np.float32(NEVER)))
-    weight = np.exp(np.float64(logits))
-    assert (np.where(keep, weight, 0).sum(-1) / weight.sum(-1) > p - 1e-6).all()
-
-
-def test_top_p_after_top_k_sees_what_top_k_has_left():
-    logits = np.log(np.array([[0.4, 0.3, 0.2, 0.1]], np.float32))
-    both = sample.keep_top_p(sample.keep_top_k(logits, jnp.int32(2)), jnp.float32(0.5))
-    assert (np.asarray(both)[0] > NEVER).tolist() == [True, False, False, False]  # 4/7 of two
-
-
 # --- drawing -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 5, 1.0), (1.0, 0, 0.7)]
+    "settings",
+    [
+        Settings(temperature=1.0),
+        Settings(temperature=0.5),
+        Settings(temperature=2.0, top_k=5),
+        Settings(temperature=1.0, top_p=0.7),
+        Settings(temperature=1.5, min_p=0.3),
+        Settings(temperature=1.0, repetition_penalty=2.0, banned=(6,)),
+        Settings(temperature=1.0, logit_bias=((4, 1.0),), top_k=6, top_p=0.9),
+    ],
+    ids=lambda s: ",".join(f"{k}={v}" for k, v in vars(s).items() if v != getattr(Settings(), k)),
 )
 def test_drawn_tokens_follow_the_claimed_distribution(
-    one_device, tiny_model, random_params, temperature, top_k, top_p
+    one_device, tiny_model, random_params, settings
 ):
     model = tiny_model(vocab_size=8, layers=1)
     params = random_params(model, std=0.15)
     prompt, rows = [1, 2, 3], 4096
-    settings = Settings(temperature, top_k, top_p, max_tokens=1, seed=1)
-    drawn = np.array(generate(params, model, [prompt] * rows, settings))[:, 0]
-    scores = full_logits(params, model, [prompt])[:, -1, :8].astype(np.float64) / temperature
-    keep = numpy_top_k(scores, top_k)
-    keep &= numpy_top_p(np.where(keep, scores, NEVER), top_p)
-    share = np.where(keep, np.exp(scores), 0)[0]
-    share /= share.sum()
-    assert keep.sum() < 8 or (top_k, top_p) == (0, 1.0)
+    settings = replace(settings, max_tokens=1, seed=1, samples=rows)
+    drawn = np.array(generate(params, model, [prompt], settings, rows=rows))[:, 0]
+    scores = full_logits(params, model, [prompt])[0, -1, :8]
+    share = distribution(scores, prompt, [], settings)
     counts = np.bincount(drawn, minlength=8)
     assert counts[share == 0].sum() == 0
     assert share.max() < 0.8
@@ -248,12 +200,31 @@ def test_drawn_tokens_follow_the_claimed_distribution(
     assert found.pvalue > 1e-3
 
 
+def test_penalties_count_what_was_drawn(one_device, tiny_model, random_params):
+    """Pairs of tokens, the second drawn from what the first has made of the distribution."""
+    model = tiny_model(vocab_size=8, layers=1)
+    params = random_params(model, std=0.1)
+    settings = Settings(
+        max_tokens=2, samples=4096, seed=2, presence_penalty=0.7, frequency_penalty=0.5
+    )
+    prompt = [1, 2]
+    pairs = np.array(generate(params, model, [prompt], settings, rows=4096))
+    first = np.bincount(pairs[:, 0], minlength=8).argmax()
+    second = pairs[pairs[:, 0] == first, 1]
+    scores = full_logits(params, model, [[*prompt, int(first)]])[0, -1, :8]
+    share = distribution(scores, prompt, [int(first)], settings)
+    counts = np.bincount(second, minlength=8)
+    assert stats.chisquare(counts, len(second) * share).pvalue > 1e-3
+    without = distribution(scores, prompt, [], Settings())
+    assert stats.chisquare(counts, len(second) * without).pvalue < 1e-3
+
+
 def test_draws_at_successive_positions_are_independent(one_device, tiny_model, random_params):
     """A model that gives every token the same chance, so that only the streams matter."""
     model = tiny_model(vocab_size=8, layers=1)
     params = jax.tree.map(jnp.zeros_like, random_params(model))
     settings = Settings(temperature=1.0, max_tokens=2, seed=5)
-    pairs = np.array(generate(params, model, [[1]] * 2048, settings))
+    pairs = np.array(generate(params, model, [[1]] * 2048, settings, rows=2048))
     table = np.bincount(pairs[:, 0] * 8 + pairs[:, 1], minlength=64)
     assert stats.chisquare(table).pvalue > 1e-3
     neighbours = np.bincount(pairs[:-1, 0] * 8 + pairs[1:, 0], minlength=64)
@@ -318,7 +289,7 @@ def test_a_new_length_seed_or_setting_inside_a_bucket_compiles_nothing(
     changed = Settings(temperature=0.7, top_k=9, top_p=0.8, max_tokens=10, seed=4)
     generate(params, model, rows(4, 12, 2, 16), changed)
     assert len(compilations) == known
-    generate(params, model, rows(17, 12, 2), settings)
+    generate(params, model, rows(18, 12, 2), settings)
     assert len(compilations) > known
 
 
@@ -368,32 +339,8 @@ def test_all_problems_are_told_at_once(one_device, model, params):
     assert len(refusal.value.problems) == 3
 
 
-# --- texts -------------------------------------------------------------------------------------
-
-
-class Letters:
-    """A tokenizer of one id a character, and EOS 0."""
-
-    stop_ids, vocab_size = (0, 7), 128
-
-    def encode(self, text):
-        return [ord(c) for c in text]
-
-    def decode(self, ids):
-        return "".join(map(chr, ids))
-
-    def prompt(self, text):
-        return [0, *self.encode(text)]
-
-
-def test_a_text_is_continued_as_the_beginning_of_a_document(one_device, model, params):
-    texts = sample.continue_texts(params, model, COMPUTE, Letters(), ["ab", ""], GREEDY)
-    outs = generate(params, model, [[0, 97, 98], [0]], stop_ids=(0, 7))
-    assert texts == ["".join(chr(i) for i in out if i not in (0, 7)) for out in outs]
-
-
 def test_rows_of_the_table_that_are_no_piece_are_never_drawn(one_device, model, params):
     settings = Settings(temperature=5.0, max_tokens=40)  # nearly uniform
-    outs = sample.generate(params, model, COMPUTE, prompts_of(5, 5), (0,), settings, vocab_size=9)
-    assert {i for out in outs for i in out} <= set(range(9))
+    some = generate(params, model, prompts_of(5, 5), settings, vocab_size=9)
+    assert {i for out in some for i in out} <= set(range(9))
     assert max(i for out in generate(params, model, prompts_of(5, 5), settings) for i in out) > 9

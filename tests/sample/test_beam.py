@@ -1,0 +1,134 @@
+"""Beam search against one written plainly, and what its settings mean."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from test_sampler import COMPUTE, prompts_of
+
+from gptjax import sharding
+from gptjax.errors import ConfigError
+from gptjax.model import decoder
+from gptjax.sample import BeamSettings, Sampler
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+STOP = (3, 5, 8, 13, 21)
+
+
+@pytest.fixture
+def one_device(on_mesh):
+    with on_mesh(1, 1, 1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model(vocab_size=24, context=32, layers=1)
+
+
+@pytest.fixture(scope="module")
+def params(on_mesh, model, random_params):
+    with on_mesh(1, 1, 1):
+        return random_params(model, std=0.15)
+
+
+def plain_search(next_logprobs, prompt, s: BeamSettings, stop_ids):
+    """Lists of (score, ids), best first: the definition, a beam and a token at a time."""
+    live, finished = [(0.0, [])], []
+    for step in range(1, s.max_tokens + 1):
+        table = next_logprobs([prompt + ids for _, ids in live])
+        after = sorted(
+            (
+                (total + row[token], [*ids, token])
+                for (total, ids), row in zip(live, table, strict=True)
+                for token in range(len(row))
+            ),
+            key=lambda pair: -pair[0],
+        )
+        ends = lambda ids: ids[-1] in stop_ids or len(ids) == s.max_tokens
+        for total, ids in after[: s.width]:
+            if ends(ids):
+                finished.append((total / len(ids) ** s.length_penalty, ids))
+        finished = sorted(finished, key=lambda pair: -pair[0])[: s.width]
+        live = [pair for pair in after if not ends(pair[1])][: s.width]
+        if len(finished) == s.width:
+            if s.early_stopping is True:
+                break
+            reach = s.max_tokens if s.early_stopping == "never" and s.length_penalty > 0 else step
+            if not live or live[0][0] / reach**s.length_penalty <= finished[-1][0]:
+                break
+    return finished[: s.returned]
+
+
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0, -1.0])
+def test_it_finds_what_a_plain_search_finds(
+    one_device, model, params, early_stopping, length_penalty
+):
+    settings = BeamSettings(4, length_penalty, early_stopping, returned=3, max_tokens=7)
+    prompts = prompts_of(3, 1, 6)
+    prompts = [[i % 24 for i in prompt] for prompt in prompts]
+    done = Sampler(params, model, COMPUTE, stop_ids=STOP).beam(prompts, settings)
+
+    @jax.jit
+    def every_logprob(tokens):
+        scores = decoder.logits(params, model, decoder.apply(params, model, COMPUTE, tokens).x_ND)
+        return jax.nn.log_softmax(scores[:, :24], -1)
+
+    def next_logprobs(rows):
+        padded = np.zeros((4, 16), np.int32)  # one program for all
+        padded[: len(rows), : len(rows[0])] = rows
+        logprobs = np.asarray(every_logprob(sharding.global_batch(padded, 4)))
+        return logprobs.reshape(4, 16, -1)[: len(rows), len(rows[0]) - 1]
+
+    lengths = set()
+    for i, prompt in enumerate(prompts):
+        want = plain_search(next_logprobs, prompt, settings, STOP)
+        got = [one for one in done if one.prompt == i]
+        assert [one.ids for one in got] == [ids for _, ids in want]
+        np.testing.assert_allclose([one.score for one in got], [s for s, _ in want], atol=1e-4)
+        assert [one.finish for one in got] == [
+            "stop" if ids[-1] in STOP else "length" for _, ids in want
+        ]
+        lengths |= {len(ids) for _, ids in want}
+    assert len(lengths) > 1 or length_penalty > 0
+
+
+def test_one_beam_without_stops_is_greedy(one_device, model, params):
+    prompts = [[i % 24 for i in prompt] for prompt in prompts_of(3, 8)]
+    sampler = Sampler(params, model, COMPUTE)
+    from test_sampler import GREEDY
+
+    one = sampler.beam(prompts, BeamSettings(width=1, max_tokens=12))
+    assert [b.ids for b in one] == [g.ids for g in sampler.generate(prompts, GREEDY)]
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2)])
+def test_eight_devices_find_what_one_finds(on_mesh, model, params, random_params, mesh):
+    prompts = [[i % 24 for i in prompt] for prompt in prompts_of(3, 8, 2)]
+    settings = BeamSettings(width=3, returned=3, max_tokens=6)
+    with on_mesh(1, 1, 1):
+        one = Sampler(params, model, COMPUTE, stop_ids=STOP).beam(prompts, settings)
+    with on_mesh(*mesh):
+        split = random_params(model, std=0.15)
+        eight = Sampler(split, model, COMPUTE, stop_ids=STOP).beam(prompts, settings)
+    assert [b.ids for b in eight] == [b.ids for b in one]
+    np.testing.assert_allclose([b.score for b in eight], [b.score for b in one], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"width": 0}, "width=0: must be at least 1"),
+        ({"returned": 5}, "returned=5: must be from 1 to width=4"),
+        ({"early_stopping": "maybe"}, "early_stopping=maybe"),
+        ({"length_penalty": float("nan")}, "length_penalty=nan"),
+        ({"width": 25}, "width=25: is above the vocabulary of 24"),
+        ({"max_tokens": 40}, "max_tokens=40: .*at most 31 fit"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused(one_device, model, params, change, problem):
+    settings = replace(BeamSettings(), **change)
+    with pytest.raises(ConfigError, match=problem):
+        Sampler(params, model, COMPUTE).beam([[1]], settings)

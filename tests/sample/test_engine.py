@@ -1,0 +1,302 @@
+"""Rows that are refilled, prompts in chunks, rings, shared prefills, cancellation, scores."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from test_sampler import COMPUTE, GREEDY, compilations, full_logits, generate, prompts_of
+
+from gptjax.config import ComputeConfig
+from gptjax.errors import ConfigError
+from gptjax.sample import Request, Room, Sampler, Settings, decoding, engine
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+assert compilations
+
+DRAWN = Settings(temperature=1.0, max_tokens=9, seed=3)
+
+
+@pytest.fixture
+def one_device(on_mesh):
+    with on_mesh(1, 1, 1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model(context=64, tied_embeddings=False)
+
+
+@pytest.fixture(scope="module")
+def params(on_mesh, model, random_params):
+    with on_mesh(1, 1, 1):
+        return random_params(model)
+
+
+@pytest.fixture
+def prefills(monkeypatch):
+    """Shapes of the chunks that are prefilled."""
+    shapes, prefill = [], decoding.prefill
+    monkeypatch.setattr(
+        decoding,
+        "prefill",
+        lambda p, chunk, *rest: shapes.append(chunk[0].shape) or prefill(p, chunk, *rest),
+    )
+    return shapes
+
+
+def requests_of(prompts, settings, stop_ids=()):
+    each = settings if isinstance(settings, list) else [settings] * len(prompts)
+    return [Request(p, s, stop_ids, i) for i, (p, s) in enumerate(zip(prompts, each, strict=True))]
+
+
+def drain(engine, burst=64):
+    """Ids of every (request, sample), and how each finished."""
+    ids, finish = {}, {}
+    for event in engine.run(burst):
+        key = event.request.index, event.sample
+        assert key not in finish, "an event after the end"
+        ids.setdefault(key, []).extend(t.id for t in event.tokens)
+        if event.finish:
+            finish[key] = event.finish
+    assert set(ids) == set(finish)
+    return ids, finish
+
+
+def engine_of(params, model, rows, room=Room(), capacity=64):  # noqa: B008
+    return Sampler(params, model, COMPUTE).engine(rows=rows, capacity=capacity, room=room)
+
+
+# --- continuous batching -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "burst"), [(1, 64), (2, 64), (2, 3), (4, 1)])
+def test_rows_are_refilled_and_results_do_not_hang_on_rows_nor_bursts(
+    one_device, model, params, rows, burst
+):
+    lengths = [3, 9, 1, 20, 5, 2, 14]
+    settings = [replace(DRAWN, max_tokens=n) for n in (2, 9, 5, 1, 9, 12, 3)]
+    whole = Sampler(params, model, COMPUTE).generate(prompts_of(*lengths), settings)
+    few = engine_of(params, model, rows)
+    few.submit(*requests_of(prompts_of(*lengths), settings))
+    assert few.waiting == 7
+    ids, finish = drain(few, burst)
+    assert [ids[i, 0] for i in range(7)] == [one.ids for one in whole]
+    assert set(finish.values()) == {"length"}
+    assert few.busy == few.waiting == 0
+
+
+def test_a_row_that_ends_takes_the_next_one_while_the_others_go_on(one_device, model, params):
+    settings = [replace(DRAWN, max_tokens=n) for n in (30, 2, 4, 9)]
+    two = engine_of(params, model, 2)
+    two.submit(*requests_of(prompts_of(3, 3, 3, 3), settings))
+    first = two.step()
+    assert [(e.request.index, len(e.tokens), e.finish) for e in first] == [
+        (0, 2, None),
+        (1, 2, "length"),
+    ]
+    assert [(e.request.index, e.finish) for e in two.step()] == [(0, None), (2, "length")]
+
+
+def test_a_request_may_come_while_others_decode(one_device, model, params):
+    prompts = prompts_of(3, 7)
+    alone = generate(params, model, prompts, DRAWN)
+    late = engine_of(params, model, 4)
+    first, second = requests_of(prompts, DRAWN)
+    late.submit(first)
+    ids = [t.id for event in late.step(4) for t in event.tokens]
+    late.submit(second)
+    rest, _ = drain(late, 2)
+    assert [ids + rest[0, 0], rest[1, 0]] == alone
+
+
+def test_each_request_has_its_own_settings(one_device, model, params):
+    each = [
+        GREEDY,
+        replace(GREEDY, repetition_penalty=1.5),
+        replace(GREEDY, banned=tuple(range(0, 128, 2))),
+        replace(DRAWN, top_k=4, max_tokens=12),
+        replace(DRAWN, logit_bias=((77, 50.0),), max_tokens=12),
+    ]
+    prompts = prompts_of(5, 5, 5, 5, 5)
+    together = Sampler(params, model, COMPUTE).generate(prompts, each)
+    for i, (prompt, settings) in enumerate(zip(prompts, each, strict=True)):
+        request = Request(prompt, settings, (), i)
+        one = engine_of(params, model, 1, Room.of(settings, ()))
+        one.submit(request)
+        assert drain(one)[0][i, 0] == together[i].ids
+    assert together[4].ids == [77] * 12
+    assert all(i % 2 for i in together[2].ids)
+    assert len({tuple(one.ids) for one in together}) == 5
+    assert (
+        len(set(together[1].ids)) > len(set(together[0].ids)) or together[0].ids != together[1].ids
+    )
+
+
+def test_a_cancelled_request_frees_its_row_and_leaves_the_queue(one_device, model, params):
+    many = engine_of(params, model, 2)
+    one, two, three = requests_of(prompts_of(3, 3, 3), replace(DRAWN, max_tokens=50))
+    many.submit(one, two, three)
+    many.step(2)
+    one.cancel()
+    assert {e.request.index for e in many.step(2)} == {1, 2}
+    three.cancel()
+    two.cancel(0)
+    assert many.step(2) == []
+    assert many.busy == many.waiting == 0
+
+
+# --- prompts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, {"positions": "rope", "pattern": ("window", "full"), "window": 5}]
+)
+def test_a_long_prompt_goes_in_chunks(
+    one_device, tiny_model, random_params, monkeypatch, prefills, kind
+):
+    monkeypatch.setattr(engine, "CHUNK", 16)
+    model = tiny_model(context=128, **kind)
+    params = random_params(model)
+    prompts = prompts_of(61, 17, 90)
+    outs = generate(params, model, prompts)
+    assert prefills == [(4, 16)] * 6
+    for prompt, out in zip(prompts, outs, strict=True):
+        scores = full_logits(params, model, [prompt + out])[0]
+        assert scores[len(prompt) - 1 : -1].argmax(-1).tolist() == out
+
+
+def test_layers_with_a_window_keep_a_ring_and_no_more(
+    one_device, tiny_model, random_params, monkeypatch
+):
+    """Decoding far past the ring's size, rows at different places, refilled over old ones."""
+    monkeypatch.setattr(engine, "CHUNK", 16)
+    model = tiny_model(context=128, positions="rope", pattern=("window", "full"), window=6)
+    params = random_params(model)
+    sampler = Sampler(params, model, COMPUTE)
+    some = sampler.engine(rows=2, capacity=128, room=Room())
+    sizes = [cache.keys_PBKSC.shape[3] for cache in some._caches]
+    assert sizes == [6 + 16 - 1, 128]
+    prompts = prompts_of(50, 3, 20, 1)
+    some.submit(*requests_of(prompts, replace(GREEDY, max_tokens=60)))
+    ids, _ = drain(some)
+    for i, prompt in enumerate(prompts):
+        scores = full_logits(params, model, [prompt + ids[i, 0]])[0]
+        assert scores[len(prompt) - 1 : -1].argmax(-1).tolist() == ids[i, 0]
+
+
+def test_samples_of_a_prompt_share_its_prefill(one_device, model, params, prefills):
+    prompts = prompts_of(20, 9)
+    outs = generate(params, model, prompts, replace(DRAWN, samples=3))
+    assert prefills == [(2, 32)]
+    assert len({tuple(out) for out in outs}) == 6
+    assert generate(params, model, prompts, DRAWN) == [outs[0], outs[3]]
+
+
+# --- log-probabilities -------------------------------------------------------------------------
+
+
+def test_log_probabilities_are_those_of_the_model_before_any_setting(one_device, model, params):
+    prompts = prompts_of(4, 11)
+    settings = replace(DRAWN, temperature=0.7, top_k=30, presence_penalty=0.3, logprobs=3)
+    done = Sampler(params, model, COMPUTE).generate(prompts, settings)
+    for prompt, one in zip(prompts, done, strict=True):
+        scores = full_logits(params, model, [prompt + one.ids])[0, len(prompt) - 1 : -1]
+        want = np.asarray(jax.nn.log_softmax(scores, -1))
+        for row, token in zip(want, one.tokens, strict=True):
+            assert abs(token.logprob - row[token.id]) < 1e-5
+            order = np.argsort(-row)[:3]
+            assert [i for i, _ in token.top] == order.tolist()
+            np.testing.assert_allclose([p for _, p in token.top], row[order], atol=1e-5)
+    assert all(
+        t.logprob is None for t in Sampler(params, model, COMPUTE).generate([[1]], DRAWN)[0].tokens
+    )
+
+
+def test_given_texts_are_scored_as_the_forward_pass_scores_them(one_device, model, params):
+    texts = prompts_of(9, 1, 30, 2)
+    scored = Sampler(params, model, COMPUTE).score(texts, alternatives=2)
+    assert [[t.id for t in one] for one in scored] == texts
+    for text, one in zip(texts, scored, strict=True):
+        want = np.asarray(jax.nn.log_softmax(full_logits(params, model, [text])[0], -1))
+        assert one[0].logprob is None
+        for row, token in zip(want, one[1:], strict=False):
+            assert abs(token.logprob - row[token.id]) < 1e-5
+            assert [i for i, _ in token.top] == np.argsort(-row)[:2].tolist()
+
+
+def test_texts_are_scored_in_slices_and_in_groups(one_device, model, params, monkeypatch):
+    from gptjax.sample import sampler, scoring
+
+    texts = prompts_of(40, 12, 33)
+    whole = Sampler(params, model, COMPUTE).score(texts)
+    monkeypatch.setattr(scoring, "SLICE", 7)
+    monkeypatch.setattr(sampler, "_GROUP_TOKENS", 64)
+    scoring.score.clear_cache()
+    parts = Sampler(params, model, COMPUTE).score(texts)
+    scoring.score.clear_cache()
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(
+            [t.logprob for t in one[1:]], [t.logprob for t in other[1:]], atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("texts", "problem"),
+    [
+        ([[1], []], "text 1: is empty"),
+        ([[1, 128]], r"text 0: has ids outside 0\.\.127"),
+        ([[1] * 65], "text 0: has 65 tokens, more than model.context=64"),
+        (["abc"], "no tokenizer"),
+    ],
+)
+def test_a_text_that_cannot_be_scored_is_named(one_device, model, params, texts, problem):
+    with pytest.raises(ConfigError, match=problem):
+        Sampler(params, model, COMPUTE).score(texts)
+
+
+# --- meshes and number formats -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2)])
+def test_refilled_rows_rings_and_scores_are_the_same_on_eight_devices(
+    on_mesh, tiny_model, random_params, mesh
+):
+    model = tiny_model(context=64, positions="rope", pattern=("window", "full"), window=5)
+    prompts = prompts_of(3, 20, 1, 9, 30, 2, 2, 11, 8, 6)
+    settings = [
+        replace(DRAWN, max_tokens=3 + i, repetition_penalty=1.2, top_p=0.9, logprobs=1)
+        for i in range(10)
+    ]
+
+    def run(rows):
+        sampler = Sampler(random_params(model, std=0.1), model, COMPUTE, rows=rows)
+        done = sampler.generate(prompts, settings)
+        return [one.ids for one in done], sampler.score(prompts)
+
+    with on_mesh(1, 1, 1):
+        want, want_scores = run(16)
+    with on_mesh(*mesh):
+        got, got_scores = run(8)
+    assert got == want
+    for one, other in zip(got_scores, want_scores, strict=True):
+        np.testing.assert_allclose(
+            [t.logprob for t in one[1:]], [t.logprob for t in other[1:]], atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_weights_and_cache_may_be_bfloat16(one_device, model, params, rows):
+    sampler = Sampler(params, model, ComputeConfig(dtype="bfloat16"))
+    assert sampler._params["embed"].dtype == "bfloat16"
+    some = sampler.engine(rows=rows, capacity=32, room=Room())
+    assert some._caches[0].keys_PBKSC.dtype == "bfloat16"
+    prompts = prompts_of(*range(4, 4 + rows))
+    settings = replace(GREEDY, logprobs=0)
+    for prompt, one in zip(prompts, sampler.generate(prompts, settings), strict=True):
+        scores = full_logits(params, model, [prompt + one.ids])[0, len(prompt) - 1 : -1]
+        want = np.asarray(jax.nn.log_softmax(scores, -1))
+        for row, token in zip(want, one.tokens, strict=True):
+            assert abs(token.logprob - row[token.id]) < 0.1
+            assert row[token.id] > row.max() - 0.1

@@ -1,0 +1,537 @@
+"""The HTTP interface, over real sockets: OpenAI's objects, refusals, limits, clients that leave."""
+
+import json
+import socket
+import threading
+from typing import Any
+
+import openai
+import pytest
+from conftest import CAPACITY, JSON, MAX_BODY, QUEUE, ROWS
+
+from gptjax.sample import Settings
+
+
+def events(body: bytes) -> list[Any]:
+    """The data of server-sent events, [DONE] as None."""
+    parts = body.decode().split("\n\n")
+    assert parts.pop() == ""
+    assert all(part.startswith("data: ") for part in parts)
+    data = [part.removeprefix("data: ") for part in parts]
+    return [None if one == "[DONE]" else json.loads(one) for one in data]
+
+
+def stream(server, **fields: Any) -> list[Any]:
+    body = json.dumps({**fields, "stream": True}).encode()
+    status, headers, answer = server.send("/v1/completions", body)
+    assert status == 200
+    assert headers["content-type"].startswith("text/event-stream")
+    return events(answer)
+
+
+@pytest.fixture
+def client(server) -> openai.OpenAI:
+    return openai.OpenAI(
+        base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0
+    )
+
+
+# --- completions -----------------------------------------------------------------------------
+
+
+def test_a_completion_has_the_fields_of_openai(server) -> None:
+    status, answer = server.complete(prompt="abc", max_tokens=5, logprobs=2)
+    assert status == 200
+    assert answer.keys() == {"id", "object", "created", "model", "seed", "choices", "usage"}
+    assert answer["object"] == "text_completion"
+    assert answer["model"] == "tiny"
+    (choice,) = answer["choices"]
+    assert choice.keys() == {"index", "text", "finish_reason", "logprobs"}
+    drawn = answer["usage"]["completion_tokens"]
+    # The prompt is three bytes after the EOS with which documents begin.
+    assert answer["usage"] == {
+        "prompt_tokens": 4,
+        "completion_tokens": drawn,
+        "total_tokens": 4 + drawn,
+    }
+    assert {len(column) for column in choice["logprobs"].values()} == {drawn}
+    assert all(len(top) == 2 for top in choice["logprobs"]["top_logprobs"])
+
+
+def test_the_defaults_are_those_of_openai(server) -> None:
+    _, plain = server.complete(prompt="abc", seed=4, logit_bias={"256": -100})
+    spelled_out = {"temperature": 1, "max_tokens": 16, "top_p": 1, "n": 1, "stream": False}
+    _, same = server.complete(
+        model="tiny", prompt="abc", seed=4, logit_bias={"256": -100}, **spelled_out, echo=False
+    )
+    assert plain["choices"] == same["choices"]
+    assert plain["usage"]["completion_tokens"] == 16
+    assert plain["choices"][0]["finish_reason"] == "length"
+    assert plain["choices"][0]["logprobs"] is None
+
+
+def test_without_a_seed_one_is_drawn_and_told_and_gives_the_same_again(server) -> None:
+    answers = [server.complete(prompt="abc", n=2)[1] for _ in range(2)]
+    first, second = (answer["seed"] for answer in answers)
+    assert first != second
+    assert answers[0]["choices"] != answers[1]["choices"]
+    _, again = server.complete(prompt="abc", n=2, seed=first)
+    assert again["choices"] == answers[0]["choices"]
+
+
+def test_every_form_of_a_prompt_is_continued_in_order(server) -> None:
+    eos = server.served.sampler.ids("")[0]
+    ids = [eos, *b"abc"]
+    common = {"temperature": 0, "max_tokens": 6}
+    _, text = server.complete(prompt="abc", **common)
+    _, as_ids = server.complete(prompt=ids, **common)
+    _, several = server.complete(prompt=["xy", "abc"], **common)
+    _, several_ids = server.complete(prompt=[[eos, *b"xy"], ids], **common)
+    assert as_ids["choices"] == text["choices"]
+    assert several["choices"] == several_ids["choices"]
+    assert [choice["index"] for choice in several["choices"]] == [0, 1]
+    assert several["choices"][1]["text"] == text["choices"][0]["text"]
+    assert several["usage"]["prompt_tokens"] == 3 + 4
+
+
+def test_samples_of_several_prompts_are_those_of_the_sampler(server, on_mesh) -> None:
+    """Also with more continuations than rows."""
+    sampler, prompts = server.served.sampler, ["ab", "c"]
+    with on_mesh():
+        settings = Settings(max_tokens=6, samples=2, seed=3, top_p=0.9)
+        wanted = [one.text for one in sampler.generate(prompts, settings)]
+    assert len(wanted) > ROWS
+    _, answer = server.complete(prompt=prompts, max_tokens=6, n=2, seed=3, top_p=0.9)
+    assert [choice["text"] for choice in answer["choices"]] == wanted
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"temperature": 0},
+        {"top_k": 1},
+        {"min_p": 0.99},
+        {"top_p": 0.001},
+        {"presence_penalty": 50},
+        {"frequency_penalty": 50},
+        {"repetition_penalty": 50},
+        {"logit_bias": {"97": 100}},
+    ],
+)
+def test_each_setting_reaches_the_draw(server, setting: dict[str, Any]) -> None:
+    common = {"prompt": "abc", "seed": 7, "max_tokens": 12}
+    _, plain = server.complete(**common)
+    _, other = server.complete(**common, **setting)
+    assert other["choices"] != plain["choices"]
+
+
+def test_stop_texts_end_a_text_before_them(server) -> None:
+    common = {"prompt": "abc", "seed": 7, "max_tokens": 40, "logit_bias": {"256": -100}}
+    _, plain = server.complete(**common, logprobs=0)
+    text = plain["choices"][0]["text"]
+    stop = text[20:22]
+    at = text.find(stop)
+    _, answer = server.complete(**common, stop=[stop, "never met"], logprobs=0)
+    (choice,) = answer["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (text[:at], "stop")
+    assert answer["usage"]["completion_tokens"] < 40
+    offsets = choice["logprobs"]["text_offset"]
+    assert offsets == [i for i in plain["choices"][0]["logprobs"]["text_offset"] if i < at]
+    assert server.complete(**common, stop=stop)[1]["choices"][0]["text"] == text[:at]
+
+
+def test_an_end_token_finishes_and_is_written_as_the_vocabulary_does(server) -> None:
+    eos = server.served.sampler.ids("")[0]
+    _, answer = server.complete(prompt="abc", logit_bias={str(eos): 100}, logprobs=1)
+    (choice,) = answer["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("", "stop")
+    assert choice["logprobs"]["tokens"] == ["<eos>"]
+    assert answer["usage"]["completion_tokens"] == 1
+
+
+# --- streams ---------------------------------------------------------------------------------
+
+
+def test_a_stream_adds_up_to_the_whole(server) -> None:
+    fields = {"prompt": ["ab", "c"], "n": 2, "seed": 5, "max_tokens": 9, "logprobs": 3}
+    _, whole = server.complete(**fields, stop="q")
+    *pieces, last, done = stream(server, **fields, stop="q", stream_options={"include_usage": True})
+    assert done is None
+    assert (last["choices"], last["usage"]) == ([], whole["usage"])
+    assert {(p["id"], p["seed"], p["object"]) for p in [*pieces, last]} == {
+        (pieces[0]["id"], 5, "text_completion")
+    }
+    for wanted in whole["choices"]:
+        own = [p["choices"][0] for p in pieces if p["choices"][0]["index"] == wanted["index"]]
+        assert "".join(piece["text"] for piece in own) == wanted["text"]
+        assert [piece["finish_reason"] for piece in own[:-1]] == [None] * (len(own) - 1)
+        assert own[-1]["finish_reason"] == wanted["finish_reason"]
+        for column, values in wanted["logprobs"].items():
+            assert sum((piece["logprobs"][column] for piece in own), []) == values
+
+
+def test_a_stream_comes_piece_by_piece(server) -> None:
+    """The first piece is read while the engine is held."""
+    connection = server.connect()
+    body = json.dumps({"prompt": "a", "max_tokens": 900, "stream": True})
+    server.throttle.seconds = 0.01
+    connection.request("POST", "/v1/completions", body, JSON)
+    response = connection.getresponse()
+    first = response.readline()
+    server.throttle.running.clear()
+    assert json.loads(first.removeprefix(b"data: "))["choices"][0]["finish_reason"] is None
+    assert server.metric("gptjax_rows_busy") == 1
+    connection.close()
+
+
+# --- OpenAI's own client ---------------------------------------------------------------------
+
+
+def test_the_client_of_openai_is_served(server, client) -> None:
+    done = client.completions.create(
+        model="tiny", prompt="abc", max_tokens=8, logprobs=1, seed=1, extra_body={"top_k": 50}
+    )
+    assert isinstance(done.choices[0].text, str)
+    assert len(done.choices[0].logprobs.tokens) == done.usage.completion_tokens
+    pieces = list(
+        client.completions.create(
+            model="tiny", prompt="abc", max_tokens=8, seed=1, stream=True, extra_body={"top_k": 50}
+        )
+    )
+    assert "".join(piece.choices[0].text for piece in pieces) == done.choices[0].text
+    assert pieces[-1].choices[0].finish_reason == done.choices[0].finish_reason
+    assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+def test_the_client_of_openai_knows_the_refusals(server, client) -> None:
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.completions.create(model="tiny", prompt="abc", temperature=-1)
+    assert refusal.value.param == "temperature"
+    with pytest.raises(openai.NotFoundError) as refusal:
+        client.completions.create(model="other", prompt="abc")
+    assert refusal.value.code == "model_not_found"
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"prompt": "a", "tempratur": 1, "best": 2}, "best", ["best, tempratur", "temperature"]),
+        ({}, "prompt", ["prompt: is needed"]),
+        ({"prompt": []}, "prompt", ["prompt=[]", "not empty"]),
+        ({"prompt": [[]]}, None, ["prompt 0: is empty"]),
+        ({"prompt": ["a", 1]}, "prompt", ["must be a text or token ids"]),
+        ({"prompt": [True]}, "prompt", ["must be a text or token ids"]),
+        ({"prompt": [1, 264]}, None, ["outside 0..263"]),
+        ({"prompt": "a", "temperature": -1}, "temperature", ["temperature=-1", "not be negative"]),
+        ({"prompt": "a", "temperature": "1"}, "temperature", ['temperature="1"', "a number"]),
+        ({"prompt": "a", "temperature": 1e999}, None, ["Infinity"]),
+        ({"prompt": "a", "top_p": 0}, "top_p", ["top_p=0", "above 0"]),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens", ["max_tokens=0", "at least 1"]),
+        ({"prompt": "a", "max_tokens": 1.5}, "max_tokens", ["whole number"]),
+        ({"prompt": "a", "max_tokens": True}, "max_tokens", ["whole number"]),
+        ({"prompt": "a", "max_tokens": CAPACITY}, "max_tokens", [f"at most {CAPACITY - 2} fit"]),
+        ({"prompt": "a" * CAPACITY}, "prompt", ["leave no room", str(CAPACITY)]),
+        ({"prompt": "a", "n": 0}, "n", ["n=0", f"from 1 to {QUEUE}"]),
+        ({"prompt": ["a", "b"], "n": QUEUE}, "n", ["2 prompts", f"1 to {QUEUE // 2}"]),
+        ({"prompt": ["a"] * (QUEUE + 1)}, "prompt", [str(QUEUE)]),
+        ({"prompt": "a", "stop": ["a"] * 5}, "stop", ["at most 4"]),
+        ({"prompt": "a", "stop": ""}, "stop", ["empty text"]),
+        ({"prompt": "a", "stop": 3}, "stop", ["stop=3"]),
+        ({"prompt": "a", "logprobs": 21}, "logprobs", ["from 0 to 20"]),
+        ({"prompt": "a", "logprobs": True}, "logprobs", ["whole number"]),
+        ({"prompt": "a", "seed": 2**32}, "seed", ["below 2**32"]),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", ["token ids"]),
+        ({"prompt": "a", "logit_bias": {"264": 1}}, "logit_bias", ["outside", "264"]),
+        ({"prompt": "a", "logit_bias": {"1": 1e5}}, "logit_bias", ["token 1"]),
+        ({"prompt": "a", "logit_bias": {"1": 1, "01": 2}}, "logit_bias", ["token 1 twice"]),
+        ({"prompt": "a", "logit_bias": dict.fromkeys(range(301), 1)}, "logit_bias", ["300"]),
+        ({"prompt": "a", "echo": True}, "echo", ["not supported"]),
+        ({"prompt": "a", "best_of": 2}, "best_of", ["not supported"]),
+        ({"prompt": "a", "suffix": "b"}, "suffix", ["suffix: no such field"]),
+        ({"prompt": "a", "stream": 1}, "stream", ["true or false"]),
+        ({"prompt": "a", "stream_options": {}}, "stream_options", ["stream=true"]),
+        (
+            {"prompt": "a", "stream": True, "stream_options": {"x": 1}},
+            "stream_options",
+            ["include_usage"],
+        ),
+    ],
+)
+def test_a_mistake_is_named_with_what_to_do(server, fields, param, words) -> None:
+    status, answer = server.complete(**fields)
+    assert status == 400
+    assert answer.keys() == {"error"}
+    error = answer["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert all(word in error["message"] for word in words), error["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b"{", b"\xff", b'{"prompt": NaN}', b"[" * 10_000, b"1" * 10_000),
+        *(b"[]", b'"text"', b"null", b'{"prompt": "a", "temperature": -Infinity}'),
+    ],
+)
+def test_what_is_no_json_object_is_refused_without_a_traceback(server, body: bytes) -> None:
+    status, _, answer = server.send("/v1/completions", body)
+    assert status == 400
+    message = json.loads(answer)["error"]["message"]
+    assert message.startswith("the body ")
+    assert "Traceback" not in message
+
+
+def test_a_null_is_as_if_the_field_was_not_there(server) -> None:
+    status, _ = server.complete(prompt="a", suffix=None, user=None, stop=None, logprobs=None)
+    assert status == 200
+
+
+def test_half_of_a_surrogate_pair_does_no_harm(server) -> None:
+    status, _ = server.complete(prompt="a\ud800b", stop="\udfff")
+    assert status == 200
+    status, answer = server.complete(prompt="a", model="\ud800")
+    assert (status, answer["error"]["param"]) == (404, "model")
+
+
+def test_a_long_value_is_not_sent_back_whole(server) -> None:
+    _, answer = server.complete(prompt="a", temperature="x" * 15_000)
+    assert len(answer["error"]["message"]) < 2_000
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/completions", 405),
+        ("POST", "/v1/models", 405),
+        ("GET", "/v1/nothing", 404),
+        ("GET", "/../../etc/passwd", 404),
+    ],
+)
+def test_other_addresses_and_methods_have_the_error_object_too(
+    server, method, path, status
+) -> None:
+    got, _, body = server.send(path, method=method)
+    assert got == status
+    assert path in json.loads(body)["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_a_body_that_a_page_of_another_site_could_send_is_refused(server, kind: str) -> None:
+    headers = {"Content-Type": kind} if kind else {}
+    status, answer_headers, _ = server.send("/v1/completions", b'{"prompt": "a"}', headers)
+    assert status == 415
+    assert "access-control-allow-origin" not in answer_headers
+
+
+# --- limits ----------------------------------------------------------------------------------
+
+
+def test_a_body_of_more_than_the_limit_is_refused(server) -> None:
+    body = json.dumps({"prompt": "a", "stop": "b" * MAX_BODY}).encode()
+    status, _, answer = server.send("/v1/completions", body)
+    assert status == 413
+    assert str(MAX_BODY) in json.loads(answer)["error"]["message"]
+
+
+def test_a_body_without_a_length_is_refused_where_it_passes_the_limit(server) -> None:
+    sock = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+    head += "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    chunk = b"1000\r\n" + b" " * 0x1000 + b"\r\n"
+    with sock:
+        sock.sendall(head.encode() + chunk * (MAX_BODY // 0x1000 + 1))  # and no end
+        assert sock.recv(1000).startswith(b"HTTP/1.1 413")
+
+
+def test_a_full_queue_refuses_and_serves_again_when_there_is_room(server) -> None:
+    server.throttle.running.clear()
+    before = server.metric("gptjax_requests_total", outcome="busy")
+    answers: list[int] = []
+    ask = lambda: answers.append(server.complete(prompt="a", max_tokens=3)[0])
+    threads = [threading.Thread(target=ask) for _ in range(ROWS + QUEUE)]
+    for thread in threads:
+        thread.start()
+    held = lambda: server.metric("gptjax_rows_busy") + server.metric("gptjax_queue_length")
+    server.until(lambda: held() == ROWS + QUEUE)
+    status, headers, body = server.send("/v1/completions", b'{"prompt": "a"}')
+    assert status == 429
+    assert int(headers["retry-after"]) > 0
+    error = json.loads(body)["error"]
+    assert error["type"] == "rate_limit_error"
+    assert str(ROWS + QUEUE) in error["message"]
+    assert server.metric("gptjax_requests_total", outcome="busy") == before + 1
+    server.throttle.running.set()
+    for thread in threads:
+        thread.join()
+    assert answers == [200] * (ROWS + QUEUE)
+    assert server.complete(prompt="a")[0] == 200
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_leaves_frees_its_rows(server, streamed: bool) -> None:
+    """Those that wait, too."""
+    server.throttle.seconds = 0.05
+    gone = server.metric("gptjax_requests_total", outcome="gone")
+    drawn = server.metric("gptjax_completion_tokens_total")
+    body = {"prompt": "a", "max_tokens": 1000, "n": ROWS + 1, "stream": streamed}
+    connection = server.connect()
+    body["logit_bias"] = {"256": -100}  # no end before
+    connection.request("POST", "/v1/completions", json.dumps(body), JSON)
+    server.until(lambda: server.metric("gptjax_rows_busy") == ROWS)
+    server.until(lambda: server.metric("gptjax_completion_tokens_total") > drawn)
+    assert server.metric("gptjax_queue_length") == 1
+    connection.close()
+    if streamed:
+        connection.sock = None
+    server.until(lambda: server.metric("gptjax_rows_busy") == 0)
+    assert server.metric("gptjax_queue_length") == 0
+    assert server.metric("gptjax_completion_tokens_total") < drawn + 1000
+    server.until(lambda: server.metric("gptjax_requests_total", outcome="gone") == gone + 1)
+    server.throttle.seconds = 0
+    assert server.complete(prompt="a")[0] == 200
+
+
+# --- what else there is ----------------------------------------------------------------------
+
+
+def test_models_and_health_tell_what_is_served(server) -> None:
+    status, _, body = server.send("/v1/models")
+    assert status == 200
+    (model,) = json.loads(body)["data"]
+    assert (model["id"], model["object"], model["capacity"]) == ("tiny", "model", CAPACITY)
+    status, _, body = server.send("/health")
+    assert (status, json.loads(body)) == (200, {"status": "ok"})
+
+
+def test_metrics_count_requests_and_tokens(server) -> None:
+    names = {
+        "gptjax_requests_total": {"outcome": "ok"},
+        "gptjax_prompt_tokens_total": {},
+        "gptjax_completion_tokens_total": {},
+        "gptjax_first_token_seconds_count": {},
+        "gptjax_token_seconds_count": {},
+    }
+    read = lambda: [server.metric(name, **labels) for name, labels in names.items()]
+    before = read()
+    _, answer = server.complete(prompt="abc", max_tokens=4, logit_bias={"256": -100})
+    assert answer["usage"]["completion_tokens"] == 4
+    after = read()
+    # A burst of four draws the first token and three more at a time: none lies between two bursts.
+    assert [b - a for a, b in zip(before, after, strict=True)] == [1, 4, 4, 1, 0]
+    stream(server, prompt="abc", max_tokens=4, logit_bias={"256": -100})
+    assert server.metric("gptjax_token_seconds_count") == before[4] + 3
+    refused = server.metric("gptjax_requests_total", outcome="refused")
+    server.complete(prompt=3)
+    assert server.metric("gptjax_requests_total", outcome="refused") == refused + 1
+    status, headers, body = server.send("/metrics")
+    assert status == 200
+    assert headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert b"# TYPE gptjax_token_seconds histogram" in body
+    assert f"gptjax_rows {ROWS}.0".encode() in body
+
+
+def test_two_servers_of_a_process_count_apart(server, start) -> None:
+    with start() as other:
+        other.complete(prompt="abc")
+        assert other.metric("gptjax_requests_total", outcome="ok") == 1
+
+
+# --- who may ask -----------------------------------------------------------------------------
+
+
+def test_a_name_that_is_rebound_to_this_machine_is_refused(server) -> None:
+    for host, wanted in {
+        "127.0.0.1": 200,
+        f"localhost:{server.port}": 200,
+        "evil.example": 400,
+        "localhost.evil.example:80": 400,
+    }.items():
+        assert server.send("/v1/models", headers={"Host": host})[0] == wanted
+
+
+def test_a_token_is_asked_for_where_there_is_one(start) -> None:
+    with start(token=b"secret", hosts=None) as server:
+        bearer = lambda token: {**JSON, "Authorization": token}
+        for path in ("/v1/models", "/metrics", "/v1/nothing", "//v1/models", "/health/"):
+            for headers in (
+                *({}, bearer("Bearer wrong"), bearer("Bearer secre"), bearer("Bearer secrets")),
+                *(bearer("Bearer"), bearer("Bearer "), bearer("secret"), bearer("Basic secret")),
+                bearer("Bearer s\xe9cret"),
+            ):
+                status, names, body = server.send(path, headers=headers)
+                assert status == 401, (path, headers)
+                assert names["www-authenticate"] == "Bearer"
+                assert json.loads(body)["error"]["code"] == "invalid_api_key"
+        status, _, _ = server.send("/v1/completions", b'{"prompt": "a"}')
+        assert status == 401
+        right = bearer("Bearer secret")
+        assert server.send("/v1/completions", b'{"prompt": "a"}', right)[0] == 200
+        assert server.send("/metrics", headers=right)[0] == 200
+        for path in ("/", "/health"):
+            assert server.send(path)[0] == 200
+        assert b"data-guarded=yes" in server.send("/")[2]
+
+
+def test_an_engine_that_fails_is_told_to_clients_and_the_log(start, caplog) -> None:
+    with start() as server:
+        server.throttle.error = RuntimeError("the secret reason")
+        for wanted in (500, 500):
+            status, answer = server.complete(prompt="a")
+            assert status == wanted
+            assert answer["error"]["type"] == "server_error"
+            assert "the engine has failed" in answer["error"]["message"]
+            assert "secret" not in json.dumps(answer)
+        status, _, body = server.send("/health")
+        assert (status, json.loads(body)) == (503, {"status": "failed"})
+        assert server.metric("gptjax_requests_total", outcome="failed") == 2
+    (record,) = [r for r in caplog.records if r.name == "gptjax.serve"]
+    assert "the secret reason" in str(record.exc_info[1])
+
+
+def test_a_stream_under_way_is_told_when_the_engine_fails(start) -> None:
+    with start() as server:
+        server.throttle.seconds = 0.01
+        connection = server.connect()
+        body = json.dumps(
+            {"prompt": "a", "max_tokens": 900, "stream": True, "logit_bias": {"256": -100}}
+        )
+        connection.request("POST", "/v1/completions", body, JSON)
+        response = connection.getresponse()
+        first = response.readline()
+        server.throttle.error = RuntimeError("broken")
+        *_, last = events(first + response.read())
+        assert "the engine has failed" in last["error"]["message"]
+
+
+def test_an_error_of_the_server_itself_is_a_plain_answer(start, monkeypatch, caplog) -> None:
+    with start() as server:
+        monkeypatch.setattr(
+            "gptjax.serve.protocol.Answer.choice", lambda *_: {}["the secret reason"]
+        )
+        status, answer = server.complete(prompt="a")
+        assert status == 500
+        assert "secret" not in json.dumps(answer)
+        assert answer["error"]["type"] == "server_error"
+        server.until(lambda: any("secret" in str(r.exc_info) for r in caplog.records if r.exc_info))
+        monkeypatch.undo()
+        assert server.complete(prompt="a")[0] == 200
+
+
+def test_the_page_runs_its_own_script_and_style_only(server) -> None:
+    status, headers, body = server.send("/")
+    assert status == 200
+    assert headers["content-type"].startswith("text/html")
+    policy = headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    page = body.decode()
+    for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+        assert word not in page
+    for word in ("http://", "https://", "src=", " onclick", " style=", "<link rel=\"stylesheet"):
+        assert word not in page
+    assert headers["x-content-type-options"] == "nosniff"
