@@ -51,8 +51,6 @@ def opened(
     `run.open_run`, `run.restore_params` and `weights.open_source` raise.
     """
     folder = Path(path.removeprefix("hf:"))
-    if not folder.is_dir():
-        raise DataError(f"{path}: no such folder; give a run or a Hugging Face folder")
     source, step = None, None
     if path.startswith("hf:") or any(folder.glob(_SAFETENSORS)):
         source = weights.open_source(folder)

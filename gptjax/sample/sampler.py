@@ -91,6 +91,11 @@ class Sampler:
         self.vocab_size = own[0] if vocab_size is None else vocab_size
         self.stop_ids = own[1] if stop_ids is None else tuple(stop_ids)
 
+    @property
+    def params(self) -> Params:
+        """The parameters as decoding has them."""
+        return self._params
+
     # --- requests ---
 
     def ids(self, prompt: str | Sequence[int]) -> list[int]:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from fetch_smollm2 import fetch
 
-from gptjax import cli, run, sample
+from gptjax import cli, opening, run
 from gptjax.config import ComputeConfig
-from gptjax.sample import Settings
+from gptjax.sample import BeamSettings, Sampler, Settings
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +62,8 @@ def test_64_greedy_tokens_are_those_of_transformers(folder, imported):
     with run.entered_mesh(cfg):
         params, _ = run.restore_params(str(imported), cfg)
         settings = Settings(temperature=0.0, max_tokens=64)
-        got = sample.generate(params, cfg.model, ComputeConfig(), prompts, (-1,), settings)
+        sampler = Sampler(params, cfg.model, ComputeConfig())
+        got = [one.ids for one in sampler.generate(prompts, settings)]
     for prompt, continuation in zip(prompts, got, strict=True):
         out = theirs.generate(
             torch.tensor([prompt]),
@@ -76,3 +77,40 @@ def test_64_greedy_tokens_are_those_of_transformers(folder, imported):
         assert tokenizer.decode(continuation) == their_tokenizer.decode(
             out, skip_special_tokens=True
         )
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+def test_beams_are_those_of_transformers_in_a_run_and_in_the_folder(
+    folder, imported, length_penalty
+):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    eos = AutoTokenizer.from_pretrained(folder).eos_token_id
+    settings = BeamSettings(4, length_penalty, returned=4, max_tokens=24)
+    for place in (imported, folder):
+        with opening.opened(str(place)) as model:
+            sampler = model.sampler()
+            prompts = [sampler.ids(text) for text in PROMPTS]
+            got = sampler.beam(prompts, settings)
+        for i, prompt in enumerate(prompts):
+            out = theirs.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=24,
+                do_sample=False,
+                num_beams=4,
+                num_return_sequences=4,
+                length_penalty=length_penalty,
+                eos_token_id=eos,
+                pad_token_id=eos,
+                return_dict_in_generate=True,
+                output_scores=True,
+            )
+            own = [one for one in got if one.prompt == i]
+            for one, ids, score in zip(own, out.sequences, out.sequences_scores, strict=True):
+                continued = ids[len(prompt) :].tolist()
+                assert one.ids == continued[: len(one.ids)]
+                assert set(continued[len(one.ids) :]) <= {eos}
+                assert abs(one.score - score.item()) < 2e-3

@@ -103,15 +103,9 @@ def test_greedy_generation_token_for_token(on_mesh, variant):
     prompts = [row[: 5 + 6 * i].tolist() for i, row in enumerate(tokens(source))]
     with on_mesh():
         params = weights.read_params(source)
-        got = sample.generate(
-            params,
-            source.model,
-            COMPUTE,
-            prompts,
-            (-1,),
-            sample.Settings(temperature=0.0, max_tokens=32),
-        )
-    for prompt, continuation in zip(prompts, got, strict=True):
+        sampler = sample.Sampler(params, source.model, COMPUTE)
+        got = sampler.generate(prompts, sample.Settings(temperature=0.0, max_tokens=32))
+    for prompt, continuation in zip(prompts, [one.ids for one in got], strict=True):
         out = theirs.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
