@@ -118,6 +118,43 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(
         commands,
+        "serve",
+        _serve,
+        "Serve the model of a run or of a Hugging Face folder over HTTP: the completions interface "
+        "that clients know, and a page to try it on.",
+    )
+    sub.add_argument("run", metavar="RUN|HF_DIR", help="a run folder, or a Hugging Face folder")
+    sub.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; one that others can reach needs a token (127.0.0.1)",
+    )
+    sub.add_argument("--port", type=int, default=8000, help="0 is one that is free (8000)")
+    sub.add_argument(
+        "--token-file",
+        metavar="FILE",
+        help="a file with the token that requests must carry (that in GPTJAX_TOKEN, if any)",
+    )
+    sub.add_argument("--name", help="the model's, in requests (that of its folder)")
+    sub.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="of weights and cache (the run's own)"
+    )
+    sub.add_argument("--rows", type=int, default=8, help="samples that decode at a time (8)")
+    sub.add_argument(
+        "--queue", type=int, default=64, help="samples that wait for a row, at most (64)"
+    )
+    sub.add_argument(
+        "--max-tokens-limit",
+        type=int,
+        metavar="N",
+        help="tokens of a prompt and its continuation, at most (2048, or the model's context)",
+    )
+    sub.add_argument(
+        "--max-body", type=int, default=1 << 20, metavar="BYTES", help="of a request (1048576)"
+    )
+
+    sub = command(
+        commands,
         "convert",
         _convert,
         "Make a run of a Hugging Face folder, or the reverse: convert hf:FOLDER RUN, or RUN "
@@ -352,6 +389,15 @@ def _sample(args: argparse.Namespace, _: Sequence[str]) -> None:
                 else sampler.beam(prompts, beams)
             )
             continuing.show(done, prompts, sampler, as_json=args.json, many=args.samples > 1)
+
+
+def _serve(args: argparse.Namespace, _: Sequence[str]) -> None:
+    from dataclasses import fields
+
+    from gptjax.serve import Options, serve
+
+    options = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
+    serve(args.run, options, Progress().say)
 
 
 def _convert(args: argparse.Namespace, _: Sequence[str]) -> None:

@@ -478,6 +478,199 @@ def test_sample_refuses_settings_out_of_range_before_it_loads(run, tmp_path, fla
     assert flag.strip("-").replace("-", "_") in sentence(err).replace("-", "_")
 
 
+# --- sample ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run of a tiny model with bytes for tokens, as an import leaves it: nothing is trained."""
+    import jax
+    import jax.numpy as jnp
+
+    from gptjax import run as runs
+    from gptjax.checkpoint import Checkpoints
+    from gptjax.config import CheckpointConfig
+    from gptjax.model import decoder
+    from gptjax.tokenizer import ByteTokenizer
+
+    folder = tmp_path_factory.mktemp("sampled") / "run"
+    folder.mkdir()
+    model = ModelConfig(vocab_size=264, context=64, layers=1, embed=16, heads=8, init_std=0.5)
+    made = Config(run=str(folder), model=model, tokenizer=TokenizerConfig(kind="bytes"))
+    made = replace(made, log=replace(made.log, compile_cache=""))
+    with runs.entered_mesh(made):
+        params = decoder.init(model, jax.random.key(0))
+        runs.record_imported(made, ByteTokenizer(), {"folder": "nowhere"})
+        with Checkpoints(folder / runs.CHECKPOINTS, CheckpointConfig(), lambda step: {}) as saver:
+            saver.save(0, {"step": jnp.int32(0), "params": params})
+            saver.finish()
+    return str(folder)
+
+
+def lines_of(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_sample_prints_prompt_and_continuation_and_json_with_log_probabilities(
+    run, trained
+) -> None:
+    words = ["sample", trained, "--prompt", "ab", "--max-tokens", 6, "--temperature", 0]
+    code, text, _ = run(*words)
+    assert code == 0
+    assert text.startswith("ab")
+    code, out, _ = run(*words, "--json", "--logprobs", 2)
+    assert code == 0
+    (one,) = map(json.loads, out.splitlines())
+    assert text == f"ab{one['text']}\n"
+    assert len(one["tokens"]) == 6
+    assert all(len(token["top"]) == 2 and token["logprob"] <= 0 for token in one["tokens"])
+    assert all(token["top"][0]["logprob"] == token["logprob"] for token in one["tokens"])  # greedy
+    code, again, _ = run(*words, "--dtype", "bfloat16", "--rows", 1)
+    assert code == 0
+    assert again.startswith("ab")
+
+
+def test_sample_searches_beams(run, trained) -> None:
+    words = ["sample", trained, "--prompt", "ab", "--max-tokens", 5, "--beams", 3, "--json"]
+    code, out, _ = run(*words, "--samples", 3)
+    found = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [one["sample"] for one in found] == [0, 1, 2]
+    assert sorted((one["score"] for one in found), reverse=True) == [one["score"] for one in found]
+
+
+def test_a_file_of_prompts_is_continued_and_taken_up_where_it_was_left(
+    run, trained, tmp_path: Path
+) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    given = [
+        {"prompt": "one"},
+        {"prompt": [104, 105], "temperature": 0, "max_tokens": 3},
+        {"prompt": "three", "samples": 2, "stop": ["e"], "logit_bias": {"120": 2.5}},
+        {"prompt": "four", "seed": 9, "top_k": 5, "banned": [97]},
+    ]
+    source.write_text("".join(json.dumps(line) + "\n" for line in given))
+    words = ["sample", trained, "--file", source, "--output", target, "--max-tokens", 8]
+    assert run(*words)[0] == 0
+    whole = sorted(lines_of(target), key=lambda one: (one["line"], one["sample"]))
+    assert [(one["line"], one["sample"]) for one in whole] == [
+        (0, 0),
+        (1, 0),
+        (2, 0),
+        (2, 1),
+        (3, 0),
+    ]
+    # Lines that are there stay; a line cut off in the middle is made again, the same.
+    kept = target.read_text().splitlines(keepends=True)
+    target.write_text("".join(kept[:1]) + kept[1][:10])
+    code, _, err = run(*words)
+    assert code == 0
+    assert "lines are done" in err
+    again = sorted(lines_of(target), key=lambda one: (one["line"], one["sample"]))
+    assert again == whole
+    before = target.read_bytes()
+    assert run(*words)[0] == 0
+    assert target.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"prompt": 3}', 'line 2: needs "prompt"'),
+        ("{", "line 2: is not JSON"),
+        ("[1]", "line 2: must be an object"),
+        (
+            '{"prompt": "x", "temprature": 1}',
+            "line 2: 'temprature' is no setting; known: .*temperature",
+        ),
+        ('{"prompt": "x", "temperature": "hot"}', "line 2: temperature='hot': must be a number"),
+        ('{"prompt": "x", "top_p": 7}', "line 2: top_p=7: .*at most 1"),
+        ('{"prompt": "x", "max_tokens": 2.5}', "line 2: max_tokens=2.5: must be a whole number"),
+        ('{"prompt": "x", "stop": [1]}', r"line 2: stop=\[1\]: must be a text"),
+        ('{"prompt": "x", "seed": true}', "line 2: seed=True: must be a whole number"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_named_before_a_model_is_opened(
+    run, tmp_path: Path, line: str, problem: str
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "fine"}\n' + line + "\n")
+    words = ["sample", tmp_path / "absent", "--file", source, "--output", tmp_path / "out.jsonl"]
+    code, _, err = run(*words)
+    assert code == 65
+    assert re.search(problem, sentence(err)), err
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--file", "in.jsonl"], "--file and --output: give both"),
+        (["--beams", "3", "--interactive"], "--beams=3: goes with --prompt only"),
+        (["--beams", "2", "--samples", "3"], "returned=3: must be from 1 to width=2"),
+        (["--rows", "0"], "--rows=0: must be at least 1"),
+        (["--min-p", "1"], "min_p=1.0: must not be negative, and below 1"),
+        (["--stop", ""], "stop='': an empty text"),
+        (["--logprobs", "50"], "logprobs=50: must be from 0 to 20"),
+    ],
+)
+def test_options_that_make_no_sense_are_told_before_a_model_is_opened(
+    run, tmp_path, words, problem
+):
+    code, _, err = run("sample", tmp_path / "absent", *words)
+    assert code == 2
+    assert re.search(problem, sentence(err)), err
+
+
+def test_a_prompt_too_long_for_the_context_is_told(run, trained) -> None:
+    code, _, err = run("sample", trained, "--prompt", "x" * 100)
+    assert code == 2
+    assert "101 tokens, which leave no room in model.context=64" in sentence(err)
+
+
+def test_a_conversation_streams_a_continuation_for_each_line(
+    run, trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = iter(["ab", "x" * 100, "ab"])
+
+    def ask(_: str) -> str:
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", ask)
+    words = ["sample", trained, "--temperature", 0, "--max-tokens", 5]
+    code, out, err = run(*words, "--interactive")
+    assert code == 0
+    assert "no room in model.context=64" in err  # and goes on
+    first, empty, second = out.splitlines()
+    assert first == second
+    assert empty == ""
+    assert run(*words, "--prompt", "ab")[1] == f"ab{first}\n"
+
+
+def test_a_hugging_face_folder_is_sampled_as_it_is(run, trained, tmp_path: Path) -> None:
+    from gptjax import run as runs
+    from gptjax import weights
+
+    cfg, folder = config.load(trained), tmp_path / "hf"
+    folder.mkdir()
+    with runs.entered_mesh(cfg):
+        params, _ = runs.restore_params(trained, cfg)
+        weights.write_folder(folder, params, cfg.model, dtype="F32", dtypes={}, extra={})
+    words = ["--temperature", 0, "--max-tokens", 5, "--json"]
+    code, _, err = run("sample", folder, *words, "--prompt", "ab")
+    assert code == 2
+    assert "this model has no tokenizer" in err  # bytes have no file there
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": [256, 97, 98]}')
+    for place in (folder, trained):
+        out = tmp_path / f"{place == folder}.jsonl"
+        assert run("sample", place, *words, "--file", source, "--output", out)[0] == 0
+    assert len(lines_of(tmp_path / "True.jsonl")[0]["ids"]) == 5
+    assert lines_of(tmp_path / "False.jsonl")[0]["text"]
+
+
 # --- as a process ----------------------------------------------------------------------------
 
 
