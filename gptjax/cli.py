@@ -271,8 +271,12 @@ def _add_settings(sub: argparse.ArgumentParser) -> None:
 
 
 def _bias(text: str) -> tuple[int, float]:
-    token, _, bias = text.partition("=")
-    return int(token), float(bias)
+    try:
+        token, bias = text.split("=")
+        return int(token), float(bias)
+    except ValueError:
+        what = f"{text!r} must be a token's number and a bias, such as 50=-2"
+        raise argparse.ArgumentTypeError(what) from None
 
 
 def _how_to_go_on(args: argparse.Namespace, argv: Sequence[str], error: GptjaxError) -> str:
@@ -345,6 +349,32 @@ def _eval(args: argparse.Namespace, _: Sequence[str]) -> None:
             print(f"  {name:24} {value:.6g}")
 
 
+def _refuse_unused(args: argparse.Namespace) -> None:
+    """Raises ConfigError for options of `sample` that its mode would not heed."""
+    drawing = (
+        *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
+        *("frequency_penalty", "logit_bias", "ban", "stop", "seed"),
+    )
+    unused = {
+        "--beams": (args.beams, (*drawing, "logprobs", "rows")),
+        "--file": (args.file, ("json",)),
+        "--interactive": (args.interactive, ("json", "logprobs", "samples", "rows")),
+        "--bench": (
+            args.bench,
+            (*drawing, "logprobs", "samples", "max_tokens", "json", "rows", "beams"),
+        ),
+        "without --beams": (not args.beams, ("length_penalty", "early_stopping")),
+    }
+    problems = [
+        f"--{name.replace('_', '-')}: means nothing {mode if ' ' in mode else f'with {mode}'}"
+        for mode, (on, names) in unused.items()
+        for name in names
+        if on and getattr(args, name) != args.subparser.get_default(name)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
 def _sample(args: argparse.Namespace, _: Sequence[str]) -> None:
     from gptjax import continuing
     from gptjax.sample import BeamSettings, Settings
@@ -356,6 +386,7 @@ def _sample(args: argparse.Namespace, _: Sequence[str]) -> None:
         **{name: getattr(args, name) for name in continuing.PLAIN},
     )
     settings.check()
+    _refuse_unused(args)
     beams = None
     if args.beams:
         early = {"false": False, "true": True, "never": "never"}[args.early_stopping]
@@ -376,6 +407,8 @@ def _sample(args: argparse.Namespace, _: Sequence[str]) -> None:
 
             speed.report(model, print)
             return
+        if model.tokenizer is None and file is None:
+            raise DataError(f"{args.run}: its source had no tokenizer, so it cannot read a prompt")
         sampler = model.sampler(rows=args.rows)
         if file is not None:
             file.fill(sampler, Progress())

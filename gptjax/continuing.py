@@ -6,10 +6,10 @@ it is there. Started again, it leaves out the lines whose results are all there.
 depend on its number and its seed, so a continued file has the results of an undisturbed one.
 """
 
+import hashlib
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -93,27 +93,41 @@ class File:
     """A file of prompts and the file of their results.
 
     Reads and checks both at once, before a model is opened. Raises DataError for lines that cannot
-    be used, OutputError where results cannot be written.
+    be used and for results of other lines, OutputError where results cannot be written.
     """
 
     def __init__(self, source: str, target: str, settings: Settings) -> None:
-        self._target = Path(target)
-        self._lines = list(_requests(Path(source), settings))
-        have = _results(self._target)
-        self._left = [
-            (number, prompt, one)
-            for number, (prompt, one) in enumerate(self._lines)
-            if have[number] < one.samples
-        ]
+        self._source, self._target = Path(source), Path(target)
+        self._lines = dict(_requests(self._source, settings))
+        if self._target.exists() and self._target.samefile(self._source):
+            raise OutputError(f"{target}: is the file of prompts; give another --output")
+        self._have = _results(self._target)
+        for line, mark in self._have.values():
+            if line not in self._lines or mark != _mark(*self._lines[line]):
+                raise DataError(
+                    f"{target}: has results of line {line + 1} with another prompt or other "
+                    f"settings than {source}; give another --output"
+                )
 
     def fill(self, sampler: Sampler, progress: Progress) -> None:
-        """Serves the lines that are left, and appends their results."""
-        requests = [sampler.request(prompt, one, line) for line, prompt, one in self._left]
+        """Serves the lines that are left, and appends their results.
+
+        Raises DataError with every line whose prompt the model cannot take.
+        """
+        requests, problems = [], []
+        for line, (prompt, one) in self._lines.items():
+            missing = [s for s in range(one.samples) if (line, s) not in self._have]
+            if not missing:
+                continue
+            try:
+                requests.append(sampler.request(prompt, one, line))
+            except ConfigError as error:
+                problems.append(f"{self._source}, line {line + 1}: {error}")
+        if problems:
+            raise DataError("\n  ".join(problems))
         total = sum(request.settings.samples for request in requests)
         known = len(self._lines) - len(requests)
         progress.say(f"{known} of {len(self._lines)} lines are done; {total} results to make")
-        if not requests:
-            return
         waiting: dict[int, list[Completion]] = {}
         try:
             with (
@@ -121,22 +135,35 @@ class File:
                 progress.bar("sample", total, unit="result") as bar,
             ):
                 for count, one in enumerate(sampler.complete(requests), 1):
-                    samples = waiting.setdefault(one.prompt, [])
-                    samples.append(one)
-                    if len(samples) == self._lines[one.prompt][1].samples:
-                        # All samples of a line at once: a line is there, or it is not.
-                        for each in sorted(waiting.pop(one.prompt), key=lambda c: c.sample):
-                            place = {"line": each.prompt, "sample": each.sample}
-                            result = place | to_json(each, sampler)
-                            out.write(json.dumps(result, ensure_ascii=False) + "\n")
+                    waiting.setdefault(one.prompt, []).append(one)
+                    if len(waiting[one.prompt]) == self._lines[one.prompt][1].samples:
+                        out.write(self._written(waiting.pop(one.prompt), sampler))
                         out.flush()
                     bar.update(count)
         except OSError as error:
             raise OutputError(f"{self._target}: cannot be written: {error}") from None
 
+    def _written(self, done: list[Completion], sampler: Sampler) -> str:
+        """The results of a line that are not there yet."""
+        lines = []
+        for one in sorted(done, key=lambda completion: completion.sample):
+            if (one.prompt, one.sample) not in self._have:
+                mark = _mark(*self._lines[one.prompt])
+                place = {"line": one.prompt, "sample": one.sample, "request": mark}
+                lines.append(json.dumps(place | to_json(one, sampler), ensure_ascii=False) + "\n")
+        return "".join(lines)
 
-def _requests(source: Path, settings: Settings) -> Iterator[tuple[str | list[int], Settings]]:
-    """Prompt and settings of each line. Raises DataError with every line that has a mistake."""
+
+def _mark(prompt: str | list[int], settings: Settings) -> str:
+    """What tells a prompt and its settings from others."""
+    whole = json.dumps([prompt, {k: v for k, v in vars(settings).items() if k != "samples"}])
+    return hashlib.sha256(whole.encode()).hexdigest()[:12]
+
+
+def _requests(
+    source: Path, settings: Settings
+) -> Iterator[tuple[int, tuple[str | list[int], Settings]]]:
+    """Number, prompt and settings of each line. Raises DataError with all that have mistakes."""
     names = {field.name for field in fields(Settings)}
     problems = []
     for number, line in _objects(source):
@@ -158,7 +185,7 @@ def _requests(source: Path, settings: Settings) -> Iterator[tuple[str | list[int
         except ConfigError as error:
             problems.append(f"{place}: {error}")
             continue
-        yield prompt, one
+        yield number, (prompt, one)
     if problems:
         raise DataError("\n  ".join(problems))
 
@@ -174,7 +201,7 @@ def settings_from(values: dict[str, Any]) -> dict[str, Any]:
             try:
                 made[name] = tuple((int(token), float(bias)) for token, bias in value.items())
                 continue
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 pass
         elif name == "stop" and isinstance(value, str):
             made[name] = (value,)
@@ -206,36 +233,45 @@ _KINDS = {
 }
 
 
-def _objects(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The object of each line, and its number from 0."""
+def _objects(source: Path, contents: bytes | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The object of each line, and its number from 0; blank lines are none."""
     try:
-        text = source.read_text(encoding="utf-8")
+        text = (source.read_bytes() if contents is None else contents).decode("utf-8")
     except (OSError, ValueError) as error:
         raise DataError(f"{source}: cannot be read: {error}") from None
-    for number, line in enumerate(text.splitlines()):
+    for number, line in enumerate(text.split("\n")):
+        if not line.strip():
+            continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{source}, line {number + 1}: is not JSON: {error}") from None
         if not isinstance(value, dict):
             raise DataError(f"{source}, line {number + 1}: must be an object")
         yield number, value
 
 
-def _results(target: Path) -> Counter[int]:
-    """Results that each line has already. A last line that was cut off is taken away."""
+def _results(target: Path) -> dict[tuple[int, int], tuple[int, str]]:
+    """Line and request of each result, by line and sample.
+
+    A last one that was cut off is taken away; a file of anything else is left as it is.
+    """
     try:
         if not target.exists():
             target.touch()
         whole = target.read_bytes()
-        end = whole.rfind(b"\n") + 1
-        if end < len(whole):
-            os.truncate(target, end)
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error}") from None
-    found: Counter[int] = Counter()
-    for _, value in _objects(target):
-        if type(value.get("line")) is not int:
-            raise DataError(f"{target}: holds lines that are no results; give another --output")
-        found[value["line"]] += 1
+    foreign = DataError(f"{target}: holds lines that are no results; give another --output")
+    end = whole.rfind(b"\n") + 1
+    found = {}
+    for _, value in _objects(target, whole[:end]):
+        line, sample, mark = (value.get(name) for name in ("line", "sample", "request"))
+        if type(line) is not int or type(sample) is not int or not isinstance(mark, str):
+            raise foreign
+        found[line, sample] = line, mark
+    if end < len(whole):
+        if not found and not whole.startswith(b'{"line": '):
+            raise foreign
+        os.truncate(target, end)
     return found

@@ -58,12 +58,12 @@ def _best(read: Callable[[], object], size: int, seconds: float) -> float:
 
 
 def weight_bytes(sampler: Sampler) -> int:
-    """Bytes of the parameters that a step reads: all but tables that it takes a few rows of."""
+    """Bytes of a device's parameters that a step reads: all but tables that it takes rows of."""
     params = dict(sampler.params)
     params.pop("positions", None)
     if "head" in params:
         params.pop("embed")
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
 
 
 def measure(sampler: Sampler, batch: int, prompt: int = PROMPT, new: int = NEW) -> Rate:

@@ -508,7 +508,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def lines_of(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
 
 
 def test_sample_prints_prompt_and_continuation_and_json_with_log_probabilities(
@@ -604,6 +604,71 @@ def test_a_line_that_cannot_be_used_is_named_before_a_model_is_opened(
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
+        (["--beams", "3", "--stop", "x", "--seed", "1"], "--stop: means nothing with --beams"),
+        (["--length-penalty", "2"], "--length-penalty: means nothing without --beams"),
+        (["--interactive", "--samples", "2"], "--samples: means nothing with --interactive"),
+        (["--bench", "--top-k", "2"], "--top-k: means nothing with --bench"),
+    ],
+)
+def test_an_option_that_would_not_be_heeded_is_refused(run, tmp_path, words, problem) -> None:
+    code, _, err = run("sample", tmp_path / "absent", *words)
+    assert code == 2
+    assert problem in err
+
+
+def test_a_bias_is_spelled_as_the_help_says(run, tmp_path) -> None:
+    code, _, err = run("sample", tmp_path / "absent", "--logit-bias", "abc")
+    assert code == 2
+    assert "'abc' must be a token's number and a bias, such as 50=-2" in err
+
+
+@pytest.mark.parametrize("contents", ["notes of mine", "one\ntwo", '{"a": 1}\n{"b"'])
+def test_a_file_that_holds_no_results_is_left_as_it_is(run, tmp_path: Path, contents) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "notes.txt"
+    source.write_text('{"prompt": "x"}\n')
+    target.write_text(contents)
+    words = ["sample", tmp_path / "absent", "--file", source, "--output"]
+    code, _, err = run(*words, target)
+    assert code == 65
+    assert str(target) in sentence(err)
+    assert target.read_text() == contents
+    source.write_text('{"prompt": "x"}')
+    assert run(*words, source)[0] == 73
+    assert source.read_text() == '{"prompt": "x"}'
+
+
+def test_results_of_other_settings_are_not_mixed_with_new_ones(
+    run, trained, tmp_path: Path
+) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "one\u2028\x85"}\n\n{"prompt": "two"}\n')
+    words = ["sample", trained, "--file", source, "--output", target, "--max-tokens", 4]
+    assert run(*words)[0] == 0
+    assert {one["line"] for one in lines_of(target)} == {0, 2}
+    code, _, err = run(*words, "--temperature", 0.1)
+    assert code == 65
+    assert "has results of line" in sentence(err)
+    first = {(one["line"], one["sample"]): one for one in lines_of(target)}
+    assert run(*words, "--samples", 3)[0] == 0  # more of the same are added
+    both = {(one["line"], one["sample"]): one for one in lines_of(target)}
+    assert len(lines_of(target)) == len(both) == 6
+    assert both | first == both
+
+
+def test_every_line_that_the_model_cannot_take_is_named(run, trained, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    long = json.dumps({"prompt": "x" * 90})
+    source.write_text(f'{long}\n{{"prompt": "fine"}}\n{{"prompt": []}}\n')
+    code, _, err = run(
+        "sample", trained, "--file", source, "--output", tmp_path / "out", "--max-tokens", 4
+    )
+    assert code == 65
+    assert re.search(r"line 1: .*91 tokens.*\n.*line 3: .*is empty", err)
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
         (["--file", "in.jsonl"], "--file and --output: give both"),
         (["--beams", "3", "--interactive"], "--beams=3: goes with --prompt only"),
         (["--beams", "2", "--samples", "3"], "returned=3: must be from 1 to width=2"),
@@ -658,10 +723,10 @@ def test_a_hugging_face_folder_is_sampled_as_it_is(run, trained, tmp_path: Path)
     with runs.entered_mesh(cfg):
         params, _ = runs.restore_params(trained, cfg)
         weights.write_folder(folder, params, cfg.model, dtype="F32", dtypes={}, extra={})
-    words = ["--temperature", 0, "--max-tokens", 5, "--json"]
+    words = ["--temperature", 0, "--max-tokens", 5]
     code, _, err = run("sample", folder, *words, "--prompt", "ab")
-    assert code == 2
-    assert "this model has no tokenizer" in err  # bytes have no file there
+    assert code == 65
+    assert "no tokenizer" in err  # bytes have no file there
     source = tmp_path / "in.jsonl"
     source.write_text('{"prompt": [256, 97, 98]}')
     for place in (folder, trained):

@@ -66,7 +66,7 @@ def _reorder(caches: Caches, rows_B: jax.Array) -> Caches:
     return jax.tree.map(lambda store: store.at[:, rows_B].get(out_sharding=out), caches)
 
 
-@functools.partial(jax.jit, static_argnums=(7, 8, 9, 10, 11, 12))
+@functools.partial(jax.jit, static_argnums=(9, 10, 11, 12, 13))
 def search(
     params: Params,
     last_b: jax.Array,
@@ -75,18 +75,20 @@ def search(
     length_penalty: jax.Array,
     max_tokens: jax.Array,
     vocab_size: jax.Array,
+    at_once: jax.Array,
+    never: jax.Array,
     model: ModelConfig,
     compute: ComputeConfig,
     stop_ids: tuple[int, ...],
     width: int,
-    early_stopping: bool | str,
     room: int,
 ) -> Beams:
     """The best continuations of prompts whose last tokens are `last_b`, at `position_b`.
 
     The caches have b*W rows, those of a prompt one after the other, each with the prompt before its
     last token in it; a position below zero is no prompt. A continuation that reaches `max_tokens`,
-    which is at most `room`, counts as finished.
+    which is at most `room`, counts as finished. `at_once` and `never` are early stopping True and
+    "never", see `settings.BeamSettings`.
     """
     b, w = len(last_b), width
     candidates = w * max(2, 1 + len(stop_ids))
@@ -129,10 +131,10 @@ def search(
         parents_bW = jnp.take_along_axis(parent_bc, chosen_bW, 1)
 
         full_b = (finished.scores_bW > NEVER).all(1)
-        reach = jnp.where((length_penalty > 0) & (early_stopping == "never"), max_tokens, step + 1)
+        reach = jnp.where((length_penalty > 0) & never, max_tokens, step + 1)
         hope_b = scored(live.scores_bW[:, 0], reach)
         better_b = hope_b > finished.scores_bW.min(1)
-        open_b &= ~full_b | (better_b & (early_stopping is not True))
+        open_b &= ~full_b | (better_b & ~at_once)
         rows_B = (jnp.arange(b)[:, None] * w + parents_bW).reshape(-1)
         return live, finished, open_b, rows_B
 

@@ -7,7 +7,7 @@ Shapes: as in `decoding`.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from gptjax import sharding
 from gptjax.config import ComputeConfig, ModelConfig
+from gptjax.errors import ConfigError
 from gptjax.model import decoder
 from gptjax.model.attention import NEVER
 from gptjax.model.decoder import Params
@@ -26,6 +27,24 @@ from gptjax.sample.settings import MOST_LOGPROBS, Settings
 
 CHUNK = 256
 """Most tokens of a prompt that are prefilled at a time."""
+
+
+PREFILL_TOKENS = 8192
+"""Most tokens of prompts, filled up to one length, that are prefilled side by side."""
+
+
+def in_groups(
+    items: Iterable[Any], length: Callable[[Any], int], tokens: int
+) -> Iterator[list[Any]]:
+    """Items, ascending by length, in groups of at most so many tokens when filled up."""
+    group: list[Any] = []
+    for item in items:
+        if group and bucket(len(group) + 1) * bucket(length(item), 16) > tokens:
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group
 
 
 def bucket(n: int, least: int = 1) -> int:
@@ -85,6 +104,15 @@ class _Seat:
     left: int
 
 
+@dataclass
+class _Kept:
+    """A prompt whose prefill is not yet in all its rows, and its place in the caches."""
+
+    request: Request
+    caches: decoder.Caches
+    place: int
+
+
 class Room(NamedTuple):
     """What rows have room for: stop tokens, biased and banned tokens, and whether penalties."""
 
@@ -129,6 +157,7 @@ class Engine:
         self._waiting: deque[tuple[Request, int]] = deque()
         self._plan = Plan(drawn=False, filtered=False, logprobs=None)
         self._room = room
+        self._kept: _Kept | None = None
         self._rows = place_rows(self._blank())
 
     # --- what a caller sees ---
@@ -146,11 +175,25 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Samples without a row yet."""
-        return len(self._waiting)
+        return sum(sample not in request.cancelled for request, sample in self._waiting)
 
     def submit(self, *requests: Request) -> None:
-        """Puts requests into the queue. They are taken as checked, see `settings.check`."""
+        """Puts requests into the queue. They are taken as checked, see `settings.check`.
+
+        Raises ConfigError for one that needs more than the engine's capacity or room.
+        """
         for request in requests:
+            length = len(request.prompt) + request.settings.max_tokens
+            if length > self._capacity:
+                raise ConfigError(
+                    [
+                        f"max_tokens={request.settings.max_tokens}: with a prompt of "
+                        f"{len(request.prompt)} tokens more than the {self._capacity} of a row"
+                    ]
+                )
+            needed = Room.of(request.settings, request.stop_ids)
+            if short := [n for n in Room._fields if getattr(needed, n) > getattr(self._room, n)]:
+                raise ConfigError([f"{short[0]}: the engine has no room for those of this request"])
             self._provide(request.settings)
             self._waiting += [(request, sample) for sample in range(request.settings.samples)]
 
@@ -175,7 +218,7 @@ class Engine:
 
     def run(self, limit: int = BURST) -> Iterator[Event]:
         """Steps until nothing waits and every row has ended."""
-        while self.busy or self._waiting:
+        while self.busy or self.waiting:
             yield from self.step(limit)
 
     # --- queue and rows ---
@@ -192,9 +235,6 @@ class Engine:
         )
 
     def _drop_cancelled(self) -> None:
-        self._waiting = deque(
-            (r, sample) for r, sample in self._waiting if sample not in r.cancelled
-        )
         gone = np.zeros(self._count, bool)
         for row, seat in enumerate(self._seats):
             if seat is not None and seat.sample in seat.request.cancelled:
@@ -207,10 +247,11 @@ class Engine:
         free = [row for row, seat in enumerate(self._seats) if seat is None]
         taken: dict[Request, list[int]] = {}
         new, chosen = self._blank(), np.zeros(self._count, bool)
-        for row in free:
-            if not self._waiting:
-                break
+        while free and self._waiting:
             request, sample = self._waiting.popleft()
+            if sample in request.cancelled:
+                continue
+            row = free.pop(0)
             self._seats[row] = _Seat(request, sample, request.settings.max_tokens)
             taken.setdefault(request, []).append(row)
             self._describe(new, row, request, sample)
@@ -221,21 +262,36 @@ class Engine:
         self._rows = self._seat(chosen, new)
 
     def _prefill(self, taken: dict[Request, list[int]]) -> None:
-        """Computes the prompts, all but their last tokens, and puts them into their rows."""
-        caches = prompt_caches(
-            self._params,
-            self._model,
-            self._compute,
-            [request.prompt for request in taken],
-            self._capacity,
+        """Computes the prompts, all but their last tokens, and puts them into their rows.
+
+        Short ones together; the last one is kept while samples of it wait.
+        """
+        kept, self._kept = self._kept, None
+        groups = [] if kept is None or kept.request not in taken else [[kept.request]]
+        new = sorted(
+            (r for r in taken if [r] not in groups), key=lambda request: len(request.prompt)
         )
-        if caches is None:
-            return
-        b = caches[0].keys_PBKSC.shape[1]
-        rows = np.full((b, bucket(max(map(len, taken.values())))), self._count, np.int32)
-        for i, seats in enumerate(taken.values()):
-            rows[i, : len(seats)] = seats
-        self._caches = decoding.take_over(self._caches, caches, rows)
+        groups += in_groups(new, lambda request: len(request.prompt), PREFILL_TOKENS)
+        for group in groups:
+            if kept is not None and group == [kept.request]:
+                caches, first = kept.caches, kept.place
+            else:
+                prompts = [request.prompt for request in group]
+                first, caches = (
+                    0,
+                    prompt_caches(
+                        self._params, self._model, self._compute, prompts, self._capacity
+                    ),
+                )
+            if caches is None:
+                continue
+            width = bucket(max(len(taken[request]) for request in group))
+            rows = np.full((caches[0].keys_PBKSC.shape[1], width), self._count, np.int32)
+            for place, request in enumerate(group, first):
+                rows[place, : len(taken[request])] = taken[request]
+                if self._waiting and self._waiting[0][0] is request:
+                    self._kept = _Kept(request, caches, place)
+            self._caches = decoding.take_over(self._caches, caches, rows)
 
     def _events(self, drawn: Drawn) -> Iterator[Event]:
         for row, seat in enumerate(self._seats):

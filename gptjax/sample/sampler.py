@@ -5,8 +5,8 @@ with opening.opened("runs/quickstart") as sampler:
         print(completion.text)
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import jax
 import numpy as np
@@ -25,15 +25,18 @@ from gptjax.sample.engine import (
     Token,
     bucket,
     empty_caches,
+    in_groups,
     place_rows,
     prompt_caches,
 )
-from gptjax.sample.settings import BeamSettings, Settings, check
+from gptjax.sample.settings import MOST_LOGPROBS, BeamSettings, Settings, check
 from gptjax.sample.text import Continuation
 from gptjax.tokenizer import Tokenizer
 
 ROWS = 32
 """Samples that decode at a time, unless told otherwise."""
+SCORED_TOKENS = 8192
+"""Most tokens of texts, filled up to one length, that are scored side by side."""
 _WATCHED_BURST = 8  # tokens between two looks for stop texts
 
 
@@ -112,11 +115,17 @@ class Sampler:
 
     def request(self, prompt: str | Sequence[int], settings: Settings, index: int = 0) -> Request:
         """A checked request. Raises ConfigError as `settings.check` does."""
-        ids = self.ids(prompt)
-        check(self.model, [ids], settings, self.vocab_size)
-        if settings.stop and self.tokenizer is None:
-            raise ConfigError(["stop: this model has no tokenizer, so no text is ever met"])
-        return Request(ids, settings, self.stop_ids, index)
+        (request,) = self.requests([self.ids(prompt)], [settings])
+        return replace(request, index=index)
+
+    def requests(self, ids: Sequence[list[int]], settings: Sequence[Settings]) -> list[Request]:
+        """Checked requests, in their order. Raises ConfigError as `settings.check` does."""
+        check(self.model, ids, settings, self.vocab_size)
+        if self.tokenizer is None and (with_stop := [s.stop for s in settings if s.stop]):
+            what = f"stop={with_stop[0]}: this model has no tokenizer, so no text is ever met"
+            raise ConfigError([what])
+        pairs = enumerate(zip(ids, settings, strict=True))
+        return [Request(prompt, s, self.stop_ids, i) for i, (prompt, s) in pairs]
 
     def engine(self, *, rows: int, capacity: int, room: Room) -> Engine:
         """An engine on these parameters, see there."""
@@ -162,13 +171,7 @@ class Sampler:
         if len(each) != len(prompts):
             raise ConfigError([f"{len(each)} settings for {len(prompts)} prompts: give as many"])
         ids = [self.ids(prompt) for prompt in prompts]
-        for one in dict.fromkeys(each):
-            some = [prompt if s == one else [0] for prompt, s in zip(ids, each, strict=True)]
-            check(self.model, some, one, self.vocab_size)
-        requests = [
-            Request(prompt, s, self.stop_ids, i)
-            for i, (prompt, s) in enumerate(zip(ids, each, strict=True))
-        ]
+        requests = self.requests(ids, each)
         done = list(self.complete(requests))
         return sorted(done, key=lambda completion: (completion.prompt, completion.sample))
 
@@ -208,8 +211,10 @@ class Sampler:
         burst: int = 1,
     ) -> Iterator[tuple[str, list[Token]]]:
         """One continuation as it comes: text that is certain, and the tokens drawn, `burst` at most
-        at a time.
+        at a time. Raises ConfigError for what makes no sense.
         """
+        if settings.samples != 1:
+            raise ConfigError([f"samples={settings.samples}: one continuation streams at a time"])
         request = self.request(prompt, settings)
         engine, text = self.engine_for([request]), self.continuation(request)
         engine.submit(request)
@@ -227,6 +232,15 @@ class Sampler:
         check(self.model, ids, settings, self.vocab_size)
         if not ids:
             return []
+        each = max(1, self._most // settings.width)
+        done = []
+        for start in range(0, len(ids), each):
+            for one in self._search(ids[start : start + each], settings):
+                done.append(replace(one, prompt=one.prompt + start))
+        return done
+
+    def _search(self, ids: list[list[int]], settings: BeamSettings) -> Iterator[Completion]:
+        """Beam search of a few prompts at a time."""
         shards, width = sharding.axis_size("batch"), settings.width
         b = bucket(len(ids))
         while b * width % shards:
@@ -249,14 +263,15 @@ class Sampler:
             np.float32(settings.length_penalty),
             np.int32(settings.max_tokens),
             np.int32(self.vocab_size),
+            np.bool_(settings.early_stopping is True),
+            np.bool_(settings.early_stopping == "never"),
             self._unrolled,
             self.compute,
             self.stop_ids,
             width,
-            settings.early_stopping,
             bucket(settings.max_tokens),
         )
-        return list(self._beams(ids, jax.device_get(found), settings.returned))
+        return self._beams(ids, jax.device_get(found), settings.returned)
 
     def _beams(
         self, prompts: list[list[int]], found: beam_search.Beams, returned: int
@@ -282,6 +297,8 @@ class Sampler:
         """
         ids = [self.ids(text) for text in texts]
         problems = []
+        if not 0 <= alternatives <= MOST_LOGPROBS:
+            problems.append(f"alternatives={alternatives}: must be from 0 to {MOST_LOGPROBS}")
         for number, tokens in enumerate(ids):
             if not tokens:
                 problems.append(f"text {number}: is empty; give at least one token")
@@ -296,7 +313,7 @@ class Sampler:
             raise ConfigError(problems)
         results: list[list[Token]] = [[]] * len(ids)
         by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        for group in _groups(by_length, ids):
+        for group in in_groups(by_length, lambda i: len(ids[i]), SCORED_TOKENS):
             shards = sharding.axis_size("batch")
             rows = -(-bucket(len(group)) // shards) * shards
             length = min(bucket(max(len(ids[i]) for i in group), 16), self.model.context)
@@ -304,7 +321,12 @@ class Sampler:
             for row, i in enumerate(group):
                 padded[row, : len(ids[i])] = ids[i]
             scored = scoring.score(
-                self._params, place_rows(padded), self._unrolled, self.compute, alternatives
+                self._params,
+                place_rows(padded),
+                np.int32(self.vocab_size),
+                self._unrolled,
+                self.compute,
+                alternatives,
             )
             own, top_ids, top = jax.device_get(scored)
             for row, i in enumerate(group):
@@ -313,21 +335,6 @@ class Sampler:
                     pairs = zip(top_ids[row, at].tolist(), top[row, at].tolist(), strict=True)
                     results[i].append(Token(token, float(own[row, at]), tuple(pairs)))
         return results
-
-
-_GROUP_TOKENS = 8192  # scored at a time
-
-
-def _groups(order: Iterable[int], ids: list[list[int]]) -> Iterator[list[int]]:
-    """Texts of like length together, so many as have `_GROUP_TOKENS` tokens when padded."""
-    group: list[int] = []
-    for i in order:
-        if group and bucket(len(group) + 1) * bucket(len(ids[i]), 16) > _GROUP_TOKENS:
-            yield group
-            group = []
-        group.append(i)
-    if group:
-        yield group
 
 
 def accept(

@@ -12,16 +12,18 @@ from jax import lax
 from gptjax import sharding
 from gptjax.config import ComputeConfig, ModelConfig
 from gptjax.model import decoder
+from gptjax.model.attention import NEVER
 from gptjax.model.decoder import Params
 
-SLICE = 256
-"""Positions whose scores of the whole vocabulary are held at a time."""
+SLICE = 2048
+"""Tokens whose scores of the whole vocabulary are held at a time, or one of each row."""
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def score(
     params: Params,
     tokens_BT: jax.Array,
+    vocab_size: jax.Array,
     model: ModelConfig,
     compute: ComputeConfig,
     alternatives: int,
@@ -29,7 +31,7 @@ def score(
     """Of each token but the first, its log-probability after those before it, [B, T-1]; and ids and
     log-probabilities of the likeliest tokens in its place, [B, T-1, a].
 
-    Whole on every device.
+    Ids from `vocab_size` on have no chance, as in decoding. Whole on every device.
     """
     b, t = tokens_BT.shape
     x_ND = decoder.apply(params, model, compute, tokens_BT).x_ND
@@ -38,8 +40,9 @@ def score(
     )
     whole = lambda x: jax.sharding.reshard(x, jax.P(*[None] * x.ndim))
     parts = []
-    for start in range(0, t - 1, SLICE):
-        stop = min(start + SLICE, t - 1)
+    width = max(1, SLICE // b)
+    for start in range(0, t - 1, width):
+        stop = min(start + width, t - 1)
         n = b * (stop - start)
         x_nD = lax.reshape(
             x_BTD[:, start:stop],
@@ -48,6 +51,7 @@ def score(
         )
         scores_nV = decoder.logits(params, model, x_nD)
         scores_nV = jax.sharding.reshard(scores_nV, sharding.spec("tokens", None))
+        scores_nV = jnp.where(jnp.arange(scores_nV.shape[-1]) < vocab_size, scores_nV, NEVER)
         next_n = lax.reshape(
             tokens_BT[:, start + 1 : stop + 1], (n,), out_sharding=sharding.spec("tokens")
         )

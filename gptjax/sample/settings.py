@@ -1,5 +1,6 @@
 """What a request asks for, and when it makes no sense."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -45,6 +46,13 @@ class Settings:
     seed: int = 0
     logprobs: int | None = None
     """None, or how many likeliest tokens to give with each drawn one, with log-probabilities."""
+
+    def __post_init__(self) -> None:
+        """Takes a text for one stop text, and lists for tuples."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "banned", tuple(self.banned))
+        object.__setattr__(self, "logit_bias", tuple(map(tuple, self.logit_bias)))
 
     @property
     def penalised(self) -> bool:
@@ -112,8 +120,11 @@ class BeamSettings:
         problems = []
         if self.width < 1:
             problems.append(f"width={self.width}: must be at least 1")
-        if not abs(self.length_penalty) <= 100:
-            problems.append(f"length_penalty={self.length_penalty}: must be a number, such as 1")
+        if not abs(self.length_penalty) * math.log10(max(self.max_tokens, 10)) <= 30:
+            problems.append(
+                f"length_penalty={self.length_penalty}: must be a number, such as 1; the power of "
+                f"max_tokens={self.max_tokens} must be below 1e30"
+            )
         if self.early_stopping not in (True, False, "never"):
             problems.append(f"early_stopping={self.early_stopping}: must be True, False or 'never'")
         if not 1 <= self.returned <= max(self.width, 1):
@@ -127,38 +138,48 @@ class BeamSettings:
 def check(
     model: ModelConfig,
     prompts: Sequence[Sequence[int]],
-    settings: Settings | BeamSettings,
+    settings: Settings | BeamSettings | Sequence[Settings],
     vocab_size: int | None = None,
 ) -> None:
     """Raises ConfigError for settings that make no sense, an empty prompt, a token outside the
     vocabulary, or a prompt that leaves no room in the model's context.
+
+    One settings for all prompts, or one for each.
     """
-    settings.check()
+    one_for_all = isinstance(settings, (Settings, BeamSettings))
+    each = [settings] * len(prompts) if one_for_all else settings
     vocabulary = model.vocab_size if vocab_size is None else vocab_size
-    longest = max(map(len, prompts), default=0)
     problems = []
-    for number, prompt in enumerate(prompts):
+    for one in dict.fromkeys([settings] if one_for_all else settings):
+        one.check()
+        if isinstance(one, Settings):
+            problems += _foreign_ids(one, vocabulary)
+        elif one.width > vocabulary:
+            problems.append(f"width={one.width}: is above the vocabulary of {vocabulary}")
+    for number, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
         if not prompt:
             problems.append(f"prompt {number}: is empty; begin with the EOS token")
         elif not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
             problems.append(f"prompt {number}: has ids outside 0..{model.vocab_size - 1}")
-    if isinstance(settings, Settings):
-        named = {"logit_bias": [i for i, _ in settings.logit_bias], "banned": settings.banned}
-        for name, ids in named.items():
-            if bad := [i for i in ids if not 0 <= i < vocabulary]:
-                problems.append(f"{name}: has ids outside 0..{vocabulary - 1}: {bad[0]}")
-        if len(set(settings.banned)) >= vocabulary:
-            problems.append("banned: holds every token; leave one")
-    elif settings.width > vocabulary:
-        problems.append(f"width={settings.width}: is above the vocabulary of {vocabulary}")
-    if longest >= model.context:
-        problems.append(
-            f"a prompt has {longest} tokens, which leave no room in model.context={model.context}"
-        )
-    elif longest + settings.max_tokens > model.context:
-        problems.append(
-            f"max_tokens={settings.max_tokens}: with a prompt of {longest} tokens more than "
-            f"model.context={model.context}; at most {model.context - longest} fit"
-        )
+        if len(prompt) >= model.context:
+            problems.append(
+                f"prompt {number}: has {len(prompt)} tokens, which leave no room in "
+                f"model.context={model.context}"
+            )
+        elif len(prompt) + one.max_tokens > model.context:
+            problems.append(
+                f"max_tokens={one.max_tokens}: with the {len(prompt)} tokens of prompt {number} "
+                f"more than model.context={model.context}; at most "
+                f"{model.context - len(prompt)} fit"
+            )
     if problems:
         raise ConfigError(problems)
+
+
+def _foreign_ids(settings: Settings, vocabulary: int) -> Iterator[str]:
+    named = {"logit_bias": [i for i, _ in settings.logit_bias], "banned": settings.banned}
+    for name, ids in named.items():
+        if bad := [i for i in ids if not 0 <= i < vocabulary]:
+            yield f"{name}: has ids outside 0..{vocabulary - 1}: {bad[0]}"
+    if len(set(settings.banned)) >= vocabulary:
+        yield "banned: holds every token; leave one"

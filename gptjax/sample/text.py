@@ -32,6 +32,7 @@ class Continuation:
         whole = self._tokenizer.decode(self._ids[self._start :])
         if last or not whole.endswith(_UNFINISHED):
             known = self._tokenizer.decode(self._ids[self._start : self._read])
+            known = known.rstrip(_UNFINISHED)
             self._held += whole[len(known) :]
             self._start, self._read = self._read, len(self._ids)
         ends = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]

@@ -124,6 +124,7 @@ def test_eight_devices_find_what_one_finds(on_mesh, model, params, random_params
         ({"returned": 5}, "returned=5: must be from 1 to width=4"),
         ({"early_stopping": "maybe"}, "early_stopping=maybe"),
         ({"length_penalty": float("nan")}, "length_penalty=nan"),
+        ({"length_penalty": 50.0, "max_tokens": 12}, "length_penalty=50.0: .*below 1e30"),
         ({"width": 25}, "width=25: is above the vocabulary of 24"),
         ({"max_tokens": 40}, "max_tokens=40: .*at most 31 fit"),
     ],
@@ -132,3 +133,13 @@ def test_a_setting_that_makes_no_sense_is_refused(one_device, model, params, cha
     settings = replace(BeamSettings(), **change)
     with pytest.raises(ConfigError, match=problem):
         Sampler(params, model, COMPUTE).beam([[1]], settings)
+
+
+def test_prompts_beyond_the_rows_are_searched_in_groups(one_device, model, params):
+    prompts = [[i % 24 for i in prompt] for prompt in prompts_of(3, 8, 2, 5, 1)]
+    settings = BeamSettings(width=3, returned=2, max_tokens=6)
+    whole = Sampler(params, model, COMPUTE, stop_ids=STOP).beam(prompts, settings)
+    few = Sampler(params, model, COMPUTE, stop_ids=STOP, rows=7).beam(prompts, settings)
+    assert [(b.prompt, b.sample, b.ids) for b in few] == [
+        (b.prompt, b.sample, b.ids) for b in whole
+    ]

@@ -231,8 +231,8 @@ def test_texts_are_scored_in_slices_and_in_groups(one_device, model, params, mon
 
     texts = prompts_of(40, 12, 33)
     whole = Sampler(params, model, COMPUTE).score(texts)
-    monkeypatch.setattr(scoring, "SLICE", 7)
-    monkeypatch.setattr(sampler, "_GROUP_TOKENS", 64)
+    monkeypatch.setattr(scoring, "SLICE", 21)
+    monkeypatch.setattr(sampler, "SCORED_TOKENS", 64)
     scoring.score.clear_cache()
     parts = Sampler(params, model, COMPUTE).score(texts)
     scoring.score.clear_cache()
@@ -300,3 +300,72 @@ def test_weights_and_cache_may_be_bfloat16(one_device, model, params, rows):
         for row, token in zip(want, one.tokens, strict=True):
             assert abs(token.logprob - row[token.id]) < 0.1
             assert row[token.id] > row.max() - 0.1
+
+
+# --- what must not pass unnoticed --------------------------------------------------------------
+
+
+def test_a_request_beyond_the_capacity_or_the_room_is_refused(one_device, model, params):
+    small = engine_of(params, model, 2, capacity=16)
+    with pytest.raises(
+        ConfigError, match="max_tokens=9: with a prompt of 8 tokens more than the 16"
+    ):
+        small.submit(*requests_of(prompts_of(8), DRAWN))
+    for change, name in [
+        ({"presence_penalty": 1.0}, "penalties"),
+        ({"banned": (3,)}, "biases"),
+    ]:
+        with pytest.raises(ConfigError, match=f"{name}: the engine has no room"):
+            small.submit(*requests_of(prompts_of(2), replace(DRAWN, **change)))
+    assert small.waiting == 0
+
+
+def test_samples_that_wait_for_rows_share_the_prefill_too(one_device, model, params, prefills):
+    prompts = prompts_of(20, 3)
+    settings = replace(DRAWN, samples=5)
+    whole = Sampler(params, model, COMPUTE).generate(prompts, settings)
+    prefills.clear()
+    two = engine_of(params, model, 2)
+    two.submit(*requests_of(prompts, settings))
+    ids, _ = drain(two)
+    assert len(prefills) == 2
+    assert [ids[one.prompt, one.sample] for one in whole] == [one.ids for one in whole]
+
+
+def test_scores_are_those_of_decoding_where_the_table_has_more_rows_than_pieces(
+    one_device, model, params
+):
+    sampler = Sampler(params, model, COMPUTE, vocab_size=40)
+    prompt = [5, 9, 30]
+    (one,) = sampler.generate([prompt], replace(DRAWN, logprobs=1))
+    scored = sampler.score([prompt + one.ids], alternatives=1)[0][3:]
+    np.testing.assert_allclose(
+        [t.logprob for t in scored], [t.logprob for t in one.tokens], atol=1e-5
+    )
+    assert [t.top[0][0] for t in scored] == [t.top[0][0] for t in one.tokens]
+
+
+def test_only_one_continuation_streams(one_device, model, params):
+    sampler = Sampler(params, model, COMPUTE)
+    with pytest.raises(ConfigError, match="samples=2: one continuation streams"):
+        next(sampler.stream([1, 2], replace(DRAWN, samples=2)))
+    streamed = [t.id for _, tokens in sampler.stream([1, 2], DRAWN, 2) for t in tokens]
+    assert streamed == sampler.generate([[1, 2]], DRAWN)[0].ids
+
+
+def test_long_and_short_prompts_are_prefilled_apart(
+    one_device, tiny_model, random_params, monkeypatch, prefills
+):
+    monkeypatch.setattr(engine, "PREFILL_TOKENS", 64)
+    model = tiny_model(context=64)
+    params = random_params(model)
+    prompts = prompts_of(3, 50, 4, 2, 5)
+    outs = generate(params, model, prompts)
+    assert prefills == [(4, 16), (1, 64)]
+    assert outs == [generate(params, model, [prompt])[0] for prompt in prompts]
+
+
+def test_settings_take_lists_and_one_stop_text():
+    assert Settings(stop="END", banned=[3], logit_bias=[[1, 2.0]]) == Settings(
+        stop=("END",), banned=(3,), logit_bias=((1, 2.0),)
+    )

@@ -74,3 +74,9 @@ def test_the_space_before_a_first_word_is_kept(prompt):
     out = Continuation(Words(), prompt, ())
     assert out.add([7]) == " w7"
     assert out.add([8, 9]) == " w8 w9"
+
+
+def test_a_prompt_that_ends_within_a_character_is_finished():
+    first, rest = "é".encode()
+    out = Continuation(BYTES, [97, first], ())
+    assert out.add([rest, 66]) == "éB"

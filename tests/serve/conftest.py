@@ -1,17 +1,14 @@
-"""A tiny model behind a real server on a free port, whose engine can be held and slowed."""
+"""A tiny model behind a real server on a free port."""
 
-import http.client
-import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import pytest
 import uvicorn
+from live_server import CAPACITY, MAX_BODY, QUEUE, ROWS, Server, Throttle
 
 from gptjax.config import ComputeConfig
 from gptjax.sample import Sampler
@@ -21,91 +18,16 @@ from gptjax.serve.metrics import Metrics
 from gptjax.serve.worker import Worker
 from gptjax.tokenizer import ByteTokenizer
 
-ROWS, QUEUE, CAPACITY, MAX_BODY = 2, 4, 1024, 20_000
-JSON = {"Content-Type": "application/json"}
-
-
-@dataclass
-class Throttle:
-    """Holds an engine before each step while `running` is not set; sleeps; raises."""
-
-    running: threading.Event = field(default_factory=threading.Event)
-    seconds: float = 0.0
-    error: Exception | None = None
-
-    def install(self, sampler: Sampler) -> None:
-        make = sampler.engine
-
-        def engine(**sizes: Any) -> Any:
-            made = make(**sizes)
-            step = made.step
-
-            def throttled(limit: int = 64) -> Any:
-                self.running.wait()
-                time.sleep(self.seconds)
-                if self.error is not None:
-                    raise self.error
-                return step(limit)
-
-            made.step = throttled
-            return made
-
-        sampler.engine = engine  # type: ignore[method-assign]
-        self.running.set()
-
-
-@dataclass
-class Server:
-    """A server under test and its client."""
-
-    port: int
-    served: Served
-    throttle: Throttle
-
-    def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-
-    def send(
-        self,
-        path: str,
-        body: bytes | None = None,
-        headers: dict[str, str] = JSON,
-        method: str | None = None,
-    ) -> tuple[int, dict[str, str], bytes]:
-        connection = self.connect()
-        try:
-            connection.request(method or ("GET" if body is None else "POST"), path, body, headers)
-            response = connection.getresponse()
-            names = {name.lower(): value for name, value in response.getheaders()}
-            return response.status, names, response.read()
-        finally:
-            connection.close()
-
-    def complete(self, **fields: Any) -> tuple[int, Any]:
-        status, _, body = self.send("/v1/completions", json.dumps(fields).encode())
-        return status, json.loads(body)
-
-    def metric(self, name: str, **labels: str) -> float:
-        value = self.served.metrics.registry.get_sample_value(name, labels)
-        assert value is not None
-        return value
-
-    def until(self, condition: Callable[[], bool]) -> None:
-        """Waits for what must come sooner or later; a minute at most."""
-        end = time.monotonic() + 60
-        while not condition():
-            assert time.monotonic() < end
-            time.sleep(0.01)
-
 
 @pytest.fixture(scope="session")
-def make_sampler(tiny_model, random_params, on_mesh) -> Callable[[], Sampler]:
-    """A sampler of a tiny model that reads bytes. It must be used on a mesh."""
+def make_sampler(tiny_model, random_params) -> Callable[..., Sampler]:
+    """A sampler of a tiny model, which reads bytes or has no tokenizer. Called on a mesh."""
 
-    def make() -> Sampler:
+    def make(*, text: bool = True) -> Sampler:
         model = tiny_model(vocab_size=264, context=CAPACITY * 2, layers=1)
         compute = ComputeConfig(dtype="float32")
-        return Sampler(random_params(model), model, compute, ByteTokenizer())
+        tokenizer = ByteTokenizer() if text else None
+        return Sampler(random_params(model), model, compute, tokenizer)
 
     return make
 
@@ -116,12 +38,14 @@ def start(make_sampler, on_mesh) -> Callable[..., Any]:
 
     @contextmanager
     def running(
-        token: bytes | None = None, hosts: tuple[str, ...] | None = ("127.0.0.1", "localhost")
+        token: bytes | None = None,
+        hosts: tuple[str, ...] | None = ("127.0.0.1", "localhost"),
+        text: bool = True,
     ) -> Iterator[Server]:
         jax.config.update("jax_disable_most_optimizations", True)
         throttle, metrics = Throttle(), Metrics()
         with on_mesh():
-            sampler = make_sampler()
+            sampler = make_sampler(text=text)
             throttle.install(sampler)
             worker = Worker(sampler, metrics, rows=ROWS, capacity=CAPACITY, queue=QUEUE)
             worker.start()

@@ -7,7 +7,7 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import CAPACITY, JSON, MAX_BODY, QUEUE, ROWS
+from live_server import CAPACITY, JSON, MAX_BODY, QUEUE, ROWS
 
 from gptjax.sample import Settings
 
@@ -125,19 +125,50 @@ def test_each_setting_reaches_the_draw(server, setting: dict[str, Any]) -> None:
     assert other["choices"] != plain["choices"]
 
 
+ASCII = {str(i): -100 for i in range(128, 258)}
+"""Leaves bytes that are a character each, and no end."""
+
+
 def test_stop_texts_end_a_text_before_them(server) -> None:
-    common = {"prompt": "abc", "seed": 7, "max_tokens": 40, "logit_bias": {"256": -100}}
-    _, plain = server.complete(**common, logprobs=0)
-    text = plain["choices"][0]["text"]
-    stop = text[20:22]
-    at = text.find(stop)
-    _, answer = server.complete(**common, stop=[stop, "never met"], logprobs=0)
-    (choice,) = answer["choices"]
-    assert (choice["text"], choice["finish_reason"]) == (text[:at], "stop")
-    assert answer["usage"]["completion_tokens"] < 40
-    offsets = choice["logprobs"]["text_offset"]
-    assert offsets == [i for i in plain["choices"][0]["logprobs"]["text_offset"] if i < at]
-    assert server.complete(**common, stop=stop)[1]["choices"][0]["text"] == text[:at]
+    common = {"prompt": "abc", "seed": 7, "max_tokens": 40, "logit_bias": ASCII, "logprobs": 0}
+    _, plain = server.complete(**common)
+    text, tokens = plain["choices"][0]["text"], plain["choices"][0]["logprobs"]["tokens"]
+    assert "".join(tokens) == text
+    stop = text[20:23]
+    assert text.find(stop) == 20
+    for given in (stop, [stop, "never met"]):
+        _, answer = server.complete(**common, stop=given)
+        (choice,) = answer["choices"]
+        assert (choice["text"], choice["finish_reason"]) == (text[:20], "stop")
+        assert answer["usage"]["completion_tokens"] == 23
+        assert choice["logprobs"]["tokens"] == tokens[:20]
+        assert choice["logprobs"]["text_offset"] == list(range(20))
+
+
+def test_a_stop_text_frees_the_row_while_other_samples_go_on(server) -> None:
+    fields = {"prompt": "abc", "seed": 7, "logit_bias": ASCII, "n": ROWS}
+    _, plain = server.complete(**fields, max_tokens=40)
+    stop = plain["choices"][0]["text"][8:12]
+    assert all(stop not in choice["text"] for choice in plain["choices"][1:])
+    server.throttle.seconds = 0.02
+    connection = server.connect()
+    body = json.dumps({**fields, "max_tokens": 1000, "stop": stop})
+    connection.request("POST", "/v1/completions", body, JSON)
+    server.until(lambda: server.metric("gptjax_rows_busy") == ROWS)
+    server.until(lambda: server.metric("gptjax_rows_busy") == ROWS - 1)
+    connection.close()
+
+
+def test_tokens_of_a_stream_come_with_their_text(server) -> None:
+    """Also where some is held back because a stop text may begin there."""
+    common = {"prompt": "abc", "seed": 7, "max_tokens": 20, "logit_bias": ASCII}
+    _, whole = server.complete(**common)
+    text = whole["choices"][0]["text"]
+    stop = text[8:11] + "\x80"
+    pieces = [p["choices"][0] for p in stream(server, **common, stop=stop, logprobs=0)[:-1]]
+    assert max(len(piece["text"]) for piece in pieces) >= 3
+    assert all("".join(piece["logprobs"]["tokens"]) == piece["text"] for piece in pieces)
+    assert "".join(piece["text"] for piece in pieces) == text
 
 
 def test_an_end_token_finishes_and_is_written_as_the_vocabulary_does(server) -> None:
@@ -167,7 +198,7 @@ def test_a_stream_adds_up_to_the_whole(server) -> None:
         assert [piece["finish_reason"] for piece in own[:-1]] == [None] * (len(own) - 1)
         assert own[-1]["finish_reason"] == wanted["finish_reason"]
         for column, values in wanted["logprobs"].items():
-            assert sum((piece["logprobs"][column] for piece in own), []) == values
+            assert [one for piece in own for one in piece["logprobs"][column]] == values
 
 
 def test_a_stream_comes_piece_by_piece(server) -> None:
@@ -221,10 +252,10 @@ def test_the_client_of_openai_knows_the_refusals(server, client) -> None:
         ({"prompt": "a", "tempratur": 1, "best": 2}, "best", ["best, tempratur", "temperature"]),
         ({}, "prompt", ["prompt: is needed"]),
         ({"prompt": []}, "prompt", ["prompt=[]", "not empty"]),
-        ({"prompt": [[]]}, None, ["prompt 0: is empty"]),
+        ({"prompt": [[]]}, "prompt", ["prompt 0: is empty"]),
         ({"prompt": ["a", 1]}, "prompt", ["must be a text or token ids"]),
         ({"prompt": [True]}, "prompt", ["must be a text or token ids"]),
-        ({"prompt": [1, 264]}, None, ["outside 0..263"]),
+        ({"prompt": [1, 264]}, "prompt", ["outside 0..263"]),
         ({"prompt": "a", "temperature": -1}, "temperature", ["temperature=-1", "not be negative"]),
         ({"prompt": "a", "temperature": "1"}, "temperature", ['temperature="1"', "a number"]),
         ({"prompt": "a", "temperature": 1e999}, None, ["Infinity"]),
@@ -296,6 +327,8 @@ def test_half_of_a_surrogate_pair_does_no_harm(server) -> None:
     assert status == 200
     status, answer = server.complete(prompt="a", model="\ud800")
     assert (status, answer["error"]["param"]) == (404, "model")
+    status, answer = server.complete(**{"prompt": "a", "\ud800": 1})
+    assert (status, answer["error"]["param"]) == (400, "\ud800")
 
 
 def test_a_long_value_is_not_sent_back_whole(server) -> None:
@@ -348,6 +381,14 @@ def test_a_body_without_a_length_is_refused_where_it_passes_the_limit(server) ->
         assert sock.recv(1000).startswith(b"HTTP/1.1 413")
 
 
+def test_a_body_that_does_not_arrive_is_given_up(server, monkeypatch) -> None:
+    monkeypatch.setattr("gptjax.serve.api._BODY_SECONDS", 0.1)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
+        sock.sendall(f"{head}Content-Type: application/json\r\n\r\n{{".encode())
+        assert sock.recv(1000).startswith(b"HTTP/1.1 408")
+
+
 def test_a_full_queue_refuses_and_serves_again_when_there_is_room(server) -> None:
     server.throttle.running.clear()
     before = server.metric("gptjax_requests_total", outcome="busy")
@@ -386,8 +427,6 @@ def test_a_client_that_leaves_frees_its_rows(server, streamed: bool) -> None:
     server.until(lambda: server.metric("gptjax_completion_tokens_total") > drawn)
     assert server.metric("gptjax_queue_length") == 1
     connection.close()
-    if streamed:
-        connection.sock = None
     server.until(lambda: server.metric("gptjax_rows_busy") == 0)
     assert server.metric("gptjax_queue_length") == 0
     assert server.metric("gptjax_completion_tokens_total") < drawn + 1000
@@ -508,6 +547,41 @@ def test_a_stream_under_way_is_told_when_the_engine_fails(start) -> None:
         assert "the engine has failed" in last["error"]["message"]
 
 
+@pytest.mark.parametrize("streamed", [True, False])
+def test_what_does_not_end_in_time_is_told_that_the_server_stops(start, streamed: bool) -> None:
+    with start() as server:
+        server.throttle.seconds = 0.01
+        connection = server.connect()
+        body = {"prompt": "a", "max_tokens": 900, "logit_bias": {"256": -100}, "stream": streamed}
+        connection.request("POST", "/v1/completions", json.dumps(body), JSON)
+        server.until(lambda: server.metric("gptjax_completion_tokens_total") > 0)
+        server.served.worker.drain(0)
+        response = connection.getresponse()
+        assert response.status == (200 if streamed else 503)
+        answer = response.read()
+        last = events(answer)[-1] if streamed else json.loads(answer)
+        assert "being stopped" in last["error"]["message"]
+        assert server.complete(prompt="a")[0] == 503
+        assert server.send("/health")[0] == 503
+
+
+def test_a_model_without_a_tokenizer_has_token_ids_in_place_of_text(start) -> None:
+    with start(text=False) as server:
+        fields = {"prompt": [1, 2], "max_tokens": 5, "seed": 1, "logprobs": 1}
+        _, answer = server.complete(**fields)
+        (choice,) = answer["choices"]
+        assert choice["text"] == ""
+        assert len(choice["token_ids"]) == 5
+        assert choice["logprobs"]["tokens"] == [str(i) for i in choice["token_ids"]]
+        *pieces, _ = stream(server, **{**fields, "logprobs": None})
+        ids = [i for piece in pieces for i in piece["choices"][0]["token_ids"]]
+        assert ids == choice["token_ids"]
+        for wrong in ({"prompt": "text"}, {"prompt": [1], "stop": "text"}):
+            status, answer = server.complete(**wrong)
+            assert status == 400
+            assert "no tokenizer" in answer["error"]["message"]
+
+
 def test_an_error_of_the_server_itself_is_a_plain_answer(start, monkeypatch, caplog) -> None:
     with start() as server:
         monkeypatch.setattr(
@@ -532,6 +606,6 @@ def test_the_page_runs_its_own_script_and_style_only(server) -> None:
     page = body.decode()
     for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
         assert word not in page
-    for word in ("http://", "https://", "src=", " onclick", " style=", "<link rel=\"stylesheet"):
+    for word in ("http://", "https://", "src=", " onclick", " style=", '<link rel="stylesheet'):
         assert word not in page
     assert headers["x-content-type-options"] == "nosniff"
