@@ -16,14 +16,12 @@ PRESETS = [
     for file in sorted((REPO / "configs").glob("*.py"))
     for name in re.findall(r"^def ([a-z]\w*)\(\) -> Config:", file.read_text(), re.M)
 ]
-COMMANDS = "train|eval|sample|data|tokenizer|config|convert|inspect"
+COMMANDS = "train|eval|sample|serve|data|tokenizer|config|convert|inspect"
 SHOWN = [
     line.split("#")[0].strip().removeprefix(".venv/bin/")
     for page in [REPO / "README.md", *sorted((REPO / "configs").glob("*.py"))]
     for line in page.read_text().splitlines()
-    if re.match(
-        r"\s*(\.venv/bin/)?gptjax (train|eval|sample|data|tokenizer|config|convert|inspect) ", line
-    )
+    if re.match(rf"\s*(\.venv/bin/)?gptjax ({COMMANDS}) ", line)
 ]
 
 

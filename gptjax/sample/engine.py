@@ -121,12 +121,16 @@ class Room(NamedTuple):
     penalties: bool = False
 
     @classmethod
-    def of(cls, settings: Settings, stop_ids: Sequence[int]) -> "Room":
-        """Room for one request."""
+    def needed(cls, settings: Settings, stop_ids: Sequence[int]) -> "Room":
+        """What one request needs."""
         biases = len(settings.logit_bias) + len(settings.banned)
-        return cls(
-            bucket(len(stop_ids) or 1), bucket(biases, 4) if biases else 0, settings.penalised
-        )
+        return cls(len(stop_ids), biases, settings.penalised)
+
+    @classmethod
+    def of(cls, settings: Settings, stop_ids: Sequence[int]) -> "Room":
+        """Room for one request, rounded up."""
+        stops, biases, penalties = cls.needed(settings, stop_ids)
+        return cls(bucket(stops or 1), bucket(biases, 4) if biases else 0, penalties)
 
 
 class Engine:
@@ -191,7 +195,7 @@ class Engine:
                         f"{len(request.prompt)} tokens more than the {self._capacity} of a row"
                     ]
                 )
-            needed = Room.of(request.settings, request.stop_ids)
+            needed = Room.needed(request.settings, request.stop_ids)
             if short := [n for n in Room._fields if getattr(needed, n) > getattr(self._room, n)]:
                 raise ConfigError([f"{short[0]}: the engine has no room for those of this request"])
             self._provide(request.settings)

@@ -318,6 +318,10 @@ def test_a_request_beyond_the_capacity_or_the_room_is_refused(one_device, model,
         with pytest.raises(ConfigError, match=f"{name}: the engine has no room"):
             small.submit(*requests_of(prompts_of(2), replace(DRAWN, **change)))
     assert small.waiting == 0
+    exact = engine_of(params, model, 2, Room(stops=3, biases=5, penalties=False))
+    five = replace(DRAWN, banned=(1, 2, 3, 4, 5))
+    exact.submit(*requests_of(prompts_of(2), five, (7, 8, 9)))
+    assert exact.waiting == 1
 
 
 def test_samples_that_wait_for_rows_share_the_prefill_too(one_device, model, params, prefills):
