@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from test_sampler import COMPUTE, prompts_of
+from test_sampler import COMPUTE, GREEDY, prompts_of
 
 from gptjax import sharding
 from gptjax.errors import ConfigError
@@ -14,12 +14,6 @@ from gptjax.sample import BeamSettings, Sampler
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 STOP = (3, 5, 8, 13, 21)
-
-
-@pytest.fixture
-def one_device(on_mesh):
-    with on_mesh(1, 1, 1):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +92,6 @@ def test_it_finds_what_a_plain_search_finds(
 def test_one_beam_without_stops_is_greedy(one_device, model, params):
     prompts = [[i % 24 for i in prompt] for prompt in prompts_of(3, 8)]
     sampler = Sampler(params, model, COMPUTE)
-    from test_sampler import GREEDY
-
     one = sampler.beam(prompts, BeamSettings(width=1, max_tokens=12))
     assert [b.ids for b in one] == [g.ids for g in sampler.generate(prompts, GREEDY)]
 

@@ -5,33 +5,15 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from test_sampler import COMPUTE, GREEDY, compilations, full_logits, generate, prompts_of
+from test_sampler import COMPUTE, GREEDY, full_logits, generate, prompts_of
 
 from gptjax.config import ComputeConfig
 from gptjax.errors import ConfigError
 from gptjax.sample import Request, Room, Sampler, Settings, decoding, engine
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-assert compilations
 
 DRAWN = Settings(temperature=1.0, max_tokens=9, seed=3)
-
-
-@pytest.fixture
-def one_device(on_mesh):
-    with on_mesh(1, 1, 1):
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model):
-    return tiny_model(context=64, tied_embeddings=False)
-
-
-@pytest.fixture(scope="module")
-def params(on_mesh, model, random_params):
-    with on_mesh(1, 1, 1):
-        return random_params(model)
 
 
 @pytest.fixture

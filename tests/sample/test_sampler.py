@@ -49,23 +49,6 @@ def full_logits(params, model, rows):
     return np.asarray(jax.jit(forward)(params, tokens)).reshape(*tokens.shape, -1)
 
 
-@pytest.fixture
-def one_device(on_mesh):
-    with on_mesh(1, 1, 1):
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model):
-    return tiny_model(context=64, tied_embeddings=False)
-
-
-@pytest.fixture(scope="module")
-def params(on_mesh, model, random_params):
-    with on_mesh(1, 1, 1):
-        return random_params(model)
-
-
 # --- decode equals the forward pass ------------------------------------------------------------
 
 

@@ -1,0 +1,20 @@
+"""A device, and a small model with random parameters, for every test here."""
+
+import pytest
+
+
+@pytest.fixture
+def one_device(on_mesh):
+    with on_mesh(1, 1, 1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model(context=64, tied_embeddings=False)
+
+
+@pytest.fixture(scope="module")
+def params(on_mesh, model, random_params):
+    with on_mesh(1, 1, 1):
+        return random_params(model)
