@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from gptjax import sharding
+from gptjax.model import products
 
 NEVER = -1e30  # a logit that is no token's: finite, so that zero times it stays a number
 
@@ -56,7 +57,7 @@ cross_entropy.defvjp(_fwd, _bwd)
 
 
 def _island(x_ND, w_VD, targets_N, weights_N, z_loss, chunks, vocab_size, soft_cap, *, gradients):
-    x_spec, row_spec = sharding.spec("tokens", "embed"), sharding.spec("tokens")
+    x_spec, row_spec = jax.typeof(x_ND).sharding.spec, sharding.spec("tokens")
     w_spec = sharding.spec("vocab", "w_embed")
     out_specs = (P(), P(), x_spec, w_spec) if gradients else (P(), P())
     local = functools.partial(
@@ -66,16 +67,20 @@ def _island(x_ND, w_VD, targets_N, weights_N, z_loss, chunks, vocab_size, soft_c
         vocab_size=None if vocab_size == len(w_VD) else vocab_size,
         soft_cap=soft_cap,
         gradients=gradients,
+        rows=products.rows_of(x_ND),
     )
     return jax.shard_map(
         local, in_specs=(x_spec, w_spec, row_spec, row_spec), out_specs=out_specs, check_vma=False
     )(x_ND, w_VD, targets_N, weights_N)
 
 
-def _local(x_ND, w_VD, targets_N, weights_N, *, z_loss, chunks, vocab_size, soft_cap, gradients):
+def _local(
+    x_ND, w_VD, targets_N, weights_N, *, z_loss, chunks, vocab_size, soft_cap, gradients, rows
+):
+    columns = sharding.RULES["vocab"]
+    x_ND = products.gather_rows(x_ND, rows)
     n, d = x_ND.shape
-    rows, columns, width = (sharding.RULES[name] for name in ("tokens", "vocab", "w_embed"))
-    w_VD = lax.all_gather(w_VD, width, axis=1, tiled=True).astype(x_ND.dtype)
+    w_VD = products.gather_weight(w_VD, x_ND.dtype, 1)
     vocab_ids_V = lax.axis_index(columns) * w_VD.shape[0] + jnp.arange(w_VD.shape[0])
 
     def chunk(dw_VD, args):
@@ -104,7 +109,7 @@ def _local(x_ND, w_VD, targets_N, weights_N, *, z_loss, chunks, vocab_size, soft
         if soft_cap:
             dlogits_nV *= 1 - bounded_nV * bounded_nV
         dlogits_nV = dlogits_nV.astype(x_nD.dtype)
-        dx_nD = lax.psum(jnp.einsum("nv,vd->nd", dlogits_nV, w_VD), columns)
+        dx_nD = jnp.einsum("nv,vd->nd", dlogits_nV, w_VD)
         dw_VD += jnp.einsum("nv,nd->vd", dlogits_nV, x_nD, preferred_element_type=wide).astype(
             jnp.float32
         )
@@ -118,9 +123,8 @@ def _local(x_ND, w_VD, targets_N, weights_N, *, z_loss, chunks, vocab_size, soft
         dw_VD, (ce, z, *dx) = chunk(zero_VD, args)
     else:
         dw_VD, (ce, z, *dx) = lax.scan(chunk, zero_VD, jax.tree.map(split, args))
-    sums = lax.psum((ce.sum(), z.sum()), rows)
+    sums = lax.psum((ce.sum(), z.sum()), sharding.RULES["tokens"])
     if not gradients:
         return sums
-    copies = tuple(axis for axis in rows if axis != width)
-    dw_VD = lax.psum_scatter(lax.psum(dw_VD, copies), width, scatter_dimension=1, tiled=True)
-    return *sums, dx[0].reshape(n, d), dw_VD
+    dx_ND = products.sum_rows(dx[0].reshape(n, d), rows)
+    return *sums, dx_ND, products.scatter_weight(dw_VD, 1)

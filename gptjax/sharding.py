@@ -23,6 +23,7 @@ from gptjax.config import MeshConfig
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp", "expert"),  # sequences
     "tokens": ("data", "fsdp", "expert"),  # sequences x positions, flattened
+    "stream": ("data", "fsdp", "expert", "tensor"),  # the same between products (model/products.py)
     "seq": None,
     "embed": None,  # the residual stream's width
     "w_embed": "fsdp",  # the same width, of a parameter

@@ -22,7 +22,8 @@ from gptjax import sharding
 from gptjax.config import ModelConfig
 from gptjax.errors import ConfigError
 from gptjax.model import layers
-from gptjax.model.layers import dense, dropout, rms_norm, rope, vector, weight
+from gptjax.model.layers import add_bias, dropout, rms_norm, rope, vector, weight
+from gptjax.model.products import column_parallel, row_parallel, rows_of
 
 NEVER = -1e30  # a score that is masked out: finite, so that a fully masked row stays a number
 
@@ -280,8 +281,15 @@ def splash(q_BTHC, k_BTKC, v_BTKC, segments_BT, window, soft_cap=0.0):
     one = (
         masks.CausalMask((t, t)) if window is None else masks.LocalMask((t, t), (window - 1, 0), 0)
     )
+    # Blocks of 512: the default of 128 leaves the matrix unit idle between them.
+    size = max(s for s in (512, 384, 256, 128) if t % s == 0)
+    forward = ("block_q", "block_kv", "block_kv_compute")
+    backward = ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
+    blocks = dict.fromkeys(forward + backward, size)
     attend = kernel.make_splash_mha_single_device(
-        masks.MultiHeadMask([one] * h), attn_logits_soft_cap=soft_cap or None
+        masks.MultiHeadMask([one] * h),
+        block_sizes=kernel.BlockSizes(**blocks),
+        attn_logits_soft_cap=soft_cap or None,
     )
     segments = None if segments_BT is None else kernel.SegmentIds(segments_BT, segments_BT)
     heads_first = [x.swapaxes(1, 2) for x in (q_BTHC * c**-0.5, k_BTKC, v_BTKC)]
@@ -421,19 +429,23 @@ class SelfAttention(nn.Module):
         cfg = self.cfg
         (b, t), c = positions_BT.shape, cfg.head
 
-        def project(name: str, heads: int, axis: str) -> jax.Array:
-            shape, axes = (cfg.embed, heads, c), ("w_embed", axis, "head_dim")
-            w_DF = weight(self, name, shape, axes, cfg.init_std).reshape(cfg.embed, heads * c)
-            bias_F = None
-            if cfg.linear_bias:
-                bias_F = vector(self, f"{name}_bias", shape[1:], axes[1:], 0.0).reshape(heads * c)
-            y_NF = dense(x_ND, w_DF, bias_F, ("tokens", axis))
-            out_sharding = sharding.spec("batch", "seq", axis, "head_dim")
-            return lax.reshape(y_NF, (b, t, heads, c), out_sharding=out_sharding)
+        kinds = {"q": (cfg.heads, "heads"), "k": (cfg.kv, "kv_heads"), "v": (cfg.kv, "kv_heads")}
+        weights_DF = [
+            weight(self, name, (cfg.embed, n, c), ("w_embed", axis, "head_dim"), cfg.init_std)
+            for name, (n, axis) in kinds.items()
+        ]
+        flat = tuple(w.reshape(cfg.embed, -1) for w in weights_DF)
+        projected = column_parallel(x_ND, flat, "heads")
 
-        q_BTHC = project("q", cfg.heads, "heads")
-        k_BTKC = project("k", cfg.kv, "kv_heads")
-        v_BTKC = project("v", cfg.kv, "kv_heads")
+        def heads(name: str, y_NF: jax.Array) -> jax.Array:
+            n, axis = kinds[name]
+            if cfg.linear_bias:
+                bias = vector(self, f"{name}_bias", (n, c), (axis, "head_dim"), 0.0)
+                y_NF = add_bias(y_NF, bias.reshape(n * c))
+            out_sharding = sharding.spec("batch", "seq", axis, "head_dim")
+            return lax.reshape(y_NF, (b, t, n, c), out_sharding=out_sharding)
+
+        q_BTHC, k_BTKC, v_BTKC = (heads(*one) for one in zip(kinds, projected, strict=True))
         if cfg.qk_norm:
             q_BTHC, k_BTKC = (
                 rms_norm(x, vector(self, name, (c,), (None,), 1.0), cfg.norm_eps)
@@ -466,7 +478,7 @@ class SelfAttention(nn.Module):
             out_BTHC, (b * t, cfg.heads * c), out_sharding=sharding.spec("tokens", "heads")
         )
         w_FD = w_HCD.reshape(cfg.heads * c, cfg.embed)
-        return dense(out_NF, w_FD, bias_D, ("tokens", "embed")), cache
+        return add_bias(row_parallel(out_NF, w_FD, rows_of(x_ND)), bias_D), cache
 
     def _attend_cache(self, q_BTHC, k_BTKC, v_BTKC, positions_BT, cache, period):
         """Writes the new keys into their slots, and attends to all up to each query's own.

@@ -18,7 +18,7 @@ from jax import lax
 
 from gptjax import sharding
 from gptjax.config import ComputeConfig, ModelConfig
-from gptjax.model import attention, layers
+from gptjax.model import attention, layers, products
 from gptjax.model.attention import Cache, SelfAttention
 from gptjax.model.ffn import FeedForward
 from gptjax.model.moe import MoE, Routing
@@ -28,7 +28,7 @@ Caches = tuple[Cache, ...]  # one for each place of the attention pattern
 
 _REMAT = {
     "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(products.PRODUCT),
 }
 
 
@@ -147,22 +147,21 @@ class Decoder(nn.Module):
         table_VD = layers.weight(
             self, "embed", (cfg.table, cfg.embed), ("vocab", "w_embed"), cfg.init_std
         )
-        x_BTD = _lookup(table_VD, tokens_BT)
+        rows = products.stream(b * t) if caches is None else "tokens"
+        flat = lambda ids_BT: lax.reshape(ids_BT, (b * t,), out_sharding=sharding.spec("tokens"))
+        x_ND = products.lookup(table_VD, flat(tokens_BT), dtype, rows)
         if cfg.positions == "learned":
             places_SD = layers.weight(
                 self, "positions", (cfg.context, cfg.embed), (None, "w_embed"), cfg.init_std
             )
             if positions_BT is None:
-                x_BTD += jax.sharding.reshard(places_SD[:t], sharding.spec(None, "embed"))
+                x_ND += _tiled(places_SD[:t].astype(dtype), b, rows)
             else:
-                x_BTD += _lookup(places_SD, positions_BT)
+                x_ND += products.lookup(places_SD, flat(positions_BT), dtype, rows)
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(
                 jnp.arange(t), (b, t), out_sharding=sharding.spec("batch", None)
             )
-        x_ND = lax.reshape(
-            x_BTD, (b * t, cfg.embed), out_sharding=sharding.spec("tokens", "embed")
-        ).astype(dtype)
         if key is not None:
             key, embed_key = jax.random.split(key)
             x_ND = layers.dropout(x_ND, cfg.dropout, embed_key)
@@ -188,11 +187,13 @@ class Decoder(nn.Module):
         return Outputs(x_ND, caches, routing)
 
 
-def _lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    """Rows of an embedding table, which is first gathered over its width."""
-    axes = jax.typeof(table_VD).sharding.spec
-    gathered_VD = jax.sharding.reshard(table_VD, jax.P(axes[0], None))
-    return gathered_VD.at[ids_BT].get(out_sharding=sharding.spec("batch", None, "embed"))
+def _tiled(places_TD: jax.Array, b: int, rows: str) -> jax.Array:
+    """The places of one sequence for each of `b`, [N, D]."""
+    t, d = places_TD.shape
+    places_TD = jax.sharding.reshard(places_TD, sharding.spec(None, "embed"))
+    x_BTD = jnp.broadcast_to(places_TD, (b, t, d), out_sharding=sharding.spec("batch", None, None))
+    x_ND = lax.reshape(x_BTD, (b * t, d), out_sharding=sharding.spec("tokens", "embed"))
+    return jax.sharding.reshard(x_ND, sharding.spec(rows, "embed"))
 
 
 def attention_backends(
@@ -276,9 +277,7 @@ def head(params: Params) -> jax.Array:
 
 def logits(params: Params, cfg: ModelConfig, x_ND: jax.Array) -> jax.Array:
     """Scores of the vocabulary in float32, [N, rows of the table]; rows added to it are NEVER."""
-    w_VD = head(params).astype(x_ND.dtype)
-    y_NV = layers.product("nd,vd->nv", x_ND, w_VD, ("tokens", "vocab"), sharding.wide(x_ND.dtype))
-    y_NV = layers.soft_cap(y_NV.astype(jnp.float32), cfg.logit_soft_cap)
+    y_NV = layers.soft_cap(products.scores(x_ND, head(params)), cfg.logit_soft_cap)
     if cfg.table == cfg.vocab_size:
         return y_NV
     ids_V = jnp.arange(cfg.table, out_sharding=sharding.spec("vocab"))

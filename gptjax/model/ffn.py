@@ -7,7 +7,8 @@ import jax
 from flax import linen as nn
 
 from gptjax.config import ModelConfig
-from gptjax.model.layers import dense, gelu_tanh, vector, weight
+from gptjax.model.layers import add_bias, gelu_tanh, vector, weight
+from gptjax.model.products import column_parallel, row_parallel, rows_of
 
 _PLAIN = {
     "gelu_tanh": gelu_tanh,
@@ -25,18 +26,19 @@ class FeedForward(nn.Module):
         cfg = self.cfg
         embed, hidden = cfg.embed, cfg.hidden
 
-        def project(name: str) -> jax.Array:
-            w_DF = weight(self, name, (embed, hidden), ("w_embed", "mlp"), cfg.init_std)
-            bias_F = None
-            if cfg.linear_bias:
-                bias_F = vector(self, f"{name}_bias", (hidden,), ("mlp",), 0.0)
-            return dense(x_ND, w_DF, bias_F, ("tokens", "mlp"))
-
-        if cfg.activation == "swiglu":
-            h_NF = jax.nn.silu(project("gate")) * project("up")
-        else:
-            h_NF = _PLAIN[cfg.activation](project("up"))
+        names = ("gate", "up") if cfg.activation == "swiglu" else ("up",)
+        weights_DF = [
+            weight(self, name, (embed, hidden), ("w_embed", "mlp"), cfg.init_std) for name in names
+        ]
+        projected = column_parallel(x_ND, tuple(weights_DF), "mlp")
+        if cfg.linear_bias:
+            projected = [
+                add_bias(y_NF, vector(self, f"{name}_bias", (hidden,), ("mlp",), 0.0))
+                for name, y_NF in zip(names, projected, strict=True)
+            ]
+        *gate, up_NF = projected
+        h_NF = jax.nn.silu(gate[0]) * up_NF if gate else _PLAIN[cfg.activation](up_NF)
         std = cfg.init_std / (2 * cfg.layers) ** 0.5
         w_FD = weight(self, "down", (hidden, embed), ("mlp", "w_embed"), std)
         bias_D = vector(self, "down_bias", (embed,), (None,), 0.0) if cfg.linear_bias else None
-        return dense(h_NF, w_FD, bias_D, ("tokens", "embed"))
+        return add_bias(row_parallel(h_NF, w_FD, rows_of(x_ND)), bias_D)

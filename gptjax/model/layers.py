@@ -11,7 +11,6 @@ H heads, C head_dim.
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,31 +81,9 @@ def _gelu_tanh_bwd(x, dy):
 gelu_tanh.defvjp(lambda x: (gelu_tanh(x), x), _gelu_tanh_bwd)
 
 
-def product(
-    formula: str, x_ND: jax.Array, w: jax.Array, axes: tuple[str, str], wide: Any = None
-) -> jax.Array:
-    """The einsum of rows and a matrix, of the same dtype; `axes` are the result's logical axes."""
-    # XLA:CPU has a bfloat16 product for two rows; for one it would widen the whole matrix first.
-    alone = len(x_ND) == 1 and x_ND.dtype == jnp.bfloat16 and sharding.platform() == "cpu"
-    y_NF = jnp.einsum(
-        formula,
-        jnp.concatenate([x_ND, x_ND]) if alone else x_ND,
-        w,
-        out_sharding=sharding.spec(*axes),
-        preferred_element_type=wide,
-    )
-    return y_NF[:1] if alone else y_NF
-
-
-def dense(
-    x_ND: jax.Array,
-    w_DF: jax.Array,
-    bias_F: jax.Array | None,
-    axes: tuple[str, str],
-) -> jax.Array:
-    """x @ w + bias in the dtype of `x_ND`; `axes` are the logical axes of the result."""
-    y_NF = product("nd,df->nf", x_ND, w_DF.astype(x_ND.dtype), axes)
-    return y_NF if bias_F is None else y_NF + bias_F.astype(x_ND.dtype)
+def add_bias(y_NF: jax.Array, bias_F: jax.Array | None) -> jax.Array:
+    """y + bias in the dtype of `y_NF`."""
+    return y_NF if bias_F is None else y_NF + bias_F.astype(y_NF.dtype)
 
 
 def rope_frequencies(cfg: RopeConfig, width: int) -> tuple[np.ndarray, float]:

@@ -21,7 +21,15 @@ from jax import lax
 
 from gptjax import sharding
 from gptjax.config import ModelConfig
-from gptjax.model.layers import dense, weight
+from gptjax.model.layers import weight
+from gptjax.model.products import (
+    column_parallel,
+    gather_rows,
+    gather_weight,
+    row_parallel,
+    rows_of,
+    sum_rows,
+)
 
 
 class Routing(NamedTuple):
@@ -147,18 +155,23 @@ def _with_capacity(x_nD, ids_nk, weights_nk, gate_eDF, up_eDF, down_eFD, *, seq,
     return (y_nkD * weights_nk[..., None].astype(y_nkD.dtype)).sum(1), (place_bM >= places).sum()
 
 
-def _serve(x_nD, ids_nk, weights_nk, gate_eDF, up_eDF, down_eFD, *, seq, experts, places):
+def _serve(x_nD, ids_nk, weights_nk, gate_eDF, up_eDF, down_eFD, *, seq, experts, places, rows):
     """The island: weights gathered over fsdp, tokens to experts and back, summed over tensor."""
-    gather = lambda w, axis: lax.all_gather(
-        w, sharding.RULES["w_embed"], axis=axis, tiled=True
-    ).astype(x_nD.dtype)
-    args = x_nD, ids_nk, weights_nk, gather(gate_eDF, 1), gather(up_eDF, 1), gather(down_eFD, 2)
+    x_nD = gather_rows(x_nD, rows)
+    gather = functools.partial(gather_weight, dtype=x_nD.dtype)
+    args = (
+        x_nD,
+        ids_nk,
+        weights_nk,
+        *(gather(w, dimension=1) for w in (gate_eDF, up_eDF)),
+        gather(down_eFD, dimension=2),
+    )
     if places:
         y_nD, dropped = _with_capacity(*args, seq=seq, experts=experts, places=places)
     else:
         y_nD, dropped = _dropless(*args), jnp.int32(0)
     dropped = lax.psum(dropped.astype(jnp.float32), sharding.RULES["tokens"])
-    return lax.psum(y_nD, sharding.RULES["mlp"]), dropped
+    return sum_rows(y_nD, rows), dropped
 
 
 class MoE(nn.Module):
@@ -179,14 +192,17 @@ class MoE(nn.Module):
         ]
         down_EFD = weight(self, "down", (e, f, d), ("experts", "mlp", "w_embed"), std)
 
+        rows_axis = rows_of(x_ND)
+        x_rows = sharding.spec(rows_axis, None)
         # The choice of experts is discrete: it is made in float32, whatever the compute dtype.
         logits_NE = jnp.einsum(
             "nd,de->ne",
             x_ND.astype(jnp.float32),
             router_DE,
             precision="highest",
-            out_sharding=sharding.spec("tokens", None),
+            out_sharding=x_rows,
         )
+        logits_NE = jax.sharding.reshard(logits_NE, sharding.spec("tokens", None))
         ids_Nk, weights_Nk, routing = route(cfg, logits_NE, rows)
 
         seq, places = len(x_ND) // rows, 0
@@ -196,24 +212,20 @@ class MoE(nn.Module):
         expert = sharding.spec("experts", "w_embed", "mlp")
         down = sharding.spec("experts", "mlp", "w_embed")
         y_ND, dropped = jax.shard_map(
-            functools.partial(_serve, seq=seq, experts=e, places=places),
-            in_specs=(tokens, tokens, tokens, expert, expert, down),
-            out_specs=(tokens, jax.P()),
+            functools.partial(_serve, seq=seq, experts=e, places=places, rows=rows_axis),
+            in_specs=(x_rows, tokens, tokens, expert, expert, down),
+            out_specs=(x_rows, jax.P()),
         )(x_ND, ids_Nk, weights_Nk, *into, down_EFD)
         routing = routing._replace(dropped=dropped / moe.top_k)
 
         if moe.shared:
             width = moe.shared * f
             axes = ("w_embed", "mlp")
-            gate, up = (
-                dense(
-                    x_ND,
-                    weight(self, f"shared_{name}", (d, width), axes, cfg.init_std),
-                    None,
-                    ("tokens", "mlp"),
-                )
+            into = tuple(
+                weight(self, f"shared_{name}", (d, width), axes, cfg.init_std)
                 for name in ("gate", "up")
             )
+            gate_NF, up_NF = column_parallel(x_ND, into, "mlp")
             w_FD = weight(self, "shared_down", (width, d), axes[::-1], std)
-            y_ND += dense(jax.nn.silu(gate) * up, w_FD, None, ("tokens", "embed"))
+            y_ND += row_parallel(jax.nn.silu(gate_NF) * up_NF, w_FD, rows_axis)
         return y_ND, routing
