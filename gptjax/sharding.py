@@ -5,28 +5,38 @@ given the sharding of what they make, and so no array ever exists unsharded. The
 `jax.set_mesh(make_mesh(...))` is entered once, by the command that runs.
 
 Logical axes are named beside each parameter and activation; `RULES` alone says where they lie.
+
+On a TPU, devices lie on a torus, and XLA scatters (on three rings: gathers, too) along one ring at
+a time only; along several it sums whole arrays instead, at twice the bytes. So fsdp is up to three
+mesh axes, a ring each: "fsdp", "fsdp_2" and "fsdp_3", of which the last two are of one part where
+devices have no coordinates, or need no second ring.
 """
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gptjax.config import MeshConfig
+from gptjax.errors import ConfigError
+
+FSDP = ("fsdp", "fsdp_2", "fsdp_3")
+AXES = ("data", *FSDP, "expert", "tensor")
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp", "expert"),  # sequences
-    "tokens": ("data", "fsdp", "expert"),  # sequences x positions, flattened
-    "stream": ("data", "fsdp", "expert", "tensor"),  # the same between products (model/products.py)
+    "batch": ("data", *FSDP, "expert"),  # sequences
+    "tokens": ("data", *FSDP, "expert"),  # sequences x positions, flattened
+    "stream": ("data", *FSDP, "expert", "tensor"),  # the same between products (model/products.py)
     "seq": None,
     "embed": None,  # the residual stream's width
-    "w_embed": "fsdp",  # the same width, of a parameter
+    "w_embed": FSDP,  # the same width, of a parameter
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
@@ -50,25 +60,67 @@ def spec(*logical: str | None) -> PartitionSpec:
 
 
 def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices, or those given. Raises ConfigError if the sizes do not fit."""
+    """The mesh over all devices, or those given; slices of a TPU lie along the data axis.
+
+    Raises ConfigError if the sizes do not fit.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = cfg.shape(len(devices))
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), (AxisType.Explicit,) * len(sizes), devices=devices
-    )
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["data"] % slices:
+        raise ConfigError(
+            [f"mesh.data={sizes['data']}: the {slices} slices lie along it; use a multiple of them"]
+        )
+    within = (sizes["data"] // slices, *(sizes[axis] for axis in ("fsdp", "expert", "tensor")))
+    if slices > 1:
+        arranged = mesh_utils.create_hybrid_device_mesh(
+            within, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
+    else:
+        arranged = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+    shape = (sizes["data"], *rings(arranged[0, :, 0, 0]), sizes["expert"], sizes["tensor"])
+    return Mesh(arranged.reshape(shape), AXES, (AxisType.Explicit,) * len(AXES))
+
+
+def rings(line: Sequence[Any]) -> tuple[int, int, int]:
+    """Sizes of up to three rings of a torus that a line of devices runs through, outermost first.
+
+    (n, 1, 1) where devices have no coordinates, or the line does not run through whole rings.
+    """
+    n = len(line)
+    if not all(hasattr(device, "coords") for device in line):
+        return n, 1, 1
+    coordinates = np.array([device.coords for device in line])
+    changes = [np.flatnonzero(np.diff(column)) for column in coordinates.T]
+    strides = sorted((int(at[0]) + 1 for at in changes if len(at)), reverse=True)
+    sizes = tuple(a // b for a, b in zip([n, *strides], strides, strict=False))
+    runs = coordinates.reshape(*sizes, -1)
+    moving = [i for i, at in enumerate(changes) if len(at)]
+    along = [
+        {i for i in moving if (np.diff(runs[..., i], axis=axis) != 0).any()}
+        for axis in range(len(sizes))
+    ]
+    if math.prod(sizes) != n or len(sizes) > 3 or any(len(one) != 1 for one in along):
+        return n, 1, 1
+    return (*sizes, 1, 1, 1)[:3]
 
 
 def abstract_mesh(**sizes: int) -> AbstractMesh:
     """A mesh with no devices behind it, of one part along every axis that is not given."""
-    axes = dict.fromkeys(MeshConfig().shape(1), 1) | sizes
+    axes = dict.fromkeys(AXES, 1) | sizes
     return AbstractMesh(tuple(axes.values()), tuple(axes), (AxisType.Explicit,) * len(axes))
 
 
 def axis_size(logical: str) -> int:
     """Parts into which the ambient mesh splits a logical axis."""
-    axes = RULES[logical] or ()
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes))
+    return math.prod(mesh.shape[axis] for axis in mesh_axes(logical))
+
+
+def mesh_axes(logical: str) -> tuple[str, ...]:
+    """The mesh axes that a logical axis lies on, outermost first."""
+    axes = RULES[logical] or ()
+    return (axes,) if isinstance(axes, str) else axes
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """The same run on every mesh: bit-equal parameters at the start, and the same losses."""
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -81,7 +82,8 @@ def expected_piece(path, shape, sizes):
     """Shape of one device's piece, as RULES has it."""
     axes = AXES.get(path.split("/")[-1], (None,) * len(shape))
     sizes = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
-    parts = [1 if name is None else sizes.get(sharding.RULES[name], 1) for name in axes]
+    of = lambda name: math.prod(sizes.get(axis, 1) for axis in sharding.mesh_axes(name))
+    parts = [1 if name is None else of(name) for name in axes]
     return tuple(n // p for n, p in zip(shape, parts, strict=True))
 
 
@@ -142,7 +144,9 @@ def test_an_unknown_logical_axis_is_an_error():
 
 def test_a_mesh_axis_of_minus_one_takes_the_devices_that_are_left():
     mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
+    assert {axis: n for axis, n in mesh.shape.items() if n > 1} == dict.fromkeys(
+        ("data", "fsdp", "tensor"), 2
+    )
 
 
 @pytest.mark.parametrize("sizes", [(-1, 3, 1), (2, 2, 1)])
@@ -205,3 +209,63 @@ def test_initialisers_draw_the_same_numbers_for_any_layout(on_mesh):
     with on_mesh(2, 2, 2):
         ones = jax.jit(lambda: sharding.constant(1.5)(jax.random.key(0), (8,), ("mlp",)))()
     assert jnp.array_equal(ones, np.full(8, 1.5))
+
+
+# --- rings of a torus ---------------------------------------------------------------------------
+
+
+class Place:
+    """Stands for a device of a torus, of which only the coordinates are asked."""
+
+    def __init__(self, *coords):
+        self.coords = coords
+
+
+def line(*sizes, order=None):
+    """Devices in row-major order of the given sizes, on the dimensions of the torus in `order`."""
+    order = range(len(sizes)) if order is None else order
+    indices = np.indices(sizes).reshape(len(sizes), -1).T
+    return [Place(*[row[i] for i in order]) for row in indices]
+
+
+@pytest.mark.parametrize(
+    ("devices", "wanted"),
+    [
+        (line(4), (4, 1, 1)),
+        (line(16, 16), (16, 16, 1)),
+        (line(4, 8, order=(1, 0)), (4, 8, 1)),
+        (line(4, 4, 8), (4, 4, 8)),
+        (line(1, 4, 2), (4, 2, 1)),
+        ([object()] * 8, (8, 1, 1)),  # no coordinates: any device that is no TPU's
+        ([Place(0, 0), Place(0, 1), Place(1, 1), Place(1, 0)], (4, 1, 1)),  # a snake
+    ],
+)
+def test_a_line_of_devices_is_cut_into_the_rings_it_runs_through(devices, wanted):
+    assert sharding.rings(devices) == wanted
+
+
+@pytest.mark.parametrize("rings", [(2, 2, 2), (4, 2, 1)])
+def test_gathers_and_scatters_ring_by_ring_are_those_of_one_ring(on_mesh, tiny_config, rings):
+    """As on a torus, where fsdp is several mesh axes: the loss and every gradient."""
+    cfg = tiny_config()
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 128, (16, 33), np.int32)
+    batch = {"windows_BW": rows, "lengths_B": np.full(16, 32, np.int32)}
+
+    def gradients(mesh):
+        with jax.set_mesh(mesh):
+            params = jax.jit(lambda: decoder.init(cfg.model, jax.random.key(0)))()
+            there = {k: sharding.global_batch(v, 16) for k, v in batch.items()}
+            loss = lambda params: objective.next_token(params, cfg, there, 0)
+            return jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(params))
+
+    one = sharding.make_mesh(MeshConfig(fsdp=8))
+    shape = (1, *rings, 1, 1)
+    several = jax.sharding.Mesh(
+        np.array(jax.devices()[:8]).reshape(shape), sharding.AXES, one.axis_types
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-5),
+        gradients(one),
+        gradients(several),
+    )

@@ -86,8 +86,11 @@ def _plain(
 
 
 def gather_weight(w: jax.Array, dtype: Any, dimension: int) -> jax.Array:
-    """A weight whole along its width, from its parts over fsdp."""
-    return lax.all_gather(w.astype(dtype), _WIDTH, axis=dimension, tiled=True)
+    """A weight whole along its width, from its parts over fsdp, ring by ring."""
+    w = w.astype(dtype)
+    for axis in reversed(_WIDTH):
+        w = lax.all_gather(w, axis, axis=dimension, tiled=True)
+    return w
 
 
 def scatter_weight(dw: jax.Array, dimension: int, copies: tuple[str, ...] = ()) -> jax.Array:
@@ -95,8 +98,9 @@ def scatter_weight(dw: jax.Array, dimension: int, copies: tuple[str, ...] = ()) 
 
     `copies` are axes that hold the same weight, beside those of the batch.
     """
-    part = lax.psum_scatter(dw, _WIDTH, scatter_dimension=dimension, tiled=True)
-    return lax.psum(part, _COPIES + copies).astype(jnp.float32)
+    for axis in _WIDTH:
+        dw = lax.psum_scatter(dw, axis, scatter_dimension=dimension, tiled=True)
+    return lax.psum(dw, _COPIES + copies).astype(jnp.float32)
 
 
 def gather_rows(x_nD: jax.Array, rows: str) -> jax.Array:
@@ -111,8 +115,8 @@ def sum_rows(y_nD: jax.Array, rows: str) -> jax.Array:
     return lax.psum(y_nD, _COLUMNS)
 
 
-_WIDTH, _COLUMNS = sharding.RULES["w_embed"], sharding.RULES["mlp"]
-_COPIES = tuple(axis for axis in sharding.RULES["tokens"] if axis != _WIDTH)
+_WIDTH, _COLUMNS = sharding.FSDP, sharding.RULES["mlp"]
+_COPIES = tuple(axis for axis in sharding.mesh_axes("tokens") if axis not in _WIDTH)
 
 
 def _island(local: Any, out_specs: Any, *args: Any) -> Any:
