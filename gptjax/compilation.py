@@ -1,4 +1,4 @@
-"""The persistent compilation cache: on by default, and saying whether it helped."""
+"""How programs are compiled: options by device, and the cache on disk that says if it helped."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -6,6 +6,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+
+# On these, collectives run beside arithmetic when they are handed to the SparseCore (LOG.md).
+_SPARSE_CORE = ("TPU v5", "TPU v5p", "TPU v6 lite", "TPU7x")
+_OFFLOADED = ("all_gather", "reduce_scatter", "all_reduce")
+
+
+def options(device_kind: str) -> dict[str, str]:
+    """Options of XLA for a program of such devices, as `compile` takes them."""
+    if device_kind not in _SPARSE_CORE:
+        return {}
+    return {f"xla_tpu_enable_sparse_core_collective_offload_{k}": "true" for k in _OFFLOADED}
+
 
 _HIT, _MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
 _counts = {_HIT: 0, _MISS: 0}

@@ -4,6 +4,8 @@ A batch on the device is `windows_BW`, int32 [B, T+1], and `lengths_B`, int32 [B
 row's targets count (see data/pipeline.py). Shapes: B batch, T sequence, W = T+1, N = B*T.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -115,3 +117,8 @@ def next_token(
         moe = cfg.model.moe
         total += moe.balance_loss * sums["moe_balance"] + moe.router_z_loss * sums["moe_router_z"]
     return total, sums
+
+
+def training_loss(cfg: Config, eos_id: int) -> Any:
+    """The loss of pre-training, as `train.fit` takes it."""
+    return lambda params, batch, key: next_token(params, cfg, batch, eos_id, key, training=True)

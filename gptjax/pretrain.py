@@ -97,9 +97,7 @@ def pretrain(cfg: Config, manifest: store.Manifest, progress: Progress) -> dict[
     _, evaluated = train.fit(
         cfg,
         init_fn=lambda key: decoder.init(cfg.model, key),
-        loss_fn=lambda params, batch, key: objective.next_token(
-            params, cfg, batch, manifest.tokenizer["eos_id"], key, training=True
-        ),
+        loss_fn=objective.training_loss(cfg, manifest.tokenizer["eos_id"]),
         abstract_batch=objective.abstract_batch(cfg),
         batches=batches,
         evaluators=[ValidationLoss(cfg, manifest, progress)],

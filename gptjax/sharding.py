@@ -41,6 +41,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "w_mlp": ("tensor", *FSDP),  # the feed-forward's width, of its last matrix: never the minor one
     "experts": "expert",
     "vocab": "tensor",
     "layers": None,
@@ -60,11 +61,16 @@ def spec(*logical: str | None) -> PartitionSpec:
 
 
 def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices, or those given; slices of a TPU lie along the data axis.
+    """The mesh over all devices, or those given. Raises ConfigError if the sizes do not fit."""
+    arranged = arrange(cfg, jax.devices() if devices is None else devices)
+    return Mesh(arranged, AXES, (AxisType.Explicit,) * len(AXES))
+
+
+def arrange(cfg: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
+    """The devices by their places along AXES; slices of a TPU lie along the data axis.
 
     Raises ConfigError if the sizes do not fit.
     """
-    devices = jax.devices() if devices is None else devices
     sizes = cfg.shape(len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if sizes["data"] % slices:
@@ -78,8 +84,8 @@ def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
         )
     else:
         arranged = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
-    shape = (sizes["data"], *rings(arranged[0, :, 0, 0]), sizes["expert"], sizes["tensor"])
-    return Mesh(arranged.reshape(shape), AXES, (AxisType.Explicit,) * len(AXES))
+    along = rings(arranged[0, :, 0, 0])
+    return arranged.reshape(sizes["data"], *along, sizes["expert"], sizes["tensor"])
 
 
 def rings(line: Sequence[Any]) -> tuple[int, int, int]:

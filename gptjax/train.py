@@ -160,7 +160,8 @@ def train_step(
 def compile_step(cfg: Config, loss_fn: LossFn, state: Any, batch: Any) -> Any:
     """The train step for the ambient mesh, compiled; `state` and `batch` may be abstract."""
     step = jax.jit(lambda s, b: train_step(cfg, loss_fn, s, b), donate_argnums=0)
-    return step.lower(state, batch).compile()
+    kind = jax.sharding.get_mesh().devices.flat[0].device_kind
+    return step.lower(state, batch).compile(compiler_options=compilation.options(kind))
 
 
 def fit(

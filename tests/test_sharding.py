@@ -31,7 +31,7 @@ AXES = {
     "o": ("layers", "heads", "head_dim", "w_embed"),
     "up": ("layers", "w_embed", "mlp"),
     "up_bias": ("layers", "mlp"),
-    "down": ("layers", "mlp", "w_embed"),
+    "down": ("layers", "w_mlp", None),
 }  # and o_bias, down_bias and the norms' scale and bias: on every device whole
 
 

@@ -263,7 +263,8 @@ def mesh_problems(cfg: Any, sizes: Mapping[str, int], processes: int) -> Iterato
             ("expert", sizes["expert"], "model.moe.experts", m.moe.experts),
         ]
     else:
-        split.append(("tensor", tensor, "model.mlp", m.hidden))
+        both = "tensor" if fsdp == 1 else "tensor x fsdp"
+        split.append((both, tensor * fsdp, "model.mlp", m.hidden))
     if sizes["expert"] > 1 and not m.moe.experts:
         yield f"mesh.expert={sizes['expert']}: model.moe.experts=0, so there is nothing to split"
     for axis, parts, name, size in split:

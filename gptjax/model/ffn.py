@@ -39,6 +39,6 @@ class FeedForward(nn.Module):
         *gate, up_NF = projected
         h_NF = jax.nn.silu(gate[0]) * up_NF if gate else _PLAIN[cfg.activation](up_NF)
         std = cfg.init_std / (2 * cfg.layers) ** 0.5
-        w_FD = weight(self, "down", (hidden, embed), ("mlp", "w_embed"), std)
+        w_FD = weight(self, "down", (hidden, embed), ("w_mlp", None), std)
         bias_D = vector(self, "down_bias", (embed,), (None,), 0.0) if cfg.linear_bias else None
         return add_bias(row_parallel(h_NF, w_FD, rows_of(x_ND)), bias_D)

@@ -226,6 +226,6 @@ class MoE(nn.Module):
                 for name in ("gate", "up")
             )
             gate_NF, up_NF = column_parallel(x_ND, into, "mlp")
-            w_FD = weight(self, "shared_down", (width, d), axes[::-1], std)
+            w_FD = weight(self, "shared_down", (width, d), ("w_mlp", None), std)
             y_ND += row_parallel(jax.nn.silu(gate_NF) * up_NF, w_FD, rows_axis)
         return y_ND, routing

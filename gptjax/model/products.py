@@ -119,6 +119,12 @@ _WIDTH, _COLUMNS = sharding.FSDP, sharding.RULES["mlp"]
 _COPIES = tuple(axis for axis in sharding.mesh_axes("tokens") if axis not in _WIDTH)
 
 
+def _split_over_fsdp(w: jax.Array) -> int:
+    """The dimension of a weight that is split over fsdp."""
+    entries = jax.typeof(w).sharding.spec
+    return next(i for i, axes in enumerate(entries) if axes is not None and _WIDTH[0] in axes)
+
+
 def _island(local: Any, out_specs: Any, *args: Any) -> Any:
     """`local` on each device's share of the arguments, as they lie."""
     specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, args)
@@ -167,19 +173,22 @@ _column.defvjp(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _row(h_NF, w_FD, rows):
+    dimension = _split_over_fsdp(w_FD)
+
     def local(h_nf, w_fd):
-        return sum_rows(h_nf @ gather_weight(w_fd, h_nf.dtype, 1), rows)
+        return sum_rows(h_nf @ gather_weight(w_fd, h_nf.dtype, dimension), rows)
 
     return _island(local, sharding.spec(rows, "embed"), h_NF, w_FD)
 
 
 def _row_bwd(rows, residuals, dy_ND):
     h_NF, w_FD = residuals
+    dimension = _split_over_fsdp(w_FD)
 
     def local(h_nf, w_fd, dy_nD):
         dy_nD = gather_rows(dy_nD, rows)
-        dw_fd = scatter_weight(h_nf.T @ dy_nD, 1)
-        return dy_nD @ gather_weight(w_fd, h_nf.dtype, 1).T, dw_fd
+        dw_fd = scatter_weight(h_nf.T @ dy_nD, dimension)
+        return dy_nD @ gather_weight(w_fd, h_nf.dtype, dimension).T, dw_fd
 
     specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, (h_NF, w_FD))
     return _island(local, specs, h_NF, w_FD, dy_ND)

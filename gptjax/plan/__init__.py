@@ -1,0 +1,1 @@
+"""Planning a run before it is paid for: see `plan`."""

@@ -1,0 +1,87 @@
+"""The plan of a run on a machine, from arithmetic alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from gptjax import sharding
+from gptjax.config import Config
+from gptjax.model import counts
+from gptjax.plan import memory, roofline, traffic
+from gptjax.plan.machines import Machine, places
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training run on a machine, as predicted. Bytes are of one device, seconds of a step.
+
+    fits: whether `held` is within the device's memory. flops: of a step by part, all devices. mfu:
+    of the model's own operations at the expected time.
+    """
+
+    cfg: Config
+    machine: Machine
+    sizes: Mapping[str, int]
+    state: list[memory.Tensor]
+    held: Mapping[str, float]
+    sent: list[traffic.Collective]
+    links: Mapping[str, roofline.Link]
+    flops: Mapping[str, float]
+    times: roofline.Times
+    mfu: float
+
+    @property
+    def total(self) -> float:
+        """Bytes held at the fullest moment."""
+        return sum(self.held.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether they are within the device's memory."""
+        return self.total <= self.machine.device.memory
+
+    @property
+    def tokens_per_second(self) -> float:
+        """At the expected step time."""
+        return self.cfg.train.batch_tokens / self.times.expected
+
+    @property
+    def days(self) -> float:
+        """Of the whole budget at the expected step time, evaluation and checkpoints aside."""
+        return self.cfg.train.tokens / self.tokens_per_second / 86400
+
+    @property
+    def chip_hours(self) -> float:
+        """Of the whole budget."""
+        return self.days * 24 * self.machine.chips
+
+
+def plan(cfg: Config, machine: Machine, state: list[memory.Tensor] | None = None) -> Plan:
+    """The plan of a configuration on a machine; `state` are its tensors, if they are known.
+
+    Raises ConfigError with every size that an axis does not divide.
+    """
+    cfg = check(cfg, machine)
+    state = memory.tensors(cfg) if state is None else state
+    arranged = sharding.arrange(cfg.mesh, places(machine))
+    sizes = dict(zip(sharding.AXES, arranged.shape, strict=True))
+    held = memory.held(cfg, sizes, state)
+    sent = traffic.expected(cfg, sizes)
+    links = roofline.links(machine, arranged)
+    times = roofline.times(cfg, machine, sizes, links, sent, held["parameters"] / 4)
+    model = counts.flops_per_token(cfg.model, cfg.train.seq_len) * cfg.train.batch_tokens
+    peak = machine.devices * machine.device.tflops * 1e12
+    mfu = model / (times.expected * peak)
+    return Plan(cfg, machine, sizes, state, held, sent, links, roofline.flops(cfg), times, mfu)
+
+
+def check(cfg: Config, machine: Machine) -> Config:
+    """The configuration as it would run there, checked; the evaluation's batch made to divide.
+
+    Raises ConfigError.
+    """
+    shape = cfg.mesh.shape(machine.devices)
+    rows = shape["data"] * shape["fsdp"] * shape["expert"]
+    batch = -(-cfg.eval.batch // rows) * rows
+    cfg = replace(cfg, mesh=replace(cfg.mesh, **shape), eval=replace(cfg.eval, batch=batch))
+    cfg.check(machine.devices, machine.processes)
+    return cfg

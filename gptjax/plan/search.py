@@ -1,0 +1,109 @@
+"""Meshes, remat policies and accumulations that fit, and the best of them by the plan.
+
+Pruned by arithmetic: everything that divides is planned, in well under a millisecond each once the
+state's shapes are known. What is kept is the Pareto front of step time and memory.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from gptjax.config import Config
+from gptjax.config.validation import divisors
+from gptjax.errors import ConfigError
+from gptjax.plan import memory
+from gptjax.plan.estimate import Plan, plan
+from gptjax.plan.machines import Machine
+
+REMAT = ("none", "dots", "block")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to run, with the overrides to paste."""
+
+    plan: Plan
+    overrides: tuple[str, ...]
+
+
+def front(cfg: Config, machine: Machine) -> list[Choice]:
+    """The ways that fit, fastest first, each using less memory than all before it.
+
+    Raises ConfigError where nothing fits.
+    """
+    state = memory.tensors(cfg)
+    found = [one for one in _all(cfg, machine, state) if one.plan.fits]
+    if not found:
+        raise ConfigError(
+            [
+                f"--search: no mesh, remat policy and accumulation of {cfg.run} fits "
+                f"{machine.name}; use more devices, or a smaller train.batch_tokens"
+            ]
+        )
+    found.sort(key=lambda one: (one.plan.times.expected, one.plan.total))
+    best: list[Choice] = []
+    for one in found:
+        if not best or one.plan.total < 0.95 * best[-1].plan.total:
+            best.append(one)
+    return best
+
+
+def remedies(planned: Plan, most: int = 3) -> list[Choice]:
+    """Changes of one thing that would fit where a plan does not, cheapest in time first."""
+    found: dict[str, Choice] = {}
+    for one in _all(planned.cfg, planned.machine, planned.state):
+        changed = _changed(planned.cfg, one.plan.cfg)
+        key = next(iter(changed)) if len(changed) == 1 else "several"
+        better = one.plan.fits and one.plan.total < 0.95 * planned.total
+        if better and (
+            key not in found or one.plan.times.expected < found[key].plan.times.expected
+        ):
+            found[key] = one
+    return sorted(found.values(), key=lambda one: one.plan.times.expected)[:most]
+
+
+def _changed(old: Config, new: Config) -> set[str]:
+    """What differs: "mesh", "remat", "accumulation"."""
+    pairs = {
+        "mesh": (old.mesh, new.mesh),
+        "remat": (old.compute.remat, new.compute.remat),
+        "accumulation": (old.train.accumulation, new.train.accumulation),
+    }
+    return {name for name, (a, b) in pairs.items() if a != b}
+
+
+def _all(cfg: Config, machine: Machine, state: list[memory.Tensor]) -> Iterator[Choice]:
+    for shape in _shapes(cfg, machine):
+        data, fsdp, expert, tensor = shape
+        rows = cfg.train.batch // (data * fsdp * expert)
+        mesh = replace(cfg.mesh, data=data, fsdp=fsdp, expert=expert, tensor=tensor)
+        for accumulation, remat in itertools.product(divisors(rows), REMAT):
+            one = replace(
+                cfg,
+                mesh=mesh,
+                compute=replace(cfg.compute, remat=remat),
+                train=replace(cfg.train, accumulation=accumulation),
+            )
+            names = zip(("data", "fsdp", "expert", "tensor"), shape, strict=True)
+            overrides = [f"--mesh.{axis} {size}" for axis, size in names]
+            overrides += [f"--compute.remat {remat}", f"--train.accumulation {accumulation}"]
+            try:
+                yield Choice(plan(one, machine, state), tuple(overrides))
+            except ConfigError:
+                break  # these sizes do not divide, whatever the rest
+
+
+def _shapes(cfg: Config, machine: Machine) -> Iterator[tuple[int, int, int, int]]:
+    """(data, fsdp, expert, tensor) that multiply out and split the batch into whole rows."""
+    n = machine.devices
+    experts = divisors(cfg.model.moe.experts) if cfg.model.moe.experts else [1]
+    for tensor in divisors(n):
+        if tensor > 64 or cfg.model.kv % tensor or tensor > machine.per_slice:
+            continue
+        for expert in experts:
+            if n // tensor % expert:
+                continue
+            for fsdp in divisors(n // tensor // expert):
+                data = n // tensor // expert // fsdp
+                if data % machine.slices == 0 and cfg.train.batch % (data * fsdp * expert) == 0:
+                    yield data, fsdp, expert, tensor
