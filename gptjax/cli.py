@@ -155,6 +155,36 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(
         commands,
+        "plan",
+        _plan,
+        "Predict whether and how a training run of CONFIG fits a machine, and what it costs; "
+        "needs no accelerator.",
+        overrides=True,
+    )
+    sub.add_argument(
+        "--machine",
+        metavar="NAME",
+        help="such as v5e:16x16, 2xv5p:8x8x8 (two slices) or h100:64 (that of mesh.machine)",
+    )
+    sub.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the step for the machine, too, and show what the compiler says; a minute",
+    )
+    sub.add_argument(
+        "--sampling", action="store_true", help="compile the sampling module's programs, too"
+    )
+    sub.add_argument(
+        "--search",
+        action="store_true",
+        help="try every mesh, remat policy and accumulation; with --compile, the best two",
+    )
+    sub.add_argument("--html", metavar="FILE", help="write a page with pictures, too")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    sub.add_argument("--price", type=float, default=0.0, help="of a chip for an hour, your figure")
+
+    sub = command(
+        commands,
         "convert",
         _convert,
         "Make a run of a Hugging Face folder, or the reverse: convert hf:FOLDER RUN, or RUN "
@@ -431,6 +461,19 @@ def _serve(args: argparse.Namespace, _: Sequence[str]) -> None:
 
     options = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
     serve(args.run, options, Progress().say)
+
+
+def _plan(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from dataclasses import fields
+
+    from gptjax.plan import machines
+
+    cfg = _resolve(args, overrides)
+    machines.environment()
+    from gptjax.plan import command
+
+    options = {field.name: getattr(args, field.name) for field in fields(command.Options)}
+    command.run(cfg, command.Options(**options), print)
 
 
 def _convert(args: argparse.Namespace, _: Sequence[str]) -> None:

@@ -199,6 +199,8 @@ class MeshConfig:
     """Shards of a mixture's experts; the batch is split over them as well."""
     tensor: int = free(1)
     """Shards of heads, feed-forward and vocabulary."""
+    machine: str = free("")
+    """Machine that these sizes are meant for, such as v5p:8x8x8; what `gptjax plan` plans for."""
 
     def shape(self, devices: int) -> dict[str, int]:
         """Sizes by axis name on so many devices. Raises ConfigError if they do not multiply out."""

@@ -19,12 +19,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax import objective, sharding, train
+from gptjax import compilation, objective, sharding, train
 from gptjax.config import Config
 from gptjax.errors import ConfigError
 from gptjax.model import decoder
 from gptjax.plan.machines import Machine
 from gptjax.plan.traffic import SCATTER, SUM, Collective
+from gptjax.sample import decoding, engine
 
 
 @dataclass
@@ -41,17 +42,6 @@ class Compiled:
     collectives: list[Collective] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     out_of_memory: str | None = None
-
-
-def environment() -> None:
-    """What libtpu must find in the environment before it is loaded, where there is no TPU."""
-    os.environ.update(
-        JAX_PLATFORMS="cpu",
-        TPU_SKIP_MDS_QUERY="1",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="true",
-        TPU_WORKER_HOSTNAMES="localhost",
-        TPU_ACCELERATOR_TYPE="v5p-8",
-    )
 
 
 def devices(machine: Machine) -> list[Any]:
@@ -88,6 +78,58 @@ def train_step(cfg: Config, machine: Machine) -> Compiled:
         loss_fn = objective.training_loss(cfg, eos_id=0)
         batch = objective.abstract_batch(cfg)
         return _compile(lambda: train.compile_step(cfg, loss_fn, state, batch), mesh)
+
+
+def sampling(cfg: Config, machine: Machine, prompt: int = 2048) -> Iterator[tuple[str, Compiled]]:
+    """The sampling module's programs on the same mesh: a chunk's prefill, and decoding.
+
+    One row a device of the batch's axes, in the compute dtype, with caches of the prompt and as
+    many new tokens.
+    """
+    mesh = sharding.make_mesh(cfg.mesh, devices(machine))
+    with jax.set_mesh(mesh):
+        rows, capacity = sharding.axis_size("batch"), min(2 * prompt, cfg.model.context)
+        params, model = (
+            sharding.abstract(
+                lambda: decoding.decoding_params(
+                    decoder.init(cfg.model, jax.random.key(0)), cfg.model, cfg.compute.dtype
+                )[0]
+            ),
+            cfg.model,
+        )
+        caches = sharding.abstract(
+            lambda: decoder.empty_caches(model, rows, capacity, cfg.compute.dtype, engine.CHUNK)
+        )
+        chunk = (_rows((rows, engine.CHUNK)),) * 2
+        options = compilation.options(mesh.devices.flat[0].device_kind)
+        prefill = decoding.prefill.lower(params, chunk, caches, model, cfg.compute)
+        yield (
+            f"prefill {rows} x {engine.CHUNK} tokens",
+            _compile(lambda: prefill.compile(compiler_options=options), mesh),
+        )
+        blank = engine.blank_rows(rows, model.table, engine.Room())
+        scalar = jax.ShapeDtypeStruct((), np.int32)
+        burst = decoding.burst.lower(
+            params,
+            jax.tree.map(lambda a: _rows(a.shape, a.dtype), blank),
+            caches,
+            scalar,
+            jax.ShapeDtypeStruct((), np.bool_),
+            scalar,
+            model,
+            cfg.compute,
+            decoding.Plan(drawn=True, filtered=True, logprobs=None),
+        )
+        yield (
+            f"decode {rows} rows, {capacity} tokens",
+            _compile(lambda: burst.compile(compiler_options=options), mesh),
+        )
+
+
+def _rows(shape: tuple[int, ...], dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+    spec = sharding.spec("batch", *[None] * (len(shape) - 1))
+    mesh = jax.sharding.get_mesh()
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
 
 
 def _compile(compile_: Callable[[], Any], mesh: jax.sharding.Mesh) -> Compiled:

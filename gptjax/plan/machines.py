@@ -4,6 +4,7 @@ Figures are those that the vendors publish, of one device as JAX counts them. Wh
 of them is another matter, see roofline.py.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -170,3 +171,14 @@ def places(machine: Machine) -> list[Any]:
                 n = len(found)
                 found.append(Place(n, n // device.node, s, coords, core, device.platform, kind))
     return found
+
+
+def environment() -> None:
+    """What JAX and libtpu must find in the environment before they are loaded, to plan anywhere."""
+    os.environ.update(
+        JAX_PLATFORMS="cpu",
+        TPU_SKIP_MDS_QUERY="1",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="true",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_ACCELERATOR_TYPE="v5p-8",
+    )

@@ -165,6 +165,32 @@ def ways_to_fit(plan: Plan) -> str:
     return "cheapest ways to fit: " + "; or ".join(told)
 
 
+def front(choices: Sequence[Any]) -> Iterator[str]:
+    """The Pareto front of a search, with what to paste."""
+    yield "fastest first, each with less memory than those before it (predicted):"
+    for one in choices:
+        plan = one.plan
+        yield (
+            f"  {plan.times.expected:8.3g} s  {plan.total / GIB:7.2f} GiB  MFU {plan.mfu:6.1%}  "
+            + " ".join(one.overrides)
+        )
+
+
+def compiled_dict(found: compiling.Compiled) -> dict[str, Any]:
+    """What the compiler said, as JSON values."""
+    return {
+        "seconds": found.seconds,
+        "peak_bytes": found.peak,
+        "argument_bytes": found.arguments,
+        "out_of_memory": found.out_of_memory,
+        "warnings": found.warnings,
+        "collectives": [
+            {"kind": kind, "axes": list(axes), "count": count, "wire_bytes": wire}
+            for (kind, axes), (count, wire) in sorted(traffic.by_axes(found.collectives).items())
+        ],
+    }
+
+
 def as_dict(plan: Plan) -> dict[str, Any]:
     """Everything that the plan predicts, as JSON values."""
     times = plan.times

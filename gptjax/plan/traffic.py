@@ -106,7 +106,7 @@ def _all(cfg: Config, sizes: Mapping[str, int]) -> Iterator[Collective]:
     if moe.experts and expert > 1:
         yield from _dispatch(cfg, expert, tokens, width)
 
-    # --- the tables, once for each part of the batch; XLA makes one of the two where they are tied ---
+    # --- the tables, once for each part of the batch; a tied one is gathered once for both ---
     table = m.table * m.embed / tensor
     outside = {"where": "outside"}
     for name in ("embedding",) if m.tied_embeddings else ("embedding", "output layer"):

@@ -327,30 +327,7 @@ class Engine:
     # --- rows as data ---
 
     def _blank(self) -> Rows:
-        """Rows with nothing to do, on the host."""
-        b = self._count
-        number = lambda value: np.full(b, value, np.float32)
-        table = (b, self._model.table)
-        return Rows(
-            token_B=np.zeros(b, np.int32),
-            position_B=np.full(b, -1, np.int32),
-            left_B=np.zeros(b, np.int32),
-            stop_Bm=np.full((b, self._room.stops), -1, np.int32),
-            stream_B3=np.zeros((b, 3), np.uint32),
-            knobs=Knobs(
-                bias_ids_Bn=np.full((b, self._room.biases), 2**31 - 1, np.int32),
-                bias_Bn=np.zeros((b, self._room.biases), np.float32),
-                repetition_B=number(1),
-                presence_B=number(0),
-                frequency_B=number(0),
-                temperature_B=number(0),
-                top_k_B=np.zeros(b, np.int32),
-                top_p_B=number(1),
-                min_p_B=number(0),
-            ),
-            seen_BV=np.zeros(table, bool) if self._room.penalties else None,
-            counts_BV=np.zeros(table, np.int32) if self._room.penalties else None,
-        )
+        return blank_rows(self._count, self._model.table, self._room)
 
     def _describe(self, rows: Rows, row: int, request: Request, sample: int) -> None:
         """Writes a sample of a request into its row."""
@@ -421,6 +398,32 @@ def empty_caches(
 ) -> decoder.Caches:
     """Caches of so many tokens, whose rings are those of caches of `capacity` tokens."""
     return _empty_caches(model, rows, size, dtype, _chunk(capacity or size))
+
+
+def blank_rows(b: int, table: int, room: Room) -> Rows:
+    """`b` rows with nothing to do, on the host; `table` rows in the vocabulary's."""
+    number = lambda value: np.full(b, value, np.float32)
+    penalties = (b, table)
+    return Rows(
+        token_B=np.zeros(b, np.int32),
+        position_B=np.full(b, -1, np.int32),
+        left_B=np.zeros(b, np.int32),
+        stop_Bm=np.full((b, room.stops), -1, np.int32),
+        stream_B3=np.zeros((b, 3), np.uint32),
+        knobs=Knobs(
+            bias_ids_Bn=np.full((b, room.biases), 2**31 - 1, np.int32),
+            bias_Bn=np.zeros((b, room.biases), np.float32),
+            repetition_B=number(1),
+            presence_B=number(0),
+            frequency_B=number(0),
+            temperature_B=number(0),
+            top_k_B=np.zeros(b, np.int32),
+            top_p_B=number(1),
+            min_p_B=number(0),
+        ),
+        seen_BV=np.zeros(penalties, bool) if room.penalties else None,
+        counts_BV=np.zeros(penalties, np.int32) if room.penalties else None,
+    )
 
 
 def place_rows(tree: Any) -> Any:
