@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from gptjax import sharding
-from gptjax.model import products
+from gptjax import products, sharding
 
 NEVER = -1e30  # a logit that is no token's: finite, so that zero times it stays a number
 

@@ -33,7 +33,7 @@ AXES = ("data", *FSDP, "expert", "tensor")
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": ("data", *FSDP, "expert"),  # sequences
     "tokens": ("data", *FSDP, "expert"),  # sequences x positions, flattened
-    "stream": ("data", *FSDP, "expert", "tensor"),  # the same between products (model/products.py)
+    "stream": ("data", *FSDP, "expert", "tensor"),  # the same between products (products.py)
     "seq": None,
     "embed": None,  # the residual stream's width
     "w_embed": FSDP,  # the same width, of a parameter

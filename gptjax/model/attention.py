@@ -23,7 +23,7 @@ from gptjax.config import ModelConfig
 from gptjax.errors import ConfigError
 from gptjax.model import layers
 from gptjax.model.layers import add_bias, dropout, rms_norm, rope, vector, weight
-from gptjax.model.products import column_parallel, row_parallel, rows_of
+from gptjax.products import column_parallel, row_parallel, rows_of
 
 NEVER = -1e30  # a score that is masked out: finite, so that a fully masked row stays a number
 

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from gptjax import sharding
+from gptjax import products, sharding
 from gptjax.config import ComputeConfig, ModelConfig
-from gptjax.model import attention, layers, products
+from gptjax.model import attention, layers
 from gptjax.model.attention import Cache, SelfAttention
 from gptjax.model.ffn import FeedForward
 from gptjax.model.moe import MoE, Routing

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from gptjax.config import ModelConfig
 from gptjax.model.layers import add_bias, gelu_tanh, vector, weight
-from gptjax.model.products import column_parallel, row_parallel, rows_of
+from gptjax.products import column_parallel, row_parallel, rows_of
 
 _PLAIN = {
     "gelu_tanh": gelu_tanh,

@@ -22,7 +22,7 @@ from jax import lax
 from gptjax import sharding
 from gptjax.config import ModelConfig
 from gptjax.model.layers import weight
-from gptjax.model.products import (
+from gptjax.products import (
     column_parallel,
     gather_rows,
     gather_weight,

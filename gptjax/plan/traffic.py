@@ -1,6 +1,6 @@
 """What a step sends between devices: the collectives of the scheme, counted.
 
-The products, the look-up and the loss write their collectives out (model/products.py, loss.py), so
+The products, the look-up and the loss write their collectives out (products.py, loss.py), so
 what a step sends follows from the shapes. `expected` is that count; plan/compiled.py reads the same
 from the compiled program.
 
