@@ -102,16 +102,17 @@ def held(cfg: Config, sizes: Mapping[str, int], state: list[Tensor]) -> dict[str
     chunk = tokens / c.loss_chunks * m.table / tensor_parts
     loss = table * (width + 4) + chunk * (4 + width) + 2 * whole
 
+    # XLA casts the layers' weights once for all layers, and keeps that for both passes.
+    if width < 4:
+        groups["weights cast"] = parameters * width
     gradients = parameters * 4
     accumulated = gradients if cfg.train.accumulation > 1 else 0.0
-    in_layers = saved + gradients + block
-    in_loss = saved + loss
-    groups["gradients"] = gradients + accumulated
-    if in_layers >= in_loss + gradients * 0:
+    if gradients + block >= loss:
+        groups["gradients"] = accumulated + gradients
         groups["activations kept"], groups["a layer's work"] = saved, block
-    else:
-        groups["activations kept"], groups["the loss"] = saved, loss
+    else:  # the layers have no gradients yet
         groups["gradients"] = accumulated
+        groups["activations kept"], groups["the loss"] = saved, loss
     return groups
 
 
