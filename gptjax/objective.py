@@ -27,7 +27,7 @@ def documents(tokens_BT: jax.Array, eos_id: int) -> tuple[jax.Array, jax.Array]:
     """
     t = tokens_BT.shape[1]
     index_BT = jnp.broadcast_to(
-        jnp.arange(t), tokens_BT.shape, out_sharding=sharding.spec("batch", "seq")
+        jnp.arange(t), tokens_BT.shape, out_sharding=sharding.spec("batch", None)
     )
     begins_BT = tokens_BT == eos_id
     segments_BT = jnp.cumsum(begins_BT, axis=1)
@@ -91,12 +91,11 @@ def next_token(
         key=key,
         training=training,
     )
-    flat = lambda a_BT: lax.reshape(a_BT, (b * t,), out_sharding=sharding.spec("tokens"))
-    weights_N = flat(counts_BT.astype(jnp.float32))
+    weights_N = sharding.to_rows(counts_BT.astype(jnp.float32))
     ce, z = loss.cross_entropy(
         out.x_ND,
         decoder.head(params),
-        flat(targets_BT),
+        sharding.to_rows(targets_BT),
         weights_N,
         cfg.train.z_loss,
         cfg.compute.loss_chunks,

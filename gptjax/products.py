@@ -35,7 +35,12 @@ def stream(rows: int) -> str:
 def rows_of(x_ND: jax.Array) -> str:
     """The logical axis that the rows of an array lie on."""
     split = jax.typeof(x_ND).sharding.spec[0]
-    return "stream" if split == sharding.RULES["stream"] else "tokens"
+    return next((a for a in ("stream", "batch") if split == sharding.RULES[a]), "tokens")
+
+
+def _held(rows: str) -> str:
+    """The logical axis of rows that all parts of the tensor axis hold."""
+    return "tokens" if rows == "stream" else rows
 
 
 def column_parallel(
@@ -43,7 +48,8 @@ def column_parallel(
 ) -> tuple[jax.Array, ...]:
     """x @ w for each weight, [N, F] with the columns on the logical axis `axis`."""
     if _whole():
-        products = (_plain("nd,df->nf", x_ND, w, ("tokens", axis)) for w in weights_DF)
+        held = _held(rows_of(x_ND))
+        products = (_plain("nd,df->nf", x_ND, w, (held, axis)) for w in weights_DF)
     else:
         products = _column(x_ND, weights_DF)
     return tuple(checkpoint_name(y_NF, PRODUCT) for y_NF in products)
@@ -62,8 +68,9 @@ def _whole() -> bool:
 
 def scores(x_ND: jax.Array, w_VD: jax.Array) -> jax.Array:
     """x @ w.T in float32, [N, V]: every row's score of every token. For inference."""
-    x_ND = jax.sharding.reshard(x_ND, sharding.spec("tokens", "embed"))
-    y_NV = _plain("nd,vd->nv", x_ND, w_VD, ("tokens", "vocab"), sharding.wide(x_ND.dtype))
+    held = _held(rows_of(x_ND))
+    x_ND = jax.sharding.reshard(x_ND, sharding.spec(held, "embed"))
+    y_NV = _plain("nd,vd->nv", x_ND, w_VD, (held, "vocab"), sharding.wide(x_ND.dtype))
     return y_NV.astype(jnp.float32)
 
 
@@ -142,7 +149,7 @@ def _column(x_ND, weights_DF):
         x_nD = gather_rows(x_nD, rows)
         return tuple(x_nD @ gather_weight(w_df, x_nD.dtype, 0) for w_df in weights_df)
 
-    columns = jax.P(sharding.RULES["tokens"], _COLUMNS)
+    columns = jax.P(sharding.RULES[_held(rows)], _COLUMNS)
     return _island(local, (columns,) * len(weights_DF), x_ND, weights_DF)
 
 
@@ -225,7 +232,7 @@ def _lookup(table_VD, ids_N, dtype, rows):
         x_nD = table_vD.at[_own(ids_n, table_vD)].get(mode="fill", fill_value=0).astype(dtype)
         return sum_rows(x_nD, rows)
 
-    ids_N = jax.sharding.reshard(ids_N, sharding.spec("tokens" if split else rows))
+    ids_N = jax.sharding.reshard(ids_N, sharding.spec(_held(rows) if split else rows))
     return _island(local, sharding.spec(rows, "embed"), table_VD, ids_N)
 
 
@@ -238,9 +245,9 @@ def _lookup_bwd(dtype, rows, residuals, dx_ND):
             dx_nD, ids_n = gather_rows(dx_nD, rows), _own(ids_n, table_vd)
         zero_vD = jnp.zeros((len(table_vd), dx_nD.shape[1]), jnp.float32)
         dtable_vD = zero_vD.at[ids_n].add(dx_nD.astype(jnp.float32), mode="drop")
-        return scatter_weight(dtable_vD, 1, () if split or rows == "tokens" else (_COLUMNS,))
+        return scatter_weight(dtable_vD, 1, (_COLUMNS,) if rows == "stream" and not split else ())
 
-    ids_N = jax.sharding.reshard(ids_N, sharding.spec("tokens" if split else rows))
+    ids_N = jax.sharding.reshard(ids_N, sharding.spec(_held(rows) if split else rows))
     return _island(local, jax.typeof(table_VD).sharding.spec, table_VD, ids_N, dx_ND), None
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -28,13 +29,13 @@ from gptjax.config import MeshConfig
 from gptjax.errors import ConfigError
 
 FSDP = ("fsdp", "fsdp_2", "fsdp_3")
-AXES = ("data", *FSDP, "expert", "tensor")
+AXES = ("data", *FSDP, "expert", "context", "tensor")
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": ("data", *FSDP, "expert"),  # sequences
-    "tokens": ("data", *FSDP, "expert"),  # sequences x positions, flattened
-    "stream": ("data", *FSDP, "expert", "tensor"),  # the same between products (products.py)
-    "seq": None,
+    "tokens": ("context", "data", *FSDP, "expert"),  # positions x sequences, flat: see `to_rows`
+    "stream": ("context", "data", *FSDP, "expert", "tensor"),  # the same between products
+    "seq": "context",  # positions
     "embed": None,  # the residual stream's width
     "w_embed": FSDP,  # the same width, of a parameter
     "heads": "tensor",
@@ -77,15 +78,16 @@ def arrange(cfg: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
         raise ConfigError(
             [f"mesh.data={sizes['data']}: the {slices} slices lie along it; use a multiple of them"]
         )
-    within = (sizes["data"] // slices, *(sizes[axis] for axis in ("fsdp", "expert", "tensor")))
+    rest = [sizes[axis] for axis in ("expert", "context", "tensor")]
+    within = (sizes["data"] // slices, sizes["fsdp"], *rest)
     if slices > 1:
         arranged = mesh_utils.create_hybrid_device_mesh(
-            within, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+            within, (slices, 1, 1, 1, 1), devices, allow_split_physical_axes=True
         )
     else:
         arranged = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
-    along = rings(arranged[0, :, 0, 0])
-    return arranged.reshape(sizes["data"], *along, sizes["expert"], sizes["tensor"])
+    along = rings(arranged[0, :, 0, 0, 0])
+    return arranged.reshape(sizes["data"], *along, *rest)
 
 
 def rings(line: Sequence[Any]) -> tuple[int, int, int]:
@@ -127,6 +129,85 @@ def mesh_axes(logical: str) -> tuple[str, ...]:
     """The mesh axes that a logical axis lies on, outermost first."""
     axes = RULES[logical] or ()
     return (axes,) if isinstance(axes, str) else axes
+
+
+# --- sequences and rows --------------------------------------------------------------------------
+
+
+def places(length: int) -> np.ndarray:
+    """The place within its sequence of each position, as they lie over the context axis.
+
+    Of c parts, part i holds the i-th and the i-th last of 2c stretches, so that causal attention is
+    the same work for each.
+    """
+    parts = axis_size("seq")
+    if parts == 1:
+        return np.arange(length)
+    stretches = np.arange(length).reshape(2 * parts, -1)
+    return np.concatenate([stretches[[i, 2 * parts - 1 - i]].reshape(-1) for i in range(parts)])
+
+
+def to_rows(a_BT: jax.Array, rows: str = "tokens") -> jax.Array:
+    """Sequences [B, T, ...] as rows [N, ...] on the logical axis `rows`: "tokens", or "batch" for
+    few positions, which are not split over the context axis.
+
+    Over that axis a row is a position in the order of `places`, with every device's part together.
+    """
+    b, t, *rest = a_BT.shape
+    whole = [None] * len(rest)
+    parts = axis_size("seq") if rows == "tokens" else 1
+    if parts == 1:
+        return lax.reshape(a_BT, (b * t, *rest), out_sharding=spec(rows, *whole))
+    a_BT = a_BT.at[:, places(t)].get(out_sharding=spec("batch", None, *whole))
+    a_BcT = lax.reshape(
+        a_BT, (b, parts, t // parts, *rest), out_sharding=spec("batch", None, None, *whole)
+    )
+    a_cBT = jax.sharding.reshard(a_BcT, spec("batch", "seq", None, *whole)).swapaxes(0, 1)
+    return lax.reshape(a_cBT, (b * t, *rest), out_sharding=spec(rows, *whole))
+
+
+def sequences(
+    a_NF: jax.Array, b: int, shape: Sequence[int], axes: Sequence[str | None], rows: str = "tokens"
+) -> jax.Array:
+    """Rows [N, F] as `b` sequences [B, T, *shape], in the order of `places`.
+
+    `axes` are the logical axes of `shape`, into which F is cut.
+    """
+    n, parts = len(a_NF), axis_size("seq") if rows == "tokens" else 1
+    if parts == 1:
+        seq = "seq" if rows == "tokens" else None
+        return lax.reshape(a_NF, (b, n // b, *shape), out_sharding=spec("batch", seq, *axes))
+    a_cBT = lax.reshape(
+        a_NF, (parts, b, n // b // parts, *shape), out_sharding=spec("seq", "batch", None, *axes)
+    )
+    return lax.reshape(
+        a_cBT.swapaxes(0, 1), (b, n // b, *shape), out_sharding=spec("batch", "seq", *axes)
+    )
+
+
+def rows_of_sequences(a_BTF: jax.Array, axis: str | None, rows: str = "tokens") -> jax.Array:
+    """The inverse of `sequences`: [B, T, ...] in the order of `places` as rows [N, F] on `axis`."""
+    b, t = a_BTF.shape[:2]
+    parts = axis_size("seq") if rows == "tokens" else 1
+    width = math.prod(a_BTF.shape[2:])
+    if parts == 1:
+        return lax.reshape(a_BTF, (b * t, width), out_sharding=spec(rows, axis))
+    a_BcTF = lax.reshape(
+        a_BTF, (b, parts, t // parts, width), out_sharding=spec("batch", "seq", None, axis)
+    )
+    return lax.reshape(a_BcTF.swapaxes(0, 1), (b * t, width), out_sharding=spec(rows, axis))
+
+
+def natural(a_BT: jax.Array) -> jax.Array:
+    """Sequences in the order of `places` in their own order, whole on each device of the axis."""
+    whole = spec("batch", *[None] * (a_BT.ndim - 1))
+    a_BT = jax.sharding.reshard(a_BT, whole)
+    if axis_size("seq") == 1:
+        return a_BT
+    return a_BT.at[:, np.argsort(places(a_BT.shape[1]))].get(out_sharding=whole)
+
+
+# --- parameters ----------------------------------------------------------------------------------
 
 
 @functools.cache

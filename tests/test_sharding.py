@@ -260,7 +260,7 @@ def test_gathers_and_scatters_ring_by_ring_are_those_of_one_ring(on_mesh, tiny_c
             return jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(params))
 
     one = sharding.make_mesh(MeshConfig(fsdp=8))
-    shape = (1, *rings, 1, 1)
+    shape = (1, *rings, 1, 1, 1)
     several = jax.sharding.Mesh(
         np.array(jax.devices()[:8]).reshape(shape), sharding.AXES, one.axis_types
     )
@@ -268,4 +268,69 @@ def test_gathers_and_scatters_ring_by_ring_are_those_of_one_ring(on_mesh, tiny_c
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-5),
         gradients(one),
         gradients(several),
+    )
+
+
+# --- the context axis ---------------------------------------------------------------------------
+
+
+def test_parts_of_a_sequence_have_the_same_work_under_a_causal_mask(on_mesh):
+    with on_mesh(context=4):
+        places = sharding.places(64)
+    assert sorted(places) == list(range(64))
+    seen = (places.reshape(4, 16) + 1).sum(1)  # keys that each part's queries look at
+    assert len(set(seen.tolist())) == 1
+    with on_mesh(8):
+        np.testing.assert_array_equal(sharding.places(64), np.arange(64))
+
+
+@pytest.mark.parametrize("mesh", [{"context": 4}, {"data": 2, "context": 2}, {"fsdp": 8}])
+def test_rows_and_sequences_are_each_others_inverse(on_mesh, mesh):
+    a = np.arange(8 * 16 * 6, dtype=np.float32).reshape(8, 16, 6)
+    with on_mesh(**mesh):
+        there = jax.device_put(a, jax.NamedSharding(jax.sharding.get_mesh(), spec("batch")))
+
+        def around(a):
+            rows = sharding.to_rows(a)
+            sequences = sharding.sequences(rows, 8, (2, 3), (None, None))
+            assert jax.typeof(sequences).sharding.spec == spec("batch", "seq", None, None)
+            again = sharding.rows_of_sequences(sequences, None)
+            return rows, again, sharding.natural(sequences)
+
+        rows, again, back = jax.jit(around)(there)
+    np.testing.assert_array_equal(rows, again)
+    np.testing.assert_array_equal(np.asarray(back).reshape(a.shape), a)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"context": 2},
+        {"context": 8},
+        {"data": 2, "context": 4},
+        {"fsdp": 2, "tensor": 2, "context": 2},
+    ],
+)
+@pytest.mark.parametrize("documents", ["ignore", "mask"])
+def test_sequences_split_over_devices_have_the_loss_and_gradients_of_one(
+    on_mesh, tiny_config, mesh, documents
+):
+    cfg = tiny_config(model={"positions": "rope", "kv_heads": 4}, data={"documents": documents})
+    rng = np.random.default_rng(0)
+    batch = {
+        "windows_BW": rng.integers(0, 20, (16, 33), np.int32),
+        "lengths_B": rng.integers(1, 33, 16, np.int32),
+    }
+
+    def gradients(**mesh):
+        with on_mesh(**mesh):
+            params = jax.jit(lambda: decoder.init(cfg.model, jax.random.key(0)))()
+            there = {k: sharding.global_batch(v, 16) for k, v in batch.items()}
+            loss = lambda params: objective.next_token(params, cfg, there, 0)[0]
+            return jax.device_get(jax.jit(jax.value_and_grad(loss))(params))
+
+    (loss, grads), (want, expected) = gradients(**mesh), gradients()
+    assert loss == pytest.approx(want, rel=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3, rtol=1e-4), grads, expected
     )

@@ -199,6 +199,8 @@ class MeshConfig:
     """Shards of a mixture's experts; the batch is split over them as well."""
     tensor: int = free(1)
     """Shards of heads, feed-forward and vocabulary."""
+    context: int = free(1)
+    """Shards of a sequence, for contexts that are too long for a device."""
     machine: str = free("")
     """Machine that these sizes are meant for, such as v5p:8x8x8; what `gptjax plan` plans for."""
 
@@ -208,6 +210,7 @@ class MeshConfig:
             "data": self.data,
             "fsdp": self.fsdp,
             "expert": self.expert,
+            "context": self.context,
             "tensor": self.tensor,
         }
         problems = [

@@ -265,6 +265,13 @@ def mesh_problems(cfg: Any, sizes: Mapping[str, int], processes: int) -> Iterato
     else:
         both = "tensor" if fsdp == 1 else "tensor x fsdp"
         split.append((both, tensor * fsdp, "model.mlp", m.hidden))
+    if (context := sizes["context"]) > 1:
+        split.append(("2 x context", 2 * context, "train.seq_len", t.seq_len))
+        if m.dropout:
+            yield f"model.dropout={m.dropout}: not with mesh.context={context}; set it to 0"
+        if m.moe.experts and m.moe.capacity:
+            value = m.moe.capacity
+            yield f"model.moe.capacity={value}: not with mesh.context={context}; set it to 0"
     if sizes["expert"] > 1 and not m.moe.experts:
         yield f"mesh.expert={sizes['expert']}: model.moe.experts=0, so there is nothing to split"
     for axis, parts, name, size in split:

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
@@ -38,6 +39,7 @@ class Need:
     alibi: bool = False
     soft_cap: bool = False
     dropout: bool = False
+    context: bool = False  # sequences split over devices
 
     def names(self) -> list[str]:
         """The features that are needed."""
@@ -58,8 +60,9 @@ class Backend:
     """An implementation, where it runs, and which features of `Need` it has.
 
     `attend(q_BTHC, k_BTKC, v_BTKC, segments_BT, window)`, and the soft cap after them where there
-    is one, is called on one device's share; all but the reference are. `dtypes` are those that it
-    takes, `length_unit` what divides its sequences, `head_limit` its widest head.
+    is one, is called on one device's share if `local`, otherwise on whole arrays. `dtypes` are
+    those that it takes, `length_unit` what divides a device's part of a sequence, `head_limit` its
+    widest head.
     """
 
     attend: Callable[..., jax.Array] | None
@@ -68,6 +71,7 @@ class Backend:
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     length_unit: int = 1
     head_limit: int = 2**31
+    local: bool = True
 
     def refusal(self, need: Need, sizes: Sizes, platform: str) -> str | None:
         """Why it cannot serve a call, or None if it can."""
@@ -130,7 +134,7 @@ def dot_product(
         x, axes, out_sharding=sharding.spec("batch", "heads", *[None] * (len(axes) - 2))
     )
     grouped, whole = (
-        sharding.spec("batch", "seq", "heads", *rest) for rest in ((None, None), (None,))
+        sharding.spec("batch", None, "heads", *rest) for rest in ((None, None), (None,))
     )
     # Queries are the rows of one matrix for each key head: the shape that CPUs are fast at.
     q_BTKRC = lax.reshape(q_BTHC, (b, t, k, r, c), out_sharding=grouped)
@@ -149,16 +153,23 @@ def dot_product(
 
 
 def causal_mask(
-    length: int, segments_BT: jax.Array | None, window: int | None, first_query: int = 0
+    length: int,
+    segments_BT: jax.Array | None,
+    window: int | None,
+    places: np.ndarray | None = None,
 ) -> jax.Array:
-    """True where query t of a whole sequence may look at key s, [1 or B, T, S]."""
-    query, keys = jnp.arange(first_query, length)[:, None], jnp.arange(length)[None]
+    """True where query t of a whole sequence may look at key s, [1 or B, T, S].
+
+    Queries and keys stand in the order of `places`, their own if it is not given.
+    """
+    places = np.arange(length) if places is None else places
+    query, keys = jnp.asarray(places)[:, None], jnp.asarray(places)[None]
     mask = keys <= query
     if window is not None:
         mask &= keys > query - window
     if segments_BT is None:
         return mask[None]
-    return mask & (segments_BT[:, first_query:, None] == segments_BT[:, None, :])
+    return mask & (segments_BT[:, :, None] == segments_BT[:, None, :])
 
 
 # --- blockwise: the CPU's --------------------------------------------------------------------
@@ -269,7 +280,11 @@ blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
 
 
 def splash(q_BTHC, k_BTKC, v_BTKC, segments_BT, window, soft_cap=0.0):
-    """JAX's splash attention for TPU: block-sparse, never holds the scores."""
+    """JAX's splash attention for TPU: block-sparse, never holds the scores.
+
+    Where sequences are split over the context axis, each device has the keys of whole sequences for
+    its own queries, and the kernel's blocks are those that these see.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernel,
     )
@@ -278,22 +293,54 @@ def splash(q_BTHC, k_BTKC, v_BTKC, segments_BT, window, soft_cap=0.0):
     )
 
     _, t, h, c = q_BTHC.shape
+    h, parts = h // sharding.axis_size("heads"), sharding.axis_size("seq")
     one = (
-        masks.CausalMask((t, t)) if window is None else masks.LocalMask((t, t), (window - 1, 0), 0)
+        masks.CausalMask((t, t), shard_count=parts)
+        if window is None
+        else masks.LocalMask((t, t), (window - 1, 0), 0, shard_count=parts)
     )
+    one.q_sequence = sharding.places(t).astype(np.int32)
     # Blocks of 512: the default of 128 leaves the matrix unit idle between them.
-    size = max(s for s in (512, 384, 256, 128) if t % s == 0)
+    size = max(s for s in (512, 384, 256, 128) if t // parts % s == 0)
     forward = ("block_q", "block_kv", "block_kv_compute")
     backward = ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
-    blocks = dict.fromkeys(forward + backward, size)
-    attend = kernel.make_splash_mha_single_device(
+    attend = kernel.make_splash_mha(
         masks.MultiHeadMask([one] * h),
-        block_sizes=kernel.BlockSizes(**blocks),
+        block_sizes=kernel.BlockSizes(**dict.fromkeys(forward + backward, size)),
         attn_logits_soft_cap=soft_cap or None,
+        head_shards=1,
+        q_seq_shards=parts,
     )
-    segments = None if segments_BT is None else kernel.SegmentIds(segments_BT, segments_BT)
-    heads_first = [x.swapaxes(1, 2) for x in (q_BTHC * c**-0.5, k_BTKC, v_BTKC)]
-    return jax.vmap(attend)(*heads_first, segments).swapaxes(1, 2)
+    # Each device's blocks of the mask lie with its queries.
+    mask_specs = attend.manual_sharding_spec(
+        jax.NamedSharding(jax.sharding.get_abstract_mesh(), sharding.spec(None, "seq"))
+    )
+    attend = jax.tree.map(jax.sharding.reshard, attend, mask_specs)
+
+    def local(attend, q_BTHC, k_BTKC, v_BTKC, segments_BT):
+        segments = None
+        if segments_BT is not None:
+            segments = kernel.SegmentIds(segments_BT, _in_order(segments_BT, t))
+        keys = (_in_order(x, t).swapaxes(1, 2) for x in (k_BTKC, v_BTKC))
+        q_BHTC = (q_BTHC * c**-0.5).swapaxes(1, 2)
+        return jax.vmap(attend)(q_BHTC, *keys, segments).swapaxes(1, 2)
+
+    heads = sharding.spec("batch", "seq", "heads", None)
+    rows = None if segments_BT is None else sharding.spec("batch", "seq")
+    return jax.shard_map(
+        local,
+        in_specs=(mask_specs, heads, heads, heads, rows),
+        out_specs=heads,
+        check_vma=False,
+    )(attend, q_BTHC, k_BTKC, v_BTKC, segments_BT)
+
+
+def _in_order(a_BT: jax.Array, length: int) -> jax.Array:
+    """Inside an island: whole sequences in their own order, from the parts of the context axis."""
+    if a_BT.shape[1] == length:
+        return a_BT
+    a_BT = lax.all_gather(a_BT, sharding.RULES["seq"], axis=1, tiled=True)
+    return a_BT[:, np.argsort(sharding.places(length))]
 
 
 def cudnn(q_BTHC, k_BTKC, v_BTKC, segments_BT, window):
@@ -307,7 +354,11 @@ def cudnn(q_BTHC, k_BTKC, v_BTKC, segments_BT, window):
 
 BACKENDS: dict[str, Backend] = {  # fastest first, for each platform
     "splash": Backend(
-        splash, ("tpu",), frozenset({"segments", "window", "grouped", "soft_cap"}), length_unit=128
+        splash,
+        ("tpu",),
+        frozenset({"segments", "window", "grouped", "soft_cap", "context"}),
+        length_unit=128,
+        local=False,
     ),
     "cudnn": Backend(
         cudnn, ("gpu",), frozenset({"window", "grouped"}), ("bfloat16",), head_limit=128
@@ -316,7 +367,7 @@ BACKENDS: dict[str, Backend] = {  # fastest first, for each platform
     "reference": Backend(
         None,
         ("cpu", "gpu", "tpu"),
-        frozenset({"segments", "window", "grouped", "alibi", "soft_cap", "dropout"}),
+        frozenset({"segments", "window", "grouped", "alibi", "soft_cap", "dropout", "context"}),
     ),
 }
 
@@ -350,15 +401,13 @@ def attend(
 ) -> jax.Array:
     """Causal attention over whole sequences by the named backend, [B, T, H, C]."""
     chosen, cap = BACKENDS[backend], cfg.attention_soft_cap
-    if chosen.attend is None:
-        mask = causal_mask(q_BTHC.shape[1], segments_BT, window)
-        alibi = cfg.positions == "alibi"
-        bias = alibi_bias(cfg, positions_BT, positions_BT) if alibi else None
-        k_BKTC, v_BKTC = k_BTKC.swapaxes(1, 2), v_BTKC.swapaxes(1, 2)
-        return dot_product(q_BTHC, k_BKTC, v_BKTC, mask, bias, cap, cfg.dropout, key)
-    heads = sharding.spec("batch", None, "heads", None)
-    rows = sharding.spec("batch", None)
     extra = (cap,) if cap else ()
+    if chosen.attend is None:
+        return _reference(cfg, q_BTHC, k_BTKC, v_BTKC, positions_BT, segments_BT, window, key)
+    if not chosen.local:
+        return chosen.attend(q_BTHC, k_BTKC, v_BTKC, segments_BT, window, *extra)
+    heads = sharding.spec("batch", "seq", "heads", None)
+    rows = sharding.spec("batch", "seq")
     local: Any = lambda q, k, v, segments: chosen.attend(q, k, v, segments, window, *extra)
     return jax.shard_map(
         local,
@@ -366,6 +415,26 @@ def attend(
         out_specs=heads,
         check_vma=False,
     )(q_BTHC, k_BTKC, v_BTKC, segments_BT)
+
+
+def _reference(cfg, q_BTHC, k_BTKC, v_BTKC, positions_BT, segments_BT, window, key):
+    """The reference over whole sequences, which each device of a context axis computes whole."""
+    t = q_BTHC.shape[1]
+    places = sharding.places(t)
+
+    def whole(a: jax.Array) -> jax.Array:
+        rows, _, *rest = jax.typeof(a).sharding.spec
+        return jax.sharding.reshard(a, jax.P(rows, None, *rest))
+
+    keys_BS = whole(positions_BT)
+    mask_BTS = causal_mask(t, None if segments_BT is None else whole(segments_BT), window, places)
+    bias = alibi_bias(cfg, keys_BS, keys_BS) if cfg.positions == "alibi" else None
+    q_BTHC, k_BTKC, v_BTKC = (whole(x) for x in (q_BTHC, k_BTKC, v_BTKC))
+    k_BKTC, v_BKTC = k_BTKC.swapaxes(1, 2), v_BTKC.swapaxes(1, 2)
+    out_BTHC = dot_product(
+        q_BTHC, k_BKTC, v_BKTC, mask_BTS, bias, cfg.attention_soft_cap, cfg.dropout, key
+    )
+    return jax.sharding.reshard(out_BTHC, sharding.spec("batch", "seq", "heads", None))
 
 
 # --- the layer -------------------------------------------------------------------------------
@@ -427,7 +496,8 @@ class SelfAttention(nn.Module):
         period: jax.Array,
     ) -> tuple[jax.Array, Cache | None]:
         cfg = self.cfg
-        (b, t), c = positions_BT.shape, cfg.head
+        b, c = len(positions_BT), cfg.head
+        held = "tokens" if cache is None else "batch"
 
         kinds = {"q": (cfg.heads, "heads"), "k": (cfg.kv, "kv_heads"), "v": (cfg.kv, "kv_heads")}
         weights_DF = [
@@ -442,8 +512,7 @@ class SelfAttention(nn.Module):
             if cfg.linear_bias:
                 bias = vector(self, f"{name}_bias", (n, c), (axis, "head_dim"), 0.0)
                 y_NF = add_bias(y_NF, bias.reshape(n * c))
-            out_sharding = sharding.spec("batch", "seq", axis, "head_dim")
-            return lax.reshape(y_NF, (b, t, n, c), out_sharding=out_sharding)
+            return sharding.sequences(y_NF, b, (n, c), (axis, "head_dim"), held)
 
         q_BTHC, k_BTKC, v_BTKC = (heads(*one) for one in zip(kinds, projected, strict=True))
         if cfg.qk_norm:
@@ -474,9 +543,7 @@ class SelfAttention(nn.Module):
         std = cfg.init_std / (2 * cfg.layers) ** 0.5
         w_HCD = weight(self, "o", (cfg.heads, c, cfg.embed), ("heads", "head_dim", "w_embed"), std)
         bias_D = vector(self, "o_bias", (cfg.embed,), (None,), 0.0) if cfg.linear_bias else None
-        out_NF = lax.reshape(
-            out_BTHC, (b * t, cfg.heads * c), out_sharding=sharding.spec("tokens", "heads")
-        )
+        out_NF = sharding.rows_of_sequences(out_BTHC, "heads", held)
         w_FD = w_HCD.reshape(cfg.heads * c, cfg.embed)
         return add_bias(row_parallel(out_NF, w_FD, rows_of(x_ND)), bias_D), cache
 

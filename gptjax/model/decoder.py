@@ -147,20 +147,25 @@ class Decoder(nn.Module):
         table_VD = layers.weight(
             self, "embed", (cfg.table, cfg.embed), ("vocab", "w_embed"), cfg.init_std
         )
-        rows = products.stream(b * t) if caches is None else "tokens"
-        flat = lambda ids_BT: lax.reshape(ids_BT, (b * t,), out_sharding=sharding.spec("tokens"))
+        held = "tokens" if caches is None else "batch"
+        rows = products.stream(b * t) if caches is None else held
+        flat = lambda ids_BT: sharding.to_rows(ids_BT, held)
         x_ND = products.lookup(table_VD, flat(tokens_BT), dtype, rows)
         if cfg.positions == "learned":
             places_SD = layers.weight(
                 self, "positions", (cfg.context, cfg.embed), (None, "w_embed"), cfg.init_std
             )
             if positions_BT is None:
-                x_ND += _tiled(places_SD[:t].astype(dtype), b, rows)
+                x_ND += _tiled(places_SD[:t].astype(dtype), b, held, rows)
             else:
                 x_ND += products.lookup(places_SD, flat(positions_BT), dtype, rows)
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(
                 jnp.arange(t), (b, t), out_sharding=sharding.spec("batch", None)
+            )
+        if caches is None:  # from here on, sequences are as they lie over the context axis
+            positions_BT, segments_BT = (
+                None if a is None else _placed(a) for a in (positions_BT, segments_BT)
             )
         if key is not None:
             key, embed_key = jax.random.split(key)
@@ -187,12 +192,20 @@ class Decoder(nn.Module):
         return Outputs(x_ND, caches, routing)
 
 
-def _tiled(places_TD: jax.Array, b: int, rows: str) -> jax.Array:
+def _placed(a_BT: jax.Array) -> jax.Array:
+    """[B, T] in the order of `sharding.places`, split over the context axis."""
+    if sharding.axis_size("seq") > 1:
+        places = sharding.places(a_BT.shape[1])
+        a_BT = a_BT.at[:, places].get(out_sharding=sharding.spec("batch", None))
+    return jax.sharding.reshard(a_BT, sharding.spec("batch", "seq"))
+
+
+def _tiled(places_TD: jax.Array, b: int, held: str, rows: str) -> jax.Array:
     """The places of one sequence for each of `b`, [N, D]."""
     t, d = places_TD.shape
     places_TD = jax.sharding.reshard(places_TD, sharding.spec(None, "embed"))
     x_BTD = jnp.broadcast_to(places_TD, (b, t, d), out_sharding=sharding.spec("batch", None, None))
-    x_ND = lax.reshape(x_BTD, (b * t, d), out_sharding=sharding.spec("tokens", "embed"))
+    x_ND = sharding.to_rows(x_BTD, held)
     return jax.sharding.reshard(x_ND, sharding.spec(rows, "embed"))
 
 
@@ -209,7 +222,8 @@ def attention_backends(
 
     Raises ConfigError, see `attention.choose`.
     """
-    sizes = attention.Sizes(compute.dtype, length, cfg.head)
+    parts = sharding.axis_size("seq")
+    sizes = attention.Sizes(compute.dtype, length // parts, cfg.head)
     return tuple(
         attention.choose(
             compute.attention,
@@ -220,6 +234,7 @@ def attention_backends(
                 alibi=cfg.positions == "alibi",
                 soft_cap=cfg.attention_soft_cap > 0,
                 dropout=training and cfg.dropout > 0,
+                context=parts > 1,
             ),
             sizes,
             platform,
@@ -232,7 +247,8 @@ def init(cfg: ModelConfig, key: jax.Array) -> Params:
     """Fresh parameters, laid out over the ambient mesh, the same numbers whatever the mesh."""
     decoder = Decoder(cfg, ComputeConfig(), ("reference",) * len(cfg.pattern))
     rows = sharding.axis_size("batch")
-    tokens_BT = jnp.zeros((rows, 1), jnp.int32, out_sharding=sharding.spec("batch", None))
+    length = 2 * sharding.axis_size("seq")
+    tokens_BT = jnp.zeros((rows, length), jnp.int32, out_sharding=sharding.spec("batch", None))
     return decoder.init(key, tokens_BT)["params"]
 
 

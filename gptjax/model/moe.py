@@ -61,9 +61,7 @@ def route(
     if moe.normalize:
         weights_Nk = weights_Nk / weights_Nk.sum(-1, keepdims=True)
     chosen_NE = (ids_Nk[..., None] == jnp.arange(e)).sum(1).astype(jnp.float32)
-    by_row = lambda a_NE: lax.reshape(
-        a_NE, (rows, n // rows, e), out_sharding=sharding.spec("batch", "seq", None)
-    )
+    by_row = lambda a_NE: sharding.sequences(a_NE, rows, (e,), (None,), rows_of(a_NE))
     share_BE = by_row(chosen_NE).mean(1) / moe.top_k
     balance_B = e * (lax.stop_gradient(share_BE) * by_row(p_NE).mean(1)).sum(-1)
     routing = Routing(
@@ -202,13 +200,14 @@ class MoE(nn.Module):
             precision="highest",
             out_sharding=x_rows,
         )
-        logits_NE = jax.sharding.reshard(logits_NE, sharding.spec("tokens", None))
+        held = "batch" if rows_axis == "batch" else "tokens"
+        logits_NE = jax.sharding.reshard(logits_NE, sharding.spec(held, None))
         ids_Nk, weights_Nk, routing = route(cfg, logits_NE, rows)
 
         seq, places = len(x_ND) // rows, 0
         if self.training and moe.capacity:
             places = min(seq, -(-int(moe.capacity * moe.top_k * seq) // e))
-        tokens = sharding.spec("tokens", None)
+        tokens = sharding.spec(held, None)
         expert = sharding.spec("experts", "w_embed", "mlp")
         down = sharding.spec("experts", "mlp", "w_embed")
         y_ND, dropped = jax.shard_map(

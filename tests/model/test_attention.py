@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax import sharding
 from gptjax.config import ModelConfig
 from gptjax.errors import ConfigError
 from gptjax.model import attention
@@ -53,18 +54,19 @@ def attend_on(mesh, arrays, backend, segments=None, key=None, window=None, **fie
     batch, length, heads, head = arrays[0].shape
     cfg = ModelConfig(heads=heads, kv_heads=arrays[1].shape[2], head_dim=head, **fields)
     with mesh as entered:
-        arrays = [placed(a, "batch", None, "heads", None) for a in arrays]
+        places = sharding.places(length)  # in which sequences lie over the context axis
+        arrays = [placed(a[:, places], "batch", "seq", "heads", None) for a in arrays]
         if segments is not None:
-            segments = placed(segments, "batch", None)
+            segments = placed(segments[:, places], "batch", "seq")
         assert len({str(s.index) for s in arrays[0].addressable_shards}) == entered.size
+        at = placed(np.broadcast_to(places, (batch, length)), "batch", "seq")
 
         def attend(q, k, v):
-            at = jnp.broadcast_to(jnp.arange(length), (batch, length))
             return attention.attend(
                 cfg, q, k, v, at, backend=backend, segments_BT=segments, window=window, key=key
             )
 
-        return both_passes(attend, *arrays)
+        return [part[:, np.argsort(places)] for part in both_passes(attend, *arrays)]
 
 
 def assert_same(got, want, tolerance=1e-5):
@@ -283,19 +285,24 @@ def test_cudnns_arguments_mean_what_the_reference_does(on_mesh, monkeypatch, win
 
 
 @pytest.mark.parametrize(
-    ("window", "kv_heads", "segmented", "cap"), [(None, 2, False, 1.5), (50, 1, True, 0.0)]
+    ("window", "kv_heads", "segmented", "cap", "context"),
+    [
+        (None, 2, False, 1.5, 1),
+        (50, 1, True, 0.0, 1),
+        (None, 1, True, 0.0, 2),
+        (50, 2, False, 0, 2),
+    ],
 )
 def test_splash_interpreted_equals_the_reference(
-    on_mesh, monkeypatch, window, kv_heads, segmented, cap
+    on_mesh, monkeypatch, window, kv_heads, segmented, cap, context
 ):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 
-    made = kernel.make_splash_mha_single_device
-    interpreted = functools.partial(made, interpret=True)
-    monkeypatch.setattr(kernel, "make_splash_mha_single_device", interpreted)
-    arrays = make(128, heads=2, kv_heads=kv_heads, head=64)
-    segments = segments_of(128) if segmented else None
-    got = jax.jit(lambda q, k, v: attention.splash(q, k, v, segments, window, cap))(*arrays[:3])
+    interpreted = functools.partial(kernel.make_splash_mha, interpret=True)
+    monkeypatch.setattr(kernel, "make_splash_mha", interpreted)
+    arrays = make(256 * context, heads=2, kv_heads=kv_heads, head=64)
+    segments = segments_of(256 * context) if segmented else None
     fields = {"segments": segments, "window": window, "attention_soft_cap": cap}
     want = attend_on(on_mesh(), arrays, "reference", **fields)
-    assert_same([got], want)
+    got = attend_on(on_mesh(1, 1, context=context), arrays, "splash", **fields)
+    assert_same(got, want)
