@@ -95,7 +95,10 @@ def held(cfg: Config, sizes: Mapping[str, int], state: list[Tensor]) -> dict[str
     whole = tokens * m.embed * width
     working = 3 * whole + 2 * heads + (2 * matrices + 1) * hidden
     layer = _layer_weights(cfg, sizes) * width
-    block = working + layer
+    sequences = 0.0
+    if (context := sizes["context"]) > 1:  # keys and values of whole sequences, and in their order
+        sequences = 4 * context * tokens * m.head * m.kv / tensor_parts * width
+    block = working + layer + sequences
 
     # --- the loss: the output layer whole, its gradient, a chunk's logits ---
     table = m.table * m.embed / tensor_parts

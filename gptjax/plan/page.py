@@ -12,7 +12,13 @@ from gptjax.plan.memory import Tensor
 from gptjax.plan.search import Choice
 
 _COLOURS = ("#2f6f9f", "#5fa8d3", "#e09f3e", "#9e2a2b", "#7b9e57", "#8d6a9f", "#777777")
-_AXES = {"data": "#777777", "fsdp": "#2f6f9f", "expert": "#9e2a2b", "tensor": "#e09f3e"}
+_AXES = {
+    "data": "#777777",
+    "fsdp": "#2f6f9f",
+    "expert": "#9e2a2b",
+    "context": "#7b9e57",
+    "tensor": "#e09f3e",
+}
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:62rem;padding:0 1rem;

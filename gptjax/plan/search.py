@@ -74,9 +74,11 @@ def _changed(old: Config, new: Config) -> set[str]:
 
 def _all(cfg: Config, machine: Machine, state: list[memory.Tensor]) -> Iterator[Choice]:
     for shape in _shapes(cfg, machine):
-        data, fsdp, expert, tensor = shape
+        data, fsdp, expert, context, tensor = shape
         rows = cfg.train.batch // (data * fsdp * expert)
-        mesh = replace(cfg.mesh, data=data, fsdp=fsdp, expert=expert, tensor=tensor)
+        mesh = replace(
+            cfg.mesh, data=data, fsdp=fsdp, expert=expert, context=context, tensor=tensor
+        )
         for accumulation, remat in itertools.product(divisors(rows), REMAT):
             one = replace(
                 cfg,
@@ -84,7 +86,7 @@ def _all(cfg: Config, machine: Machine, state: list[memory.Tensor]) -> Iterator[
                 compute=replace(cfg.compute, remat=remat),
                 train=replace(cfg.train, accumulation=accumulation),
             )
-            names = zip(("data", "fsdp", "expert", "tensor"), shape, strict=True)
+            names = zip(("data", "fsdp", "expert", "context", "tensor"), shape, strict=True)
             overrides = [f"--mesh.{axis} {size}" for axis, size in names]
             overrides += [f"--compute.remat {remat}", f"--train.accumulation {accumulation}"]
             try:
@@ -93,17 +95,17 @@ def _all(cfg: Config, machine: Machine, state: list[memory.Tensor]) -> Iterator[
                 break  # these sizes do not divide, whatever the rest
 
 
-def _shapes(cfg: Config, machine: Machine) -> Iterator[tuple[int, int, int, int]]:
-    """(data, fsdp, expert, tensor) that multiply out and split the batch into whole rows."""
-    n = machine.devices
-    experts = divisors(cfg.model.moe.experts) if cfg.model.moe.experts else [1]
-    for tensor in divisors(n):
-        if tensor > 64 or cfg.model.kv % tensor or tensor > machine.per_slice:
+def _shapes(cfg: Config, machine: Machine) -> Iterator[tuple[int, int, int, int, int]]:
+    """(data, fsdp, expert, context, tensor) that multiply out and split the batch's rows."""
+    n, m = machine.devices, cfg.model
+    experts = divisors(m.moe.experts) if m.moe.experts else [1]
+    # A context axis is for sequences that are too long for a device.
+    contexts = [c for c in divisors(n) if c == 1 or cfg.train.seq_len // c >= 4096]
+    for tensor, expert, context in itertools.product(divisors(n), experts, contexts):
+        rest, left = divmod(n, tensor * expert * context)
+        if left or m.kv % tensor or tensor * context > machine.per_slice:
             continue
-        for expert in experts:
-            if n // tensor % expert:
-                continue
-            for fsdp in divisors(n // tensor // expert):
-                data = n // tensor // expert // fsdp
-                if data % machine.slices == 0 and cfg.train.batch % (data * fsdp * expert) == 0:
-                    yield data, fsdp, expert, tensor
+        for fsdp in divisors(rest):
+            data = rest // fsdp
+            if data % machine.slices == 0 and cfg.train.batch % (data * fsdp * expert) == 0:
+                yield data, fsdp, expert, context, tensor

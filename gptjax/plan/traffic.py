@@ -106,12 +106,23 @@ def _all(cfg: Config, sizes: Mapping[str, int]) -> Iterator[Collective]:
     if moe.experts and expert > 1:
         yield from _dispatch(cfg, expert, tokens, width)
 
+    # --- keys and values of whole sequences for each part of the context ---
+    if (context := sizes["context"]) > 1:
+        keys = tokens * context * m.kv * m.head / tensor * width
+        again = 0 if cfg.compute.remat == "none" else 1
+        count = 2 * layers * steps
+        axes = ("context",)
+        yield Collective(GATHER, axes, context, keys, count * (1 + again), "keys and values")
+        yield Collective(SCATTER, axes, context, keys, count, "gradients of keys and values")
+
     # --- the tables, once for each part of the batch; a tied one is gathered once for both ---
     table = m.table * m.embed / tensor
     outside = {"where": "outside"}
     for name in ("embedding",) if m.tied_embeddings else ("embedding", "output layer"):
         yield from _gathers(table * width, steps, sizes, name, **outside)
-        yield from _scatters(table * 4, steps, sizes, ("data", "expert"), name, **outside)
+        yield from _scatters(
+            table * 4, steps, sizes, ("data", "expert", "context"), name, **outside
+        )
     if tensor > 1:
         yield from over_tensor(sum_rows, 1, "embedded rows", "outside")
         yield from over_tensor(gather_rows, 1, "gradients of embedded rows", "outside")
@@ -141,7 +152,7 @@ def _all(cfg: Config, sizes: Mapping[str, int]) -> Iterator[Collective]:
 def _weights(m: ModelConfig, tensor: int, expert: int) -> Iterator[_Weight]:
     """The matrices of one layer, as one device of the tensor and expert axes has them whole."""
     d, c = m.embed, m.head
-    everyone = ("data", "expert")
+    everyone = ("data", "expert", "context")
     yield _Weight("q", d * m.heads * c / tensor, everyone)
     yield _Weight("k", d * m.kv * c / tensor, everyone)
     yield _Weight("v", d * m.kv * c / tensor, everyone)
@@ -153,7 +164,9 @@ def _weights(m: ModelConfig, tensor: int, expert: int) -> Iterator[_Weight]:
         return
     for name in names:
         experts = m.moe.experts / expert
-        yield _Weight(f"experts' {name}", experts * d * m.expert_hidden / tensor, ("data",))
+        yield _Weight(
+            f"experts' {name}", experts * d * m.expert_hidden / tensor, ("data", "context")
+        )
         if m.moe.shared:
             width = m.moe.shared * m.expert_hidden
             yield _Weight(f"shared {name}", d * width / tensor, everyone)
