@@ -42,8 +42,8 @@ def mesh(plan: Plan) -> str:
     around = f" (rings of {' x '.join(map(str, rings))})" if len(rings) > 1 else ""
     return (
         f"data {sizes['data']}, fsdp {math.prod(rings)}{around}, expert {sizes['expert']}, "
-        f"context {sizes['context']}, tensor {sizes['tensor']}; accumulation {plan.cfg.train.accumulation}, "
-        f"remat {plan.cfg.compute.remat}"
+        f"context {sizes['context']}, tensor {sizes['tensor']}; "
+        f"accumulation {plan.cfg.train.accumulation}, remat {plan.cfg.compute.remat}"
     )
 
 

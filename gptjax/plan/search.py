@@ -74,11 +74,9 @@ def _changed(old: Config, new: Config) -> set[str]:
 
 def _all(cfg: Config, machine: Machine, state: list[memory.Tensor]) -> Iterator[Choice]:
     for shape in _shapes(cfg, machine):
-        data, fsdp, expert, context, tensor = shape
-        rows = cfg.train.batch // (data * fsdp * expert)
-        mesh = replace(
-            cfg.mesh, data=data, fsdp=fsdp, expert=expert, context=context, tensor=tensor
-        )
+        named = dict(zip(("data", "fsdp", "expert", "context", "tensor"), shape, strict=True))
+        rows = cfg.train.batch // (named["data"] * named["fsdp"] * named["expert"])
+        mesh = replace(cfg.mesh, **named)
         for accumulation, remat in itertools.product(divisors(rows), REMAT):
             one = replace(
                 cfg,
@@ -86,8 +84,7 @@ def _all(cfg: Config, machine: Machine, state: list[memory.Tensor]) -> Iterator[
                 compute=replace(cfg.compute, remat=remat),
                 train=replace(cfg.train, accumulation=accumulation),
             )
-            names = zip(("data", "fsdp", "expert", "context", "tensor"), shape, strict=True)
-            overrides = [f"--mesh.{axis} {size}" for axis, size in names]
+            overrides = [f"--mesh.{axis} {size}" for axis, size in named.items()]
             overrides += [f"--compute.remat {remat}", f"--train.accumulation {accumulation}"]
             try:
                 yield Choice(plan(one, machine, state), tuple(overrides))

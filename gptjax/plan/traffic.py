@@ -57,6 +57,9 @@ def by_axes(
     return table
 
 
+_COPIES = ("data", "expert", "context")  # the axes beside fsdp that hold the same weight
+
+
 @dataclass(frozen=True)
 class _Weight:
     """A weight of a layer, or a table: bytes in the compute dtype after the tensor axis."""
@@ -120,9 +123,7 @@ def _all(cfg: Config, sizes: Mapping[str, int]) -> Iterator[Collective]:
     outside = {"where": "outside"}
     for name in ("embedding",) if m.tied_embeddings else ("embedding", "output layer"):
         yield from _gathers(table * width, steps, sizes, name, **outside)
-        yield from _scatters(
-            table * 4, steps, sizes, ("data", "expert", "context"), name, **outside
-        )
+        yield from _scatters(table * 4, steps, sizes, _COPIES, name, **outside)
     if tensor > 1:
         yield from over_tensor(sum_rows, 1, "embedded rows", "outside")
         yield from over_tensor(gather_rows, 1, "gradients of embedded rows", "outside")
@@ -152,15 +153,14 @@ def _all(cfg: Config, sizes: Mapping[str, int]) -> Iterator[Collective]:
 def _weights(m: ModelConfig, tensor: int, expert: int) -> Iterator[_Weight]:
     """The matrices of one layer, as one device of the tensor and expert axes has them whole."""
     d, c = m.embed, m.head
-    everyone = ("data", "expert", "context")
-    yield _Weight("q", d * m.heads * c / tensor, everyone)
-    yield _Weight("k", d * m.kv * c / tensor, everyone)
-    yield _Weight("v", d * m.kv * c / tensor, everyone)
-    yield _Weight("o", d * m.heads * c / tensor, everyone)
+    yield _Weight("q", d * m.heads * c / tensor, _COPIES)
+    yield _Weight("k", d * m.kv * c / tensor, _COPIES)
+    yield _Weight("v", d * m.kv * c / tensor, _COPIES)
+    yield _Weight("o", d * m.heads * c / tensor, _COPIES)
     names = ("gate", "up", "down") if m.activation == "swiglu" else ("up", "down")
     if not m.moe.experts:
         for name in names:
-            yield _Weight(name, d * m.hidden / tensor, everyone)
+            yield _Weight(name, d * m.hidden / tensor, _COPIES)
         return
     for name in names:
         experts = m.moe.experts / expert
@@ -169,7 +169,7 @@ def _weights(m: ModelConfig, tensor: int, expert: int) -> Iterator[_Weight]:
         )
         if m.moe.shared:
             width = m.moe.shared * m.expert_hidden
-            yield _Weight(f"shared {name}", d * width / tensor, everyone)
+            yield _Weight(f"shared {name}", d * width / tensor, _COPIES)
 
 
 def _gathers(
