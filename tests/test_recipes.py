@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from gptjax import cli, config
+from gptjax.plan import machines
 
 REPO = Path(__file__).resolve().parent.parent
 PRESETS = [
@@ -16,7 +17,7 @@ PRESETS = [
     for file in sorted((REPO / "configs").glob("*.py"))
     for name in re.findall(r"^def ([a-z]\w*)\(\) -> Config:", file.read_text(), re.M)
 ]
-COMMANDS = "train|eval|sample|serve|data|tokenizer|config|convert|inspect"
+COMMANDS = "train|plan|eval|sample|serve|data|tokenizer|config|convert|inspect"
 SHOWN = [
     line.split("#")[0].strip().removeprefix(".venv/bin/")
     for page in [REPO / "README.md", *sorted((REPO / "configs").glob("*.py"))]
@@ -36,10 +37,13 @@ def test_pages_and_presets_show_commands() -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_is_valid_on_one_device_and_on_eight(preset: str) -> None:
+def test_a_preset_is_valid_on_its_machine_or_on_one_device_and_on_eight(preset: str) -> None:
     cfg = config.load(preset)
-    cfg.check(1)
-    cfg.check(8)
+    if machine := cfg.mesh.machine:
+        cfg.check(machines.parse(machine).devices, machines.parse(machine).processes)
+    else:
+        cfg.check(1)
+        cfg.check(8)
 
 
 @pytest.mark.parametrize("line", SHOWN)

@@ -156,19 +156,18 @@ def _with_capacity(x_nD, ids_nk, weights_nk, gate_eDF, up_eDF, down_eFD, *, seq,
 def _serve(x_nD, ids_nk, weights_nk, gate_eDF, up_eDF, down_eFD, *, seq, experts, places, rows):
     """The island: weights gathered over fsdp, tokens to experts and back, summed over tensor."""
     x_nD = gather_rows(x_nD, rows)
-    gather = functools.partial(gather_weight, dtype=x_nD.dtype)
-    args = (
-        x_nD,
-        ids_nk,
-        weights_nk,
-        *(gather(w, dimension=1) for w in (gate_eDF, up_eDF)),
-        gather(down_eFD, dimension=2),
-    )
+    # Marked as each copy's own before they are gathered, so that gradients are scattered first and
+    # their parts summed over the copies, not the reverse.
+    axes = sharding.mesh_axes("batch" if rows == "batch" else "tokens")
+    copies = tuple(axis for axis in axes if axis in ("data", "context"))
+    own = functools.partial(lax.pcast, axis_name=copies, to="varying")
+    into = (gather_weight(own(w_eDF), x_nD.dtype, 1) for w_eDF in (gate_eDF, up_eDF))
+    args = x_nD, ids_nk, weights_nk, *into, gather_weight(own(down_eFD), x_nD.dtype, 2)
     if places:
         y_nD, dropped = _with_capacity(*args, seq=seq, experts=experts, places=places)
     else:
         y_nD, dropped = _dropless(*args), jnp.int32(0)
-    dropped = lax.psum(dropped.astype(jnp.float32), sharding.RULES["tokens"])
+    dropped = lax.psum(dropped.astype(jnp.float32), axes)
     return sum_rows(y_nD, rows), dropped
 
 

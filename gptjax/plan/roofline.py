@@ -16,7 +16,7 @@ from gptjax import sharding
 from gptjax.config import Config
 from gptjax.model import counts
 from gptjax.plan.machines import Machine
-from gptjax.plan.traffic import Collective
+from gptjax.plan.traffic import EXCHANGE, GATHER, SCATTER, SUM, Collective
 
 # Share of the bfloat16 peak that a whole train step's products reached, recomputation counted, in
 # the best runs that the MaxText team published: on v5e 0.89 (its 32B, 66.9 % MFU with a forward
@@ -29,6 +29,14 @@ REACHED: Mapping[str, float] = {"v4": 0.76, "v5e": 0.89, "v5p": 0.86, "v6e": 0.5
 def reached(machine: Machine) -> float:
     """Share of the peak that large products are expected to reach; see REACHED."""
     return REACHED.get(machine.generation, 0.6)
+
+
+# Collectives that run beside arithmetic in the compiled step (LOG.md): on a v5e gathers; where
+# there is a SparseCore to hand them to, all but exchanges. On GPUs all are taken to, on a v4 none.
+_ALL = (GATHER, SCATTER, SUM, EXCHANGE)
+_HIDDEN: Mapping[str, tuple[str, ...]] = {"v4": (), "v5e": (GATHER,)} | dict.fromkeys(
+    ("v5p", "v6e", "v7x"), (GATHER, SCATTER, SUM)
+)
 
 
 @dataclass(frozen=True)
@@ -156,7 +164,8 @@ def times(
         seconds = {axis: one.wire / over[axis].bandwidth for axis in one.axes}
         axis = max(seconds, key=seconds.__getitem__)
         wires[axis] = wires.get(axis, 0.0) + seconds[axis]
-        if not one.hidden or over[axis].kind == "network":
+        overlaps = one.hidden and one.kind in _HIDDEN.get(machine.generation, _ALL)
+        if not overlaps or over[axis].kind == "network":
             exposed += seconds[axis]
     memory, update_seconds = passes / device.hbm, update / device.hbm
     hidden = sum(wires.values()) - exposed

@@ -1,0 +1,87 @@
+"""Presets for accelerator pods: a model, the machine, and the mesh that `gptjax plan` recommends.
+
+    gptjax plan configs/pods.py:llama3_8b_v5e_256 --compile
+    gptjax train configs/pods.py:llama3_8b_v5e_256 --data.sources 'corpus/*.jsonl.zst'
+
+The recipes are those of the models' own presets; GPT-3's batch of 3.2 million tokens is rounded to
+1536 sequences, which these meshes divide. What each needs and how long it is predicted to take, by
+arithmetic and as the TPU's compiler sees it, stands in the README.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from gptjax.config import Config, MeshConfig, load
+
+
+def gpt2_small_v5e_4() -> Config:
+    """GPT-2 124M on 2x2 of v5e."""
+    return _on("v5e:2x2", "gpt2.py:small", data=4, accumulation=8)
+
+
+def gpt3_175b_v5p_512() -> Config:
+    """GPT-3 175B on 8x8x8 of v5p: everything along fsdp."""
+    return _on("v5p:8x8x8", "gpt3.py:gpt3_175b", fsdp=512, batch_tokens=_GPT3)
+
+
+def gpt3_175b_v5p_2048() -> Config:
+    """GPT-3 175B on 8x16x16 of v5p: a sequence's work over four devices."""
+    return _on("v5p:8x16x16", "gpt3.py:gpt3_175b", fsdp=512, tensor=4, batch_tokens=_GPT3)
+
+
+def llama3_8b_v5e_256() -> Config:
+    """Llama 3 8B on 16x16 of v5e."""
+    return _on("v5e:16x16", "llama.py:llama3_8b", fsdp=256)
+
+
+def llama3_8b_v5e_2x256() -> Config:
+    """Llama 3 8B on two slices of 16x16 of v5e: gradients alone cross the network."""
+    return _on("2xv5e:16x16", "llama.py:llama3_8b", data=2, fsdp=256)
+
+
+def llama3_70b_v5p_512() -> Config:
+    """Llama 3 70B on 8x8x8 of v5p."""
+    return _on("v5p:8x8x8", "llama.py:llama3_70b", fsdp=512)
+
+
+def llama31_405b_v5p_128() -> Config:
+    """Llama 3.1 405B on 4x4x8 of v5p, the smallest slice that holds its training."""
+    return _on("v5p:4x4x8", "llama.py:llama31_405b", fsdp=32, tensor=4, accumulation=16)
+
+
+def llama31_8b_128k_v5p_512() -> Config:
+    """Llama 3.1 8B on sequences of 131,072 tokens, each over 16 devices of 8x8x8 of v5p."""
+    return _on("v5p:8x8x8", "llama.py:llama31_8b", fsdp=32, context=16, seq_len=131_072)
+
+
+def mixtral_8x7b_v5p_128() -> Config:
+    """Mixtral 8x7B on 4x4x8 of v5p, an expert a device, 1.25 times its even share of tokens."""
+    cfg = _on("v5p:4x4x8", "mixtral.py:mixtral_8x7b", fsdp=16, expert=8, accumulation=4)
+    moe = replace(cfg.model.moe, capacity=1.25)
+    return replace(cfg, model=replace(cfg.model, moe=moe))
+
+
+_GPT3 = 1536 * 2048  # tokens of a step
+
+
+def _on(
+    machine: str,
+    preset: str,
+    *,
+    data: int = 1,
+    fsdp: int = 1,
+    expert: int = 1,
+    context: int = 1,
+    tensor: int = 1,
+    **train: int,
+) -> Config:
+    cfg = load(str(Path(__file__).with_name(preset.split(":")[0])) + ":" + preset.split(":")[1])
+    mesh = MeshConfig(data, fsdp, expert, tensor, context, machine)
+    rows = data * fsdp * expert
+    return replace(
+        cfg,
+        run=f"{cfg.run}-{machine.replace(':', '-')}",
+        mesh=mesh,
+        train=replace(cfg.train, **train),
+        eval=replace(cfg.eval, batch=max(1, -(-cfg.eval.batch // rows)) * rows),
+    )
