@@ -84,11 +84,9 @@ def held(cfg: Config, sizes: Mapping[str, int], state: list[Tensor]) -> dict[str
     matrices = 2 if m.activation == "swiglu" else 1
     active = m.expert_hidden * (m.moe.top_k + m.moe.shared) if m.moe.experts else m.hidden
     hidden = tokens * active / tensor_parts * width
-    kept = {"block": stream, "dots": 2 * stream + heads, "none": 4 * stream + 2 * heads}[c.remat]
-    if c.remat != "block":
-        kept += matrices * hidden if not m.moe.experts else 0
-    if c.remat == "none":
-        kept += hidden
+    kept = {"block": stream, "dots": 2 * stream + heads, "none": 18 * stream + 3 * heads}[c.remat]
+    if c.remat != "block" and not m.moe.experts:
+        kept += matrices * hidden * (2 if c.remat == "none" else 1)
     saved = m.layers * kept
 
     # --- a block's backward pass: what it recomputes, its gradients, weights gathered for it ---

@@ -447,21 +447,23 @@ def test_flops_per_token_count_grouped_heads_swiglu_and_windows_by_hand():
     )
 
 
-def test_the_model_asks_its_backend_for_exactly_what_it_needs(tiny_model):
-    def chosen(compute="auto", segments=False, training=False, **fields):
-        return decoder.attention_backends(
-            tiny_model(**fields),
-            ComputeConfig(attention=compute, dtype="bfloat16"),
-            "gpu",
-            32,
-            segments=segments,
-            training=training,
-        )
+def test_the_model_asks_its_backend_for_exactly_what_it_needs(on_mesh, tiny_model):
+    def chosen(compute="auto", segments=False, training=False, context=1, **fields):
+        with on_mesh(context=context):
+            return decoder.attention_backends(
+                tiny_model(**fields),
+                ComputeConfig(attention=compute, dtype="bfloat16"),
+                "gpu",
+                32,
+                segments=segments,
+                training=training,
+            )
 
     assert chosen() == ("cudnn",)
     assert chosen(pattern=("full", "window"), window=4, kv_heads=2) == ("cudnn", "cudnn")
     assert chosen(segments=True) == ("reference",)
     assert chosen(positions="alibi") == ("reference",)
+    assert chosen(context=2) == ("reference",)
     assert chosen(dropout=0.1) == ("cudnn",)
     assert chosen(dropout=0.1, training=True) == ("reference",)
     with pytest.raises(ConfigError, match="cudnn: does not support dropout"):
