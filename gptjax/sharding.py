@@ -86,8 +86,23 @@ def arrange(cfg: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
         )
     else:
         arranged = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+    arranged = _boxes(arranged)
     along = rings(arranged[0, :, 0, 0, 0])
     return arranged.reshape(sizes["data"], *along, *rest)
+
+
+def _boxes(arranged: np.ndarray) -> np.ndarray:
+    """The same, each line of devices along fsdp in the order of its coordinates: through whole
+    rings one after another, where it may have been a snake through them.
+    """
+    if arranged.flat[0].platform != "tpu":
+        return arranged
+    lines = np.moveaxis(arranged, 1, -1)
+    ordered = np.empty_like(lines)
+    for index in np.ndindex(lines.shape[:-1]):
+        place = lambda device: (*device.coords, device.core_on_chip)
+        ordered[index][:] = sorted(lines[index], key=place)
+    return np.moveaxis(ordered, -1, 1)
 
 
 def rings(line: Sequence[Any]) -> tuple[int, int, int]:

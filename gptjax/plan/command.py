@@ -30,30 +30,29 @@ class Options:
 def run(cfg: Config, options: Options, tell: Callable[[str], None]) -> None:
     """Tells the plan. Raises ConfigError for what cannot be, OutputError for a page not written."""
     machine = _machine(cfg, options)
-    if options.price < 0:
-        raise ConfigError([f"--price={options.price:g}: must not be negative"])
-    if (options.compile or options.sampling) and machine.device.platform == "tpu":
+    if not 0 <= options.price < float("inf"):
+        raise ConfigError([f"--price={options.price:g}: must be a number, not negative"])
+    if options.compile or options.sampling:
         compiled.devices(machine)  # says now if there is no compiler
     choices = search.front(cfg, machine) if options.search else []
     planned = choices[0].plan if choices else estimate.plan(_filled(cfg, machine), machine)
-    if options.json:
-        tell(json.dumps(_as_dict(planned, choices, options)))
-    else:
-        for line in report.lines(planned, options.price):
-            tell(line)
-        if not planned.fits:
-            tell(f"\n{report.ways_to_fit(planned)}")
-        if choices:
-            tell("")
-            for line in report.front(choices):
-                tell(line)
-    if not options.json:
-        _confirm(planned, choices, options, tell)
     if options.html:
         try:
             Path(options.html).write_text(page.render(planned, choices, options.price))
         except OSError as error:
             raise OutputError(f"--html={options.html}: cannot be written: {error}") from None
+    if options.json:
+        tell(json.dumps(_as_dict(planned, choices, options)))
+        return
+    for line in report.lines(planned, options.price):
+        tell(line)
+    if not planned.fits:
+        tell(f"\n{report.ways_to_fit(planned)}")
+    if choices:
+        tell("")
+        for line in report.front(choices):
+            tell(line)
+    _confirm(planned, choices, options, tell)
 
 
 def _machine(cfg: Config, options: Options) -> Machine:
@@ -86,8 +85,12 @@ def _as_dict(planned: Plan, choices: list[search.Choice], options: Options) -> d
             for one in choices
         ]
     if options.compile:
-        found = compiled.train_step(planned.cfg, planned.machine)
-        result["compiled"] = report.compiled_dict(found)
+        confirmed = [choice.plan for choice in choices[:CONFIRMED]] or [planned]
+        found = [report.compiled_dict(compiled.train_step(p.cfg, p.machine)) for p in confirmed]
+        result["compiled"] = found if choices else found[0]
+    if options.sampling:
+        programs = compiled.sampling(planned.cfg, planned.machine)
+        result["sampling"] = {name: report.compiled_dict(found) for name, found in programs}
     return result
 
 

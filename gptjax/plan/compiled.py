@@ -24,7 +24,7 @@ from gptjax.config import Config
 from gptjax.errors import ConfigError
 from gptjax.model import decoder
 from gptjax.plan.machines import Machine
-from gptjax.plan.traffic import SCATTER, SUM, Collective
+from gptjax.plan.traffic import GATHER, SCATTER, SHIFT, SUM, Collective
 from gptjax.sample import decoding, engine
 
 
@@ -65,7 +65,15 @@ def devices(machine: Machine) -> list[Any]:
     name += ":" + "x".join(map(str, machine.shape))
     more = {"num_slices": machine.slices} if machine.slices > 1 else {}
     with _quiet():
-        return list(topologies.get_topology_desc(name, "tpu", **more).devices)
+        try:
+            found = list(topologies.get_topology_desc(name, "tpu", **more).devices)
+        except jax.errors.JaxRuntimeError as error:
+            why = f"libtpu knows no such slice: {str(error).splitlines()[0]}"
+            raise ConfigError([f"--compile: {machine.name}: {why}"]) from None
+    if len(found) != machine.devices:
+        why = f"libtpu describes {len(found)} devices there, where a run has {machine.devices}"
+        raise ConfigError([f"--compile: {machine.name}: {why}; leave --compile away"])
+    return found
 
 
 def train_step(cfg: Config, machine: Machine) -> Compiled:
@@ -266,9 +274,11 @@ def _collective(
         else _BYTES.get(dtype, 4)
         for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", type_)
     ]
-    if start:  # the operands stand beside the results
-        sizes = [max(sizes)]
-    bytes_ = sum(sizes)
+    bytes_ = float(sum(sizes))
+    if start and kind == GATHER:  # the operands stand beside the results
+        bytes_ *= parts / (parts + 1)
+    elif start and kind in (SCATTER, SHIFT):
+        bytes_ *= 1 / (parts + 1) if kind == SCATTER else 1 / 2
     if kind == SCATTER:
         bytes_ *= parts
     if kind == SUM and computation.startswith("all-reduce-scatter"):

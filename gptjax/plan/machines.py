@@ -53,9 +53,9 @@ class Device:
 # memory is what nvidia-smi shows; network is one 200 (A100) or 400 Gb/s adapter a GPU.
 DEVICES: Mapping[str, Device] = {
     "v4": Device("TPU v4", 275, 30.75 * GIB, 1.2e12, 45e9, 6.25e9, 3, 4, 4, 1, 4096),
-    "v5e": Device("TPU v5 lite", 197, 15.75 * GIB, 8.19e11, 45e9, 3.125e9, 2, 16, 8, 1, 256),
+    "v5e": Device("TPU v5 lite", 197, 15.75 * GIB, 8.19e11, 45e9, 3.125e9, 2, 16, 4, 1, 256),
     "v5p": Device("TPU v5p", 459, 95.74 * GIB, 2.765e12, 90e9, 6.25e9, 3, 4, 4, 1, 8960),
-    "v6e": Device("TPU v6 lite", 918, 31.25 * GIB, 1.638e12, 90e9, 12.5e9, 2, 16, 8, 1, 256),
+    "v6e": Device("TPU v6 lite", 918, 31.25 * GIB, 1.638e12, 90e9, 12.5e9, 2, 16, 4, 1, 256),
     "v7x": Device("TPU7x", 1153.5, 94.75 * GIB, 3.69e12, 45e9, 6.25e9, 3, 4, 8, 2, 18432),
     "a100": Device("NVIDIA A100 80GB", 312, 80 * GIB, 2.039e12, 3e11, 2.5e10, 0, 0, 8),
     "h100": Device("NVIDIA H100", 989.4, 79.6 * GIB, 3.35e12, 4.5e11, 5e10, 0, 0, 8),
@@ -76,7 +76,7 @@ class Machine:
     @property
     def generation(self) -> str:
         """The name in DEVICES."""
-        return next(name for name, device in DEVICES.items() if device is self.device)
+        return next(name for name, device in DEVICES.items() if device.kind == self.device.kind)
 
     @property
     def devices(self) -> int:
@@ -99,7 +99,7 @@ class Machine:
     @property
     def processes(self) -> int:
         """Hosts, each with a process."""
-        return max(1, self.devices // self.device.node)
+        return self.slices * -(-self.per_slice // self.device.node)
 
 
 def parse(text: str) -> Machine:
@@ -156,7 +156,9 @@ class Place:
 
 
 def places(machine: Machine) -> list[Any]:
-    """Every device of a machine, as far as its place goes."""
+    """Every device of a machine, as far as its place goes. Nodes of GPUs are no slices: a mesh axis
+    may run through them.
+    """
     device = machine.device
     kind = {"TPU v5p": "TPU v5"}.get(device.kind, device.kind)
     found: list[Any] = []
@@ -169,7 +171,12 @@ def places(machine: Machine) -> list[Any]:
             coords += [0] * (3 - len(coords))
             for core in range(device.per_chip):
                 n = len(found)
-                found.append(Place(n, n // device.node, s, coords, core, device.platform, kind))
+                host = (
+                    s * (machine.processes // machine.slices)
+                    + (n - s * machine.per_slice) // device.node
+                )
+                slice_ = s if device.rings else 0
+                found.append(Place(n, host, slice_, coords, core, device.platform, kind))
     return found
 
 

@@ -87,6 +87,8 @@ def held(cfg: Config, sizes: Mapping[str, int], state: list[Tensor]) -> dict[str
     kept = {"block": stream, "dots": 2 * stream + heads, "none": 18 * stream + 3 * heads}[c.remat]
     if c.remat != "block" and not m.moe.experts:
         kept += matrices * hidden * (2 if c.remat == "none" else 1)
+    if c.remat == "none" and m.moe.experts:
+        kept += _layer_weights(cfg, sizes) * width
     saved = m.layers * kept
 
     # --- a block's backward pass: what it recomputes, its gradients, weights gathered for it ---

@@ -73,7 +73,8 @@ def links(machine: Machine, arranged: np.ndarray) -> dict[str, Link]:
 
 def _link(machine: Machine, line: list[Any]) -> Link:
     device = machine.device
-    if len({place.slice_index for place in line}) > 1:
+    group = "slice_index" if device.rings else "process_index"
+    if len({getattr(place, group) for place in line}) > 1:
         return Link("network", device.network)
     if not device.rings:
         return Link("switch", device.link)

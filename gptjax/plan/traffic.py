@@ -52,8 +52,9 @@ def by_axes(
     """(count, wire bytes) of a step by (kind, mesh axes)."""
     table: dict[tuple[str, tuple[str, ...]], tuple[float, float]] = {}
     for one in collectives:
-        count, wire = table.get((one.kind, one.axes), (0.0, 0.0))
-        table[one.kind, one.axes] = count + one.count, wire + one.wire
+        key = one.kind, tuple(axis for axis in sharding.AXES if axis in one.axes)
+        count, wire = table.get(key, (0.0, 0.0))
+        table[key] = count + one.count, wire + one.wire
     return table
 
 
@@ -93,7 +94,9 @@ def _all(cfg: Config, sizes: Mapping[str, int]) -> Iterator[Collective]:
     # --- weights of the layers: gathered forward and backward, gradients scattered ---
     for weight in _weights(m, tensor, expert):
         whole = weight.elements * width
-        yield from _gathers(whole, 2 * layers * steps, sizes, weight.name)
+        # Without remat, the experts' gathered weights are kept for the backward pass.
+        times = 1 if weight.name.startswith("experts") and cfg.compute.remat == "none" else 2
+        yield from _gathers(whole, times * layers * steps, sizes, weight.name)
         yield from _scatters(whole, layers * steps, sizes, weight.copies, weight.name)
 
     # --- rows over the tensor axis: into and out of each pair of products ---
@@ -118,11 +121,12 @@ def _all(cfg: Config, sizes: Mapping[str, int]) -> Iterator[Collective]:
         yield Collective(GATHER, axes, context, keys, count * (1 + again), "keys and values")
         yield Collective(SCATTER, axes, context, keys, count, "gradients of keys and values")
 
-    # --- the tables, once for each part of the batch; a tied one is gathered once for both ---
+    # --- the tables, once for each part of the batch; a tied one is gathered once for both uses ---
     table = m.table * m.embed / tensor
     outside = {"where": "outside"}
     for name in ("embedding",) if m.tied_embeddings else ("embedding", "output layer"):
         yield from _gathers(table * width, steps, sizes, name, **outside)
+    for name in ("embedding", "output layer"):
         yield from _scatters(table * 4, steps, sizes, _COPIES, name, **outside)
     if tensor > 1:
         yield from over_tensor(sum_rows, 1, "embedded rows", "outside")

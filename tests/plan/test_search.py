@@ -1,0 +1,170 @@
+"""The search: what it finds fits, is in order and can be pasted; what to do where nothing fits."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from gptjax import config
+from gptjax.errors import ConfigError
+from gptjax.plan import estimate, search
+from gptjax.plan.machines import parse
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SMALL, LLAMA, MIXTRAL = (
+    str(CONFIGS / name)
+    for name in ("gpt2.py:small", "llama.py:llama3_8b", "mixtral.py:mixtral_8x7b")
+)
+WAYS = [
+    (SMALL, "v5e:2x2"),
+    (LLAMA, "h100:16"),
+    (MIXTRAL, "v5p:4x4x4"),
+]
+
+
+@pytest.fixture(scope="module")
+def fronts():
+    """The front of each of WAYS."""
+    return {
+        way: search.front(config.resolve(way[0], [], "gptjax plan"), parse(way[1])) for way in WAYS
+    }
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_is_slower_than_those_before_it_and_holds_less(fronts, way) -> None:
+    choices = fronts[way]
+    assert len(choices) > 1
+    times = [one.plan.times.expected for one in choices]
+    assert times == sorted(times)
+    held = [one.plan.total for one in choices]
+    assert all(later < earlier for earlier, later in itertools.pairwise(held))
+    assert all(one.plan.fits for one in choices)
+    assert all(one.plan.machine.name == way[1] for one in choices)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_overrides_give_the_plan_that_they_stand_beside(fronts, way) -> None:
+    for one in fronts[way]:
+        words = " ".join(one.overrides).split()
+        pasted = config.resolve(way[0], words, "gptjax plan")
+        cfg = one.plan.cfg
+        assert (pasted.mesh, pasted.compute) == (cfg.mesh, cfg.compute)
+        assert pasted.train == cfg.train
+        again = estimate.plan(pasted, one.plan.machine, one.plan.state)
+        assert again.total == one.plan.total
+        assert again.times == one.plan.times
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_mesh_that_is_found_crosses_the_network_but_with_data(fronts, way) -> None:
+    for one in fronts[way]:
+        slow = {axis for axis, link in one.plan.links.items() if link.kind == "network"}
+        assert slow <= {"data"}
+        assert one.plan.sizes["data"] % one.plan.machine.slices == 0
+
+
+def test_experts_are_searched_where_there_are_any(fronts) -> None:
+    assert {one.plan.sizes["expert"] for one in fronts[SMALL, "v5e:2x2"]} == {1}
+    assert max(one.plan.sizes["expert"] for one in fronts[MIXTRAL, "v5p:4x4x4"]) > 1
+
+
+def test_the_fastest_is_no_slower_than_any_way_that_is_planned_by_itself(fronts) -> None:
+    fastest = fronts[SMALL, "v5e:2x2"][0].plan.times.expected
+    planned = 0
+    for mesh in (["--mesh.fsdp", "4"], ["--mesh.fsdp", "2", "--mesh.data", "2"]):
+        for remat in ("none", "dots", "block"):
+            words = [*mesh, "--compute.remat", remat, "--train.accumulation", "32"]
+            cfg = config.resolve(SMALL, words, "gptjax plan")
+            plan = estimate.plan(cfg, parse("v5e:2x2"))
+            if plan.fits:
+                planned += 1
+                assert fastest <= plan.times.expected
+    assert planned
+
+
+def test_where_nothing_fits_the_error_says_what_to_do() -> None:
+    cfg = config.resolve(str(CONFIGS / "llama.py:llama31_405b"), [], "gptjax plan")
+    with pytest.raises(ConfigError) as caught:
+        search.front(cfg, parse("v5e:2x2"))
+    (problem,) = caught.value.problems
+    assert problem.startswith("--search: ")
+    for part in (cfg.run, "v5e:2x2", "more devices", "train.batch_tokens"):
+        assert part in problem
+
+
+# --- a plan that does not fit --------------------------------------------------------------------
+
+
+def plan_of(preset, machine, *words):
+    return estimate.plan(config.resolve(preset, words, "gptjax plan"), parse(machine))
+
+
+@pytest.mark.parametrize(
+    ("preset", "machine", "words"),
+    [
+        (SMALL, "v5e:2x2", ("--mesh.data", "4", "--compute.remat", "none")),
+        (LLAMA, "v5e:4x4", ("--mesh.fsdp", "16", "--compute.remat", "none")),
+        (LLAMA, "h100:8", ("--mesh.fsdp", "8", "--compute.remat", "dots")),
+    ],
+)
+def test_what_would_fit_instead_does_and_costs_the_least_time_first(preset, machine, words) -> None:
+    planned = plan_of(preset, machine, *words)
+    assert not planned.fits
+    found = search.remedies(planned)
+    assert 1 <= len(found) <= 3
+    times = [one.plan.times.expected for one in found]
+    assert times == sorted(times)
+    for one in found:
+        assert one.plan.fits
+        assert one.plan.total < planned.total
+        again = plan_of(preset, machine, *words, *" ".join(one.overrides).split())
+        assert again.fits
+        assert again.total == one.plan.total
+
+
+def test_of_changes_of_one_thing_each_is_offered_once() -> None:
+    planned = plan_of(SMALL, "v5e:2x2", "--mesh.data", "4", "--compute.remat", "none")
+    changes = []
+    for one in search.remedies(planned, most=9):
+        cfg, old = one.plan.cfg, planned.cfg
+        changes.append(
+            (
+                cfg.mesh != old.mesh,
+                cfg.compute.remat != old.compute.remat,
+                cfg.train.accumulation != old.train.accumulation,
+            )
+        )
+    alone = [change for change in changes if sum(change) == 1]
+    assert len(alone) == len(set(alone)) > 1
+    assert len(changes) - len(alone) <= 1  # of changes of several things the fastest alone
+    assert not any(sum(change) == 0 for change in changes)
+
+
+def test_of_changes_of_one_thing_the_fastest_is_offered() -> None:
+    words = ("--mesh.data", "4", "--compute.remat", "none")
+    planned = plan_of(SMALL, "v5e:2x2", *words)
+    ways = [("--train.accumulation", str(2**n)) for n in range(1, 8)]
+    alone = [plan_of(SMALL, "v5e:2x2", *words, *way) for way in ways]
+    fastest = min(one.times.expected for one in alone if one.fits)
+    assert sum(one.fits for one in alone) > 1
+    (offered,) = [
+        one.plan
+        for one in search.remedies(planned, most=9)
+        if (one.plan.cfg.mesh, one.plan.cfg.compute) == (planned.cfg.mesh, planned.cfg.compute)
+    ]
+    assert offered.times.expected == fastest
+
+
+def test_more_remedies_are_left_out_the_slower_first() -> None:
+    planned = plan_of(SMALL, "v5e:2x2", "--mesh.data", "4", "--compute.remat", "none")
+    every, one = search.remedies(planned, most=9), search.remedies(planned, most=1)
+    assert len(every) > 1
+    assert [choice.overrides for choice in one] == [every[0].overrides]
+
+
+def test_where_no_change_fits_there_is_no_remedy() -> None:
+    planned = plan_of(
+        str(CONFIGS / "llama.py:llama31_405b"), "v5e:2x2", "--mesh.data", "1", "--mesh.fsdp", "4"
+    )
+    assert not planned.fits
+    assert search.remedies(planned) == []

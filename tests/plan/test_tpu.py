@@ -1,0 +1,132 @@
+"""The plan against the TPU's own compiler: what a step sends, and where devices lie.
+
+Each compiles in a process of its own, so that the TPU's library is never loaded into this one: a
+minute or two each. Of one layer XLA unrolls the loop, and gathers its weights once for both passes;
+so there are two.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason="no TPU compiler: pip install 'gptjax[tpu-plan]'",
+    ),
+]
+
+
+TOLERANCE = 0.1
+
+
+def words_of(text):
+    preset, *words = text.split()
+    return [str(REPO / "configs" / preset), *words, "--model.layers", "2", "--compile", "--json"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "gpt2.py:small --machine v5e:2x2 --mesh.data 4 --train.accumulation 8",
+        "llama.py:llama3_8b --machine v5e:16x16 --mesh.fsdp 256",
+        "llama.py:llama3_70b --machine v5p:8x8x8 --mesh.fsdp 512",
+        "llama.py:llama31_8b --machine v5p:4x4x4 --mesh.fsdp 16 --mesh.context 4 "
+        "--train.seq-len 16384 --train.batch-tokens 524288",
+        "mixtral.py:mixtral_8x7b --machine v5p:4x4x8 --mesh.fsdp 16 --mesh.expert 8 "
+        "--model.moe.capacity 1.25 --train.accumulation 4",
+    ],
+)
+def test_the_compiled_step_holds_and_sends_what_is_predicted(words) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gptjax", "plan", *words_of(words)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    found = plan["compiled"]
+    assert plan["fits"]
+    assert found["out_of_memory"] is None
+    assert plan["memory_total_bytes"] == pytest.approx(found["peak_bytes"], rel=TOLERANCE)
+    assert found["warnings"] == []
+    sent, predicted = (sum(one["wire_bytes"] for one in of["collectives"]) for of in (found, plan))
+    assert predicted == pytest.approx(sent, rel=TOLERANCE)
+
+
+PLACES = """
+import json, sys
+from gptjax.plan import machines
+machines.environment()
+from gptjax import sharding
+from gptjax.config import MeshConfig
+from gptjax.plan import compiled
+
+told = []
+for name, mesh in json.loads(sys.argv[1]):
+    machine = machines.parse(name)
+    real = compiled.devices(machine)
+    both = [sharding.arrange(MeshConfig(**mesh), d) for d in (real, machines.places(machine))]
+    place = lambda d: [list(d.coords), d.core_on_chip, getattr(d, "slice_index", 0)]
+    kind = lambda d: [d.device_kind, d.platform]
+    told.append([[a.shape, [place(d) for d in a.flat], kind(a.flat[0])] for a in both])
+print(json.dumps(told))
+"""
+
+
+def arranged(meshes):
+    """Of each (machine, mesh) how libtpu's devices are arranged, and how the plan's places are."""
+    done = subprocess.run(
+        [sys.executable, "-c", PLACES, json.dumps(meshes)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def test_a_mesh_is_arranged_as_it_would_be_of_the_machines_own_devices() -> None:
+    meshes = [
+        ("v5e:2x2", {"data": 4}),
+        ("v5e:4x4", {"data": 1, "fsdp": 16}),
+        ("v5e:16x16", {"data": 1, "fsdp": 256}),
+        ("v5e:16x16", {"data": 4, "fsdp": 16, "tensor": 4}),
+        ("2xv5e:4x8", {"data": 4, "fsdp": 16}),
+        ("v6e:8x8", {"data": 1, "fsdp": 32, "tensor": 2}),
+        ("v5p:8x8x8", {"data": 1, "fsdp": 512}),
+        ("v5p:4x4x8", {"data": 1, "fsdp": 16, "expert": 8}),
+        ("v5p:4x4x8", {"data": 2, "fsdp": 16, "tensor": 4}),
+        ("v7x:4x4x4", {"data": 1, "fsdp": 64, "tensor": 2}),
+        ("2xv7x:2x2x2", {"data": 2, "fsdp": 16}),
+    ]
+    for (name, mesh), (real, planned) in zip(meshes, arranged(meshes), strict=True):
+        assert planned == real, (name, mesh)
+
+
+@pytest.mark.parametrize(
+    ("machine", "more"),
+    [
+        ("v5e:3x5", ("--mesh.data", "15", "--train.batch-tokens", "491520")),  # there is none
+        ("v4:2x2x1", ("--mesh.data", "4")),  # libtpu describes its cores singly
+    ],
+)
+def test_a_machine_that_libtpu_does_not_have_so_is_told_in_a_line(machine, more) -> None:
+    preset = str(REPO / "configs" / "gpt2.py:small")
+    words = ("--machine", machine, *more)
+    done = subprocess.run(
+        [sys.executable, "-m", "gptjax", "plan", preset, *words, "--compile"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert machine in done.stderr
+    assert "Traceback" not in done.stderr
