@@ -42,9 +42,11 @@ def cross_entropy(
 
 def _fwd(x_ND, w_VD, targets_N, weights_N, *settings):
     ce, z, *gradients = _island(x_ND, w_VD, targets_N, weights_N, *settings, gradients=True)
-    # The output layer's gradient is scattered before the layers' backward pass begins; otherwise a
-    # TPU's scheduler keeps it whole until that ends, to hide what takes a thousandth of a step.
-    return (ce, z), lax.optimization_barrier(tuple(gradients))
+    if sharding.axis_size("w_embed") > 1:
+        # The output layer's gradient is scattered before the layers' backward pass begins; a TPU's
+        # scheduler would keep it whole until that ends, to hide what takes a thousandth of a step.
+        gradients = lax.optimization_barrier(gradients)
+    return (ce, z), tuple(gradients)
 
 
 def _bwd(z_loss, chunks, vocab_size, soft_cap, residuals, cotangents):

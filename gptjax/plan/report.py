@@ -66,7 +66,7 @@ def _step(plan: Plan, price: float) -> Iterator[str]:
     yield (
         f"step      {cfg.train.batch_tokens:,} tokens in {times.expected:.3g} s, "
         f"{rate:,.0f} tokens/s ({rate / machine.chips:,.0f} a chip), MFU {plan.mfu:.1%}; "
-        f"no program can do it in less than {times.bound:.3g} s"
+        f"at the published peaks it would be {times.bound:.3g} s"
     )
     yield f"  arithmetic at the peak   {times.arithmetic:8.3g} s"
     for name, operations in plan.flops.items():

@@ -1,6 +1,6 @@
 """How long a step takes: arithmetic, memory traffic and links, each at what the hardware allows.
 
-Two step times. `bound` is what no program can beat: the longest of the three at the published
+Two step times. `bound` is what this step cannot beat: the longest of the three at the published
 peaks. `expected` takes the share of the arithmetic peak that large products have been seen to reach
 on the device, and adds what does not overlap: the optimizer's pass over its state, and collectives
 that the compiler cannot hide. Both are predictions; neither was measured.

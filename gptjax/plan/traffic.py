@@ -126,7 +126,9 @@ def _all(cfg: Config, sizes: Mapping[str, int]) -> Iterator[Collective]:
     outside = {"where": "outside"}
     for name in ("embedding",) if m.tied_embeddings else ("embedding", "output layer"):
         yield from _gathers(table * width, steps, sizes, name, **outside)
-    for name in ("embedding", "output layer"):
+    # Its gradient is scattered for each use, but where there is nothing to scatter summed once.
+    once = m.tied_embeddings and all(sizes[axis] == 1 for axis in sharding.FSDP)
+    for name in ("embedding",) if once else ("embedding", "output layer"):
         yield from _scatters(table * 4, steps, sizes, _COPIES, name, **outside)
     if tensor > 1:
         yield from over_tensor(sum_rows, 1, "embedded rows", "outside")
