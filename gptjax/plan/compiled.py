@@ -24,7 +24,7 @@ from gptjax.config import Config
 from gptjax.errors import ConfigError
 from gptjax.model import decoder
 from gptjax.plan.machines import Machine
-from gptjax.plan.traffic import GATHER, SCATTER, SHIFT, SUM, Collective
+from gptjax.plan.traffic import EXCHANGE, GATHER, SCATTER, SHIFT, SUM, Collective
 from gptjax.sample import decoding, engine
 
 
@@ -207,6 +207,17 @@ _OP = re.compile(
     r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|"
     r"collective-permute)(-start)?\("
 )
+# Between slices: a transfer through the hosts, whose attributes say what it is.
+_BETWEEN_SLICES = re.compile(
+    r"^\s+(?:ROOT )?%?([\w.\-]+) = \((\w+\[[\d,]*\]).* send\(.*"
+    r'_xla_megascale_transfer_type="(ALL_REDUCE|ALL_GATHER|REDUCE_SCATTER|ALL_TO_ALL)"'
+)
+_TRANSFERS = {
+    "ALL_REDUCE": SUM,
+    "ALL_GATHER": GATHER,
+    "REDUCE_SCATTER": SCATTER,
+    "ALL_TO_ALL": EXCHANGE,
+}
 _CALLEE = re.compile(
     r"(?:calls|body|to_apply|called_computations|branch_computations)=\{?%?([\w.\-]+)"
 )
@@ -239,6 +250,14 @@ def collectives(text: str, shape: Mapping[str, int]) -> Iterator[Collective]:
                 key = ("chain", chain[1]) if chain else (computation, match[1])
                 found.setdefault(key, one)
                 continue
+            if match := _BETWEEN_SLICES.match(line):
+                name, type_, transfer = match.groups()
+                parts, kind = shape["data"], _TRANSFERS[transfer]
+                where = "layers" if depth else "outside"
+                size = _size(type_) * (1 if kind == SUM else parts)
+                one = Collective(kind, ("data",), parts, size, times, "between slices", where)
+                found.setdefault((computation, name), one)
+                continue
             beside = aside or "async_execution_thread" in line or "async-collective" in line
             for callee in _CALLEE.findall(line):
                 if callee in bodies:
@@ -268,13 +287,7 @@ def _collective(
     _, type_, kind, start = match.groups()
     axes = _axes(line, shape)
     parts = math.prod(shape[axis] for axis in axes)
-    sizes = [
-        math.prod(map(int, dims.split(","))) * _BYTES.get(dtype, 4)
-        if dims
-        else _BYTES.get(dtype, 4)
-        for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", type_)
-    ]
-    bytes_ = float(sum(sizes))
+    bytes_ = _size(type_)
     if start and kind == GATHER:  # the operands stand beside the results
         bytes_ *= parts / (parts + 1)
     elif start and kind in (SCATTER, SHIFT):
@@ -287,6 +300,13 @@ def _collective(
     op = re.search(r'op_name="([^"]*)"', line)
     where = "layers" if depth else "outside"
     return Collective(kind, axes, parts, bytes_, times, op[1] if op else "", where, hidden)
+
+
+def _size(type_: str) -> float:
+    """Bytes of a type, or of all of a tuple's."""
+    arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", type_)
+    count = lambda dims: math.prod(map(int, dims.split(","))) if dims else 1
+    return float(sum(count(dims) * _BYTES.get(dtype, 4) for dtype, dims in arrays))
 
 
 def _axes(line: str, shape: Mapping[str, int]) -> tuple[str, ...]:

@@ -282,3 +282,22 @@ def test_an_out_of_memory_message_names_what_was_wanted(message, gigabytes) -> N
 def test_only_machines_with_a_compiler_can_be_compiled_for() -> None:
     with pytest.raises(ConfigError, match="--compile: h100:8: only TPUs"):
         compiled.devices(parse("h100:8"))
+
+
+def test_what_goes_between_slices_is_read_from_its_transfers() -> None:
+    attributes = (
+        'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+        '_xla_megascale_reduce_operation="SUM",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    text = f"""
+ENTRY %main (p: bf16[224,8,128]) -> bf16[224,8,128] {{
+  %p = bf16[224,8,128]{{2,1,0}} parameter(0)
+  %t = token[] after-all()
+  %s = (bf16[224,8,128]{{2,1,0}}, u32[], token[]) send(%p, %t), channel_id=6, {attributes}
+  %d = token[] send-done(%s), channel_id=6, {attributes}
+}}
+"""
+    (one,) = compiled.collectives(text, {"data": 2, "fsdp": 16})
+    assert (one.kind, one.axes, one.parts, one.count) == (SUM, ("data",), 2, 1)
+    assert one.bytes == 224 * 8 * 128 * 2
+    assert one.hidden
