@@ -111,6 +111,5 @@ def _confirm(
         for name, found in compiled.sampling(planned.cfg, planned.machine):
             used = "does not fit" if found.out_of_memory else f"{found.peak / GIB:.2f} GiB a device"
             wire = sum(one.wire for one in found.collectives)
-            tell(
-                f"{name:28} {used}, {wire / 1e6:,.1f} MB sent a pass, compiled in {found.seconds:.0f} s"
-            )
+            took = f"compiled in {found.seconds:.0f} s"
+            tell(f"{name:28} {used}, {wire / 1e6:,.1f} MB sent a pass, {took}")
