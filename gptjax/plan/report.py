@@ -117,15 +117,7 @@ def compiled(plan: Plan, found: compiling.Compiled) -> Iterator[str]:
         f"  memory: {found.peak / GIB:.2f} GiB of {plan.machine.device.memory / GIB:.2f}; "
         f"predicted {plan.total / GIB:.2f}, ratio {ratio:.3f}"
     )
-    predicted, seen = traffic.by_axes(plan.sent), traffic.by_axes(found.collectives)
-    yield f"  {'':15} {'over':30} {'count':>8} {'predicted':>10} {'GB':>10} {'predicted':>10}"
-    for key in sorted(set(predicted) | set(seen)):
-        (count, wire), (counted, guess) = seen.get(key, (0, 0)), predicted.get(key, (0, 0))
-        if max(wire, guess) >= 1e6:
-            yield (
-                f"  {key[0]:15} {', '.join(key[1]):30} {count:8.0f} {counted:10.0f} "
-                f"{wire / 1e9:10.3f} {guess / 1e9:10.3f}"
-            )
+    yield from _beside(plan.sent, found.collectives)
     wire = sum(one.wire for one in found.collectives)
     guess = sum(one.wire for one in plan.sent)
     beside = sum(one.wire for one in found.collectives if one.hidden)
@@ -136,6 +128,28 @@ def compiled(plan: Plan, found: compiling.Compiled) -> Iterator[str]:
         )
     for warning in found.warnings:
         yield f"  warning: {warning}"
+
+
+def _beside(
+    sent: Sequence[traffic.Collective], found: Sequence[traffic.Collective]
+) -> Iterator[str]:
+    """Collectives as predicted and as found, by kind and axes: counts in layers and outside, GB."""
+    within = lambda ones: traffic.by_axes([one for one in ones if one.where == "layers"])
+    guess, seen = traffic.by_axes(sent), traffic.by_axes(found)
+    inside, counted_inside = within(found), within(sent)
+    yield (
+        f"  {'':15} {'over':30} {'in layers':>9} {'outside':>8} {'predicted':>13} "
+        f"{'GB':>10} {'predicted':>10}"
+    )
+    for key in sorted(set(guess) | set(seen)):
+        (count, wire), (counted, expected) = seen.get(key, (0, 0)), guess.get(key, (0, 0))
+        layers, layers_guess = inside.get(key, (0, 0))[0], counted_inside.get(key, (0, 0))[0]
+        if max(wire, expected) >= 1e6:
+            both = f"{layers_guess:.0f} + {counted - layers_guess:.0f}"
+            yield (
+                f"  {key[0]:15} {', '.join(key[1]):30} {layers:9.0f} {count - layers:8.0f} "
+                f"{both:>13} {wire / 1e9:10.3f} {expected / 1e9:10.3f}"
+            )
 
 
 def out_of_memory(plan: Plan, found: compiling.Compiled) -> str:
