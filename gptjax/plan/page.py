@@ -150,12 +150,16 @@ def _roofline(plan: Plan) -> str:
     roof = (start, start * device.hbm), (ridge, peak), (10**high, peak)
     points = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in roof)
     marks = {"bound": times.bound, "expected": times.expected}
-    dots = "".join(
-        f'<circle cx="{x(intensity):.1f}" cy="{y(operations / seconds):.1f}" r="5" '
-        f'fill="{colour}"/><text x="{x(intensity) + 9:.1f}" y="{y(operations / seconds) + 4:.1f}">'
-        f"{name}: {operations / seconds / 1e12:.0f} TFLOP/s</text>"
-        for (name, seconds), colour in zip(marks.items(), ("#e09f3e", "#9e2a2b"), strict=True)
-    )
+    dots = ""
+    for (name, seconds), colour, drop in zip(
+        marks.items(), ("#e09f3e", "#9e2a2b"), (-7, 18), strict=True
+    ):
+        at, rate = x(intensity), operations / seconds
+        dots += (
+            f'<circle cx="{at:.1f}" cy="{y(rate):.1f}" r="5" fill="{colour}"/>'
+            f'<text x="{at + 9:.1f}" y="{y(rate) + drop:.1f}">{name}: {rate / 1e12:.0f} '
+            "TFLOP/s</text>"
+        )
     return (
         '<svg viewBox="0 0 900 240" width="900">'
         f'<polyline points="{points}" fill="none" stroke="#2f6f9f" stroke-width="2"/>{dots}'
