@@ -1,11 +1,13 @@
-"""Presets for accelerator pods: a model, the machine, and the mesh that `gptjax plan` recommends.
+"""Presets for accelerator pods: a model, a machine, and a mesh from the front of `gptjax plan`.
 
     gptjax plan configs/pods.py:llama3_8b_v5e_256 --compile
     gptjax train configs/pods.py:llama3_8b_v5e_256 --data.sources 'corpus/*.jsonl.zst'
 
-The recipes are those of the models' own presets; GPT-3's batch of 3.2 million tokens is rounded to
-1536 sequences, which these meshes divide. What each needs and how long it is predicted to take, by
-arithmetic and as the TPU's compiler sees it, stands in the README.
+Of the meshes that `--search` finds about equally fast, these are the plainest: everything along
+fsdp where a device then has a whole sequence, and another axis only where the batch, the memory or
+the experts ask for it. The recipes are those of the models' own presets; GPT-3's batch of 3.2
+million tokens is rounded to 1536 sequences, which these meshes divide. What each needs and how long
+it is predicted to take, by arithmetic and as the TPU's compiler sees it, stands in the README.
 """
 
 from dataclasses import replace

@@ -7,7 +7,8 @@ each device its share of the columns, `row_parallel` takes those and sums. Betwe
 too are split over the tensor axis, so that no device keeps or normalises what another has
 (Korthikanti et al. 2022): a pair then gathers rows on its way in and scatters them on its way out.
 
-Everything is in the dtype of the rows, gradients of weights included until they are added up.
+Everything is in the dtype of the rows, the sums of weights' gradients over devices included; what
+comes of them is float32.
 
 Shapes: N rows (sequences x positions), D embed, F features, V vocabulary; in lower case, one
 device's share.

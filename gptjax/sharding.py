@@ -162,6 +162,26 @@ def places(length: int) -> np.ndarray:
     return np.concatenate([stretches[[i, 2 * parts - 1 - i]].reshape(-1) for i in range(parts)])
 
 
+def placed(a_BT: jax.Array) -> jax.Array:
+    """Whole sequences [B, T, ...] in the order of `places`: 2c stretches, moved as such."""
+    parts = axis_size("seq")
+    return _stretches(a_BT, [s for i in range(parts) for s in (i, 2 * parts - 1 - i)])
+
+
+def in_order(a_BT: jax.Array) -> jax.Array:
+    """The inverse of `placed`."""
+    parts = axis_size("seq")
+    at = [2 * s if s < parts else 2 * (2 * parts - 1 - s) + 1 for s in range(2 * parts)]
+    return _stretches(a_BT, at)
+
+
+def _stretches(a_BT: jax.Array, order: Sequence[int]) -> jax.Array:
+    if len(order) == 2:  # of one part: their own order
+        return a_BT
+    stretches = jnp.split(a_BT, len(order), axis=1)
+    return jnp.concatenate([stretches[i] for i in order], axis=1)
+
+
 def to_rows(a_BT: jax.Array, rows: str = "tokens") -> jax.Array:
     """Sequences [B, T, ...] as rows [N, ...] on the logical axis `rows`: "tokens", or "batch" for
     few positions, which are not split over the context axis.
@@ -173,9 +193,8 @@ def to_rows(a_BT: jax.Array, rows: str = "tokens") -> jax.Array:
     parts = axis_size("seq") if rows == "tokens" else 1
     if parts == 1:
         return lax.reshape(a_BT, (b * t, *rest), out_sharding=spec(rows, *whole))
-    a_BT = a_BT.at[:, places(t)].get(out_sharding=spec("batch", None, *whole))
     a_BcT = lax.reshape(
-        a_BT, (b, parts, t // parts, *rest), out_sharding=spec("batch", None, None, *whole)
+        placed(a_BT), (b, parts, t // parts, *rest), out_sharding=spec("batch", None, None, *whole)
     )
     a_cBT = jax.sharding.reshard(a_BcT, spec("batch", "seq", None, *whole)).swapaxes(0, 1)
     return lax.reshape(a_cBT, (b * t, *rest), out_sharding=spec(rows, *whole))
@@ -215,11 +234,7 @@ def rows_of_sequences(a_BTF: jax.Array, axis: str | None, rows: str = "tokens") 
 
 def natural(a_BT: jax.Array) -> jax.Array:
     """Sequences in the order of `places` in their own order, whole on each device of the axis."""
-    whole = spec("batch", *[None] * (a_BT.ndim - 1))
-    a_BT = jax.sharding.reshard(a_BT, whole)
-    if axis_size("seq") == 1:
-        return a_BT
-    return a_BT.at[:, np.argsort(places(a_BT.shape[1]))].get(out_sharding=whole)
+    return in_order(jax.sharding.reshard(a_BT, spec("batch", *[None] * (a_BT.ndim - 1))))
 
 
 # --- parameters ----------------------------------------------------------------------------------

@@ -301,12 +301,10 @@ def test_a_run_without_a_checkpoint_has_no_parameters(cfg: Config) -> None:
 def test_the_mesh_of_the_configuration_is_the_ambient_one_within(cfg: Config) -> None:
     cfg = changed(cfg, "mesh", fsdp=2, tensor=2)
     with run.entered_mesh(cfg):
-        assert dict(jax.sharding.get_mesh().shape) == {
-            "data": 2,
-            "fsdp": 2,
-            "expert": 1,
-            "tensor": 2,
-        }
+        shape = jax.sharding.get_mesh().shape
+        assert {axis: n for axis, n in shape.items() if n > 1} == dict.fromkeys(
+            ("data", "fsdp", "tensor"), 2
+        )
     assert jax.sharding.get_mesh().empty
 
 

@@ -262,6 +262,9 @@ def mesh_problems(cfg: Any, sizes: Mapping[str, int], processes: int) -> Iterato
             ("tensor", tensor, "model.moe.hidden", m.expert_hidden),
             ("expert", sizes["expert"], "model.moe.experts", m.moe.experts),
         ]
+        if m.moe.shared:
+            width = m.moe.shared * m.expert_hidden
+            split.append(("tensor x fsdp", tensor * fsdp, "model.moe.shared x hidden", width))
     else:
         both = "tensor" if fsdp == 1 else "tensor x fsdp"
         split.append((both, tensor * fsdp, "model.mlp", m.hidden))

@@ -295,9 +295,7 @@ def splash(q_BTHC, k_BTKC, v_BTKC, segments_BT, window, soft_cap=0.0):
     _, t, h, c = q_BTHC.shape
     h, parts = h // sharding.axis_size("heads"), sharding.axis_size("seq")
     one = (
-        masks.CausalMask((t, t), shard_count=parts)
-        if window is None
-        else masks.LocalMask((t, t), (window - 1, 0), 0, shard_count=parts)
+        masks.CausalMask((t, t)) if window is None else masks.LocalMask((t, t), (window - 1, 0), 0)
     )
     one.q_sequence = sharding.places(t).astype(np.int32)
     # Blocks of 512: the default of 128 leaves the matrix unit idle between them.
@@ -339,8 +337,7 @@ def _in_order(a_BT: jax.Array, length: int) -> jax.Array:
     """Inside an island: whole sequences in their own order, from the parts of the context axis."""
     if a_BT.shape[1] == length:
         return a_BT
-    a_BT = lax.all_gather(a_BT, sharding.RULES["seq"], axis=1, tiled=True)
-    return a_BT[:, np.argsort(sharding.places(length))]
+    return sharding.in_order(lax.all_gather(a_BT, sharding.RULES["seq"], axis=1, tiled=True))
 
 
 def cudnn(q_BTHC, k_BTKC, v_BTKC, segments_BT, window):

@@ -194,10 +194,7 @@ class Decoder(nn.Module):
 
 def _placed(a_BT: jax.Array) -> jax.Array:
     """[B, T] in the order of `sharding.places`, split over the context axis."""
-    if sharding.axis_size("seq") > 1:
-        places = sharding.places(a_BT.shape[1])
-        a_BT = a_BT.at[:, places].get(out_sharding=sharding.spec("batch", None))
-    return jax.sharding.reshard(a_BT, sharding.spec("batch", "seq"))
+    return jax.sharding.reshard(sharding.placed(a_BT), sharding.spec("batch", "seq"))
 
 
 def _tiled(places_TD: jax.Array, b: int, held: str, rows: str) -> jax.Array:

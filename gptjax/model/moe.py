@@ -160,7 +160,7 @@ def _serve(x_nD, ids_nk, weights_nk, gate_eDF, up_eDF, down_eFD, *, seq, experts
     # their parts summed over the copies, not the reverse.
     axes = sharding.mesh_axes("batch" if rows == "batch" else "tokens")
     copies = tuple(axis for axis in axes if axis in ("data", "context"))
-    own = functools.partial(lax.pcast, axis_name=copies, to="varying")
+    own = lambda w: lax.pcast(w.astype(x_nD.dtype), copies, to="varying")
     into = (gather_weight(own(w_eDF), x_nD.dtype, 1) for w_eDF in (gate_eDF, up_eDF))
     args = x_nD, ids_nk, weights_nk, *into, gather_weight(own(down_eFD), x_nD.dtype, 2)
     if places:

@@ -38,7 +38,9 @@ def run(cfg: Config, options: Options, tell: Callable[[str], None]) -> None:
     planned = choices[0].plan if choices else estimate.plan(_filled(cfg, machine), machine)
     if options.html:
         try:
-            Path(options.html).write_text(page.render(planned, choices, options.price))
+            Path(options.html).write_text(
+                page.render(planned, choices, options.price), encoding="utf-8"
+            )
         except OSError as error:
             raise OutputError(f"--html={options.html}: cannot be written: {error}") from None
     if options.json:
@@ -46,6 +48,15 @@ def run(cfg: Config, options: Options, tell: Callable[[str], None]) -> None:
         return
     for line in report.lines(planned, options.price):
         tell(line)
+    if (
+        not choices
+        and planned.cfg.mesh != cfg.mesh
+        and replace(cfg.mesh, machine="") == MeshConfig()
+    ):
+        tell(
+            f"\nno mesh was given: planned with --mesh.data {planned.cfg.mesh.data} --mesh.fsdp "
+            f"{planned.cfg.mesh.fsdp}; give these to train, too"
+        )
     if not planned.fits:
         tell(f"\n{report.ways_to_fit(planned)}")
     if choices:
@@ -67,13 +78,13 @@ def _machine(cfg: Config, options: Options) -> Machine:
 def _filled(cfg: Config, machine: Machine) -> Config:
     """The configuration; where it says nothing of its mesh, all devices along fsdp."""
     if replace(cfg.mesh, machine="") == MeshConfig():
-        mesh = replace(cfg.mesh, data=machine.slices, fsdp=machine.devices // machine.slices)
-        return replace(cfg, mesh=mesh)
+        parts = machine.devices // machine.islands
+        return replace(cfg, mesh=replace(cfg.mesh, data=machine.islands, fsdp=parts))
     return cfg
 
 
 def _as_dict(planned: Plan, choices: list[search.Choice], options: Options) -> dict[str, object]:
-    result = report.as_dict(planned)
+    result = report.as_dict(planned, options.price)
     if choices:
         result["front"] = [
             {

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax import compilation, objective, sharding, train
+from gptjax import objective, sharding, train
 from gptjax.config import Config
 from gptjax.errors import ConfigError
 from gptjax.model import decoder
@@ -51,7 +51,7 @@ def devices(machine: Machine) -> list[Any]:
     """
     if machine.device.platform != "tpu":
         raise ConfigError(
-            [f"--compile: {machine.name}: only TPUs have a compiler that needs no device"]
+            [f"--compile, --sampling: {machine.name}: only TPUs have a compiler without devices"]
         )
     try:
         import libtpu  # noqa: F401
@@ -109,11 +109,10 @@ def sampling(cfg: Config, machine: Machine, prompt: int = 2048) -> Iterator[tupl
             lambda: decoder.empty_caches(model, rows, capacity, cfg.compute.dtype, engine.CHUNK)
         )
         chunk = (_rows((rows, engine.CHUNK)),) * 2
-        options = compilation.options(mesh.devices.flat[0].device_kind)
         prefill = decoding.prefill.lower(params, chunk, caches, model, cfg.compute)
         yield (
             f"prefill {rows} x {engine.CHUNK} tokens",
-            _compile(lambda: prefill.compile(compiler_options=options), mesh),
+            _compile(lambda: prefill.compile(), mesh),
         )
         blank = engine.blank_rows(rows, model.table, engine.Room())
         scalar = jax.ShapeDtypeStruct((), np.int32)
@@ -130,7 +129,7 @@ def sampling(cfg: Config, machine: Machine, prompt: int = 2048) -> Iterator[tupl
         )
         yield (
             f"decode {rows} rows, {capacity} tokens",
-            _compile(lambda: burst.compile(compiler_options=options), mesh),
+            _compile(lambda: burst.compile(), mesh),
         )
 
 

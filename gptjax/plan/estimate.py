@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import jax
+
 from gptjax import sharding
 from gptjax.config import Config
-from gptjax.model import counts
+from gptjax.errors import ConfigError
+from gptjax.model import counts, decoder
 from gptjax.plan import memory, roofline, traffic
 from gptjax.plan.machines import Machine, places
 
@@ -28,6 +31,7 @@ class Plan:
     flops: Mapping[str, float]
     times: roofline.Times
     mfu: float
+    attention: tuple[str, ...]
 
     @property
     def total(self) -> float:
@@ -58,20 +62,24 @@ class Plan:
 def plan(cfg: Config, machine: Machine, state: list[memory.Tensor] | None = None) -> Plan:
     """The plan of a configuration on a machine; `state` are its tensors, if they are known.
 
-    Raises ConfigError with every size that an axis does not divide.
+    Raises ConfigError with every size that an axis does not divide, and where attention would need
+    the scores of whole sequences, for which there are no formulae here.
     """
     cfg = check(cfg, machine)
+    attention = _attention(cfg, machine)
     state = memory.tensors(cfg) if state is None else state
     arranged = sharding.arrange(cfg.mesh, places(machine))
     sizes = dict(zip(sharding.AXES, arranged.shape, strict=True))
     held = memory.held(cfg, sizes, state)
-    sent = traffic.expected(cfg, sizes)
     links = roofline.links(machine, arranged)
+    sent = [roofline.as_compiled(one, links) for one in traffic.expected(cfg, sizes)]
     times = roofline.times(cfg, machine, sizes, links, sent, held["parameters"] / 4)
     model = counts.flops_per_token(cfg.model, cfg.train.seq_len) * cfg.train.batch_tokens
     peak = machine.devices * machine.device.tflops * 1e12
     mfu = model / (times.expected * peak)
-    return Plan(cfg, machine, sizes, state, held, sent, links, roofline.flops(cfg), times, mfu)
+    return Plan(
+        cfg, machine, sizes, state, held, sent, links, roofline.flops(cfg), times, mfu, attention
+    )
 
 
 def check(cfg: Config, machine: Machine) -> Config:
@@ -85,3 +93,26 @@ def check(cfg: Config, machine: Machine) -> Config:
     cfg = replace(cfg, mesh=replace(cfg.mesh, **shape), eval=replace(cfg.eval, batch=batch))
     cfg.check(machine.devices, machine.processes)
     return cfg
+
+
+def _attention(cfg: Config, machine: Machine) -> tuple[str, ...]:
+    """The attention backends that training would use there. Raises ConfigError."""
+    mesh = sharding.abstract_mesh(context=cfg.mesh.context)
+    with jax.sharding.use_abstract_mesh(mesh):
+        chosen = decoder.attention_backends(
+            cfg.model,
+            cfg.compute,
+            machine.device.platform,
+            cfg.train.seq_len,
+            segments=cfg.data.documents == "mask",
+            training=True,
+        )
+    if "reference" in chosen:
+        part = cfg.train.seq_len // cfg.mesh.context
+        why = (
+            "needs the reference attention, which holds every score and is not planned for: the "
+            "kernels lack ALiBi, dropout in attention and, on GPUs, a context axis, document masks "
+            f"and float32; on TPUs, train.seq_len / mesh.context = {part} must be a multiple of 128"
+        )
+        raise ConfigError([f"compute.attention={cfg.compute.attention}: {machine.name} {why}"])
+    return chosen

@@ -79,6 +79,11 @@ class Machine:
         return next(name for name, device in DEVICES.items() if device.kind == self.device.kind)
 
     @property
+    def islands(self) -> int:
+        """Slices that the data axis has to run through; a mesh may run through nodes of GPUs."""
+        return self.slices if self.device.rings else 1
+
+    @property
     def devices(self) -> int:
         """All of them, as JAX counts."""
         return self.slices * self.per_slice

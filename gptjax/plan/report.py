@@ -25,6 +25,7 @@ def lines(plan: Plan, price: float) -> Iterator[str]:
         f"{machine.processes} processes. All that follows is predicted; nothing was measured."
     )
     yield "mesh      " + mesh(plan)
+    yield f"attention {', '.join(dict.fromkeys(plan.attention))}"
     yield ""
     yield from _memory(plan)
     yield ""
@@ -56,7 +57,11 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield f"memory    {plan.total / GIB:.2f} of {room / GIB:.2f} GiB a device: {verdict}"
     for name, size in plan.held.items():
         if size:
-            bar = "#" * max(1, round(BAR * size / room)) if size > room / BAR / 4 else ""
+            bar = (
+                "#" * min(2 * BAR, max(1, round(BAR * size / room)))
+                if size > room / BAR / 4
+                else ""
+            )
             yield f"  {name:18} {size / GIB:8.2f}  {bar}"
 
 
@@ -205,7 +210,7 @@ def compiled_dict(found: compiling.Compiled) -> dict[str, Any]:
     }
 
 
-def as_dict(plan: Plan) -> dict[str, Any]:
+def as_dict(plan: Plan, price: float) -> dict[str, Any]:
     """Everything that the plan predicts, as JSON values."""
     times = plan.times
     return {
@@ -214,6 +219,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "machine": plan.machine.name,
         "devices": plan.machine.devices,
         "mesh": dict(plan.sizes),
+        "attention": list(plan.attention),
         "fits": plan.fits,
         "memory_bytes": dict(plan.held),
         "memory_total_bytes": plan.total,
@@ -232,6 +238,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "tokens_per_second": plan.tokens_per_second,
         "days": plan.days,
         "chip_hours": plan.chip_hours,
+        "cost": plan.chip_hours * price if price else None,
         "collectives": [
             {"kind": kind, "axes": list(axes), "count": count, "wire_bytes": wire}
             for (kind, axes), (count, wire) in sorted(traffic.by_axes(plan.sent).items())

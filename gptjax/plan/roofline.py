@@ -7,7 +7,7 @@ that the compiler cannot hide. Both are predictions; neither was measured.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,10 +41,15 @@ _HIDDEN: Mapping[str, tuple[str, ...]] = {"v4": (), "v5e": (GATHER,)} | dict.fro
 
 @dataclass(frozen=True)
 class Link:
-    """What a mesh axis runs over: a ring, a line, a node's switch, or the network."""
+    """What a mesh axis runs over: a ring, a line, a node's switch, or the network.
+
+    bandwidth: bytes/s that a device can send along it. rings: dimensions of the torus that it runs
+    through.
+    """
 
     kind: str
-    bandwidth: float  # bytes/s that a device can send along it
+    bandwidth: float
+    rings: int = 1
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,18 @@ def _link(machine: Machine, line: list[Any]) -> Link:
         for i in moving
     )
     dimensions = max(1, len(moving))
-    return Link("ring" if whole else "line", device.link * dimensions * (2 if whole else 1))
+    bandwidth = device.link * dimensions * (2 if whole else 1)
+    return Link("ring" if whole else "line", bandwidth, dimensions)
+
+
+def as_compiled(one: Collective, over: Mapping[str, Link]) -> Collective:
+    """What XLA makes of a collective: along several rings at once a scatter, and along three a
+    gather, too, is a sum of whole arrays (LOG.md).
+    """
+    rings = max(over[axis].rings for axis in one.axes)
+    if (one.kind == SCATTER and rings > 1) or (one.kind == GATHER and rings > 2):
+        return replace(one, kind=SUM)
+    return one
 
 
 def flops(cfg: Config) -> dict[str, float]:

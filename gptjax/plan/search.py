@@ -1,7 +1,8 @@
 """Meshes, remat policies and accumulations that fit, and the best of them by the plan.
 
-Pruned by arithmetic: everything that divides is planned, in well under a millisecond each once the
-state's shapes are known. What is kept is the Pareto front of step time and memory.
+Pruned by arithmetic: everything that divides is planned, in some milliseconds each once the state's
+shapes are known; a context axis is tried where a part keeps at least 4096 tokens. What is kept is
+the Pareto front of step time and memory.
 """
 
 import itertools
@@ -49,7 +50,10 @@ def front(cfg: Config, machine: Machine) -> list[Choice]:
 
 
 def remedies(planned: Plan, most: int = 3) -> list[Choice]:
-    """Changes of one thing that would fit where a plan does not, cheapest in time first."""
+    """Changes that would fit where a plan does not, cheapest in time first.
+
+    The best of remat alone, of accumulation alone, of the mesh alone, and of several together.
+    """
     found: dict[str, Choice] = {}
     for one in _all(planned.cfg, planned.machine, planned.state):
         changed = _changed(planned.cfg, one.plan.cfg)
@@ -100,9 +104,9 @@ def _shapes(cfg: Config, machine: Machine) -> Iterator[tuple[int, int, int, int,
     contexts = [c for c in divisors(n) if c == 1 or cfg.train.seq_len // c >= 4096]
     for tensor, expert, context in itertools.product(divisors(n), experts, contexts):
         rest, left = divmod(n, tensor * expert * context)
-        if left or m.kv % tensor or tensor * context > machine.per_slice:
+        if left or m.kv % tensor or tensor > machine.per_slice:
             continue
         for fsdp in divisors(rest):
             data = rest // fsdp
-            if data % machine.slices == 0 and cfg.train.batch % (data * fsdp * expert) == 0:
+            if data % machine.islands == 0 and cfg.train.batch % (data * fsdp * expert) == 0:
                 yield data, fsdp, expert, context, tensor

@@ -317,6 +317,8 @@ class Sampler:
             shards = sharding.axis_size("batch")
             rows = -(-bucket(len(group)) // shards) * shards
             length = min(bucket(max(len(ids[i]) for i in group), 16), self.model.context)
+            stretches = 2 * sharding.axis_size("seq")  # that a context axis cuts sequences into
+            length = -(-length // stretches) * stretches
             padded = np.zeros((rows, length), np.int32)
             for row, i in enumerate(group):
                 padded[row, : len(ids[i])] = ids[i]

@@ -85,7 +85,7 @@ def test_without_a_price_no_price_is_told(run) -> None:
 
 
 def test_a_mesh_that_is_not_given_takes_all_devices_along_fsdp_but_the_slices(run) -> None:
-    for name, data, fsdp in (("v5e:4x4", 1, 16), ("2xv5e:4x4", 2, 16), ("h100:16", 2, 8)):
+    for name, data, fsdp in (("v5e:4x4", 1, 16), ("2xv5e:4x4", 2, 16), ("h100:16", 1, 16)):
         _, out, _ = run(SMALL, "--machine", name, "--json")
         mesh = json.loads(out)["mesh"]
         assert mesh["data"] == data
@@ -212,7 +212,22 @@ def test_a_mistake_is_told_in_a_line(run, words, wanted) -> None:
 def test_only_tpus_have_a_compiler_that_needs_no_device(run) -> None:
     code, _, err = run(SMALL, "--machine", "h100:8", "--compile")
     assert code == 2
-    assert "--compile: h100:8: only TPUs" in sentence(err)
+    assert "--compile, --sampling: h100:8: only TPUs" in sentence(err)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--machine", "h100:8", "--data.documents", "mask"), "document masks"),
+        (("--machine", "v5e:4x4", "--compute.attention", "cudnn"), "needs a gpu"),
+        (("--machine", "v5e:4x4", "--model.dropout", "0.1"), "dropout"),
+    ],
+)
+def test_attention_that_the_machine_has_no_kernel_for_is_refused(run, words, why) -> None:
+    code, _, err = run(SMALL, *words)
+    assert code == 2
+    assert "compute.attention=" in sentence(err)
+    assert why in sentence(err)
 
 
 def test_all_that_an_axis_does_not_divide_is_told_at_once(run) -> None:

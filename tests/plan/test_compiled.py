@@ -280,7 +280,7 @@ def test_an_out_of_memory_message_names_what_was_wanted(message, gigabytes) -> N
 
 
 def test_only_machines_with_a_compiler_can_be_compiled_for() -> None:
-    with pytest.raises(ConfigError, match="--compile: h100:8: only TPUs"):
+    with pytest.raises(ConfigError, match="--compile, --sampling: h100:8: only TPUs"):
         compiled.devices(parse("h100:8"))
 
 

@@ -22,13 +22,13 @@ LLAMA = {
 
 @pytest.fixture
 def cfg_of(tiny_config):
-    """D = 64, H = 8, K = 2, C = 8, F = 128, V = 384, L = 2; a batch is 64 sequences of 32."""
+    """D = 64, H = 8, K = 2, C = 8, F = 128, V = 384, L = 2; a batch is 64 sequences of 128."""
 
     def make(model=None, train=None, compute=None, **sections):
-        shape = {**LLAMA, "embed": 64, "kv_heads": 2, "mlp": 128, "vocab_size": 384}
+        shape = {**LLAMA, "context": 128, "embed": 64, "kv_heads": 2, "mlp": 128, "vocab_size": 384}
         return tiny_config(
             model=shape | (model or {}),
-            train={"batch_tokens": 64 * 32} | (train or {}),
+            train={"seq_len": 128, "batch_tokens": 64 * 128} | (train or {}),
             compute={"dtype": "bfloat16"} | (compute or {}),
             tokenizer={"kind": "bytes"},
             eval={"sample_tokens": 8},
@@ -40,10 +40,10 @@ def cfg_of(tiny_config):
 
 # --- arithmetic ----------------------------------------------------------------------------------
 
-TOKENS, LAYERS = 64 * 32, 2
+TOKENS, LAYERS = 64 * 128, 2
 PROJECTIONS = 64 * 8 * (8 + 2 + 2 + 8)  # q, k, v and o
 MLP = 3 * 64 * 128
-KEYS = (32 + 1) / 2  # that a token sees on average
+KEYS = (128 + 1) / 2  # that a token sees on average
 SCORES = 12 * 8 * 8 * KEYS * LAYERS * TOKENS  # products with keys and with values, three passes
 
 
@@ -74,7 +74,7 @@ def test_without_what_is_recomputed_they_are_those_of_the_model(cfg_of, model, r
     cfg = cfg_of(model, compute={"remat": remat})
     parts = roofline.flops(cfg)
     again = parts.pop("recomputed")
-    assert sum(parts.values()) == pytest.approx(counts.flops_per_token(cfg.model, 32) * TOKENS)
+    assert sum(parts.values()) == pytest.approx(counts.flops_per_token(cfg.model, 128) * TOKENS)
     assert all(part > 0 for part in parts.values())
     assert 0 < again < sum(parts.values()) / 2
 
@@ -179,7 +179,7 @@ def test_the_figures_of_a_plan_follow_from_its_step(cfg_of) -> None:
     assert planned.tokens_per_second == pytest.approx(rate)
     assert planned.days == pytest.approx(1e9 / rate / 86400)
     assert planned.chip_hours == pytest.approx(4 * 1e9 / rate / 3600)  # of 8 devices
-    needed = counts.flops_per_token(cfg.model, 32) * rate
+    needed = counts.flops_per_token(cfg.model, 128) * rate
     assert planned.mfu == pytest.approx(needed / (8 * 1153.5e12))
 
 
