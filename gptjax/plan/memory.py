@@ -82,7 +82,9 @@ def held(cfg: Config, sizes: Mapping[str, int], state: list[Tensor]) -> dict[str
     # --- kept from the forward to the backward pass ---
     heads = tokens * m.head * (m.heads + 2 * m.kv) / tensor_parts * width
     matrices = 2 if m.activation == "swiglu" else 1
-    active = m.expert_hidden * (m.moe.top_k + m.moe.shared) if m.moe.experts else m.hidden
+    # An expert's buffer has places for more than its even share, if it has a capacity.
+    routed = m.moe.top_k * max(1.0, m.moe.capacity) if m.moe.experts else 0.0
+    active = m.expert_hidden * (routed + m.moe.shared) if m.moe.experts else m.hidden
     hidden = tokens * active / tensor_parts * width
     kept = {"block": stream, "dots": 2 * stream + heads, "none": 18 * stream + 3 * heads}[c.remat]
     if c.remat != "block" and not m.moe.experts:
@@ -98,7 +100,7 @@ def held(cfg: Config, sizes: Mapping[str, int], state: list[Tensor]) -> dict[str
     sequences = 0.0
     if (context := sizes["context"]) > 1:  # keys and values of whole sequences, and in their order
         sequences = 4 * context * tokens * m.head * m.kv / tensor_parts * width
-    block = working + layer + sequences
+    block = working + layer + sequences + 2 * routed * whole  # and what goes to experts and back
 
     # --- the loss: the output layer whole, its gradient, a chunk's logits ---
     table = m.table * m.embed / tensor_parts
