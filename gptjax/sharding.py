@@ -108,7 +108,8 @@ def _boxes(arranged: np.ndarray) -> np.ndarray:
 def rings(line: Sequence[Any]) -> tuple[int, int, int]:
     """Sizes of up to three rings of a torus that a line of devices runs through, outermost first.
 
-    (n, 1, 1) where devices have no coordinates, or the line does not run through whole rings.
+    (n, 1, 1) where devices have no coordinates, or where a step along the line moves in more than
+    one dimension. Whether the rings are whole is the machine's affair.
     """
     n = len(line)
     if not all(hasattr(device, "coords") for device in line):

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import sharding
+from gptjax import allocator, cli, sharding
 from gptjax.config import Config, MeshConfig, ModelConfig
 from gptjax.model import decoder
 
@@ -40,6 +40,26 @@ def on_mesh() -> MeshFactory:
             yield mesh
 
     return enter
+
+
+@pytest.fixture
+def command_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command in this process: exit code, standard output, standard error."""
+    monkeypatch.setattr(allocator, "keep_memory", lambda: False)
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = cli.main([str(word) for word in argv])
+        except SystemExit as exit:  # argparse and tyro
+            code = exit.code or 0
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return code, captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from gptjax import allocator, cli
 from gptjax.plan import compiled
 
 REPO = Path(__file__).resolve().parents[2]
@@ -19,9 +18,8 @@ TOO_MUCH = ("--machine", "v5e:2x2", "--mesh.data", "4", "--compute.remat", "none
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
+def run(command_line, monkeypatch):
     """Runs `gptjax plan` in this process: exit code, standard output, standard error."""
-    monkeypatch.setattr(allocator, "keep_memory", lambda: False)
     for name in (
         "JAX_PLATFORMS",
         "TPU_SKIP_MDS_QUERY",
@@ -30,18 +28,7 @@ def run(capsys, monkeypatch):
         "TPU_ACCELERATOR_TYPE",
     ):  # that the command sets, put back as they were
         monkeypatch.setenv(name, os.environ.get(name, ""))
-
-    def call(*argv):
-        capsys.readouterr()
-        try:
-            code = cli.main(["plan", *map(str, argv)])
-        except SystemExit as exit:  # argparse and tyro
-            code = exit.code or 0
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return code, captured.out, captured.err
-
-    return call
+    return lambda *argv: command_line("plan", *argv)
 
 
 def sentence(err):

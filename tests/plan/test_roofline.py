@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from shapes import LLAMA
 
 from gptjax import sharding
 from gptjax.config import MeshConfig, MoeConfig
@@ -10,14 +11,6 @@ from gptjax.model import counts
 from gptjax.plan import estimate, machines, roofline
 from gptjax.plan.machines import Machine, parse, places
 from gptjax.plan.traffic import GATHER, Collective
-
-LLAMA = {
-    "norm": "rmsnorm",
-    "activation": "swiglu",
-    "positions": "rope",
-    "linear_bias": False,
-    "tied_embeddings": False,
-}
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from shapes import LLAMA
 
 from gptjax import objective, sharding, train
 from gptjax.config import MeshConfig, MoeConfig
@@ -17,13 +18,6 @@ from gptjax.model import decoder
 from gptjax.plan import compiled, traffic
 from gptjax.plan.traffic import EXCHANGE, GATHER, SCATTER, SHIFT, SUM, Collective
 
-LLAMA = {
-    "norm": "rmsnorm",
-    "activation": "swiglu",
-    "positions": "rope",
-    "linear_bias": False,
-    "tied_embeddings": False,
-}
 # Of `by_hand`, in elements: q and o are D x HC, k and v D x KC, gate, up and down D x F.
 LAYERS, LAYER, TABLE, EMBED = 3, 2 * 32 * 32 + 2 * 32 * 8 + 3 * 32 * 64, 128 * 32, 32
 TOKENS = 16 * 32  # of a batch
