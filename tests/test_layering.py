@@ -16,7 +16,15 @@ PACKAGE = Path(gptjax.__file__).parent
 LEVELS = [
     {"", "errors"},  # the package itself, which holds the version
     {"config/*", "allocator", "lock", "progress", "interrupt"},
-    {"tokenizer/*", "sharding", "compilation", "data/__init__", "model/__init__", "data/order"},
+    {
+        "tokenizer/*",
+        "options",
+        "sharding",
+        "compilation",
+        "data/__init__",
+        "model/__init__",
+        "data/order",
+    },
     {"pieces", "products"},
     {"data/*", "model/*", "loss", "optim", "metrics", "checkpoint"},
     {"objective", "sample/*", "run", "hf"},

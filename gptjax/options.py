@@ -1,0 +1,166 @@
+"""The options of the commands that have many, each a function on its argparse parser.
+
+Imports nothing heavy: help and a bad flag cost no import of jax or TensorFlow.
+"""
+
+import argparse
+
+from gptjax import config
+
+
+def sample(sub: argparse.ArgumentParser) -> None:
+    """Of `gptjax sample`."""
+    sub.add_argument("run", metavar="RUN|HF_DIR", help="a run folder, or a Hugging Face folder")
+    source = sub.add_mutually_exclusive_group()
+    source.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated"
+    )
+    source.add_argument(
+        "--file",
+        metavar="JSONL",
+        help='objects with "prompt" and, each if wanted, settings by their names below, such as '
+        '"temperature"; results go to --output as they come',
+    )
+    source.add_argument(
+        "--interactive", action="store_true", help="ask for prompts, and stream continuations"
+    )
+    source.add_argument(
+        "--bench", action="store_true", help="measure prefill and decoding at batch 1, 8 and 32"
+    )
+    sub.add_argument(
+        "--output", metavar="JSONL", help="of --file; lines that it has already are not done again"
+    )
+    sub.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="of weights and cache (the run's own)"
+    )
+    sub.add_argument("--rows", type=int, default=32, help="samples that decode at a time (32)")
+    sub.add_argument("--json", action="store_true", help="print JSON lines")
+    _add_settings(sub)
+    sub.add_argument("--beams", type=int, default=0, metavar="N", help="beam search instead")
+    sub.add_argument("--length-penalty", type=float, default=1.0, help="of beams (1)")
+    sub.add_argument(
+        "--early-stopping", choices=["false", "true", "never"], default="false", help="of beams"
+    )
+
+
+def serve(sub: argparse.ArgumentParser) -> None:
+    """Of `gptjax serve`: the fields of `serve.Options`, and the run."""
+    sub.add_argument("run", metavar="RUN|HF_DIR", help="a run folder, or a Hugging Face folder")
+    sub.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; one that others can reach needs a token (127.0.0.1)",
+    )
+    sub.add_argument("--port", type=int, default=8000, help="0 is one that is free (8000)")
+    sub.add_argument(
+        "--token-file",
+        metavar="FILE",
+        help="a file with the token that requests must carry (that in GPTJAX_TOKEN, if any)",
+    )
+    sub.add_argument("--name", help="the model's, in requests (that of its folder)")
+    sub.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="of weights and cache (the run's own)"
+    )
+    sub.add_argument("--rows", type=int, default=8, help="samples that decode at a time (8)")
+    sub.add_argument(
+        "--queue", type=int, default=64, help="samples that wait for a row, at most (64)"
+    )
+    sub.add_argument(
+        "--max-tokens-limit",
+        type=int,
+        metavar="N",
+        help="tokens of a prompt and its continuation, at most (2048, or the model's context)",
+    )
+    sub.add_argument(
+        "--max-body", type=int, default=1 << 20, metavar="BYTES", help="of a request (1048576)"
+    )
+
+
+def plan(sub: argparse.ArgumentParser) -> None:
+    """Of `gptjax plan`: the fields of `plan.command.Options`."""
+    sub.add_argument(
+        "--machine",
+        metavar="NAME",
+        help="such as v5e:16x16, 2xv5p:8x8x8 (two slices) or h100:64 (that of mesh.machine)",
+    )
+    sub.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the step for the machine, too, and show what the compiler says; a minute",
+    )
+    sub.add_argument(
+        "--sampling", action="store_true", help="compile the sampling module's programs, too"
+    )
+    sub.add_argument(
+        "--search",
+        action="store_true",
+        help="try every mesh, remat policy and accumulation; with --compile, the best two",
+    )
+    sub.add_argument("--html", metavar="FILE", help="write a page with pictures, too")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    sub.add_argument("--price", type=float, default=0.0, help="of a chip for an hour, your figure")
+
+
+def tokenizer_train(sub: argparse.ArgumentParser) -> None:
+    """Of `gptjax tokenizer train`."""
+    sub.add_argument("folder", metavar="FOLDER", help="where to save it, for --tokenizer.path")
+    sub.add_argument(
+        "--source",
+        action="append",
+        metavar="PATTERN",
+        help="files, a quoted glob, tfds:NAME; may be repeated (python-library)",
+    )
+    sub.add_argument(
+        "--algorithm",
+        choices=[name for names in config.validation.ALGORITHMS.values() for name in names],
+        default="bpe",
+        help="bpe and unigram are SentencePiece's, the others Hugging Face's (bpe)",
+    )
+    sub.add_argument("--vocab-size", type=int, default=4096, help="pieces to train (4096)")
+    sub.add_argument(
+        "--sample-bytes", type=int, default=10_000_000, help="text to train on (10000000)"
+    )
+    sub.add_argument("--text-field", default="text", help="field of records with the text (text)")
+    sub.add_argument(
+        "--valid-fraction", type=float, default=0.02, help="share of documents held out (0.02)"
+    )
+
+
+def _add_settings(sub: argparse.ArgumentParser) -> None:
+    """The options that are fields of `sample.Settings`, under the same names."""
+    add = sub.add_argument
+    add("--max-tokens", type=int, default=128, help="longest continuation (128)")
+    add("--temperature", type=float, default=0.8, help="0 is greedy (0.8)")
+    add("--top-k", type=int, default=0, help="keep the k likeliest; 0: all (0)")
+    add("--top-p", type=float, default=0.95, help="nucleus; 1: all (0.95)")
+    add("--min-p", type=float, default=0.0, help="least share of the likeliest's chance (0)")
+    add("--repetition-penalty", type=float, default=1.0, help="of tokens seen; 1: none (1)")
+    add("--presence-penalty", type=float, default=0.0, help="of tokens drawn before (0)")
+    add("--frequency-penalty", type=float, default=0.0, help="for each time drawn before (0)")
+    add(
+        "--logit-bias",
+        type=_bias,
+        action="append",
+        default=[],
+        metavar="ID=BIAS",
+        help="added to a token's logit; may be repeated",
+    )
+    add("--ban", type=int, action="append", default=[], metavar="ID", help="a token never drawn")
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends a continuation")
+    add("--samples", type=int, default=1, help="continuations of each prompt (1)")
+    add("--seed", type=int, default=0, help="same seed, same samples (0)")
+    add(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="log-probability of each token, and of the N likeliest in its place",
+    )
+
+
+def _bias(text: str) -> tuple[int, float]:
+    try:
+        token, bias = text.split("=")
+        return int(token), float(bias)
+    except ValueError:
+        what = f"{text!r} must be a token's number and a bias, such as 50=-2"
+        raise argparse.ArgumentTypeError(what) from None
