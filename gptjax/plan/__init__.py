@@ -1,1 +1,1 @@
-"""Planning a run before it is paid for: see `plan`."""
+"""Planning a run before it is paid for; `command` is where it begins."""

@@ -100,13 +100,19 @@ def _all(cfg: Config, sizes: Mapping[str, int]) -> Iterator[Collective]:
         yield from _scatters(whole, layers * steps, sizes, weight.copies, weight.name)
 
     # --- rows over the tensor axis: into and out of each pair of products ---
-    pairs = 2
+    # Attention and the feed-forward. Shared experts sum their own rows, but have those that come in
+    # with the other experts.
+    pairs, sums = 2, 2 + (m.moe.experts > 0 and m.moe.shared > 0)
     again = {"none": 0, "dots": 0, "block": 1}[cfg.compute.remat]
     yield from over_tensor(gather_rows, 2 * pairs * layers, "rows into products")
-    yield from over_tensor(sum_rows, pairs * layers, "rows out of products")
-    yield from over_tensor(sum_rows, pairs * layers, "gradients of rows")
+    yield from over_tensor(sum_rows, sums * layers, "rows out of products")
+    yield from over_tensor(sum_rows, sums * layers, "gradients of rows")
     yield from over_tensor(gather_rows, pairs * layers, "gradients of rows")
     yield from over_tensor(sum_rows, again * (pairs - 1) * layers, "rows, recomputed")
+    if split and moe.experts:
+        scores = tokens * moe.experts * 4
+        count = layers * steps * (1 if cfg.compute.remat == "none" else 2)
+        yield Collective(GATHER, ("tensor",), tensor, scores, count, "the router's scores")
 
     # --- experts: tokens to them and back ---
     if moe.experts and expert > 1:

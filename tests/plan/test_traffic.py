@@ -311,6 +311,11 @@ STEPS = {
         {"fsdp": 2, "expert": 4},
         [(EXCHANGE, ("expert",)), (SCATTER, ("fsdp",)), (SUM, ("expert",))],
     ),
+    "shared experts x tensor": (
+        {"model": {**LLAMA, "moe": MoeConfig(experts=4, top_k=2, shared=1)}},
+        {"fsdp": 4, "tensor": 2},
+        [(SCATTER, ("tensor",)), (GATHER, ("tensor",))],
+    ),
 }
 
 
