@@ -7,6 +7,9 @@ A checkpoint exists when Orbax has renamed its folder into place. Saving is asyn
 waits for each save, so its failure is known without blocking the loop and without waiting for the
 next one. Restoring checks every array against its fingerprint: one that does not agree is set aside
 (`<step>.corrupt-<n>`) and the next older one is taken.
+
+Of several processes each writes and reads its own parts of the arrays, in one folder; what happens
+to that folder besides is process 0's doing, and which checkpoint is whole is found by all together.
 """
 
 import concurrent.futures
@@ -28,6 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 
 import gptjax
+from gptjax import distributed
 from gptjax.config import CheckpointConfig
 from gptjax.errors import CheckpointError, MismatchError, OutputError
 
@@ -124,7 +128,7 @@ class Checkpoints:
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
         self._failures: list[str] = []
         self._failed_in_a_row = 0
-        if cfg is not None and self.folder.is_dir():
+        if cfg is not None and distributed.first() and self.folder.is_dir():
             for path in self.folder.glob(f"*{_UNFINISHED}*"):
                 say(f"discarded unfinished checkpoint {path.name.split('.')[0]}")
                 shutil.rmtree(path, ignore_errors=True)
@@ -185,6 +189,8 @@ class Checkpoints:
             for path in self.folder.glob(f"{step}{_UNFINISHED}*"):
                 shutil.rmtree(path, ignore_errors=True)  # gives the disk back
             raise
+        if not distributed.first():
+            return
         forever = self._cfg.keep_every
         for old in self.steps()[: -self._cfg.keep]:
             if not (forever and old % forever == 0):
@@ -244,18 +250,22 @@ class Checkpoints:
         Raises MismatchError where the arrays are of other shapes, CheckpointError where there are
         checkpoints and none is whole: a run never begins anew by itself.
         """
-        steps, damaged = self.steps(), []
+        steps, damaged = json.loads(distributed.from_first(json.dumps(self.steps()))), []
         for step in reversed(steps):
+            restored, reason = None, ""
             try:
                 restored = self._restore(step, abstract, partial)
             except (MismatchError, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # no fault of the checkpoint's
             except Exception as error:  # Orbax raises many kinds for many kinds of damage
                 reason = str(error).split("\n")[0][:300]
+            if reason := distributed.first_of(reason):
                 self._say(f"checkpoint {step} failed verification ({reason})")
                 damaged.append(step)
                 continue
-            if self._cfg is not None:  # only now: had none been readable, the disk were to blame
+            if (
+                self._cfg is not None and distributed.first()
+            ):  # only now: had none been readable, the disk were to blame
                 for bad in damaged:
                     self._set_aside(bad)
             return restored

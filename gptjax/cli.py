@@ -9,11 +9,12 @@ import json
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
 from gptjax import allocator, config, options
-from gptjax.errors import ConfigError, DataError, GptjaxError
+from gptjax.errors import ConfigError, DataError, GptjaxError, Preempted
 from gptjax.progress import Progress
 
 CONFIG_HELP = (
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except GptjaxError as error:
         print(f"gptjax: {error}{_how_to_go_on(args, argv, error)}", file=sys.stderr)
+        if not isinstance(error, Preempted):  # which all processes of a job are together
+            _leave_job(error.exit_code, str(error))
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -47,6 +50,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("gptjax: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:  # a defect of ours: the others are not to wait for this process
+        if "gptjax.distributed" in sys.modules:
+            traceback.print_exc()
+            _leave_job(1, repr(error))
+        raise
+
+
+def _leave_job(code: int, why: str) -> None:
+    """Of several processes, ends this one, with word to the others."""
+    if "gptjax.distributed" in sys.modules:  # otherwise it has joined nothing
+        from gptjax import distributed
+
+        distributed.leave(code, f"{distributed.name()} has ended: {why}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -202,10 +218,11 @@ def _prepare(cfg: config.Config, progress: Progress) -> Any:
 
 def _train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     cfg = _resolve(args, overrides)
-    progress = Progress()
-    from gptjax import run
+    from gptjax import distributed, run, watch
 
-    with run.claim(cfg) as changes:
+    distributed.join(cfg.watch.lost, Progress().say)
+    progress = Progress(shown=distributed.first())
+    with watch.Watch(cfg.watch) as watched, run.claim(cfg) as changes:
         for change in changes:
             progress.say(f"changed since the run was begun: {change}")
         import jax
@@ -213,10 +230,12 @@ def _train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         from gptjax.pretrain import pretrain
 
         cfg.check(jax.device_count(), jax.process_count())
-        manifest = _prepare(cfg, progress)
+        with distributed.first_before_others():
+            manifest = _prepare(cfg, progress)
         with run.entered_mesh(cfg):
-            result = pretrain(cfg, manifest, progress)
-    print(json.dumps({"run": cfg.run, **result}))
+            result = pretrain(cfg, manifest, watched, progress)
+    if distributed.first():
+        print(json.dumps({"run": cfg.run, **result}))
 
 
 def _eval(args: argparse.Namespace, _: Sequence[str]) -> None:

@@ -4,10 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import flax
 import jax
+import orbax.checkpoint as orbax
 from etils import epath
 
-from gptjax import config, metrics, objective, run, sample, sharding, train
+import gptjax
+from gptjax import config, distributed, metrics, objective, run, sample, sharding, train
 from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import Checkpoints, sha256_of
 from gptjax.config import Config
@@ -17,11 +20,14 @@ from gptjax.evaluate import ValidationLoss
 from gptjax.model import counts, decoder
 from gptjax.model.decoder import Params
 from gptjax.progress import Progress
+from gptjax.watch import Watch
 
 SAMPLES = "samples"
 
 
-def pretrain(cfg: Config, manifest: store.Manifest, progress: Progress) -> dict[str, float]:
+def pretrain(
+    cfg: Config, manifest: store.Manifest, watch: Watch, progress: Progress
+) -> dict[str, float]:
     """Trains the configured model on a prepared store; returns the final evaluation.
 
     The run folder is claimed already (`run.claim`). Raises what `train.fit` raises, DataError for a
@@ -42,6 +48,7 @@ def pretrain(cfg: Config, manifest: store.Manifest, progress: Progress) -> dict[
         seed=cfg.train.seed,
     )
     sample.check(cfg.model, prompts, settings, tokenizer.vocab_size)
+    distributed.agree(_facts(cfg, manifest))
     run.record(cfg, tokenizer, manifest)
     backends = objective.backends(cfg)
     progress.say(f"attention: {', '.join(dict.fromkeys(backends))}")
@@ -55,7 +62,7 @@ def pretrain(cfg: Config, manifest: store.Manifest, progress: Progress) -> dict[
         kinds: list[Any] = [metrics.JsonlWriter]
         if cfg.log.tensorboard:
             kinds.append(metrics.TensorBoardWriter)
-        if jax.process_index():
+        if not distributed.first():
             kinds = []
         return metrics.Writers([kind(folder, step) for kind in kinds])
 
@@ -87,6 +94,8 @@ def pretrain(cfg: Config, manifest: store.Manifest, progress: Progress) -> dict[
         pairs = zip(cfg.eval.prompts, done, strict=True)
         shown = [f"--- prompt {prompt!r}\n{prompt}{one.text}\n" for prompt, one in pairs]
         progress.say(f"samples at step {step}\n{''.join(shown)}".rstrip("\n"))
+        if not distributed.first():
+            return
         try:
             folder = Path(cfg.run) / SAMPLES
             folder.mkdir(exist_ok=True)
@@ -109,6 +118,14 @@ def pretrain(cfg: Config, manifest: store.Manifest, progress: Progress) -> dict[
             cfg.compute.dtype,
             cfg.log.peak_tflops,
         ),
+        watch=watch,
         progress=progress,
     )
     return evaluated
+
+
+def _facts(cfg: Config, manifest: store.Manifest) -> dict[str, str]:
+    """What all processes of a job must have alike."""
+    versions = {f"{m.__name__}'s version": m.__version__ for m in (gptjax, jax, flax, orbax)}
+    values = {name: repr(value) for name, value in config.flatten(cfg).items()}
+    return {"the store's tokens": manifest.fingerprint(), **versions, **values}

@@ -12,6 +12,7 @@ RUN/run.lock           held while a process trains here
 import contextlib
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -20,7 +21,7 @@ from typing import Any
 
 import jax
 
-from gptjax import compilation, config, lock, sharding
+from gptjax import compilation, config, distributed, lock, sharding
 from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import CONFIG_FILE, Config, MeshConfig
@@ -34,6 +35,7 @@ from gptjax.tokenizer import Tokenizer
 CHECKPOINTS = "checkpoints"
 CERTIFICATE = "certificate.json"
 _LOCK = "run.lock"
+_PROBE = ".probe"
 _DATA = "data.json"
 _SOURCE = "source.json"
 
@@ -42,21 +44,25 @@ _SOURCE = "source.json"
 def claim(cfg: Config) -> Iterator[list[str]]:
     """Holds the run folder for training; gives the changes since the run was begun, a line each.
 
-    Creates the folder if need be and tries a write, before anything costly. Raises MismatchError if
-    the folder holds another run, OutputError if it cannot be written or another process holds it.
+    Creates the folder if need be and tries a write, before anything costly. Of several processes
+    the first holds it for all, and the others see that they have the same folder before them.
+
+    Raises MismatchError if the folder holds another run, OutputError if it cannot be written or
+    another job holds it, or if a process has another folder.
     """
     folder = Path(cfg.run)
     with contextlib.ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock.held(folder / _LOCK, f"run={cfg.run}"))
-            probe = folder / ".probe"
-            with probe.open("w") as stream:
-                stream.write("probe")
-                os.fsync(stream.fileno())
-            probe.unlink()
-        except OSError as error:
-            raise OutputError(f"run={cfg.run}: cannot be written: {error}") from None
+        with distributed.first_before_others():
+            if distributed.first():
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(lock.held(folder / _LOCK, f"run={cfg.run}"))
+                    with (folder / _PROBE).open("w") as stream:
+                        stream.write(secrets.token_hex())
+                        os.fsync(stream.fileno())
+                except OSError as error:
+                    raise OutputError(f"run={cfg.run}: cannot be written: {error}") from None
+        _check_shared(folder)
         changes: list[str] = []
         if (folder / _SOURCE).exists():
             raise MismatchError(f"{folder} holds an imported model; give another --run")
@@ -65,6 +71,20 @@ def claim(cfg: Config) -> Iterator[list[str]]:
         elif Checkpoints(folder / CHECKPOINTS).steps():
             raise MismatchError(f"{folder} has checkpoints but no {CONFIG_FILE}; use another --run")
         yield changes
+
+
+def _check_shared(folder: Path) -> None:
+    """Raises OutputError where this process sees another folder than process 0."""
+    probe = folder / _PROBE
+    own = probe.read_text() if probe.exists() else ""
+    if own != distributed.from_first(own):
+        raise OutputError(
+            f"run={folder}: {distributed.name()} does not have the folder of process 0 there; put "
+            "it on a path that all processes share"
+        )
+    distributed.barrier()
+    if distributed.first():
+        probe.unlink()
 
 
 def record(cfg: Config, tokenizer: Tokenizer, manifest: Manifest) -> None:
@@ -83,9 +103,11 @@ def record(cfg: Config, tokenizer: Tokenizer, manifest: Manifest) -> None:
             begun_with.tokenizer["sha256"], tokenizer.fingerprint, cfg.run, cfg.data.store
         )
         _check_tokens(cfg, begun_with, manifest)
-    tokenizer.save(folder)
-    write_json(known, asdict(manifest))
-    write_json(folder / CONFIG_FILE, config.to_dict(cfg))
+    distributed.barrier()  # nobody looks at what is written now
+    if distributed.first():
+        tokenizer.save(folder)
+        write_json(known, asdict(manifest))
+        write_json(folder / CONFIG_FILE, config.to_dict(cfg))
 
 
 def _check_tokens(cfg: Config, of_run: Manifest, of_store: Manifest) -> None:

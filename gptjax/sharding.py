@@ -305,6 +305,14 @@ def host_rows(rows: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(rows)[s] for s in slices]))
 
 
+def to_host(tree: Any) -> Any:
+    """Whole arrays as numpy's, in every process, from wherever their parts lie."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    whole = jax.jit(lambda tree: jax.sharding.reshard(tree, PartitionSpec()))
+    return jax.device_get(whole(tree))
+
+
 def global_batch(local: Any, rows: int) -> Any:
     """Global arrays [rows, ...] of which the leaves of `local` hold this process's `host_rows`."""
     own = host_rows(rows)

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-from gptjax import compilation, optim, sharding
+from gptjax import compilation, distributed, optim, sharding
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, LogConfig
 from gptjax.errors import NumericError, Preempted
@@ -28,6 +29,7 @@ from gptjax.interrupt import Interrupt, Interrupted
 from gptjax.metrics import Throughput, Writers, perplexity
 from gptjax.model.decoder import Params
 from gptjax.progress import Progress
+from gptjax.watch import Watch
 
 LossFn = Callable[[Params, Any, jax.Array | None], tuple[jax.Array, dict[str, jax.Array]]]
 """(params, batch, dropout key or None) -> (sum to differentiate, sums by name).
@@ -176,6 +178,7 @@ def fit(
     checkpoints: Checkpoints,
     writers: Callable[[int], Writers],
     throughput: Throughput,
+    watch: Watch,
     progress: Progress,
 ) -> tuple[TrainState, dict[str, float]]:
     """Trains to the end of the budget; returns the last state and the last evaluation.
@@ -183,19 +186,21 @@ def fit(
     `batches(first, last)` yields this process's rows, on the host, of the batches of steps
     first..last-1, counted from 0; `abstract_batch` is what they are on the devices, all rows;
     `writers(step)` opens the metrics of a run that goes on after that step. Restores the newest
-    valid checkpoint if there is one. What is due at a step is done after its checkpoint, and done
-    again by a run that goes on from there.
+    valid checkpoint if there is one; tells `watch` where it is. What is due at a step is done after
+    its checkpoint, and done again by a run that goes on from there.
 
     Raises Preempted when told to stop, after saving; NumericError after nonfinite_limit steps in a
     row; CheckpointError and OutputError as `Checkpoints` does.
     """
     evaluators = list(evaluators)
     evaluated: dict[str, float] = {}
-    with checkpoints, Interrupt() as interrupt:
+    agreed = reached_preemption_sync_point if distributed.several() else None
+    with checkpoints, Interrupt(agreed) as interrupt:
         # --- state, restored or fresh; the step compiles while the first batch is read ---
         try:
             with interrupt.at_once():
                 abstract = sharding.abstract(lambda: create_state(cfg, init_fn))
+                watch.at("restore", 0)
                 restored = checkpoints.restore_newest(abstract)
                 state: TrainState = restored or jax.jit(lambda: create_state(cfg, init_fn))()
                 first = int(state.step)
@@ -203,6 +208,7 @@ def fit(
                 if restored is not None:
                     progress.say(f"resumed after step {first} of {last}")
                 sink, source = writers(first), batches(first, last)
+                watch.at("compile", first)
                 if first < last:
                     began = time.monotonic()
                     with ThreadPoolExecutor(1) as reader, compilation.cache_report() as cached:
@@ -220,6 +226,7 @@ def fit(
 
         def observe(step: int, evaluate: bool, sample: bool) -> None:
             """Evaluation and samples; a signal ends them, for they can be had again."""
+            watch.at("eval", step)
             with contextlib.suppress(Interrupted), interrupt.at_once():
                 if evaluate:
                     for evaluator in evaluators:
@@ -263,31 +270,38 @@ def fit(
 
             for step in range(first + 1, last + 1):
                 profile.before(step)
+                watch.at("step", step)
                 state, metrics = step_fn(state, sharding.global_batch(batch, cfg.train.batch))
                 if step < last:
+                    watch.at("data", step + 1)
                     with clock.waiting():
                         batch = next(source)
+                    watch.at("step", step)
                 look()
                 pending = step, metrics
                 profile.after(step, metrics)
 
                 save = due(cfg.checkpoint.every, step) or step == last
                 evaluate, sample = due(cfg.eval.every, step), due(cfg.eval.sample_every, step)
+                interrupt.poll(step)
                 if save or evaluate or sample or interrupt.signal:
                     look()
                     with clock.paused():
                         if save:
+                            watch.at("save", step)
                             checkpoints.save(step, state)
                         observe(step, evaluate, sample)
                 for problem in checkpoints.failures():
                     progress.say(f"{problem}; training goes on")
                 if interrupt.signal:
+                    watch.at("save", step)
                     if not save:
                         checkpoints.save(step, state)
                     checkpoints.finish()
                     raise Preempted(f"told to stop by {interrupt.signal.name}; saved step {step}")
 
         # --- the end: the last checkpoint is safe, then evaluation and samples ---
+        watch.at("save", last)
         checkpoints.finish()
         observe(last, evaluate=True, sample=True)
         sink.close()

@@ -21,6 +21,7 @@ from gptjax.config.fields import (
     RopeConfig,
     TokenizerConfig,
     TrainConfig,
+    WatchConfig,
 )
 from gptjax.config.loading import (
     CONFIG_FILE,
@@ -50,6 +51,7 @@ __all__ = [
     "RopeConfig",
     "TokenizerConfig",
     "TrainConfig",
+    "WatchConfig",
     "flatten",
     "from_dict",
     "load",

@@ -404,6 +404,27 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class WatchConfig:
+    """When a run that hangs ends itself, for a scheduler to start it again: limits in seconds on
+    how long it may stay in a stage; 0: for ever."""
+
+    lost: int = free(60)
+    """Of several processes, one that is silent for so long counts as lost."""
+    restore: int = free(3600)
+    """Reading the newest checkpoint."""
+    compile: int = free(7200)
+    """Compiling the step, and reading the first batch."""
+    data: int = free(900)
+    """Waiting for a batch."""
+    step: int = free(1800)
+    """A step on the devices, and what compiles within it."""
+    save: int = free(3600)
+    """A checkpoint, as far as the loop waits for it."""
+    eval: int = free(14400)
+    """Evaluation and samples of one step."""
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that a run depends on."""
 
@@ -419,6 +440,7 @@ class Config:
     eval: EvalConfig = free(EvalConfig)
     checkpoint: CheckpointConfig = free(CheckpointConfig)
     log: LogConfig = free(LogConfig)
+    watch: WatchConfig = free(WatchConfig)
 
     def check(self, devices: int | None = None, processes: int = 1) -> None:
         """Checks that the values go together; with `devices`, that they fit such a machine too.

@@ -66,6 +66,7 @@ def value_problems(cfg: Any) -> Iterator[str]:
         "checkpoint.keep_every": cfg.checkpoint.keep_every,
         "log.peak_tflops": cfg.log.peak_tflops,
         "log.profile_start": cfg.log.profile_start,
+        **{f"watch.{stage}": limit for stage, limit in vars(cfg.watch).items()},
     }
     for name, value in at_least_zero.items():
         if not value >= 0:

@@ -218,7 +218,7 @@ class Engine:
             self._compute,
             self._plan,
         )
-        return list(self._events(jax.device_get(drawn)))
+        return list(self._events(sharding.to_host(drawn)))
 
     def run(self, limit: int = BURST) -> Iterator[Event]:
         """Steps until nothing waits and every row has ended."""

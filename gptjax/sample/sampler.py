@@ -8,7 +8,6 @@ with opening.opened("runs/quickstart") as sampler:
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-import jax
 import numpy as np
 
 from gptjax import sharding
@@ -271,7 +270,7 @@ class Sampler:
             width,
             bucket(settings.max_tokens),
         )
-        return self._beams(ids, jax.device_get(found), settings.returned)
+        return self._beams(ids, sharding.to_host(found), settings.returned)
 
     def _beams(
         self, prompts: list[list[int]], found: beam_search.Beams, returned: int
@@ -330,7 +329,7 @@ class Sampler:
                 self.compute,
                 alternatives,
             )
-            own, top_ids, top = jax.device_get(scored)
+            own, top_ids, top = sharding.to_host(scored)
             for row, i in enumerate(group):
                 results[i] = [Token(ids[i][0])]
                 for at, token in enumerate(ids[i][1:]):
