@@ -1,0 +1,43 @@
+"""`gptjax` with what a test wants to see or to go wrong, by environment variables:
+
+IDS_FOLDER: each read of training windows is noted there, with its step and window ids.
+FAULT=sleep:3:1 or raise:3:1: process 1 sleeps, or raises, as it reads the batch of step 3.
+FAULT=slow:0:0: each read takes half a second more, so that there is time to do something to a run.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from gptjax import cli
+from gptjax.data import pipeline
+
+read = pipeline.TrainData.read
+process = os.environ.get("JAX_PROCESS_ID", "0")
+kind, step_at, process_at = os.environ.get("FAULT", "none:0:0").split(":")
+
+
+def stuck_in_a_read() -> None:
+    time.sleep(3600)
+
+
+def watched_read(self, step, rows=None):
+    if folder := os.environ.get("IDS_FOLDER"):
+        line = {"step": step + 1, "ids": self.ids(step, rows).tolist()}
+        with (Path(folder) / f"{process}.{os.getpid()}.jsonl").open("a") as notes:
+            notes.write(json.dumps(line) + "\n")
+    if kind == "slow":
+        time.sleep(0.5)
+    if step + 1 == int(step_at) and process == process_at:
+        if kind == "sleep":
+            stuck_in_a_read()
+        elif kind == "raise":
+            raise ZeroDivisionError("planted")
+    return read(self, step, rows)
+
+
+pipeline.TrainData.read = watched_read
+if __name__ == "__main__":  # processes that tokenize import this file too
+    sys.exit(cli.main(sys.argv[1:]))

@@ -1,0 +1,69 @@
+"""Jobs of real processes on loopback, as `launch/local.py` starts them."""
+
+import importlib.util
+import json
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parents[2]
+CHILD = Path(__file__).parent / "child.py"
+STEPS = 24
+OPTIONS = [
+    *("--data.sources", "text*.txt", "--data.valid-sources", "text7.txt", "--data.store", "store"),
+    *("--train.tokens", str(STEPS * 1024), "--checkpoint.every", "8", "--checkpoint.keep", "9"),
+    *("--log.every", "1", "--log.tensorboard", "False", "--eval.every", "0"),
+    *("--eval.sample-tokens", "4", "--data.prefetch", "1"),
+]
+
+
+def _local() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("local", ROOT / "launch" / "local.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+local = _local()  # launch/local.py, which is a script
+
+
+@dataclass
+class Job:
+    """Processes of one job, by their numbers, and where each one's standard error goes."""
+
+    processes: list[subprocess.Popen]
+    errors: list[Path]
+    folder: Path
+
+    def wait(self, seconds: float = 240) -> list[int]:
+        """Exit codes, once all have ended."""
+        return [process.wait(seconds) for process in self.processes]
+
+    def told(self, index: int) -> str:
+        """What a process has written to standard error."""
+        return self.errors[index].read_text()
+
+    def reaches(self, step: int, seconds: float = 240) -> None:
+        """Waits until the metrics of a step are there."""
+        ends = time.monotonic() + seconds
+        while all(line["step"] < step for line in metrics(self.folder)):
+            assert time.monotonic() < ends, self.told(0)
+            assert all(p.poll() is None for p in self.processes), self.told(0)
+            time.sleep(0.05)
+
+
+def metrics(folder: Path) -> list[dict]:
+    """Lines of training metrics."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [{"step": 0}, *(line for line in found if "loss" in line)]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Loss of each step."""
+    return {line["step"]: line["loss"] for line in metrics(folder)[1:]}

@@ -1,0 +1,106 @@
+"""Several processes train as one does, read their own rows, and hand over to other layouts."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from jobs import STEPS, losses
+
+pytestmark = pytest.mark.slow
+
+
+def close(one, other) -> bool:
+    """Whether two runs' losses agree at each step of the second."""
+    return all(abs(one[step] - loss) <= 1e-5 * abs(loss) for step, loss in other.items())
+
+
+@pytest.fixture(scope="module")
+def notes(workspace) -> Path:
+    """Where runs note what they read."""
+    for name in ("alone", "two"):
+        (workspace / "notes" / name).mkdir(parents=True)
+    return workspace / "notes"
+
+
+@pytest.fixture(scope="module")
+def alone(workspace) -> dict[int, float]:
+    """Losses of the run of one process and one device."""
+    return losses(workspace / "alone")
+
+
+def test_one_process_alone(start, workspace, notes) -> None:
+    assert start("alone", 1, IDS_FOLDER=str(notes / "alone")).wait() == [0]
+    assert sorted(losses(workspace / "alone")) == list(range(1, STEPS + 1))
+
+
+LAYOUTS = {
+    "two": (2, 1, ()),
+    "two_fsdp": (2, 2, ("--mesh.fsdp", "4")),
+    "four": (4, 1, ("--mesh.fsdp", "2", "--mesh.tensor", "2", "--mesh.data", "1")),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_several_train_as_one(start, alone, notes, name) -> None:
+    count, devices, options = LAYOUTS[name]
+    env = {"IDS_FOLDER": str(notes / name)} if name == "two" else {}
+    job = start(name, count, *options, devices=devices, **env)
+    assert job.wait() == [0] * count
+    assert sorted(losses(job.folder)) == sorted(alone)
+    assert close(alone, losses(job.folder))
+    assert "compiled in" in job.told(0)
+    for index in range(1, count):
+        assert "compiled in" not in job.told(index)
+        assert "step" not in job.told(index)
+
+
+def ids_by_step(folder: Path) -> dict[int, list[list[int]]]:
+    """Window ids that each process read for each step, of the files in a folder."""
+    read: dict[int, list[list[int]]] = {}
+    for file in sorted(folder.iterdir()):
+        for line in map(json.loads, file.read_text().splitlines()):
+            read.setdefault(line["step"], []).append(line["ids"])
+    return read
+
+
+def test_a_process_reads_only_its_rows(notes) -> None:
+    one, two = ids_by_step(notes / "alone"), ids_by_step(notes / "two")
+    assert sorted(one) == sorted(two) == list(range(1, STEPS + 1))
+    for step, (ids,) in one.items():
+        assert sorted(map(len, two[step])) == [8, 8]
+        assert sorted(sum(two[step], [])) == sorted(ids)
+
+
+def test_told_to_stop_all_save_at_one_step_and_another_layout_goes_on(start, alone, notes) -> None:
+    """No window is skipped or trained on twice, whatever the layouts."""
+    stages = [notes / "before", notes / "after"]
+    for stage in stages:
+        stage.mkdir()
+    job = start("elastic", 2, "--mesh.fsdp", "2", FAULT="slow:0:0", IDS_FOLDER=str(stages[0]))
+    job.reaches(3)
+    job.processes[1].send_signal(signal.SIGTERM)  # one is told, both stop
+    assert job.wait() == [75, 75]
+    assert "to continue" in job.told(0)
+    stopped = max(losses(job.folder))
+    assert stopped < STEPS
+    assert (job.folder / "checkpoints" / str(stopped)).is_dir()
+    layout = ("--mesh.tensor", "2", "--train.accumulation", "2")
+    again = start("elastic", 1, *layout, devices=4, IDS_FOLDER=str(stages[1]))
+    assert again.wait() == [0]
+    assert f"resumed after step {stopped} of {STEPS}" in again.told(0)
+    assert sorted(losses(job.folder)) == sorted(alone)
+    assert close(alone, losses(job.folder))
+    before, after = map(ids_by_step, stages)
+    assert sorted(after) == list(range(stopped + 1, STEPS + 1))
+    for step, (ids,) in ids_by_step(notes / "alone").items():
+        trained = before[step] if step <= stopped else after[step]
+        assert sorted(sum(trained, [])) == sorted(ids)
+
+
+def test_a_checkpoint_of_four_is_restored_by_two(start) -> None:
+    """Restoring compares each array's fingerprint with the one saved, so it is bit for bit."""
+    job = start("four", 2, "--mesh.fsdp", "2")
+    assert job.wait() == [0, 0]
+    assert f"resumed after step {STEPS} of {STEPS}" in job.told(0)
+    assert "failed verification" not in job.told(0)
