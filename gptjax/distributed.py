@@ -155,7 +155,7 @@ def agree(facts: Mapping[str, str]) -> None:
 
 _VERDICT = "gptjax/verdict/"  # why the job ends, once it does
 _READ = "gptjax/read/"  # by whom that was read
-_READERS_S = 15.0  # that process 0 waits for them: when it goes, JAX aborts the others
+_READERS_S = 8.0  # that process 0 waits for them: when it goes, JAX aborts the others
 
 
 def leave(code: int, why: str) -> None:
@@ -170,11 +170,11 @@ def leave(code: int, why: str) -> None:
         if verdict() is None:
             client().key_value_set(f"{_VERDICT}{index()}", why)
         client().key_value_set(f"{_READ}{index()}", "")
-        began = time.monotonic()
-        while first() and time.monotonic() - began < _READERS_S:
+        ends = time.monotonic() + _READERS_S
+        while first() and time.monotonic() < ends:
             if len(client().key_value_dir_get(_READ)) == count():
-                break
-            time.sleep(0.2)
+                ends = min(ends, time.monotonic() + 1)  # in which the readers end
+            time.sleep(0.1)
     except Exception as error:  # there is nobody to tell
         print(f"gptjax: the other processes were not told: {error}", file=sys.stderr)
     sys.stdout.flush()

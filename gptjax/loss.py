@@ -71,6 +71,7 @@ def _island(x_ND, w_VD, targets_N, weights_N, z_loss, chunks, vocab_size, soft_c
         soft_cap=soft_cap,
         gradients=gradients,
         rows=products.rows_of(x_ND),
+        copies=products.copies(),
     )
     return jax.shard_map(
         local, in_specs=(x_spec, w_spec, row_spec, row_spec), out_specs=out_specs, check_vma=False
@@ -78,7 +79,18 @@ def _island(x_ND, w_VD, targets_N, weights_N, z_loss, chunks, vocab_size, soft_c
 
 
 def _local(
-    x_ND, w_VD, targets_N, weights_N, *, z_loss, chunks, vocab_size, soft_cap, gradients, rows
+    x_ND,
+    w_VD,
+    targets_N,
+    weights_N,
+    *,
+    z_loss,
+    chunks,
+    vocab_size,
+    soft_cap,
+    gradients,
+    rows,
+    copies,
 ):
     columns = sharding.RULES["vocab"]
     x_ND = products.gather_rows(x_ND, rows)
@@ -130,4 +142,4 @@ def _local(
     if not gradients:
         return sums
     dx_ND = products.sum_rows(dx[0].reshape(n, d), rows)
-    return *sums, dx_ND, products.scatter_weight(dw_VD, 1)
+    return *sums, dx_ND, products.scatter_weight(dw_VD, 1, copies)

@@ -4,6 +4,7 @@ A batch on the device is `windows_BW`, int32 [B, T+1], and `lengths_B`, int32 [B
 row's targets count (see data/pipeline.py). Shapes: B batch, T sequence, W = T+1, N = B*T.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -64,14 +65,15 @@ def next_token(
     cfg: Config,
     batch: DeviceBatch,
     eos_id: int,
-    key: jax.Array | None = None,
+    keys_B2: jax.Array | None = None,
     *,
     training: bool = False,
 ) -> tuple[jax.Array, Sums]:
     """The loss to differentiate, summed over targets, and the sums that metrics are made of.
 
     Returns (all losses together, {"loss", "targets", ...}), in nats and counts: "loss" is the
-    cross-entropy; each other sum, divided by the targets, is a mean. With `key`, dropout is on;
+    cross-entropy; each other sum, divided by the targets, is a mean. With `keys_B2`, key data
+    for each sequence, dropout is on;
     with `training`, experts have their capacity.
     """
     tokens_BT, targets_BT = batch["windows_BW"][:, :-1], batch["windows_BW"][:, 1:]
@@ -81,14 +83,16 @@ def next_token(
     if cfg.data.documents == "mask":
         # Each document opens with the EOS before it, so every token is predicted within its own.
         segments_BT, positions_BT = documents(tokens_BT, eos_id)
+    # Evaluation goes through a pipeline in the fewest parts, which its batch surely has.
+    compute = cfg.compute if training else replace(cfg.compute, microbatches=0)
     out = decoder.apply(
         params,
         cfg.model,
-        cfg.compute,
+        compute,
         tokens_BT,
         positions_BT=positions_BT,
         segments_BT=segments_BT,
-        key=key,
+        keys_B2=keys_B2,
         training=training,
     )
     weights_N = sharding.to_rows(counts_BT.astype(jnp.float32))
@@ -120,4 +124,6 @@ def next_token(
 
 def training_loss(cfg: Config, eos_id: int) -> Any:
     """The loss of pre-training, as `train.fit` takes it."""
-    return lambda params, batch, key: next_token(params, cfg, batch, eos_id, key, training=True)
+    return lambda params, batch, keys_B2: next_token(
+        params, cfg, batch, eos_id, keys_B2, training=True
+    )

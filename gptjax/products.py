@@ -36,7 +36,7 @@ def stream(rows: int) -> str:
 def rows_of(x_ND: jax.Array) -> str:
     """The logical axis that the rows of an array lie on."""
     split = jax.typeof(x_ND).sharding.spec[0]
-    return next((a for a in ("stream", "batch") if split == sharding.RULES[a]), "tokens")
+    return next((a for a in ("stream", "batch") if split == sharding.entry(a)), "tokens")
 
 
 def _held(rows: str) -> str:
@@ -101,14 +101,14 @@ def gather_weight(w: jax.Array, dtype: Any, dimension: int) -> jax.Array:
     return w
 
 
-def scatter_weight(dw: jax.Array, dimension: int, copies: tuple[str, ...] = ()) -> jax.Array:
+def scatter_weight(dw: jax.Array, dimension: int, copies: tuple[str, ...]) -> jax.Array:
     """This device's part of a weight's gradient, from every device's summand; in float32.
 
-    `copies` are axes that hold the same weight, beside those of the batch.
+    `copies` are the axes that hold the same weight: see `copies`.
     """
     for axis in _WIDTH:
         dw = lax.psum_scatter(dw, axis, scatter_dimension=dimension, tiled=True)
-    return lax.psum(dw, _COPIES + copies).astype(jnp.float32)
+    return lax.psum(dw, copies).astype(jnp.float32)
 
 
 def gather_rows(x_nD: jax.Array, rows: str) -> jax.Array:
@@ -124,7 +124,14 @@ def sum_rows(y_nD: jax.Array, rows: str) -> jax.Array:
 
 
 _WIDTH, _COLUMNS = sharding.FSDP, sharding.RULES["mlp"]
-_COPIES = tuple(axis for axis in sharding.mesh_axes("tokens") if axis not in _WIDTH)
+
+
+def copies() -> tuple[str, ...]:
+    """The axes, beside fsdp, over which devices hold the same weights for other rows.
+
+    To be asked for outside an island: inside, all axes look alike.
+    """
+    return tuple(axis for axis in sharding.mesh_axes("tokens") if axis not in _WIDTH)
 
 
 def _split_over_fsdp(w: jax.Array) -> int:
@@ -150,13 +157,13 @@ def _column(x_ND, weights_DF):
         x_nD = gather_rows(x_nD, rows)
         return tuple(x_nD @ gather_weight(w_df, x_nD.dtype, 0) for w_df in weights_df)
 
-    columns = jax.P(sharding.RULES[_held(rows)], _COLUMNS)
+    columns = jax.P(sharding.entry(_held(rows)), _COLUMNS)
     return _island(local, (columns,) * len(weights_DF), x_ND, weights_DF)
 
 
 def _column_bwd(residuals, gradients_NF):
     x_ND, weights_DF = residuals
-    rows = rows_of(x_ND)
+    rows, held_by = rows_of(x_ND), copies()
 
     def local(x_nD, weights_df, gradients_nf):
         whole_nD = gather_rows(x_nD, rows)
@@ -164,7 +171,7 @@ def _column_bwd(residuals, gradients_NF):
             dy_nf @ gather_weight(w_df, x_nD.dtype, 0).T
             for w_df, dy_nf in zip(weights_df, gradients_nf, strict=True)
         )
-        dws_df = tuple(scatter_weight(whole_nD.T @ dy_nf, 0) for dy_nf in gradients_nf)
+        dws_df = tuple(scatter_weight(whole_nD.T @ dy_nf, 0, held_by) for dy_nf in gradients_nf)
         return sum_rows(dx_nD, rows), dws_df
 
     specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, (x_ND, weights_DF))
@@ -191,11 +198,11 @@ def _row(h_NF, w_FD, rows):
 
 def _row_bwd(rows, residuals, dy_ND):
     h_NF, w_FD = residuals
-    dimension = _split_over_fsdp(w_FD)
+    dimension, held_by = _split_over_fsdp(w_FD), copies()
 
     def local(h_nf, w_fd, dy_nD):
         dy_nD = gather_rows(dy_nD, rows)
-        dw_fd = scatter_weight(h_nf.T @ dy_nD, dimension)
+        dw_fd = scatter_weight(h_nf.T @ dy_nD, dimension, held_by)
         return dy_nD @ gather_weight(w_fd, h_nf.dtype, dimension).T, dw_fd
 
     specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, (h_NF, w_FD))
@@ -239,14 +246,16 @@ def _lookup(table_VD, ids_N, dtype, rows):
 
 def _lookup_bwd(dtype, rows, residuals, dx_ND):
     table_VD, ids_N = residuals
-    split = _split(table_VD)
+    split, held_by = _split(table_VD), copies()
+    if rows == "stream" and not split:
+        held_by += (_COLUMNS,)
 
     def local(table_vd, ids_n, dx_nD):
         if split:
             dx_nD, ids_n = gather_rows(dx_nD, rows), _own(ids_n, table_vd)
         zero_vD = jnp.zeros((len(table_vd), dx_nD.shape[1]), jnp.float32)
         dtable_vD = zero_vD.at[ids_n].add(dx_nD.astype(jnp.float32), mode="drop")
-        return scatter_weight(dtable_vD, 1, (_COLUMNS,) if rows == "stream" and not split else ())
+        return scatter_weight(dtable_vD, 1, held_by)
 
     ids_N = jax.sharding.reshard(ids_N, sharding.spec(_held(rows) if split else rows))
     return _island(local, jax.typeof(table_VD).sharding.spec, table_VD, ids_N, dx_ND), None

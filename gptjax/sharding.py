@@ -29,12 +29,14 @@ from gptjax.config import MeshConfig
 from gptjax.errors import ConfigError
 
 FSDP = ("fsdp", "fsdp_2", "fsdp_3")
-AXES = ("data", *FSDP, "expert", "context", "tensor")
+AXES = ("data", "stage", *FSDP, "expert", "context", "tensor")
+_COPIES = ("data", *FSDP, "expert")  # axes that sequences are split over, beside the stages
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", *FSDP, "expert"),  # sequences
-    "tokens": ("context", "data", *FSDP, "expert"),  # positions x sequences, flat: see `to_rows`
-    "stream": ("context", "data", *FSDP, "expert", "tensor"),  # the same between products
+    "batch": ("stage", *_COPIES),  # sequences
+    "microbatch": _COPIES,  # those that are in one stage of the pipeline
+    "tokens": ("context", "stage", *_COPIES),  # positions x sequences, flat: see `to_rows`
+    "stream": ("context", "stage", *_COPIES, "tensor"),  # the same between products
     "seq": "context",  # positions
     "embed": None,  # the residual stream's width
     "w_embed": FSDP,  # the same width, of a parameter
@@ -45,7 +47,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "w_mlp": ("tensor", *FSDP),  # the feed-forward's width, of its last matrix: never the minor one
     "experts": "expert",
     "vocab": "tensor",
-    "layers": None,
+    "layers": "stage",
 }
 
 
@@ -54,11 +56,26 @@ def spec(*logical: str | None) -> PartitionSpec:
 
     Raises ValueError where two dimensions would lie on one mesh axis.
     """
-    entries = [None if name is None else RULES[name] for name in logical]
+    entries = [None if name is None else entry(name) for name in logical]
     used = [axis for e in entries if e for axis in ((e,) if isinstance(e, str) else e)]
     if len(used) != len(set(used)):
         raise ValueError(f"{logical}: two dimensions on one mesh axis: {entries}")
     return PartitionSpec(*entries)
+
+
+def entry(logical: str) -> str | tuple[str, ...] | None:
+    """What stands for a logical axis in a partition: its mesh axes as RULES has them.
+
+    Inside the pipeline, where each stage is alone with its layers, none lies on the stages' axis.
+    """
+    axes = RULES[logical]
+    if not axes or "stage" not in axes:
+        return axes
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if kinds.get("stage") != AxisType.Manual:
+        return axes
+    return None if isinstance(axes, str) else tuple(axis for axis in axes if axis != "stage")
 
 
 def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -79,16 +96,16 @@ def arrange(cfg: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
             [f"mesh.data={sizes['data']}: the {slices} slices lie along it; use a multiple of them"]
         )
     rest = [sizes[axis] for axis in ("expert", "context", "tensor")]
-    within = (sizes["data"] // slices, sizes["fsdp"], *rest)
+    within = (sizes["data"] // slices, sizes["stage"], sizes["fsdp"], *rest)
     if slices > 1:
         arranged = mesh_utils.create_hybrid_device_mesh(
-            within, (slices, 1, 1, 1, 1), devices, allow_split_physical_axes=True
+            within, (slices, 1, 1, 1, 1, 1), devices, allow_split_physical_axes=True
         )
     else:
         arranged = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
     arranged = _boxes(arranged)
-    along = rings(arranged[0, :, 0, 0, 0])
-    return arranged.reshape(sizes["data"], *along, *rest)
+    along = rings(arranged[0, 0, :, 0, 0, 0])
+    return arranged.reshape(sizes["data"], sizes["stage"], *along, *rest)
 
 
 def _boxes(arranged: np.ndarray) -> np.ndarray:
@@ -97,12 +114,12 @@ def _boxes(arranged: np.ndarray) -> np.ndarray:
     """
     if arranged.flat[0].platform != "tpu":
         return arranged
-    lines = np.moveaxis(arranged, 1, -1)
+    lines = np.moveaxis(arranged, 2, -1)
     ordered = np.empty_like(lines)
     for index in np.ndindex(lines.shape[:-1]):
         place = lambda device: (*device.coords, device.core_on_chip)
         ordered[index][:] = sorted(lines[index], key=place)
-    return np.moveaxis(ordered, -1, 1)
+    return np.moveaxis(ordered, -1, 2)
 
 
 def rings(line: Sequence[Any]) -> tuple[int, int, int]:
@@ -143,7 +160,7 @@ def axis_size(logical: str) -> int:
 
 def mesh_axes(logical: str) -> tuple[str, ...]:
     """The mesh axes that a logical axis lies on, outermost first."""
-    axes = RULES[logical] or ()
+    axes = entry(logical) or ()
     return (axes,) if isinstance(axes, str) else axes
 
 

@@ -32,7 +32,7 @@ from gptjax.progress import Progress
 from gptjax.watch import Watch
 
 LossFn = Callable[[Params, Any, jax.Array | None], tuple[jax.Array, dict[str, jax.Array]]]
-"""(params, batch, dropout key or None) -> (sum to differentiate, sums by name).
+"""(params, batch, dropout key data [B, 2] or None) -> (sum to differentiate, sums by name).
 
 Both are sums over the batch's targets, whose number is the sum "targets"; "loss" is there too. Each
 other sum, divided by the targets, is a metric; an array gives its largest and smallest entry."""
@@ -63,6 +63,13 @@ def _init_and_dropout_keys(cfg: Config) -> jax.Array:
     return jax.random.split(jax.random.key(cfg.train.seed))
 
 
+def dropout_keys(cfg: Config, step: jax.Array) -> jax.Array:
+    """Key data [B, 2] for the sequences of a step's batch: one for each, however it is split."""
+    key = jax.random.fold_in(_init_and_dropout_keys(cfg)[1], step)
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(cfg.train.batch))
+    return jax.sharding.reshard(jax.random.key_data(keys_B), sharding.spec("batch", None))
+
+
 def create_state(cfg: Config, init_fn: Callable[[jax.Array], Params]) -> TrainState:
     """The state before the first step, laid out over the ambient mesh. To be jitted."""
     params = init_fn(_init_and_dropout_keys(cfg)[0])
@@ -76,7 +83,7 @@ def create_state(cfg: Config, init_fn: Callable[[jax.Array], Params]) -> TrainSt
 
 
 def gradients(
-    cfg: Config, loss_fn: LossFn, params: Params, batch: Any, key: jax.Array | None
+    cfg: Config, loss_fn: LossFn, params: Params, batch: Any, keys_B2: jax.Array | None
 ) -> tuple[Params, dict[str, jax.Array]]:
     """Gradient of the mean loss over the batch's targets, and the batch's sums.
 
@@ -86,21 +93,18 @@ def gradients(
     grad_fn = jax.grad(loss_fn, has_aux=True)
     parts = cfg.train.accumulation
     if parts == 1:
-        grads, sums = grad_fn(params, batch, key)
+        grads, sums = grad_fn(params, batch, keys_B2)
     else:
 
-        def add(total: Any, part: tuple[jax.Array, Any]) -> tuple[Any, None]:
-            index, rows = part
-            part_key = None if key is None else jax.random.fold_in(key, index)
-            return jax.tree.map(jnp.add, total, grad_fn(params, rows, part_key)), None
+        def add(total: Any, part: tuple[Any, jax.Array | None]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, grad_fn(params, *part)), None
 
-        split = jax.tree.map(lambda rows: _split(rows, parts), batch)
-        first = jax.tree.map(lambda rows: rows[0], split)
-        shapes = jax.eval_shape(grad_fn, params, first, key)
+        split = jax.tree.map(lambda rows: _split(rows, parts), (batch, keys_B2))
+        shapes = jax.eval_shape(grad_fn, params, *jax.tree.map(lambda rows: rows[0], split))
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding.spec), shapes
         )
-        (grads, sums), _ = lax.scan(add, zeros, (jnp.arange(parts), split))
+        (grads, sums), _ = lax.scan(add, zeros, split)
     return jax.tree.map(lambda g: g / sums["targets"], grads), sums
 
 
@@ -118,10 +122,8 @@ def train_step(
 
     Where loss or gradient is not finite, parameters and optimizer stay as they are.
     """
-    key = None
-    if cfg.model.dropout:
-        key = jax.random.fold_in(_init_and_dropout_keys(cfg)[1], state.step)
-    grads, sums = gradients(cfg, loss_fn, state.params, batch, key)
+    keys_B2 = dropout_keys(cfg, state.step) if cfg.model.dropout else None
+    grads, sums = gradients(cfg, loss_fn, state.params, batch, keys_B2)
     grad_norm = optim.global_norm(grads)
     updates, opt_state = optim.make(cfg).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

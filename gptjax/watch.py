@@ -17,6 +17,8 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from jax.errors import JaxRuntimeError
+
 from gptjax import distributed
 from gptjax.config import WatchConfig
 
@@ -90,7 +92,11 @@ class Watch:
             threading.Thread(target=self._talk, name="watch-talk", daemon=True).start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: object, _: object) -> None:
+        """Where a computation over several processes failed, waits for who was lost to show."""
+        if kind is not None and issubclass(kind, JaxRuntimeError) and distributed.several():
+            print(f"gptjax: {error}", file=sys.stderr)
+            time.sleep(self._cfg.lost + 2 * self._interval)
         self._stopping.set()
 
     def at(self, stage: str, step: int) -> None:

@@ -182,6 +182,12 @@ class ComputeConfig:
     """Compile one block and loop over it (fast to compile), or unroll the stack (fast to run)."""
     remat: Literal["none", "block", "dots"] = free("none")
     """Recompute in the backward pass: nothing, whole blocks, or all but the matrix products."""
+    microbatches: int = free(0)
+    """With mesh.stage: parts of a batch (of one accumulation step's) that pass the stages one
+    after another, a multiple of the stages; 0: as many as stages. More of them idle less."""
+    rounds: int = free(1)
+    """With mesh.stage: stretches of layers that each stage has, which a part passes in as many
+    rounds (the circular, or interleaved, schedule). More of them idle less, and send more."""
     loss_chunks: int = free(1)
     """Parts in which logits and loss are computed, so that all logits never exist at once; where
     a device's tokens are no multiple of it, the nearest number below that divides them."""
@@ -193,6 +199,8 @@ class MeshConfig:
 
     data: int = free(-1)
     """Replicas that share nothing but gradients; -1: all devices that the other axes leave."""
+    stage: int = free(1)
+    """Stages of a pipeline over the layers; the batch is split over them as well."""
     fsdp: int = free(1)
     """Shards of parameters and optimizer state; the batch is split over them as well."""
     expert: int = free(1)
@@ -208,6 +216,7 @@ class MeshConfig:
         """Sizes by axis name on so many devices. Raises ConfigError if they do not multiply out."""
         sizes = {
             "data": self.data,
+            "stage": self.stage,
             "fsdp": self.fsdp,
             "expert": self.expert,
             "context": self.context,
@@ -331,9 +340,8 @@ class TrainConfig:
     """Tokens in an optimizer step, over all devices and accumulation steps."""
     seq_len: int = identity(1024)
     """Tokens in a training window; at most model.context."""
-    accumulation: int = schedule(1)
-    """Parts into which the batch is split, one after another, to save memory. The gradient is the
-    same, but each part draws its own dropout."""
+    accumulation: int = free(1)
+    """Parts into which the batch is split, one after another, to save memory."""
     z_loss: float = schedule(0.0)
     """Weight of the squared log-partition term (PaLM, section 5)."""
     ema_decay: float = identity(0.0)

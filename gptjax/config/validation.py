@@ -33,6 +33,7 @@ def value_problems(cfg: Any) -> Iterator[str]:
     yield from model_problems(m)
     at_least_one = {
         "compute.loss_chunks": cfg.compute.loss_chunks,
+        "compute.rounds": cfg.compute.rounds,
         "train.tokens": t.tokens,
         "train.batch_tokens": t.batch_tokens,
         "train.seq_len": t.seq_len,
@@ -52,6 +53,7 @@ def value_problems(cfg: Any) -> Iterator[str]:
         if value < 1:
             yield f"{name}={value}: must be at least 1"
     at_least_zero = {
+        "compute.microbatches": cfg.compute.microbatches,
         "optim.lr": o.lr,
         "optim.warmup_tokens": o.warmup_tokens,
         "optim.decay_tokens": o.decay_tokens,
@@ -249,12 +251,13 @@ def _near(value: int, legal: Sequence[int]) -> str:
 def mesh_problems(cfg: Any, sizes: Mapping[str, int], processes: int) -> Iterator[str]:
     """Every dimension that a mesh axis would have to split and cannot."""
     m, t, tensor, fsdp = cfg.model, cfg.train, sizes["tensor"], sizes["fsdp"]
-    rows = sizes["data"] * fsdp * sizes["expert"]
+    stages, copies = sizes["stage"], sizes["data"] * fsdp * sizes["expert"]
+    rows = stages * copies
     split = [
         ("tensor", tensor, "model.heads", m.heads),
         ("tensor", tensor, "model.kv_heads", m.kv),
         ("fsdp", fsdp, "model.embed", m.embed),
-        ("data x fsdp x expert", rows, "eval.batch", cfg.eval.batch),
+        ("stage x data x fsdp x expert", rows, "eval.batch", cfg.eval.batch),
     ]
     if min(m.vocab_size, m.vocab_multiple) >= 1 and m.table % tensor:
         split.append(("tensor", tensor, "model.vocab_multiple", m.vocab_multiple))
@@ -271,11 +274,23 @@ def mesh_problems(cfg: Any, sizes: Mapping[str, int], processes: int) -> Iterato
         split.append((both, tensor * fsdp, "model.mlp", m.hidden))
     if (context := sizes["context"]) > 1:
         split.append(("2 x context", 2 * context, "train.seq_len", t.seq_len))
-        if m.dropout:
-            yield f"model.dropout={m.dropout}: not with mesh.context={context}; set it to 0"
         if m.moe.experts and m.moe.capacity:
             value = m.moe.capacity
             yield f"model.moe.capacity={value}: not with mesh.context={context}; set it to 0"
+    if stages > 1 and m.pattern:
+        stretches = stages * cfg.compute.rounds * len(m.pattern)
+        split.append(("stage x compute.rounds x pattern", stretches, "model.layers", m.layers))
+    elif stages == 1:
+        for name in ("microbatches", "rounds"):
+            value = getattr(cfg.compute, name)
+            if value > 1:
+                yield f"compute.{name}={value}: only with mesh.stage above 1"
+    parts = cfg.compute.microbatches or stages
+    if parts % stages:
+        yield (
+            f"compute.microbatches={parts}: no multiple of mesh axis stage={stages}; use "
+            f"{_nearest_multiples(parts, stages)}"
+        )
     if sizes["expert"] > 1 and not m.moe.experts:
         yield f"mesh.expert={sizes['expert']}: model.moe.experts=0, so there is nothing to split"
     for axis, parts, name, size in split:
@@ -284,15 +299,17 @@ def mesh_problems(cfg: Any, sizes: Mapping[str, int], processes: int) -> Iterato
                 f"{name}={size}: mesh axis {axis}={parts} does not divide it; use "
                 f"{_nearest_multiples(size, parts)}, or an axis of {_near(parts, divisors(size))}"
             )
-    if min(t.seq_len, t.accumulation) >= 1 and (micro := t.batch // t.accumulation) % rows:
-        unit = rows * t.accumulation * t.seq_len
+    unit, what = copies * parts, "mesh axes stage x data x fsdp x expert"
+    if parts != stages:
+        what = "mesh axes data x fsdp x expert, times compute.microbatches"
+    if min(t.seq_len, t.accumulation) >= 1 and (micro := t.batch // t.accumulation) % unit:
         yield (
-            f"train.batch_tokens={t.batch_tokens}: the {micro} sequences of one "
-            f"accumulation step are not divisible by mesh axes data x fsdp x expert = {rows}; use "
-            f"{_nearest_multiples(t.batch_tokens, unit)}"
+            f"train.batch_tokens={t.batch_tokens}: the {micro} sequences of one accumulation step "
+            f"are not divisible by {what} = {unit}; use "
+            f"{_nearest_multiples(t.batch_tokens, unit * t.accumulation * t.seq_len)}"
         )
     if rows % processes and processes % rows:
         yield (
-            f"mesh: data x fsdp x expert = {rows} and {processes} processes do not divide each "
-            "other, so no process has whole rows of the batch"
+            f"mesh: stage x data x fsdp x expert = {rows} and {processes} processes do not divide "
+            "each other, so no process has whole rows of the batch"
         )

@@ -23,7 +23,7 @@ from gptjax import sharding
 from gptjax.config import ModelConfig
 from gptjax.errors import ConfigError
 from gptjax.model import layers
-from gptjax.model.layers import add_bias, dropout, rms_norm, rope, vector, weight
+from gptjax.model.layers import add_bias, rms_norm, rope, vector, weight
 from gptjax.products import column_parallel, row_parallel, rows_of
 
 NEVER = -1e30  # a score that is masked out: finite, so that a fully masked row stays a number
@@ -120,12 +120,12 @@ def dot_product(
     mask_BTS: jax.Array,
     bias_BHTS: jax.Array | None = None,
     soft_cap: float = 0.0,
-    dropout_rate: float = 0.0,
-    key: jax.Array | None = None,
+    drop: Callable[[jax.Array], jax.Array] = lambda p_BKRTS: p_BKRTS,
 ) -> jax.Array:
     """Softmax attention, written for reading; scores and softmax in float32.
 
-    `mask_BTS` (or [1, T, S]) is true where a query may look; `bias_BHTS` is added to the scores.
+    `mask_BTS` (or [1, T, S]) is true where a query may look; `bias_BHTS` is added to the scores;
+    `drop` is dropout of the weights.
     """
     b, t, h, c = q_BTHC.shape
     k, s = k_BKSC.shape[1:3]
@@ -146,7 +146,7 @@ def dot_product(
     if bias_BHTS is not None:
         s_BKRTS += bias_BHTS.reshape(bias_BHTS.shape[0], k, r, *bias_BHTS.shape[2:])
     s_BKRTS = jnp.where(mask_BTS[:, None, None], s_BKRTS, NEVER)
-    p_BKRTS = dropout(jax.nn.softmax(s_BKRTS, -1), dropout_rate, key).astype(q_BTHC.dtype)
+    p_BKRTS = drop(jax.nn.softmax(s_BKRTS, -1)).astype(q_BTHC.dtype)
     out_BKQC = jnp.matmul(shape(p_BKRTS, b, k, r * t, s), v_BKSC)
     out_BTKRC = shape(out_BKQC, b, k, r, t, c).transpose(0, 3, 1, 2, 4)
     return lax.reshape(out_BTKRC, (b, t, h, c), out_sharding=whole)
@@ -394,13 +394,18 @@ def attend(
     backend: str,
     segments_BT: jax.Array | None = None,
     window: int | None = None,
-    key: jax.Array | None = None,
+    keys_BT2: jax.Array | None = None,
+    site: jax.Array | int = 0,
 ) -> jax.Array:
-    """Causal attention over whole sequences by the named backend, [B, T, H, C]."""
+    """Causal attention over whole sequences by the named backend, [B, T, H, C].
+
+    With `keys_BT2`, keys of each place (`layers.place_keys`), weights are dropped at `site`.
+    """
     chosen, cap = BACKENDS[backend], cfg.attention_soft_cap
     extra = (cap,) if cap else ()
     if chosen.attend is None:
-        return _reference(cfg, q_BTHC, k_BTKC, v_BTKC, positions_BT, segments_BT, window, key)
+        drop = functools.partial(_drop, cfg, keys_BT2, site)
+        return _reference(cfg, q_BTHC, k_BTKC, v_BTKC, positions_BT, segments_BT, window, drop)
     if not chosen.local:
         return chosen.attend(q_BTHC, k_BTKC, v_BTKC, segments_BT, window, *extra)
     heads = sharding.spec("batch", "seq", "heads", None)
@@ -414,7 +419,35 @@ def attend(
     )(q_BTHC, k_BTKC, v_BTKC, segments_BT)
 
 
-def _reference(cfg, q_BTHC, k_BTKC, v_BTKC, positions_BT, segments_BT, window, key):
+def _drop(cfg, keys_BT2, site, p_BKRTS):
+    """Dropout of attention weights; a query's key, and the head, decide."""
+    if keys_BT2 is None or cfg.dropout == 0:
+        return p_BKRTS
+    places = sharding.places(p_BKRTS.shape[-1])
+    whole = sharding.spec("batch", None, None)
+    heads = sharding.spec("batch", "heads", None, None, None)
+
+    def local(p_bkrTS, keys_bT2, site):
+        b, k, r, t, s = p_bkrTS.shape
+        first = lax.axis_index(sharding.RULES["heads"]) * k * r
+        fold = lambda key_2, head: jax.random.key_data(
+            jax.random.fold_in(jax.random.wrap_key_data(key_2), head)
+        )
+        by_head = jax.vmap(jax.vmap(fold, (0, None)), (None, 0))
+        keys_hN2 = by_head(keys_bT2.reshape(b * t, 2), first + jnp.arange(k * r))
+        keys_bhT2 = keys_hN2.reshape(k * r, b, t, 2).swapaxes(0, 1)
+        # Weights of keys in their own order, as the context axis does not have them.
+        in_order = p_bkrTS[..., np.argsort(places)].reshape(b, k * r, t, s)
+        return layers.dropped(in_order, cfg.dropout, keys_bhT2, site)[..., places].reshape(
+            p_bkrTS.shape
+        )
+
+    return jax.shard_map(local, in_specs=(heads, whole, jax.P()), out_specs=heads, check_vma=False)(
+        p_BKRTS, jax.sharding.reshard(keys_BT2, whole), jnp.uint32(site)
+    )
+
+
+def _reference(cfg, q_BTHC, k_BTKC, v_BTKC, positions_BT, segments_BT, window, drop):
     """The reference over whole sequences, which each device of a context axis computes whole."""
     t = q_BTHC.shape[1]
     places = sharding.places(t)
@@ -428,9 +461,7 @@ def _reference(cfg, q_BTHC, k_BTKC, v_BTKC, positions_BT, segments_BT, window, k
     bias = alibi_bias(cfg, keys_BS, keys_BS) if cfg.positions == "alibi" else None
     q_BTHC, k_BTKC, v_BTKC = (whole(x) for x in (q_BTHC, k_BTKC, v_BTKC))
     k_BKTC, v_BKTC = k_BTKC.swapaxes(1, 2), v_BTKC.swapaxes(1, 2)
-    out_BTHC = dot_product(
-        q_BTHC, k_BKTC, v_BKTC, mask_BTS, bias, cfg.attention_soft_cap, cfg.dropout, key
-    )
+    out_BTHC = dot_product(q_BTHC, k_BKTC, v_BKTC, mask_BTS, bias, cfg.attention_soft_cap, drop)
     return jax.sharding.reshard(out_BTHC, sharding.spec("batch", "seq", "heads", None))
 
 
@@ -452,7 +483,7 @@ class Cache:
 
 jax.tree_util.register_dataclass(Cache, ["keys_PBKSC", "values_PBKSC"], [])
 
-CACHE_AXES = ("layers", "batch", "kv_heads", None, None)
+CACHE_AXES = (None, "batch", "kv_heads", None, None)
 
 
 def _write(
@@ -488,7 +519,8 @@ class SelfAttention(nn.Module):
         x_ND: jax.Array,
         positions_BT: jax.Array,
         segments_BT: jax.Array | None,
-        key: jax.Array | None,
+        keys_BT2: jax.Array | None,
+        site: jax.Array | int,
         cache: Cache | None,
         period: jax.Array,
     ) -> tuple[jax.Array, Cache | None]:
@@ -530,7 +562,8 @@ class SelfAttention(nn.Module):
                 backend=self.backend,
                 segments_BT=segments_BT,
                 window=self.window,
-                key=key,
+                keys_BT2=keys_BT2,
+                site=site,
             )
         else:
             cache, out_BTHC = self._attend_cache(

@@ -18,7 +18,7 @@ from jax import lax
 
 from gptjax import products, sharding
 from gptjax.config import ComputeConfig, ModelConfig
-from gptjax.model import attention, layers
+from gptjax.model import attention, layers, pipeline
 from gptjax.model.attention import Cache, SelfAttention
 from gptjax.model.ffn import FeedForward
 from gptjax.model.moe import MoE, Routing
@@ -42,6 +42,24 @@ class Outputs(NamedTuple):
     routing: Routing | None
 
 
+class Tokens(NamedTuple):
+    """What the blocks know of the tokens beside their hidden states.
+
+    positions_BT and segments_BT in the order of `sharding.places`, or without a cache's; with
+    dropout a key for each, by sequence and by row.
+    """
+
+    positions_BT: jax.Array
+    segments_BT: jax.Array | None = None
+    keys_BT2: jax.Array | None = None
+
+    def keys_N2(self) -> jax.Array | None:
+        """The keys by row."""
+        if self.keys_BT2 is None:
+            return None
+        return sharding.rows_of_sequences(self.keys_BT2, None)
+
+
 class Block(nn.Module):
     """Attention and feed-forward, each on its branch of the residual stream."""
 
@@ -51,19 +69,20 @@ class Block(nn.Module):
     training: bool
 
     @nn.compact
-    def __call__(self, x_ND, positions_BT, segments_BT, key, cache, layer, period):
+    def __call__(self, x_ND, tokens, cache, layer, period):
         cfg = self.cfg
         attn = SelfAttention(cfg, self.window, self.backend, name="attn")
         norm_attn = layers.Norm(cfg, name="norm_attn")
         norm_mlp = norm_attn if cfg.shared_norm else layers.Norm(cfg, name="norm_mlp")
-        keys = [None] * 3 if key is None else jax.random.split(jax.random.fold_in(key, layer), 3)
-        drop = lambda y, i: layers.dropout(y, cfg.dropout, keys[i])
-        context = (positions_BT, segments_BT, keys[0], cache, period)
+        site = 3 * layer + 1  # where it drops: weights here, the branches at the two that follow
+        keys_N2 = tokens.keys_N2()
+        drop = lambda y_ND, i: layers.dropout(y_ND, cfg.dropout, keys_N2, site + i)
+        context = (*tokens, site, cache, period)
 
         def mlp(h_ND):
             if not cfg.moe.experts:
                 return FeedForward(cfg, name="mlp")(h_ND), None
-            return MoE(cfg, self.training, name="mlp")(h_ND, len(positions_BT))
+            return MoE(cfg, self.training, name="mlp")(h_ND, len(tokens.positions_BT))
 
         if cfg.norm_position == "post":
             y_ND, cache = attn(x_ND, *context)
@@ -84,7 +103,7 @@ class Block(nn.Module):
 def _cached_block(params, x_ND, positions_BT, cache, period, cfg, window):
     """A block over a cache; a program of its own, so that like layers are traced once."""
     block = Block(cfg, window, "reference", training=False)
-    return block.apply({"params": params}, x_ND, positions_BT, None, None, cache, 0, period)
+    return block.apply({"params": params}, x_ND, Tokens(positions_BT), cache, 0, period)
 
 
 class Period(nn.Module):
@@ -96,7 +115,7 @@ class Period(nn.Module):
     training: bool
 
     @nn.compact
-    def __call__(self, carry, index, positions_BT, segments_BT, key):
+    def __call__(self, carry, index, tokens):
         cfg, compute = self.cfg, self.compute
         block = Block
         if compute.remat != "none":
@@ -113,11 +132,11 @@ class Period(nn.Module):
                 layer = index * len(cfg.pattern) + j
                 x_ND, _, routing = block(
                     cfg, window, self.backends[j], self.training, name=f"layer_{j}"
-                )(x_ND, positions_BT, segments_BT, key, None, layer, index)
+                )(x_ND, tokens, None, layer, index)
             else:
                 params = self.variables["params"][f"layer_{j}"]
                 x_ND, caches[j], routing = _cached_block(
-                    params, x_ND, positions_BT, caches[j], index, cfg, window
+                    params, x_ND, tokens.positions_BT, caches[j], index, cfg, window
                 )
             routings.append(routing)
         caches = None if caches[0] is None else tuple(caches)
@@ -138,12 +157,12 @@ class Decoder(nn.Module):
         tokens_BT: jax.Array,
         positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
-        key: jax.Array | None = None,
+        keys_B2: jax.Array | None = None,
         caches: Caches | None = None,
     ) -> Outputs:
-        cfg = self.cfg
+        cfg, compute = self.cfg, self.compute
         b, t = tokens_BT.shape
-        dtype = jnp.dtype(self.compute.dtype)
+        dtype = jnp.dtype(compute.dtype)
         table_VD = layers.weight(
             self, "embed", (cfg.table, cfg.embed), ("vocab", "w_embed"), cfg.init_std
         )
@@ -163,26 +182,26 @@ class Decoder(nn.Module):
             positions_BT = jnp.broadcast_to(
                 jnp.arange(t), (b, t), out_sharding=sharding.spec("batch", None)
             )
+        keys_BT2 = None if keys_B2 is None else layers.place_keys(keys_B2, t)
+        tokens = Tokens(positions_BT, segments_BT, keys_BT2)
         if caches is None:  # from here on, sequences are as they lie over the context axis
-            positions_BT, segments_BT = (
-                None if a is None else _placed(a) for a in (positions_BT, segments_BT)
-            )
-        if key is not None:
-            key, embed_key = jax.random.split(key)
-            x_ND = layers.dropout(x_ND, cfg.dropout, embed_key)
+            tokens = jax.tree.map(_placed, tokens)
+        x_ND = layers.dropout(x_ND, cfg.dropout, tokens.keys_N2(), 0)
 
         periods = cfg.layers // len(cfg.pattern)
-        stack = nn.scan(
-            Period,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=periods,
-            unroll=1 if self.compute.scan_layers else periods,
-        )(cfg, self.compute, self.backends, self.training, name="blocks")
-        (x_ND, caches), routing = stack(
-            (x_ND, caches), jnp.arange(periods), positions_BT, segments_BT, key
-        )
+        period = (cfg, compute, self.backends, self.training)
+        stack = _scan(*period, length=periods, name="blocks")
+        if sharding.axis_size("layers") > 1 and caches is None and not self.is_initializing():
+            x_ND, routing = pipeline.run(
+                functools.partial(_stretch, period),
+                self.variables["params"]["blocks"],
+                x_ND,
+                tokens,
+                compute.rounds,
+                compute.microbatches or sharding.axis_size("layers"),
+            )
+        else:
+            (x_ND, caches), routing = stack((x_ND, caches), jnp.arange(periods), tokens)
         if cfg.norm_position == "pre":
             x_ND = layers.Norm(cfg, name="norm_final")(x_ND)
         if not cfg.tied_embeddings:
@@ -192,9 +211,39 @@ class Decoder(nn.Module):
         return Outputs(x_ND, caches, routing)
 
 
+def _scan(
+    cfg: ModelConfig,
+    compute: ComputeConfig,
+    backends: tuple[str, ...],
+    training: bool,
+    *,
+    length: int,
+    name: str | None = None,
+) -> Period:
+    """So many periods, one after another."""
+    return nn.scan(
+        Period,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast),
+        length=length,
+        unroll=1 if compute.scan_layers else length,
+    )(cfg, compute, backends, training, name=name)
+
+
+def _stretch(period, blocks, x_ND, first, tokens):
+    """Consecutive periods of the stack, of which the first has this number."""
+    length = len(jax.tree.leaves(blocks)[0])
+    (x_ND, _), routing = _scan(*period, length=length).apply(
+        {"params": blocks}, (x_ND, None), first + jnp.arange(length), tokens
+    )
+    return x_ND, routing
+
+
 def _placed(a_BT: jax.Array) -> jax.Array:
-    """[B, T] in the order of `sharding.places`, split over the context axis."""
-    return jax.sharding.reshard(sharding.placed(a_BT), sharding.spec("batch", "seq"))
+    """[B, T, ...] in the order of `sharding.places`, split over the context axis."""
+    axes = sharding.spec("batch", "seq", *[None] * (a_BT.ndim - 2))
+    return jax.sharding.reshard(sharding.placed(a_BT), axes)
 
 
 def _tiled(places_TD: jax.Array, b: int, held: str, rows: str) -> jax.Array:
@@ -246,7 +295,18 @@ def init(cfg: ModelConfig, key: jax.Array) -> Params:
     rows = sharding.axis_size("batch")
     length = 2 * sharding.axis_size("seq")
     tokens_BT = jnp.zeros((rows, length), jnp.int32, out_sharding=sharding.spec("batch", None))
-    return decoder.init(key, tokens_BT)["params"]
+    params = decoder.init(key, tokens_BT)["params"]
+    return with_layers_on(params, "layers") if sharding.axis_size("layers") > 1 else params
+
+
+def with_layers_on(params: Params, axis: str | None) -> Params:
+    """The same, the blocks' leading axis on a logical axis: "layers", or None to have all."""
+
+    def move(w: jax.Array) -> jax.Array:
+        axes = jax.typeof(w).sharding.spec[1:]
+        return jax.sharding.reshard(w, jax.P(*sharding.spec(axis), *axes))
+
+    return params | {"blocks": jax.tree.map(move, params["blocks"])}
 
 
 def apply(
@@ -257,15 +317,16 @@ def apply(
     *,
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
-    key: jax.Array | None = None,
+    keys_B2: jax.Array | None = None,
     caches: Caches | None = None,
     training: bool = False,
 ) -> Outputs:
     """The decoder on [B, T] tokens.
 
-    With `key`, dropout is on; with `training`, experts have their capacity. With `caches`, tokens
-    are at `positions_BT` of their rows and see those cached before them; a position below zero is
-    no token: it is not cached, and what comes out there means nothing.
+    With `keys_B2`, key data for each sequence, dropout is on; with `training`, experts have their
+    capacity. With `caches`, tokens are at `positions_BT` of their rows and see those cached before
+    them; a position below zero is no token: it is not cached, and what comes out there means
+    nothing.
     """
     if caches is None:
         backends = attention_backends(
@@ -274,12 +335,12 @@ def apply(
             sharding.platform(),
             tokens_BT.shape[1],
             segments=segments_BT is not None,
-            training=key is not None,
+            training=keys_B2 is not None,
         )
     else:  # attention over a cache has one implementation
         backends = ("reference",) * len(cfg.pattern)
     return Decoder(cfg, compute, backends, training).apply(
-        {"params": params}, tokens_BT, positions_BT, segments_BT, key, caches
+        {"params": params}, tokens_BT, positions_BT, segments_BT, keys_B2, caches
     )
 
 

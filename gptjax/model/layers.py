@@ -142,16 +142,53 @@ def soft_cap(x: jax.Array, cap: float) -> jax.Array:
     return cap * jnp.tanh(x / cap) if cap else x
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes a share of `x` and scales up the rest; without a key, the identity.
+def place_keys(keys_B: jax.Array, length: int) -> jax.Array:
+    """A dropout key for each place of sequences that have keys, as key data [B, T, 2].
 
-    The mask depends on the key and the global shape alone, so it is the same on every mesh.
+    What is dropped so depends on the sequence's key, the place and the feature alone: not on how a
+    batch is split over devices, parts, or stages.
     """
-    if key is None or rate == 0:
-        return x
-    bits = jax.random.bits(key, x.shape, jnp.uint32, out_sharding=jax.typeof(x).sharding.spec)
+
+    def local(keys_B2):
+        keys_B = jax.random.wrap_key_data(keys_B2)
+        fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+        return jax.random.key_data(fold(keys_B, jnp.arange(length)))
+
+    rows = sharding.spec("batch", None)
+    out = sharding.spec("batch", None, None)
+    return jax.shard_map(local, in_specs=rows, out_specs=out, check_vma=False)(keys_B)
+
+
+def dropped(x: jax.Array, rate: float, keys: jax.Array, site: jax.Array | int) -> jax.Array:
+    """On one device's share: zeroes a share of `x` and scales up the rest.
+
+    `keys` [..., 2] has key data for each row of the last axis of `x`; `site` numbers the layer, and
+    the place in it where this is done.
+    """
+
+    def row(key_2: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.wrap_key_data(key_2), site)
+        return jax.random.bits(key, x.shape[-1:], jnp.uint32)
+
+    bits = jax.vmap(row)(keys.reshape(-1, 2)).reshape(x.shape)
     keep = bits >= jnp.uint32(rate * 2**32)
     return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype)).astype(x.dtype)
+
+
+def dropout(
+    x_ND: jax.Array, rate: float, keys_N2: jax.Array | None, site: jax.Array | int
+) -> jax.Array:
+    """Dropout of rows that have a key each (see `place_keys`); without keys, the identity."""
+    if keys_N2 is None or rate == 0:
+        return x_ND
+    rows = jax.typeof(x_ND).sharding.spec
+    keys_N2 = jax.sharding.reshard(keys_N2, rows)
+    return jax.shard_map(
+        lambda x_nD, keys_n2, site: dropped(x_nD, rate, keys_n2, site),
+        in_specs=(rows, rows, jax.P()),
+        out_specs=rows,
+        check_vma=False,
+    )(x_ND, keys_N2, jnp.uint32(site))
 
 
 def weight(

@@ -153,13 +153,14 @@ def _with_capacity(x_nD, ids_nk, weights_nk, gate_eDF, up_eDF, down_eFD, *, seq,
     return (y_nkD * weights_nk[..., None].astype(y_nkD.dtype)).sum(1), (place_bM >= places).sum()
 
 
-def _serve(x_nD, ids_nk, weights_nk, gate_eDF, up_eDF, down_eFD, *, seq, experts, places, rows):
+def _serve(
+    x_nD, ids_nk, weights_nk, gate_eDF, up_eDF, down_eFD, *, seq, experts, places, rows, axes
+):
     """The island: weights gathered over fsdp, tokens to experts and back, summed over tensor."""
     x_nD = gather_rows(x_nD, rows)
     # Marked as each copy's own before they are gathered, so that gradients are scattered first and
     # their parts summed over the copies, not the reverse.
-    axes = sharding.mesh_axes("batch" if rows == "batch" else "tokens")
-    copies = tuple(axis for axis in axes if axis in ("data", "context"))
+    copies = tuple(axis for axis in axes if axis in ("data", "stage", "context"))
     own = lambda w: lax.pcast(w.astype(x_nD.dtype), copies, to="varying")
     into = (gather_weight(own(w_eDF), x_nD.dtype, 1) for w_eDF in (gate_eDF, up_eDF))
     args = x_nD, ids_nk, weights_nk, *into, gather_weight(own(down_eFD), x_nD.dtype, 2)
@@ -210,7 +211,14 @@ class MoE(nn.Module):
         expert = sharding.spec("experts", "w_embed", "mlp")
         down = sharding.spec("experts", "mlp", "w_embed")
         y_ND, dropped = jax.shard_map(
-            functools.partial(_serve, seq=seq, experts=e, places=places, rows=rows_axis),
+            functools.partial(
+                _serve,
+                seq=seq,
+                experts=e,
+                places=places,
+                rows=rows_axis,
+                axes=sharding.mesh_axes(held),
+            ),
             in_specs=(x_rows, tokens, tokens, expert, expert, down),
             out_specs=(x_rows, jax.P()),
         )(x_ND, ids_Nk, weights_Nk, *into, down_EFD)

@@ -75,7 +75,7 @@ def decoding_params(params: Params, model: ModelConfig, dtype: str) -> tuple[Par
         name = str(path[-1].key)
         return leaf if name.endswith(small) else leaf.astype(dtype)
 
-    params = jax.tree_util.tree_map_with_path(cast, params)
+    params = decoder.with_layers_on(jax.tree_util.tree_map_with_path(cast, params), None)
     if sharding.platform() != "cpu":
         return params, model
     return decoder.split_layers(params, model), decoder.unrolled(model)
