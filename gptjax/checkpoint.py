@@ -21,13 +21,14 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 import gptjax
@@ -113,7 +114,11 @@ def _context(*, partial: bool = False, write_bytes: int | None = None) -> Any:
 
 
 class Checkpoints:
-    """The checkpoints of one run. `describe(step)` gives the run's own part of the metadata."""
+    """The checkpoints of one run. `describe(step)` gives the run's own part of the metadata.
+
+    `order` is that of the layers in the blocks' stacked arrays, where a pipeline has another than
+    the model's; it is saved with them, and what is restored is put into the order wanted here.
+    """
 
     def __init__(
         self,
@@ -121,9 +126,11 @@ class Checkpoints:
         cfg: CheckpointConfig | None = None,
         describe: Callable[[int], Mapping[str, Any]] = lambda step: {},
         say: Callable[[str], None] = lambda line: None,
+        order: Sequence[int] | None = None,
     ) -> None:
         """With `cfg`, for saving: clears away what an interrupted save has left."""
         self.folder, self._cfg, self._describe, self._say = folder.absolute(), cfg, describe, say
+        self._order = None if order is None else list(order)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
         self._failures: list[str] = []
@@ -162,6 +169,7 @@ class Checkpoints:
             },
             "devices": jax.device_count(),
             "processes": jax.process_count(),
+            **({} if self._order is None else {"layers": self._order}),
             "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "tree": {path: [list(x.shape), str(x.dtype)] for path, x in leaves.items()},
             "fingerprints": fingerprints(leaves),
@@ -300,6 +308,13 @@ class Checkpoints:
         for path, value in fingerprints(leaves).items():
             if value != meta["fingerprints"][path]:
                 raise ValueError(f"{path}: its fingerprint is not the one saved")
+        if (saved_order := meta.get("layers")) != self._order:
+            count = len(saved_order or self._order or ())
+            have, want = (np.arange(count) if o is None else o for o in (saved_order, self._order))
+            places = np.argsort(have)[want]
+            for path in leaves:
+                if "/blocks/" in path:
+                    leaves[path] = _moved(leaves[path], tuple(places.tolist()))
         return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[path] for path in wanted])
 
     def _set_aside(self, step: int) -> None:
@@ -307,6 +322,12 @@ class Checkpoints:
         free = next(name for name in names if not name.exists())
         (self.folder / str(step)).rename(free)
         self._say(f"checkpoint {step} is set aside as {free.name}")
+
+
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
+def _moved(stacked: jax.Array, places: tuple[int, ...]) -> jax.Array:
+    """Layers of a stacked array in another order, laid out as before."""
+    return stacked.at[np.array(places)].get(out_sharding=jax.typeof(stacked).sharding)
 
 
 def _check_tree(checkpoint: Path, saved: Mapping[str, Any], wanted: Leaves) -> None:

@@ -1,15 +1,14 @@
 """Pre-training: the store, the model and the objective, handed to `train.fit`."""
 
+import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
-import orbax.checkpoint as orbax
+import numpy as np
 from etils import epath
 
-import gptjax
 from gptjax import config, distributed, metrics, objective, run, sample, sharding, train
 from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import Checkpoints, sha256_of
@@ -17,7 +16,7 @@ from gptjax.config import Config
 from gptjax.data import pipeline, store
 from gptjax.errors import DataError
 from gptjax.evaluate import ValidationLoss
-from gptjax.model import counts, decoder
+from gptjax.model import counts, decoder, stages
 from gptjax.model.decoder import Params
 from gptjax.progress import Progress
 from gptjax.watch import Watch
@@ -84,12 +83,24 @@ def pretrain(
             "attention": backends,
         }
 
+    # With several rounds of a pipeline, layers lie in another order than the model's.
+    order = stages.order(cfg.model.layers // len(cfg.model.pattern), cfg.compute.rounds)
+    natural = (order == np.arange(len(order))).all()
     checkpoints = Checkpoints(
-        Path(cfg.run) / run.CHECKPOINTS, cfg.checkpoint, describe, progress.say
+        Path(cfg.run) / run.CHECKPOINTS,
+        cfg.checkpoint,
+        describe,
+        progress.say,
+        None if natural else order.tolist(),
     )
 
+    def init(key: jax.Array) -> Params:
+        params = decoder.init(cfg.model, key)
+        return params | {"blocks": stages.reordered(params["blocks"], order)}
+
     def sampler(step: int, params: Params) -> None:
-        with_text = sample.Sampler(params, cfg.model, cfg.compute, tokenizer)
+        blocks = stages.reordered(params["blocks"], np.argsort(order))
+        with_text = sample.Sampler(params | {"blocks": blocks}, cfg.model, cfg.compute, tokenizer)
         done = with_text.generate(cfg.eval.prompts, settings)
         pairs = zip(cfg.eval.prompts, done, strict=True)
         shown = [f"--- prompt {prompt!r}\n{prompt}{one.text}\n" for prompt, one in pairs]
@@ -105,7 +116,7 @@ def pretrain(
 
     _, evaluated = train.fit(
         cfg,
-        init_fn=lambda key: decoder.init(cfg.model, key),
+        init_fn=init,
         loss_fn=objective.training_loss(cfg, manifest.tokenizer["eos_id"]),
         abstract_batch=objective.abstract_batch(cfg),
         batches=batches,
@@ -126,6 +137,7 @@ def pretrain(
 
 def _facts(cfg: Config, manifest: store.Manifest) -> dict[str, str]:
     """What all processes of a job must have alike."""
-    versions = {f"{m.__name__}'s version": m.__version__ for m in (gptjax, jax, flax, orbax)}
+    packages = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    versions = {f"{name}'s version": importlib.metadata.version(name) for name in packages}
     values = {name: repr(value) for name, value in config.flatten(cfg).items()}
     return {"the store's tokens": manifest.fingerprint(), **versions, **values}

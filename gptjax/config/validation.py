@@ -280,6 +280,11 @@ def mesh_problems(cfg: Any, sizes: Mapping[str, int], processes: int) -> Iterato
     if stages > 1 and m.pattern:
         stretches = stages * cfg.compute.rounds * len(m.pattern)
         split.append(("stage x compute.rounds x pattern", stretches, "model.layers", m.layers))
+        if cfg.compute.rounds > 1 and cfg.optim.name == "adafactor":
+            yield (
+                f"compute.rounds={cfg.compute.rounds}: not with optim.name=adafactor, whose state "
+                "has the layers of small parameters in one; set it to 1"
+            )
     elif stages == 1:
         for name in ("microbatches", "rounds"):
             value = getattr(cfg.compute, name)

@@ -18,7 +18,7 @@ from jax import lax
 
 from gptjax import products, sharding
 from gptjax.config import ComputeConfig, ModelConfig
-from gptjax.model import attention, layers, pipeline
+from gptjax.model import attention, layers, stages
 from gptjax.model.attention import Cache, SelfAttention
 from gptjax.model.ffn import FeedForward
 from gptjax.model.moe import MoE, Routing
@@ -192,7 +192,7 @@ class Decoder(nn.Module):
         period = (cfg, compute, self.backends, self.training)
         stack = _scan(*period, length=periods, name="blocks")
         if sharding.axis_size("layers") > 1 and caches is None and not self.is_initializing():
-            x_ND, routing = pipeline.run(
+            x_ND, routing = stages.run(
                 functools.partial(_stretch, period),
                 self.variables["params"]["blocks"],
                 x_ND,
