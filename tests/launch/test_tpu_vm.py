@@ -181,7 +181,10 @@ def test_a_slice_is_created_installed_and_deleted(hosts, tmp_path) -> None:
     assert [call[3] for call in called] == ["create", "scp", "ssh", "ssh", "delete"]
     assert (tmp_path / "1" / "gptjax" / "constraints.txt").exists()
     lines = (tmp_path / "1" / "installed").read_text().splitlines()
-    assert "-c|constraints.txt|-e|.|jax[tpu]|" in lines[-1]
+    assert "-c|.constraints.txt|-e|.|jax[tpu]|" in lines[-1]
+    constraints = (tmp_path / "1" / "gptjax" / ".constraints.txt").read_text()
+    assert "jax==" in constraints
+    assert "libtpu" not in constraints  # jax[tpu] has its own pin, and both cannot be had
 
 
 @pytest.mark.parametrize("words", [[], ["train"], ["train", "slice"], ["fly", "slice"]])
