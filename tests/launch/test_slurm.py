@@ -66,6 +66,9 @@ exit "${how%,*}"
 """
 
 
+ENDED = ("COMPLETED", "FAILED", "CANCELLED")
+
+
 class Cluster:
     """Commands of Slurm against the one that `slurm_conf` describes."""
 
@@ -129,19 +132,19 @@ class Job:
 
         Not all of them: within the same second the node would still refuse the job's credential.
         """
-        self.until(
-            lambda: (
-                self.restarts == restarts
-                and self.state == "PENDING"
-                and self.shown("Reason") == "BeginTime"
-            ),
-            seconds,
-        )
+
+        def queued() -> bool:
+            shown = {name: self.shown(name) for name in ("JobState", "Reason", "Restarts")}
+            assert shown["JobState"] not in ENDED, f"not queued again: {self.text()}"
+            again = {"JobState": "PENDING", "Reason": "BeginTime", "Restarts": str(restarts)}
+            return shown == again
+
+        self.until(queued, seconds)
         self.cluster.call("scontrol", "update", f"JobId={self.number}", "StartTime=now+3")
 
     def end(self, seconds: float = 60) -> tuple[str, int]:
         """State and exit code, once it has ended and was not queued again."""
-        self.until(lambda: self.state in ("COMPLETED", "FAILED", "CANCELLED"), seconds)
+        self.until(lambda: self.state in ENDED, seconds)
         return self.state, int(self.shown("ExitCode").split(":")[0])
 
 
