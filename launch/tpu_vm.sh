@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# Trains on a Cloud TPU VM slice: one process on each of its hosts, from where you stand.
+#
+#   launch/tpu_vm.sh create NAME v5litepod-256 v2-alpha-tpuv5-lite --spot     (further gcloud options)
+#   launch/tpu_vm.sh install NAME                      this checkout and its packages, on every host
+#   launch/tpu_vm.sh all NAME 'sudo mkdir -p /shared && sudo mount -t nfs FILESTORE:/share /shared'
+#   launch/tpu_vm.sh train NAME configs/pods.py:llama3_8b_v5e_256 --run /shared/run \
+#       --data.store /shared/store --data.sources '/shared/text/*.jsonl.zst'
+#   launch/tpu_vm.sh stop NAME                         save and end, from another terminal
+#   launch/tpu_vm.sh delete NAME
+#
+# Set CLOUDSDK_COMPUTE_ZONE and CLOUDSDK_CORE_PROJECT for gcloud, and `ssh-add` its key. JAX finds
+# the other hosts in the metadata of the VM. `train` starts the command again on all hosts after a
+# lost process, a maintenance event or a lost connection, and ends on a problem for a person. Run it
+# where it can stay: in tmux on a small VM beside the slice. A spot slice that was taken has to be
+# created anew; the same `train` then goes on. MAX_RESTARTS is how often it begins again (1000),
+# RESTART_SECONDS what it waits before it does (15). Several slices: launch/gke_jobset.yaml.
+set -uo pipefail
+
+fail() { echo "tpu_vm.sh: $*" >&2; exit 2; }
+on() { gcloud compute tpus tpu-vm ssh "$name" --worker="$1" --command="$2"; } # on WORKERS COMMAND
+
+[ $# -ge 2 ] || fail "usage: $0 create|install|all|train|stop|delete NAME ..."
+action=$1 name=$2
+shift 2
+
+# What the hosts run, expanded there and not here. One that is told to stop by hand says so. A
+# command that outlived its connection still holds the lock: it is told to stop, at which all hosts
+# save and end with 75, and the next round begins everywhere.
+# shellcheck disable=SC2016
+STOP='cd ~/gptjax && flock -n .lock echo nothing is trained here && exit
+touch .stopped; kill -TERM $(cat .pid)'
+# shellcheck disable=SC2016
+RUN='cd ~/gptjax || exit 78
+exec 9>>.lock
+if flock -n 9; then
+    rm -f .stopped
+    (echo "$BASHPID" >.pid; exec .venv/bin/gptjax train %s); code=$?
+    [ ! -e .stopped ] || echo "tpu_vm.sh: stopped by hand" >&2
+else kill -TERM "$(cat .pid)"; flock -w 600 9; code=75
+fi
+echo "tpu_vm.sh: $(hostname) ended with $code" >&2
+exit "$code"'
+
+train() {
+    local command tee pid told code one restarts=0
+    [ $# -gt 0 ] || fail "usage: $0 train NAME CONFIG [OVERRIDES]"
+    # shellcheck disable=SC2059 # RUN is the format
+    printf -v command "$RUN" "$(printf '%q ' "$@")"
+    report=$(mktemp)
+    trap 'rm -f "$report"' EXIT
+    trap 'told=1; on 0 "$STOP"' INT TERM
+    while :; do
+        exec 3> >(trap '' INT TERM; exec tee "$report" >&2)
+        tee=$!
+        # Deaf to Ctrl-C, which would end the connection before the hosts have saved.
+        (trap '' INT; on all "$command") 2>&3 3>&- &
+        pid=$!
+        exec 3>&-
+        while told=; wait "$pid"; code=$?; [ "$told" ]; do :; done # a signal ends a wait
+        wait "$tee"
+        # gcloud ends with the code of its first worker that failed; each says its own.
+        for one in "$code" $(sed -n 's/^tpu_vm.sh: .* ended with \([0-9]*\)$/\1/p' "$report"); do
+            case $one in
+                0 | 69 | 75 | 134 | 137 | 143 | 255) ;; # 255: the connection or the host was lost
+                *)
+                    echo "tpu_vm.sh: a host ended with $one, which a restart does not mend" >&2
+                    return "$one"
+                    ;;
+            esac
+        done
+        [ "$code" != 0 ] || return 0
+        if grep -qx 'tpu_vm.sh: stopped by hand' "$report" ||
+            [ $((restarts++)) -ge "${MAX_RESTARTS:-1000}" ]; then
+            echo "tpu_vm.sh: ended with $code; the same command goes on from there" >&2
+            return "$code"
+        fi
+        echo "tpu_vm.sh: ended with $code; begins again" >&2
+        sleep "${RESTART_SECONDS:-15}"
+    done
+}
+
+case $action in
+    create)
+        [ $# -ge 2 ] || fail "usage: $0 create NAME TYPE VERSION [GCLOUD OPTIONS]"
+        gcloud compute tpus tpu-vm create "$name" --accelerator-type="$1" --version="$2" "${@:3}"
+        ;;
+    install)
+        # The last commit, and no more: runs, data and environments stay where they are. The images
+        # come with Python 3.10, which is too old, so uv brings one; and jax asks for another libtpu
+        # than the planner is tested with.
+        cd "$(dirname "$0")/.." || exit 2
+        archive=$(mktemp)
+        trap 'rm -f "$archive"' EXIT
+        git archive --format=tar.gz --output="$archive" HEAD &&
+            gcloud compute tpus tpu-vm scp "$archive" "$name:gptjax.tar.gz" --worker=all &&
+            on all 'set -e
+                mkdir -p ~/gptjax && tar -xzf ~/gptjax.tar.gz -C ~/gptjax && cd ~/gptjax
+                python3 -m pip install --quiet --user uv
+                [ -x .venv/bin/python ] || python3 -m uv venv --quiet --python 3.12 .venv
+                grep -v "^libtpu==" constraints.txt >.constraints.txt
+                python3 -m uv pip install --quiet --python .venv/bin/python -c .constraints.txt \
+                    -e . "jax[tpu]"
+                .venv/bin/gptjax --help >/dev/null'
+        ;;
+    all) on all "$*" ;;
+    train) train "$@" ;;
+    stop) on 0 "$STOP" ;;
+    delete) gcloud compute tpus tpu-vm delete "$name" --quiet ;;
+    *) fail "unknown action $action" ;;
+esac

@@ -1,0 +1,210 @@
+"""launch/tpu_vm.sh against a gcloud that notes its words and runs the command here, once a host."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+SCRIPT = REPO / "launch" / "tpu_vm.sh"
+
+# Each host has a home of its own; as the real one does, this ends with the first failure's code.
+GCLOUD = """\
+#!/usr/bin/env bash
+{ printf '%s\\036' "$@"; printf '\\037'; } >> "$WORDS"
+[ "$4" = ssh ] || exit 0
+for word in "$@"; do case $word in
+    --worker=all) hosts="0 1" ;;
+    --worker=*) hosts=${word#*=} ;;
+    --command=*) command=${word#*=} ;;
+esac; done
+declare -A running
+for host in $hosts; do
+    HOME=$HOMES/$host bash -c "$command" &
+    running[$host]=$!
+done
+code=0
+for host in $hosts; do wait "${running[$host]}" || { last=$?; [ $code != 0 ] || code=$last; }; done
+exit $code
+"""
+
+# Ends its nth attempt as the nth line of `endings` in its home says, `wait` being until it is told.
+STAND_IN = """\
+#!/usr/bin/env bash
+trap 'echo saved; exit 75' TERM
+printf '%s|' "$@" >> ~/began; echo >> ~/began
+how=$(sed -n "$(wc -l < ~/began)p" ~/endings)
+while [ "$how" = wait ]; do sleep 0.05; done
+exit "$how"
+"""
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """Makes two hosts whose attempts end as given; gives the environment for the script."""
+
+    def make(first: str, second: str) -> dict[str, str]:
+        for host, endings in enumerate((first, second)):
+            programs = tmp_path / str(host) / "gptjax" / ".venv" / "bin"
+            programs.mkdir(parents=True)
+            (tmp_path / str(host) / "endings").write_text("\n".join(endings.split()) + "\n")
+            (programs / "gptjax").write_text(STAND_IN)
+            (programs / "gptjax").chmod(0o755)
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "gcloud").write_text(GCLOUD)
+        (tmp_path / "bin" / "gcloud").chmod(0o755)
+        return os.environ | {
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+            "WORDS": str(tmp_path / "words"),
+            "HOMES": str(tmp_path),
+            "RESTART_SECONDS": "0",
+        }
+
+    return make
+
+
+def run(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    command = [str(SCRIPT), *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def attempts(folder: Path, host: int) -> list[str]:
+    file = folder / str(host) / "began"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def calls(folder: Path) -> list[list[str]]:
+    """The words of each call of gcloud."""
+    written = (folder / "words").read_text().split("\037")[:-1]
+    return [call.split("\036")[:-1] for call in written]
+
+
+def test_hosts_are_started_again_until_all_are_done(hosts, tmp_path) -> None:
+    environment = hosts("75 69 134 0", "75 137 134 0")
+    overrides = ["--run", "/shared/a run", "--data.sources", "/text/*.jsonl", "it's $HOME"]
+    done = run(environment, "train", "slice", "configs/debug.py", *overrides)
+    assert done.returncode == 0, done.stderr
+    for host in (0, 1):
+        assert (
+            attempts(tmp_path, host)
+            == ["|".join(["train", "configs/debug.py", *overrides, ""])] * 4
+        )
+    assert re.findall(r"ended with (\d+); begins again", done.stderr) == ["75", "69", "134"]
+    called = calls(tmp_path)
+    assert len(called) == 4
+    assert called[0][:6] == ["compute", "tpus", "tpu-vm", "ssh", "slice", "--worker=all"]
+
+
+@pytest.mark.parametrize(("first", "second", "code"), [("69", "65", 65), ("2", "2", 2)])
+def test_a_problem_for_a_person_ends_it_whatever_the_other_host_says(
+    hosts, tmp_path, first, second, code
+) -> None:
+    done = run(hosts(first, second), "train", "slice", "configs/debug.py")
+    assert done.returncode == code
+    assert len(attempts(tmp_path, 0)) == len(attempts(tmp_path, 1)) == 1
+    assert f"a host ended with {code}, which a restart does not mend" in done.stderr
+
+
+def test_it_gives_up_after_so_many_restarts(hosts, tmp_path) -> None:
+    environment = hosts("75 75 75", "75 75 75") | {"MAX_RESTARTS": "2"}
+    assert run(environment, "train", "slice", "configs/debug.py").returncode == 75
+    assert len(attempts(tmp_path, 0)) == 3
+
+
+@pytest.mark.parametrize("how", ["stop", "ctrl-c"])
+def test_told_to_stop_by_hand_it_saves_and_does_not_begin_again(hosts, tmp_path, how) -> None:
+    environment = hosts("wait 0", "75 0")  # the second host's SIGTERM is gptjax's own affair
+    command = [str(SCRIPT), "train", "slice", "configs/debug.py"]
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as training:
+        deadline = time.monotonic() + 30
+        while not attempts(tmp_path, 0):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.2)  # the stand-in's trap comes before that line, its pid file too
+        if how == "stop":
+            assert run(environment, "stop", "slice").returncode == 0
+        else:
+            os.killpg(training.pid, signal.SIGINT)
+        _, stderr = training.communicate(timeout=30)
+    assert training.returncode == 75, stderr
+    assert len(attempts(tmp_path, 0)) == 1
+    assert "stopped by hand" in stderr
+
+
+def test_what_outlived_its_connection_is_stopped_first(hosts, tmp_path) -> None:
+    environment = hosts("wait 0", "75 0")
+    (tmp_path / "held").write_text(
+        "cd ~/gptjax; exec 9>>.lock; flock 9; echo $BASHPID > .pid; exec .venv/bin/gptjax old"
+    )
+    held = ["bash", str(tmp_path / "held")]
+    home = environment | {"HOME": str(tmp_path / "0")}
+    with subprocess.Popen(held, env=home, stdout=subprocess.PIPE, text=True) as old:
+        deadline = time.monotonic() + 30
+        while not attempts(tmp_path, 0):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        done = run(environment, "train", "slice", "configs/debug.py")
+        assert old.communicate(timeout=30)[0] == "saved\n"
+    assert old.returncode == 75
+    assert done.returncode == 0, done.stderr
+    assert attempts(tmp_path, 0) == ["old|", "train|configs/debug.py|"]
+    assert len(attempts(tmp_path, 1)) == 2
+
+
+def test_a_slice_is_created_installed_and_deleted(hosts, tmp_path) -> None:
+    environment = hosts("0", "0")
+    tools = "#!/usr/bin/env bash\nprintf '%s|' \"$@\" >> ~/installed; echo >> ~/installed\n"
+    (tmp_path / "bin" / "python3").write_text(tools)
+    (tmp_path / "bin" / "python3").chmod(0o755)
+    for host in (0, 1):  # where scp would have put it
+        archive = tmp_path / str(host) / "gptjax.tar.gz"
+        subprocess.run(["git", "archive", "-o", archive, "HEAD"], cwd=REPO, check=True)
+    version = "v2-alpha-tpuv5-lite"
+    assert run(environment, "create", "slice", "v5litepod-16", version, "--spot").returncode == 0
+    installed = run(environment, "install", "slice")
+    assert installed.returncode == 0, installed.stderr
+    assert (
+        run(environment, "all", "slice", "mkdir -p ~/shared && echo made").stdout.count("made") == 2
+    )
+    assert run(environment, "delete", "slice").returncode == 0
+    called = calls(tmp_path)
+    options = ["--accelerator-type=v5litepod-16", f"--version={version}", "--spot"]
+    assert called[0] == ["compute", "tpus", "tpu-vm", "create", "slice", *options]
+    assert [call[3] for call in called] == ["create", "scp", "ssh", "ssh", "delete"]
+    assert (tmp_path / "1" / "gptjax" / "constraints.txt").exists()
+    lines = (tmp_path / "1" / "installed").read_text().splitlines()
+    assert "-c|.constraints.txt|-e|.|jax[tpu]|" in lines[-1]
+    constraints = (tmp_path / "1" / "gptjax" / ".constraints.txt").read_text()
+    assert "jax==" in constraints
+    assert "libtpu" not in constraints  # jax[tpu] has its own pin, and both cannot be had
+
+
+@pytest.mark.parametrize("words", [[], ["train"], ["train", "slice"], ["fly", "slice"]])
+def test_a_mistake_is_told_before_gcloud_is_called(hosts, tmp_path, words) -> None:
+    done = run(hosts("", ""), *words)
+    assert done.returncode == 2
+    assert "tpu_vm.sh: " in done.stderr
+    assert not (tmp_path / "words").exists()
+
+
+SHELL = [SCRIPT, REPO / "launch" / "slurm.sbatch"]
+
+
+@pytest.mark.parametrize("file", SHELL, ids=lambda file: file.name)
+def test_bash_can_read_it(file: Path) -> None:
+    subprocess.run(["bash", "-n", file], check=True)
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck: apt-get install it")
+@pytest.mark.parametrize("file", SHELL, ids=lambda file: file.name)
+def test_shellcheck_finds_nothing(file: Path) -> None:
+    done = subprocess.run(["shellcheck", file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
