@@ -78,7 +78,7 @@ def _on(
     **train: int,
 ) -> Config:
     cfg = load(str(Path(__file__).with_name(preset.split(":")[0])) + ":" + preset.split(":")[1])
-    mesh = MeshConfig(data, fsdp, expert, tensor, context, machine)
+    mesh = MeshConfig(data, fsdp, expert, tensor, context, machine=machine)
     rows = data * fsdp * expert
     return replace(
         cfg,

@@ -59,8 +59,9 @@ def join(lost: int, say: Callable[[str], None] = lambda line: None) -> None:
             heartbeat_timeout_seconds=3 * lost,
             shutdown_timeout_seconds=_SHUTDOWN_S,
         )
-    except ValueError as error:
-        if address or "coordinator_address" not in str(error):
+    except (ValueError, RuntimeError) as error:
+        # A process alone; or one whose devices are in use already, as in a notebook.
+        if address or not ("coordinator_address" in str(error) or "before any" in str(error)):
             raise ConfigError([f"the environment describes half a job: {error}"]) from None
         signal.signal(signal.SIGTERM, before)
         return

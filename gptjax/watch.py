@@ -58,7 +58,15 @@ def judge(
             f"{beat.who} has not been heard of for {silent[worst]:.0f} s (watch.lost={cfg.lost}); "
             f"it was in stage {beat.stage} of step {beat.step}"
         )
-    limits = asdict(cfg) | {"start": 0}
+    limits = {
+        "start": 0,
+        "restore": cfg.restore,
+        "compile": cfg.compile,
+        "data": cfg.data,
+        "step": cfg.step,
+        "save": cfg.save,
+        "eval": cfg.eval,
+    }
     ages = {i: beat.seconds + silent[i] for i, beat in beats.items()}
     late = [i for i, beat in beats.items() if 0 < limits[beat.stage] < ages[i]]
     if not late:

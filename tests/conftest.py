@@ -27,14 +27,20 @@ MeshFactory = Callable[..., AbstractContextManager[jax.sharding.Mesh]]
 
 @pytest.fixture(scope="session")
 def on_mesh() -> MeshFactory:
-    """`with on_mesh(data, fsdp, tensor, expert, context):` is on a mesh over the first devices."""
+    """`with on_mesh(data, fsdp, tensor, expert, context, stage):` is on a mesh over the first
+    devices."""
 
     @contextmanager
     def enter(
-        data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1, context: int = 1
+        data: int = 1,
+        fsdp: int = 1,
+        tensor: int = 1,
+        expert: int = 1,
+        context: int = 1,
+        stage: int = 1,
     ) -> Iterator[jax.sharding.Mesh]:
-        cfg = MeshConfig(data=data, fsdp=fsdp, expert=expert, tensor=tensor, context=context)
-        devices = jax.devices()[: math.prod((data, fsdp, tensor, expert, context))]
+        cfg = MeshConfig(data, fsdp, expert, tensor, context, stage)
+        devices = jax.devices()[: math.prod((data, fsdp, tensor, expert, context, stage))]
         mesh = sharding.make_mesh(cfg, devices)
         with jax.set_mesh(mesh):
             yield mesh

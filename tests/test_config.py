@@ -241,15 +241,16 @@ def test_a_head_dim_below_one_is_refused(value: int) -> None:
 @pytest.mark.parametrize(
     ("mesh", "devices", "shape"),
     [
-        (MeshConfig(), 8, (8, 1, 1, 1, 1)),
-        (MeshConfig(fsdp=4), 8, (2, 4, 1, 1, 1)),
-        (MeshConfig(data=2, fsdp=-1, tensor=2), 8, (2, 2, 1, 1, 2)),
-        (MeshConfig(data=1, fsdp=1, tensor=1), 1, (1, 1, 1, 1, 1)),
+        (MeshConfig(), 8, (8, 1, 1, 1, 1, 1)),
+        (MeshConfig(fsdp=4), 8, (2, 1, 4, 1, 1, 1)),
+        (MeshConfig(data=2, fsdp=-1, tensor=2), 8, (2, 1, 2, 1, 1, 2)),
+        (MeshConfig(data=2, stage=-1), 8, (2, 4, 1, 1, 1, 1)),
+        (MeshConfig(data=1, fsdp=1, tensor=1), 1, (1, 1, 1, 1, 1, 1)),
     ],
 )
 def test_minus_one_takes_the_devices_that_are_left(mesh, devices, shape) -> None:
     assert mesh.shape(devices) == dict(
-        zip(("data", "fsdp", "expert", "context", "tensor"), shape, strict=True)
+        zip(("data", "stage", "fsdp", "expert", "context", "tensor"), shape, strict=True)
     )
 
 

@@ -199,8 +199,6 @@ class MeshConfig:
 
     data: int = free(-1)
     """Replicas that share nothing but gradients; -1: all devices that the other axes leave."""
-    stage: int = free(1)
-    """Stages of a pipeline over the layers; the batch is split over them as well."""
     fsdp: int = free(1)
     """Shards of parameters and optimizer state; the batch is split over them as well."""
     expert: int = free(1)
@@ -209,6 +207,8 @@ class MeshConfig:
     """Shards of heads, feed-forward and vocabulary."""
     context: int = free(1)
     """Shards of a sequence, for contexts that are too long for a device."""
+    stage: int = free(1)
+    """Stages of a pipeline over the layers; the batch is split over them as well."""
     machine: str = free("")
     """Machine that these sizes are meant for, such as v5p:8x8x8; what `gptjax plan` plans for."""
 

@@ -88,7 +88,7 @@ def check(cfg: Config, machine: Machine) -> Config:
     Raises ConfigError.
     """
     shape = cfg.mesh.shape(machine.devices)
-    rows = shape["data"] * shape["fsdp"] * shape["expert"]
+    rows = shape["data"] * shape["stage"] * shape["fsdp"] * shape["expert"]
     batch = -(-cfg.eval.batch // rows) * rows
     cfg = replace(cfg, mesh=replace(cfg.mesh, **shape), eval=replace(cfg.eval, batch=batch))
     cfg.check(machine.devices, machine.processes)

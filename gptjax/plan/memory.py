@@ -16,6 +16,7 @@ from gptjax import sharding, train
 from gptjax.checkpoint import leaves_by_path
 from gptjax.config import Config
 from gptjax.model import decoder
+from gptjax.plan import traffic
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def tensors(cfg: Config) -> list[Tensor]:
         group = _GROUPS.get(path.split("/")[0], "parameters")
         return Tensor(path, group, value.shape, np.dtype(value.dtype).itemsize, axes)
 
-    with jax.sharding.use_abstract_mesh(sharding.abstract_mesh()):
+    # Only a mesh with stages has the layers split over them.
+    with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(stage=cfg.mesh.stage)):
         state = jax.eval_shape(
             lambda: train.create_state(cfg, lambda key: decoder.init(cfg.model, key))
         )
@@ -75,8 +77,10 @@ def held(cfg: Config, sizes: Mapping[str, int], state: list[Tensor]) -> dict[str
     parameters = groups["parameters"] / 4  # in float32
     parts = math.prod(sizes[axis] for axis in sharding.mesh_axes("tokens"))
     tensor_parts = sizes["tensor"]
-    tokens = cfg.train.batch_tokens / cfg.train.accumulation / parts
-    split = tensor_parts > 1 and tokens % tensor_parts == 0
+    all_tokens = cfg.train.batch_tokens / cfg.train.accumulation / parts
+    split = tensor_parts > 1 and all_tokens % tensor_parts == 0
+    through = traffic.passes(cfg)
+    tokens = all_tokens * sizes["stage"] / through.parts  # of a microbatch, where there are stages
     stream = tokens / (tensor_parts if split else 1) * m.embed * width
 
     # --- kept from the forward to the backward pass ---
@@ -91,7 +95,9 @@ def held(cfg: Config, sizes: Mapping[str, int], state: list[Tensor]) -> dict[str
         kept += matrices * hidden * (2 if c.remat == "none" else 1)
     if c.remat == "none" and m.moe.experts:
         kept += _layer_weights(cfg, sizes) * width
-    saved = m.layers * kept
+    saved = through.runs * kept
+    if sizes["stage"] > 1:  # what each tick begins with, and the batch on its way in and out
+        saved += (through.ticks + 2 * through.parts) * stream
 
     # --- a block's backward pass: what it recomputes, its gradients, weights gathered for it ---
     whole = tokens * m.embed * width
@@ -103,6 +109,7 @@ def held(cfg: Config, sizes: Mapping[str, int], state: list[Tensor]) -> dict[str
     block = working + layer + sequences + 2 * routed * whole  # and what goes to experts and back
 
     # --- the loss: the output layer whole, its gradient, a chunk's logits ---
+    tokens, whole = all_tokens, all_tokens * m.embed * width
     table = m.table * m.embed / tensor_parts
     chunk = tokens / c.loss_chunks * m.table / tensor_parts
     loss = table * (width + 4) + chunk * (4 + width) + 2 * whole

@@ -16,7 +16,7 @@ from gptjax import sharding
 from gptjax.config import Config
 from gptjax.model import counts
 from gptjax.plan.machines import Machine
-from gptjax.plan.traffic import EXCHANGE, GATHER, SCATTER, SUM, Collective
+from gptjax.plan.traffic import EXCHANGE, GATHER, SCATTER, SUM, Collective, passes
 
 # Share of the bfloat16 peak that a whole train step's products reached, recomputation counted, in
 # the best runs that the MaxText team published: on v5e 0.89 (its 32B, 66.9 % MFU with a forward
@@ -131,6 +131,9 @@ def flops(cfg: Config) -> dict[str, float]:
         last = m.embed * m.hidden if not m.moe.experts else 0
         again += 2.0 * m.layers * (projections + mlp - last) * tokens
     parts["recomputed"] = again
+    if idle := passes(cfg).idle:
+        layers = sum(parts.values()) - parts["output layer"]
+        parts["idle stages"] = layers * idle / (1 - idle)
     return parts
 
 

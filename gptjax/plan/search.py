@@ -2,7 +2,8 @@
 
 Pruned by arithmetic: everything that divides is planned, in some milliseconds each once the state's
 shapes are known; a context axis is tried where a part keeps at least 4096 tokens. What is kept is
-the Pareto front of step time and memory.
+the Pareto front of step time and memory. Pipelines are not tried: what they save is sent over
+links that here are always fast.
 """
 
 import itertools
@@ -32,8 +33,9 @@ def front(cfg: Config, machine: Machine) -> list[Choice]:
 
     Raises ConfigError where nothing fits.
     """
+    cfg, more = _without_stages(cfg)
     state = memory.tensors(cfg)
-    found = [one for one in _all(cfg, machine, state) if one.plan.fits]
+    found = [one for one in _all(cfg, machine, state, more) if one.plan.fits]
     if not found:
         raise ConfigError(
             [
@@ -55,7 +57,9 @@ def remedies(planned: Plan, most: int = 3) -> list[Choice]:
     The best of remat alone, of accumulation alone, of the mesh alone, and of several together.
     """
     found: dict[str, Choice] = {}
-    for one in _all(planned.cfg, planned.machine, planned.state):
+    cfg, more = _without_stages(planned.cfg)
+    state = memory.tensors(cfg) if more else planned.state
+    for one in _all(cfg, planned.machine, state, more):
         changed = _changed(planned.cfg, one.plan.cfg)
         key = next(iter(changed)) if len(changed) == 1 else "several"
         better = one.plan.fits and one.plan.total < 0.95 * planned.total
@@ -64,6 +68,15 @@ def remedies(planned: Plan, most: int = 3) -> list[Choice]:
         ):
             found[key] = one
     return sorted(found.values(), key=lambda one: one.plan.times.expected)[:most]
+
+
+def _without_stages(cfg: Config) -> tuple[Config, list[str]]:
+    """The same with no pipeline, and the overrides that make it so."""
+    if cfg.mesh.stage == 1:
+        return cfg, []
+    compute = replace(cfg.compute, rounds=1, microbatches=0)
+    more = ["--mesh.stage 1", "--compute.rounds 1", "--compute.microbatches 0"]
+    return replace(cfg, mesh=replace(cfg.mesh, stage=1), compute=compute), more
 
 
 def _changed(old: Config, new: Config) -> set[str]:
@@ -76,7 +89,9 @@ def _changed(old: Config, new: Config) -> set[str]:
     return {name for name, (a, b) in pairs.items() if a != b}
 
 
-def _all(cfg: Config, machine: Machine, state: list[memory.Tensor]) -> Iterator[Choice]:
+def _all(
+    cfg: Config, machine: Machine, state: list[memory.Tensor], more: list[str]
+) -> Iterator[Choice]:
     for shape in _shapes(cfg, machine):
         named = dict(zip(("data", "fsdp", "expert", "context", "tensor"), shape, strict=True))
         rows = cfg.train.batch // (named["data"] * named["fsdp"] * named["expert"])
@@ -88,7 +103,7 @@ def _all(cfg: Config, machine: Machine, state: list[memory.Tensor]) -> Iterator[
                 compute=replace(cfg.compute, remat=remat),
                 train=replace(cfg.train, accumulation=accumulation),
             )
-            overrides = [f"--mesh.{axis} {size}" for axis, size in named.items()]
+            overrides = [f"--mesh.{axis} {size}" for axis, size in named.items()] + more
             overrides += [f"--compute.remat {remat}", f"--train.accumulation {accumulation}"]
             try:
                 yield Choice(plan(one, machine, state), tuple(overrides))

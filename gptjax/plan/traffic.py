@@ -58,7 +58,42 @@ def by_axes(
     return table
 
 
-_COPIES = ("data", "expert", "context")  # the axes beside fsdp that hold the same weight
+_COPIES = ("data", "expert", "context")  # the axes beside fsdp that hold a layer's same weight
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How an accumulation step goes through the layers that a device has.
+
+    parts: microbatches of a pipeline, or one. works: how often a device takes up a stretch of its
+    layers; ticks: idle turns included, in which it does and sends the same for nothing. layers: of
+    a stretch.
+    """
+
+    parts: int
+    works: int
+    ticks: int
+    layers: float
+
+    @property
+    def runs(self) -> float:
+        """How often a device goes through a layer."""
+        return self.ticks * self.layers
+
+    @property
+    def idle(self) -> float:
+        """Share of the ticks in which a device works for nothing."""
+        return 1 - self.works / self.ticks
+
+
+def passes(cfg: Config) -> Passes:
+    """As the mesh and the schedule have it; see model/stages.py."""
+    stages, rounds = cfg.mesh.stage, cfg.compute.rounds
+    if stages == 1:
+        return Passes(1, 1, 1, cfg.model.layers)
+    parts = cfg.compute.microbatches or stages
+    works, stretch = parts * rounds, cfg.model.layers / stages / rounds
+    return Passes(parts, works, works + stages - 1, stretch)
 
 
 @dataclass(frozen=True)
@@ -79,11 +114,14 @@ def _all(cfg: Config, sizes: Mapping[str, int]) -> Iterator[Collective]:
     m, moe = cfg.model, cfg.model.moe
     width = 2 if cfg.compute.dtype == "bfloat16" else 4
     steps = cfg.train.accumulation
-    layers, expert, tensor = m.layers, sizes["expert"], sizes["tensor"]
+    expert, tensor, stages = sizes["expert"], sizes["tensor"], sizes["stage"]
     groups = math.prod(sizes[axis] for axis in sharding.mesh_axes("tokens"))
-    tokens = cfg.train.batch_tokens / steps / groups  # a device's rows, before the tensor axis
-    rows = tokens * m.embed * width
+    all_tokens = cfg.train.batch_tokens / steps / groups  # a device's rows, before the tensor axis
     split = tensor > 1 and cfg.train.batch_tokens / steps % (groups * tensor) == 0
+    through = passes(cfg)
+    layers = through.runs
+    tokens = all_tokens * stages / through.parts  # those of a microbatch, where there are stages
+    rows = tokens * m.embed * width
     gather_rows = GATHER if split else None
     sum_rows = SCATTER if split else SUM
 
@@ -116,7 +154,18 @@ def _all(cfg: Config, sizes: Mapping[str, int]) -> Iterator[Collective]:
 
     # --- experts: tokens to them and back ---
     if moe.experts and expert > 1:
-        yield from _dispatch(cfg, expert, tokens, width)
+        yield from _dispatch(cfg, expert, tokens, layers * steps, width)
+
+    # --- rows from stage to stage, and the batch to the first and from the last ---
+    if stages > 1:
+        share = rows / (tensor if split else 1)
+        over_stages = ("stage",), stages
+        yield Collective(SHIFT, *over_stages, share, 2 * through.ticks * steps, "rows onwards")
+        whole = share * through.parts
+        for kind in (GATHER, SCATTER):
+            yield Collective(kind, *over_stages, whole, 2 * steps, "the batch's rows", "outside")
+        rows = all_tokens * m.embed * width
+        yield from over_tensor(gather_rows, 4, "rows into and out of the stages", "outside")
 
     # --- keys and values of whole sequences for each part of the context ---
     if (context := sizes["context"]) > 1:
@@ -127,6 +176,9 @@ def _all(cfg: Config, sizes: Mapping[str, int]) -> Iterator[Collective]:
         yield Collective(GATHER, axes, context, keys, count * (1 + again), "keys and values")
         yield Collective(SCATTER, axes, context, keys, count, "gradients of keys and values")
 
+    # --- outside the layers the batch is split over the stages too ---
+    tokens, rows = all_tokens, all_tokens * m.embed * width
+
     # --- the tables, once for each part of the batch; a tied one is gathered once for both uses ---
     table = m.table * m.embed / tensor
     outside = {"where": "outside"}
@@ -135,7 +187,7 @@ def _all(cfg: Config, sizes: Mapping[str, int]) -> Iterator[Collective]:
     # Its gradient is scattered for each use, but where there is nothing to scatter summed once.
     once = m.tied_embeddings and all(sizes[axis] == 1 for axis in sharding.FSDP)
     for name in ("embedding",) if once else ("embedding", "output layer"):
-        yield from _scatters(table * 4, steps, sizes, _COPIES, name, **outside)
+        yield from _scatters(table * 4, steps, sizes, ("stage", *_COPIES), name, **outside)
     if tensor > 1:
         yield from over_tensor(sum_rows, 1, "embedded rows", "outside")
         yield from over_tensor(gather_rows, 1, "gradients of embedded rows", "outside")
@@ -159,6 +211,8 @@ def _all(cfg: Config, sizes: Mapping[str, int]) -> Iterator[Collective]:
     small = 2 * m.embed * (2 if m.norm == "layernorm" and m.norm_bias else 1)
     if m.linear_bias:
         small += 2 * m.embed + (m.head * (m.heads + 2 * m.kv) + m.hidden) / tensor
+    axes = tuple(axis for axis in axes if axis != "stage")
+    parts = math.prod(sizes[a] for a in axes)
     yield Collective(SUM, axes, parts, small * width, layers * steps, "scales and biases")
 
 
@@ -209,9 +263,10 @@ def _scatters(
     yield Collective(SUM, axes, parts, whole, count, f"{what}'s gradient", **more)
 
 
-def _dispatch(cfg: Config, expert: int, tokens: float, width: int) -> Iterator[Collective]:
+def _dispatch(
+    cfg: Config, expert: int, tokens: float, count: float, width: int
+) -> Iterator[Collective]:
     m, moe = cfg.model, cfg.model.moe
-    count = m.layers * cfg.train.accumulation
     again = 0 if cfg.compute.remat == "none" else 1
     if moe.capacity:
         t = cfg.train.seq_len

@@ -10,7 +10,7 @@ import pytest
 from gptjax import sharding
 from gptjax.config import ModelConfig
 from gptjax.errors import ConfigError
-from gptjax.model import attention
+from gptjax.model import attention, layers
 from gptjax.model.attention import Need, Sizes, choose
 from gptjax.sharding import spec
 
@@ -49,7 +49,7 @@ def both_passes(function, q, k, v, do):
     return jax.device_get(jax.jit(run)(q, k, v, do))
 
 
-def attend_on(mesh, arrays, backend, segments=None, key=None, window=None, **fields):
+def attend_on(mesh, arrays, backend, segments=None, seed=None, window=None, **fields):
     """Both passes of a backend, on a mesh; `fields` of the model as given."""
     batch, length, heads, head = arrays[0].shape
     cfg = ModelConfig(heads=heads, kv_heads=arrays[1].shape[2], head_dim=head, **fields)
@@ -59,11 +59,26 @@ def attend_on(mesh, arrays, backend, segments=None, key=None, window=None, **fie
         if segments is not None:
             segments = placed(segments[:, places], "batch", "seq")
         assert len({str(s.index) for s in arrays[0].addressable_shards}) == entered.size
+        keys = None
+        if seed is not None:
+            keys_B = jax.random.split(jax.random.key(seed), batch)
+            keys_B2 = jax.sharding.reshard(jax.random.key_data(keys_B), jax.P())
+            keys_B2 = jax.sharding.reshard(keys_B2, sharding.spec("batch", None))
+            keys = layers.place_keys(keys_B2, length)[:, places]
+            keys = jax.sharding.reshard(keys, sharding.spec("batch", "seq", None))
         at = placed(np.broadcast_to(places, (batch, length)), "batch", "seq")
 
         def attend(q, k, v):
             return attention.attend(
-                cfg, q, k, v, at, backend=backend, segments_BT=segments, window=window, key=key
+                cfg,
+                q,
+                k,
+                v,
+                at,
+                backend=backend,
+                segments_BT=segments,
+                window=window,
+                keys_BT2=keys,
             )
 
         return [part[:, np.argsort(places)] for part in both_passes(attend, *arrays)]
@@ -189,8 +204,7 @@ def test_dropout_of_attention_weights_is_scaled_and_keyed(on_mesh):
     q, *_ = make(64, batch=1)
     arrays = (0 * q, 0 * q, np.ones_like(q), q)
     out, again, other = (
-        attend_on(on_mesh(), arrays, "reference", dropout=0.5, key=jax.random.key(seed))[0]
-        for seed in (0, 0, 1)
+        attend_on(on_mesh(), arrays, "reference", dropout=0.5, seed=seed)[0] for seed in (0, 0, 1)
     )
     assert np.array_equal(out, again)
     assert not np.array_equal(out, other)

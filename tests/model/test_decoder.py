@@ -344,20 +344,27 @@ def test_bfloat16_compute_is_near_float32_and_keeps_float32_parameters(on_mesh, 
         assert cosine > 0.97, path
 
 
-def test_dropout_is_the_same_on_every_mesh_and_off_without_a_key(
+def dropout_keys(seed):
+    """A key for each sequence, on the ambient mesh."""
+    keys = jax.random.key_data(jax.random.split(jax.random.key(seed), ROWS))
+    return jax.device_put(keys, sharding.spec("batch", None))
+
+
+def test_dropout_is_the_same_on_every_mesh_and_off_without_keys(
     on_mesh, tiny_config, random_params
 ):
     cfg = tiny_config(model={"dropout": 0.2})
     results = []
-    for mesh in ((1, 1, 1), (2, 2, 2)):
+    for mesh in ((1, 1, 1), (2, 2, 2), (1, 1, 2, 1, 4)):
         with on_mesh(*mesh):
             params, batch = random_params(cfg.model), batch_of(cfg)
-            results.append(loss_and_grads(cfg, params, batch, jax.random.key(5)))
-    assert_same(results[1], results[0], tolerance=1e-5)
+            results.append(loss_and_grads(cfg, params, batch, dropout_keys(5)))
+    for other in results[1:]:
+        assert_same(other, results[0], tolerance=1e-5)
     with on_mesh(1, 1, 1):
         params, batch = random_params(cfg.model), batch_of(cfg)
-        run = jax.jit(lambda p, b, key: objective.next_token(p, cfg, b, 0, key)[0])
-        keys = None, *map(jax.random.key, (1, 1, 2))
+        run = jax.jit(lambda p, b, keys: objective.next_token(p, cfg, b, 0, keys)[0])
+        keys = None, *map(dropout_keys, (1, 1, 2))
         off, on, again, other = (float(run(params, batch, key)) for key in keys)
         undropped = jax.jit(lambda p, b: objective.next_token(p, tiny_config(), b, 0)[0])
         assert off == float(undropped(params, batch))
@@ -481,14 +488,14 @@ def test_auto_trains_with_blockwise_here_and_dropout_with_the_reference(
         return attend(*args, backend=backend, **rest)
 
     monkeypatch.setattr(attention, "attend", spy)
-    for key, expected in ((None, "blockwise"), (jax.random.key(0), "reference")):
+    for keys, expected in ((None, "blockwise"), (np.zeros((ROWS, 2), "u4"), "reference")):
         cfg = tiny_config(model={"dropout": 0.1})
         tokens = jax.ShapeDtypeStruct((ROWS, 32), jnp.int32)
         with on_mesh(1, 1, 1):
             params = jax.eval_shape(lambda c=cfg: decoder.init(c.model, jax.random.key(0)))
             asked.clear()
             jax.eval_shape(
-                lambda p, t, c=cfg, k=key: decoder.apply(p, c.model, c.compute, t, key=k),
+                lambda p, t, c=cfg, k=keys: decoder.apply(p, c.model, c.compute, t, keys_B2=k),
                 params,
                 tokens,
             )

@@ -107,35 +107,44 @@ def test_rope_scores_depend_on_the_distance_alone():
     assert not np.allclose(scores(0), jnp.einsum("bthc,bshc->bhts", q, k), atol=1e-2)
 
 
-def test_dropout_without_a_key_or_a_rate_is_the_identity():
+def keys_of(rows, seed=0):
+    """A key for each row."""
+    return jax.random.key_data(jax.random.split(jax.random.key(seed), rows))
+
+
+def test_dropout_without_keys_or_a_rate_is_the_identity():
     x = normal(0, 8, 8)
-    assert layers.dropout(x, 0.5, None) is x
-    assert layers.dropout(x, 0.0, jax.random.key(0)) is x
+    assert layers.dropout(x, 0.5, None, 0) is x
+    assert layers.dropout(x, 0.0, keys_of(8), 0) is x
 
 
 def test_dropout_zeroes_its_share_and_preserves_the_mean(on_mesh):
     with on_mesh(1, 1, 1):
         x = jnp.ones((400, 100), out_sharding=sharding.spec("tokens", "embed"))
-        y = layers.dropout(x, 0.3, jax.random.key(0))
-        other = layers.dropout(x, 0.3, jax.random.key(1))
+        y, other, there = (
+            layers.dropout(x, 0.3, keys_of(400, seed), site)
+            for seed, site in ((0, 0), (1, 0), (0, 1))
+        )
     assert set(np.unique(y).tolist()) == {0.0, float(np.float32(1 / 0.7))}
     assert abs(float((y == 0).mean()) - 0.3) < 0.01  # 4 standard deviations
     assert abs(float(y.mean()) - 1) < 0.015
     assert not jnp.array_equal(y, other)
+    assert not jnp.array_equal(y, there)
+    assert len(np.unique(np.asarray(y), axis=0)) == 400  # no two rows alike
 
 
 def test_dropout_keeps_bfloat16(on_mesh):
     with on_mesh(1, 1, 1):
         x = jnp.ones((8, 8), jnp.bfloat16, out_sharding=sharding.spec("tokens", "embed"))
-        assert layers.dropout(x, 0.5, jax.random.key(0)).dtype == jnp.bfloat16
+        assert layers.dropout(x, 0.5, keys_of(8), 0).dtype == jnp.bfloat16
 
 
-def test_dropout_mask_is_the_same_on_every_mesh(on_mesh):
-    def dropped(*mesh):
+def test_a_place_has_the_same_key_however_sequences_are_split(on_mesh):
+    def keys(*mesh):
         with on_mesh(*mesh):
-            x = jnp.ones((64, 16), out_sharding=sharding.spec("tokens", "mlp"))
-            y = jax.jit(layers.dropout, static_argnums=1)(x, 0.5, jax.random.key(3))
-            assert len({str(s.index) for s in y.addressable_shards}) == np.prod(mesh)
-            return jax.device_get(y)
+            keys_B2 = jax.device_put(keys_of(8), sharding.spec("batch", None))
+            return jax.device_get(jax.jit(layers.place_keys, static_argnums=1)(keys_B2, 16))
 
-    np.testing.assert_array_equal(dropped(1, 1, 1), dropped(2, 2, 2))
+    whole = keys()
+    assert len(np.unique(whole.reshape(-1, 2), axis=0)) == 8 * 16
+    np.testing.assert_array_equal(keys(2, 2, 1, 1, 1, 2), whole)

@@ -311,6 +311,28 @@ STEPS = {
         {"fsdp": 2, "expert": 4},
         [(EXCHANGE, ("expert",)), (SCATTER, ("fsdp",)), (SUM, ("expert",))],
     ),
+    "stages, with rounds, remat, two steps": (
+        {
+            "model": {**LLAMA, "layers": 8},
+            "compute": {"microbatches": 4, "rounds": 2, "remat": "block"},
+            "train": {"accumulation": 2},
+        },
+        {"stage": 2, "fsdp": 2, "tensor": 2},
+        [
+            (SHIFT, ("stage",)),
+            (GATHER, ("stage",)),
+            (SCATTER, ("stage",)),
+            (GATHER, ("fsdp",)),
+            (SCATTER, ("fsdp",)),
+            (GATHER, ("tensor",)),
+            (SCATTER, ("tensor",)),
+        ],
+    ),
+    "stages x expert": (
+        {"model": {**LLAMA, "layers": 4, "moe": FOUR}},
+        {"data": 2, "stage": 2, "expert": 2},
+        [(SHIFT, ("stage",)), (EXCHANGE, ("expert",)), (SUM, ("data",))],
+    ),
     "shared experts x tensor": (
         {"model": {**LLAMA, "moe": MoeConfig(experts=4, top_k=2, shared=1)}},
         {"fsdp": 4, "tensor": 2},
@@ -327,6 +349,7 @@ def compare(tiny_config, quick_compile):
     def seen_and_expected(sections, sizes):
         key = repr((sections, sizes))
         if key not in done:
+            sections = {**sections, "mesh": {"stage": sizes.get("stage", 1)}}
             cfg, sizes = tiny_config(**sections), sizes_of(**sizes)
             types = sharding.make_mesh(MeshConfig()).axis_types
             devices = np.array(jax.devices()[: math.prod(sizes.values())])

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_a_process_reads_only_its_rows(notes) -> None:
     assert sorted(one) == sorted(two) == list(range(1, STEPS + 1))
     for step, (ids,) in one.items():
         assert sorted(map(len, two[step])) == [8, 8]
-        assert sorted(sum(two[step], [])) == sorted(ids)
+        assert sorted(chain(*two[step])) == sorted(ids)
 
 
 def test_told_to_stop_all_save_at_one_step_and_another_layout_goes_on(start, alone, notes) -> None:
@@ -95,7 +96,7 @@ def test_told_to_stop_all_save_at_one_step_and_another_layout_goes_on(start, alo
     assert sorted(after) == list(range(stopped + 1, STEPS + 1))
     for step, (ids,) in ids_by_step(notes / "alone").items():
         trained = before[step] if step <= stopped else after[step]
-        assert sorted(sum(trained, [])) == sorted(ids)
+        assert sorted(chain(*trained)) == sorted(ids)
 
 
 def test_a_checkpoint_of_four_is_restored_by_two(start) -> None:
