@@ -21,6 +21,8 @@ from jax import lax
 from gptjax import sharding
 from gptjax.config import ModelConfig, RopeConfig
 
+NEVER = -1e30  # a score that is masked out: finite, so that a fully masked row stays a number
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(
@@ -135,6 +137,32 @@ def rope(x_BTHC: jax.Array, positions_BT: jax.Array, cfg: RopeConfig) -> jax.Arr
     if width == x_BTHC.shape[-1]:
         return turned
     return jnp.concatenate([turned, x_BTHC[..., width:]], -1)
+
+
+def alibi_slopes(heads: int) -> jax.Array:
+    """Slope of each head (Press et al. 2021): powers of 2**(-8/n), for n the power of two below."""
+    n = 1 << (heads.bit_length() - 1)
+    slopes = [2 ** (-8 * (i + 1) / n) for i in range(n)]
+    slopes += [2 ** (-4 * (2 * i + 1) / n) for i in range(heads - n)]
+    return jnp.array(slopes, jnp.float32)
+
+
+def alibi_bias(
+    cfg: ModelConfig, slopes_H: jax.Array, query_BT: jax.Array, key_BS: jax.Array
+) -> jax.Array:
+    """What ALiBi adds to the scores of queries and keys at these positions, [B, H, T or 1, S].
+
+    `slopes_H` are those of the heads at hand.
+    """
+    slopes_H11 = slopes_H[:, None, None]
+    if cfg.alibi == "exact":
+        distance_BTS = key_BS[:, None, :] - query_BT[:, :, None]
+        return slopes_H11 * distance_BTS[:, None].astype(jnp.float32)
+    # The softmax takes a shift of a whole row for none; the rounding goes by the place itself.
+    rounded = slopes_H11.astype(jnp.bfloat16) * key_BS[:, None, None, :].astype(jnp.float32).astype(
+        jnp.bfloat16
+    )
+    return rounded.astype(jnp.float32) * cfg.head**-0.5
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:
