@@ -463,7 +463,7 @@ def test_the_model_asks_its_backend_for_exactly_what_it_needs(on_mesh, tiny_mode
     assert chosen(pattern=("full", "window"), window=4, kv_heads=2) == ("cudnn", "cudnn")
     assert chosen(segments=True) == ("reference",)
     assert chosen(positions="alibi") == ("reference",)
-    assert chosen(context=2) == ("reference",)
+    assert chosen(context=2) == ("ring",)
     assert chosen(dropout=0.1) == ("cudnn",)
     assert chosen(dropout=0.1, training=True) == ("reference",)
     with pytest.raises(ConfigError, match="cudnn: does not support dropout"):
