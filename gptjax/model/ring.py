@@ -160,6 +160,9 @@ def _go_round(
     sees the key, and gives the last two with what this adds to them; they begin as given, by_keys
     as zeros. `of_queries` are constants, a block of queries each; `query` and `key` are `_Held`.
     """
+    # Tied to the queries: a scan over layers would make the masks of all blocks beforehand, a GiB.
+    _, ids = lax.optimization_barrier((of_queries, own[2:]))
+    own = _Held(own.keys, own.values, *ids)
     i, c, n = lax.axis_index(_AXIS), lax.axis_size(_AXIS), len(own.start)
     below = np.argwhere(np.tri(n))
     early_keys = np.argwhere(np.tile(np.arange(n) < n // 2, (n, 1)))

@@ -1,5 +1,7 @@
 """The ring against the reference on one device; what it sends, and what it computes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -188,6 +190,22 @@ def test_backward_they_go_round_again_and_their_gradients_come_home(on_mesh, con
     # Here XLA sees that the first thing that both passes send is the same.
     count = 2 * steps + (2 * steps - 2) + 2 * context
     assert found == {(SHIFT, ("context",)): (count, count * keys)}
+
+
+def test_layers_in_a_loop_do_not_have_the_masks_of_all_blocks_made_beforehand(on_mesh):
+    cfg = ModelConfig(heads=4, head_dim=8)
+    with on_mesh(context=4):
+        q, *_ = (placed(a, "batch", "seq", "heads", None) for a in arrays_of("nothing"))
+        rows = placed(np.zeros(q.shape[:2], np.int32), "batch", "seq")
+
+        def layer(x, scale):
+            return attention.attend(cfg, x, x * scale, x, rows, backend="ring"), None
+
+        layer = jax.checkpoint(layer, prevent_cse=False)
+        loss = lambda x, scales: jax.lax.scan(layer, x, scales)[0].sum()
+        text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(q, jnp.ones(3)))
+    sizes = [np.prod([int(n) for n in m.split(",")]) for m in re.findall(r"bool\[([\d,]+)\]", text)]
+    assert 0 < max(sizes) <= 2 * 4 * BLOCK * BLOCK  # batch x heads x one block
 
 
 def products(jaxpr):
