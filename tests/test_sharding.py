@@ -1,7 +1,7 @@
 """The same run on every mesh: bit-equal parameters at the start, and the same losses."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -303,33 +303,35 @@ def test_rows_and_sequences_are_each_others_inverse(on_mesh, mesh):
 
 
 @pytest.mark.parametrize(
-    "mesh",
+    ("attention", "mesh"),
     [
-        {"context": 2},
-        {"context": 8},
-        {"data": 2, "context": 4},
-        {"fsdp": 2, "tensor": 2, "context": 2},
+        ("ring", {"context": 2}),
+        ("ring", {"context": 8}),
+        ("ring", {"data": 2, "context": 4}),
+        ("ring", {"fsdp": 2, "tensor": 2, "context": 2}),
+        ("reference", {"data": 2, "context": 4}),
     ],
 )
 @pytest.mark.parametrize("documents", ["ignore", "mask"])
 def test_sequences_split_over_devices_have_the_loss_and_gradients_of_one(
-    on_mesh, tiny_config, mesh, documents
+    on_mesh, tiny_config, attention, mesh, documents
 ):
     cfg = tiny_config(model={"positions": "rope", "kv_heads": 4}, data={"documents": documents})
+    split = replace(cfg, compute=replace(cfg.compute, attention=attention))
     rng = np.random.default_rng(0)
     batch = {
         "windows_BW": rng.integers(0, 20, (16, 33), np.int32),
         "lengths_B": rng.integers(1, 33, 16, np.int32),
     }
 
-    def gradients(**mesh):
+    def gradients(cfg, **mesh):
         with on_mesh(**mesh):
             params = jax.jit(lambda: decoder.init(cfg.model, jax.random.key(0)))()
             there = {k: sharding.global_batch(v, 16) for k, v in batch.items()}
             loss = lambda params: objective.next_token(params, cfg, there, 0)[0]
             return jax.device_get(jax.jit(jax.value_and_grad(loss))(params))
 
-    (loss, grads), (want, expected) = gradients(**mesh), gradients()
+    (loss, grads), (want, expected) = gradients(split, **mesh), gradients(cfg)
     assert loss == pytest.approx(want, rel=1e-6)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3, rtol=1e-4), grads, expected

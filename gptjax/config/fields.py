@@ -176,7 +176,7 @@ class ComputeConfig:
 
     dtype: Literal["float32", "bfloat16"] = schedule("float32")
     """Of activations and matrix products; parameters and optimizer state stay in float32."""
-    attention: Literal["auto", "reference", "blockwise", "splash", "cudnn"] = free("auto")
+    attention: Literal["auto", "reference", "ring", "blockwise", "splash", "cudnn"] = free("auto")
     """Attention backend; auto takes the fastest that supports the model on the device at hand."""
     scan_layers: bool = free(True)
     """Compile one block and loop over it (fast to compile), or unroll the stack (fast to run)."""

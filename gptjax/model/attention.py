@@ -22,11 +22,18 @@ from jax import lax
 from gptjax import sharding
 from gptjax.config import ModelConfig
 from gptjax.errors import ConfigError
-from gptjax.model import layers
-from gptjax.model.layers import add_bias, rms_norm, rope, vector, weight
+from gptjax.model import layers, ring
+from gptjax.model.layers import (
+    NEVER,
+    add_bias,
+    alibi_bias,
+    alibi_slopes,
+    rms_norm,
+    rope,
+    vector,
+    weight,
+)
 from gptjax.products import column_parallel, row_parallel, rows_of
-
-NEVER = -1e30  # a score that is masked out: finite, so that a fully masked row stays a number
 
 
 @dataclass(frozen=True)
@@ -59,10 +66,10 @@ class Sizes:
 class Backend:
     """An implementation, where it runs, and which features of `Need` it has.
 
-    `attend(q_BTHC, k_BTKC, v_BTKC, segments_BT, window)`, and the soft cap after them where there
-    is one, is called on one device's share if `local`, otherwise on whole arrays. `dtypes` are
-    those that it takes, `length_unit` what divides a device's part of a sequence, `head_limit` its
-    widest head.
+    If `local`, `attend(q_BTHC, k_BTKC, v_BTKC, segments_BT, window)` is called on one device's
+    share, otherwise `attend(cfg, q_BTHC, k_BTKC, v_BTKC, positions_BT, segments_BT, window)` on
+    whole arrays. `dtypes` are those that it takes, `length_unit` what divides a device's part of a
+    sequence, `head_limit` its widest head; if `split`, it is for a context axis alone.
     """
 
     attend: Callable[..., jax.Array] | None
@@ -72,6 +79,7 @@ class Backend:
     length_unit: int = 1
     head_limit: int = 2**31
     local: bool = True
+    split: bool = False
 
     def refusal(self, need: Need, sizes: Sizes, platform: str) -> str | None:
         """Why it cannot serve a call, or None if it can."""
@@ -80,6 +88,8 @@ class Backend:
             return f"needs a {'/'.join(self.platforms)}"
         if missing:
             return f"does not support {', '.join(missing)}"
+        if self.split and not need.context:
+            return "needs mesh.context of at least 2"
         if sizes.dtype not in self.dtypes:
             return f"needs compute.dtype={'/'.join(self.dtypes)}"
         if sizes.length % self.length_unit:
@@ -90,27 +100,6 @@ class Backend:
 
 
 # --- reference -------------------------------------------------------------------------------
-
-
-def alibi_slopes(heads: int) -> jax.Array:
-    """Slope of each head (Press et al. 2021): powers of 2**(-8/n), for n the power of two below."""
-    n = 1 << (heads.bit_length() - 1)
-    slopes = [2 ** (-8 * (i + 1) / n) for i in range(n)]
-    slopes += [2 ** (-4 * (2 * i + 1) / n) for i in range(heads - n)]
-    return jnp.array(slopes, jnp.float32)
-
-
-def alibi_bias(cfg: ModelConfig, query_BT: jax.Array, key_BS: jax.Array) -> jax.Array:
-    """What ALiBi adds to the scores of queries and keys at these positions, [B, H, T or 1, S]."""
-    slopes_H11 = alibi_slopes(cfg.heads)[:, None, None]
-    if cfg.alibi == "exact":
-        distance_BTS = key_BS[:, None, :] - query_BT[:, :, None]
-        return slopes_H11 * distance_BTS[:, None].astype(jnp.float32)
-    # The softmax takes a shift of a whole row for none; the rounding goes by the place itself.
-    rounded = slopes_H11.astype(jnp.bfloat16) * key_BS[:, None, None, :].astype(jnp.float32).astype(
-        jnp.bfloat16
-    )
-    return rounded.astype(jnp.float32) * cfg.head**-0.5
 
 
 def dot_product(
@@ -279,7 +268,7 @@ blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
 # --- splash (TPU) and cuDNN (GPU), which JAX ships -------------------------------------------
 
 
-def splash(q_BTHC, k_BTKC, v_BTKC, segments_BT, window, soft_cap=0.0):
+def splash(cfg, q_BTHC, k_BTKC, v_BTKC, positions_BT, segments_BT, window):
     """JAX's splash attention for TPU: block-sparse, never holds the scores.
 
     Where sequences are split over the context axis, each device has the keys of whole sequences for
@@ -305,7 +294,7 @@ def splash(q_BTHC, k_BTKC, v_BTKC, segments_BT, window, soft_cap=0.0):
     attend = kernel.make_splash_mha(
         masks.MultiHeadMask([one] * h),
         block_sizes=kernel.BlockSizes(**dict.fromkeys(forward + backward, size)),
-        attn_logits_soft_cap=soft_cap or None,
+        attn_logits_soft_cap=cfg.attention_soft_cap or None,
         head_shards=1,
         q_seq_shards=parts,
     )
@@ -361,6 +350,13 @@ BACKENDS: dict[str, Backend] = {  # fastest first, for each platform
         cudnn, ("gpu",), frozenset({"window", "grouped"}), ("bfloat16",), head_limit=128
     ),
     "blockwise": Backend(blockwise, ("cpu",), frozenset({"segments", "window", "grouped"})),
+    "ring": Backend(
+        ring.attend,
+        ("cpu", "gpu", "tpu"),
+        frozenset({"segments", "window", "grouped", "alibi", "soft_cap", "context"}),
+        local=False,
+        split=True,
+    ),
     "reference": Backend(
         None,
         ("cpu", "gpu", "tpu"),
@@ -401,16 +397,15 @@ def attend(
 
     With `keys_BT2`, keys of each place (`layers.place_keys`), weights are dropped at `site`.
     """
-    chosen, cap = BACKENDS[backend], cfg.attention_soft_cap
-    extra = (cap,) if cap else ()
+    chosen = BACKENDS[backend]
     if chosen.attend is None:
         drop = functools.partial(_drop, cfg, keys_BT2, site)
         return _reference(cfg, q_BTHC, k_BTKC, v_BTKC, positions_BT, segments_BT, window, drop)
     if not chosen.local:
-        return chosen.attend(q_BTHC, k_BTKC, v_BTKC, segments_BT, window, *extra)
+        return chosen.attend(cfg, q_BTHC, k_BTKC, v_BTKC, positions_BT, segments_BT, window)
     heads = sharding.spec("batch", "seq", "heads", None)
     rows = sharding.spec("batch", "seq")
-    local: Any = lambda q, k, v, segments: chosen.attend(q, k, v, segments, window, *extra)
+    local: Any = lambda q, k, v, segments: chosen.attend(q, k, v, segments, window)
     return jax.shard_map(
         local,
         in_specs=(heads, heads, heads, None if segments_BT is None else rows),
@@ -458,7 +453,9 @@ def _reference(cfg, q_BTHC, k_BTKC, v_BTKC, positions_BT, segments_BT, window, d
 
     keys_BS = whole(positions_BT)
     mask_BTS = causal_mask(t, None if segments_BT is None else whole(segments_BT), window, places)
-    bias = alibi_bias(cfg, keys_BS, keys_BS) if cfg.positions == "alibi" else None
+    bias = None
+    if cfg.positions == "alibi":
+        bias = alibi_bias(cfg, alibi_slopes(cfg.heads), keys_BS, keys_BS)
     q_BTHC, k_BTKC, v_BTKC = (whole(x) for x in (q_BTHC, k_BTKC, v_BTKC))
     k_BKTC, v_BKTC = k_BTKC.swapaxes(1, 2), v_BTKC.swapaxes(1, 2)
     out_BTHC = dot_product(q_BTHC, k_BKTC, v_BKTC, mask_BTS, bias, cfg.attention_soft_cap, drop)
@@ -598,7 +595,7 @@ class SelfAttention(nn.Module):
             mask_BTS &= distance_BTS > -self.window
         bias = None
         if self.cfg.positions == "alibi":
-            bias = alibi_bias(self.cfg, positions_BT, held_BS)
+            bias = alibi_bias(self.cfg, alibi_slopes(self.cfg.heads), positions_BT, held_BS)
         keys, values = keys.astype(q_BTHC.dtype), values.astype(q_BTHC.dtype)
         cap = self.cfg.attention_soft_cap
         return cache, dot_product(q_BTHC, keys, values, mask_BTS, bias, cap)

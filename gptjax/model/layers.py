@@ -21,6 +21,8 @@ from jax import lax
 from gptjax import sharding
 from gptjax.config import ModelConfig, RopeConfig
 
+NEVER = -1e30  # a score that is masked out: finite, so that a fully masked row stays a number
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(
@@ -137,26 +139,53 @@ def rope(x_BTHC: jax.Array, positions_BT: jax.Array, cfg: RopeConfig) -> jax.Arr
     return jnp.concatenate([turned, x_BTHC[..., width:]], -1)
 
 
+def alibi_slopes(heads: int) -> jax.Array:
+    """Slope of each head (Press et al. 2021): powers of 2**(-8/n), for n the power of two below."""
+    n = 1 << (heads.bit_length() - 1)
+    slopes = [2 ** (-8 * (i + 1) / n) for i in range(n)]
+    slopes += [2 ** (-4 * (2 * i + 1) / n) for i in range(heads - n)]
+    return jnp.array(slopes, jnp.float32)
+
+
+def alibi_bias(
+    cfg: ModelConfig, slopes_H: jax.Array, query_BT: jax.Array, key_BS: jax.Array
+) -> jax.Array:
+    """What ALiBi adds to the scores of queries and keys at these positions, [B, H, T or 1, S].
+
+    `slopes_H` are those of the heads at hand.
+    """
+    slopes_H11 = slopes_H[:, None, None]
+    if cfg.alibi == "exact":
+        distance_BTS = key_BS[:, None, :] - query_BT[:, :, None]
+        return slopes_H11 * distance_BTS[:, None].astype(jnp.float32)
+    # The softmax takes a shift of a whole row for none; the rounding goes by the place itself.
+    rounded = slopes_H11.astype(jnp.bfloat16) * key_BS[:, None, None, :].astype(jnp.float32).astype(
+        jnp.bfloat16
+    )
+    return rounded.astype(jnp.float32) * cfg.head**-0.5
+
+
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:
     """Smoothly bounded to +-cap; 0 is no bound."""
     return cap * jnp.tanh(x / cap) if cap else x
 
 
-def place_keys(keys_B: jax.Array, length: int) -> jax.Array:
-    """A dropout key for each place of sequences that have keys, as key data [B, T, 2].
+def place_keys(keys_B2: jax.Array, length: int) -> jax.Array:
+    """A dropout key for each place of sequences that have keys; both as key data, [B, T, 2].
 
     What is dropped so depends on the sequence's key, the place and the feature alone: not on how a
     batch is split over devices, parts, or stages.
     """
 
-    def local(keys_B2):
-        keys_B = jax.random.wrap_key_data(keys_B2)
+    def local(keys_b2):
+        keys_b = jax.random.wrap_key_data(keys_b2)
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-        return jax.random.key_data(fold(keys_B, jnp.arange(length)))
+        return jax.random.key_data(fold(keys_b, jnp.arange(length)))
 
     rows = sharding.spec("batch", None)
     out = sharding.spec("batch", None, None)
-    return jax.shard_map(local, in_specs=rows, out_specs=out, check_vma=False)(keys_B)
+    keys_B2 = jax.sharding.reshard(keys_B2, rows)
+    return jax.shard_map(local, in_specs=rows, out_specs=out, check_vma=False)(keys_B2)
 
 
 def dropped(x: jax.Array, rate: float, keys: jax.Array, site: jax.Array | int) -> jax.Array:

@@ -70,9 +70,10 @@ def plan(cfg: Config, machine: Machine, state: list[memory.Tensor] | None = None
     state = memory.tensors(cfg) if state is None else state
     arranged = sharding.arrange(cfg.mesh, places(machine))
     sizes = dict(zip(sharding.AXES, arranged.shape, strict=True))
-    held = memory.held(cfg, sizes, state)
+    held = memory.held(cfg, sizes, state, attention)
     links = roofline.links(machine, arranged)
-    sent = [roofline.as_compiled(one, links) for one in traffic.expected(cfg, sizes)]
+    expected = traffic.expected(cfg, sizes, attention)
+    sent = [roofline.as_compiled(one, links) for one in expected]
     times = roofline.times(cfg, machine, sizes, links, sent, held["parameters"] / 4)
     model = counts.flops_per_token(cfg.model, cfg.train.seq_len) * cfg.train.batch_tokens
     peak = machine.devices * machine.device.tflops * 1e12
@@ -111,8 +112,9 @@ def _attention(cfg: Config, machine: Machine) -> tuple[str, ...]:
         part = cfg.train.seq_len // cfg.mesh.context
         why = (
             "needs the reference attention, which holds every score and is not planned for: the "
-            "kernels lack ALiBi, dropout in attention and, on GPUs, a context axis, document masks "
-            f"and float32; on TPUs, train.seq_len / mesh.context = {part} must be a multiple of 128"
+            "kernels lack ALiBi, dropout in attention and, on GPUs, document masks and float32 (of "
+            "these the ring of a context axis lacks dropout alone); on TPUs, train.seq_len / "
+            f"mesh.context = {part} must be a multiple of 128"
         )
         raise ConfigError([f"compute.attention={cfg.compute.attention}: {machine.name} {why}"])
     return chosen

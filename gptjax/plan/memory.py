@@ -5,7 +5,7 @@ The rest follows from the shapes, and from what the compiled programs were seen 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,10 +64,15 @@ def tensors(cfg: Config) -> list[Tensor]:
     return [leaf(path, value) for path, value in leaves_by_path(state).items()]
 
 
-def held(cfg: Config, sizes: Mapping[str, int], state: list[Tensor]) -> dict[str, float]:
+def held(
+    cfg: Config,
+    sizes: Mapping[str, int],
+    state: list[Tensor],
+    attention: Sequence[str] = ("splash",),
+) -> dict[str, float]:
     """Bytes of one device by what they hold, at the step's fullest moment.
 
-    `state` are the `tensors` of the configuration.
+    `state` are the `tensors` of the configuration, `attention` the backends of a period's layers.
     """
     groups: dict[str, float] = {}
     for tensor in state:
@@ -103,9 +108,13 @@ def held(cfg: Config, sizes: Mapping[str, int], state: list[Tensor]) -> dict[str
     whole = tokens * m.embed * width
     working = 3 * whole + 2 * heads + (2 * matrices + 1) * hidden
     layer = _layer_weights(cfg, sizes) * width
-    sequences = 0.0
-    if (context := sizes["context"]) > 1:  # keys and values of whole sequences, and in their order
-        sequences = 4 * context * tokens * m.head * m.kv / tensor_parts * width
+    keys, sequences = tokens * m.head * m.kv / tensor_parts, 0.0
+    if sizes["context"] > 1 and set(attention) == {"ring"}:
+        # Keys and values here and coming; their gradients here, coming and being added up, and the
+        # queries'.
+        sequences = 4 * keys * width + (6 * keys + tokens * m.head * m.heads / tensor_parts) * 4
+    elif (context := sizes["context"]) > 1:  # of whole sequences, and in their order
+        sequences = 4 * context * keys * width
     block = working + layer + sequences + 2 * routed * whole  # and what goes to experts and back
 
     # --- the loss: the output layer whole, its gradient, a chunk's logits ---

@@ -16,7 +16,7 @@ from gptjax import sharding
 from gptjax.config import Config
 from gptjax.model import counts
 from gptjax.plan.machines import Machine
-from gptjax.plan.traffic import EXCHANGE, GATHER, SCATTER, SUM, Collective, passes
+from gptjax.plan.traffic import EXCHANGE, GATHER, SCATTER, SHIFT, SUM, Collective, passes
 
 # Share of the bfloat16 peak that a whole train step's products reached, recomputation counted, in
 # the best runs that the MaxText team published: on v5e 0.89 (its 32B, 66.9 % MFU with a forward
@@ -33,9 +33,9 @@ def reached(machine: Machine) -> float:
 
 # Collectives that run beside arithmetic in the compiled step (LOG.md): on a v5e gathers; where
 # there is a SparseCore to hand them to, all but exchanges. On GPUs all are taken to, on a v4 none.
-_ALL = (GATHER, SCATTER, SUM, EXCHANGE)
+_ALL = (GATHER, SCATTER, SUM, EXCHANGE, SHIFT)
 _HIDDEN: Mapping[str, tuple[str, ...]] = {"v4": (), "v5e": (GATHER,)} | dict.fromkeys(
-    ("v5p", "v6e", "v7x"), (GATHER, SCATTER, SUM)
+    ("v5p", "v6e", "v7x"), (GATHER, SCATTER, SUM, SHIFT)
 )
 
 

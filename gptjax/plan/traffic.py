@@ -10,7 +10,7 @@ scatter or an exchange, twice that for a sum everywhere.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from gptjax import sharding
@@ -105,12 +105,17 @@ class _Weight:
     copies: tuple[str, ...]  # axes beside fsdp over which its gradient is summed
 
 
-def expected(cfg: Config, sizes: Mapping[str, int]) -> list[Collective]:
-    """The collectives of one optimizer step on a mesh of these sizes by mesh axis."""
-    return [one for one in _all(cfg, sizes) if one.parts > 1 and one.count and one.bytes]
+def expected(
+    cfg: Config, sizes: Mapping[str, int], attention: Sequence[str] = ("splash",)
+) -> list[Collective]:
+    """The collectives of one optimizer step on a mesh of these sizes by mesh axis.
+
+    `attention` are the backends of the layers of a period.
+    """
+    return [one for one in _all(cfg, sizes, attention) if one.parts > 1 and one.count and one.bytes]
 
 
-def _all(cfg: Config, sizes: Mapping[str, int]) -> Iterator[Collective]:
+def _all(cfg: Config, sizes: Mapping[str, int], attention: Sequence[str]) -> Iterator[Collective]:
     m, moe = cfg.model, cfg.model.moe
     width = 2 if cfg.compute.dtype == "bfloat16" else 4
     steps = cfg.train.accumulation
@@ -160,21 +165,24 @@ def _all(cfg: Config, sizes: Mapping[str, int]) -> Iterator[Collective]:
     if stages > 1:
         share = rows / (tensor if split else 1)
         over_stages = ("stage",), stages
-        yield Collective(SHIFT, *over_stages, share, 2 * through.ticks * steps, "rows onwards")
+        count = 2 * through.ticks * steps
+        yield Collective(SHIFT, *over_stages, share, count, "rows onwards", hidden=False)
         whole = share * through.parts
         for kind in (GATHER, SCATTER):
             yield Collective(kind, *over_stages, whole, 2 * steps, "the batch's rows", "outside")
         rows = all_tokens * m.embed * width
         yield from over_tensor(gather_rows, 4, "rows into and out of the stages", "outside")
 
-    # --- keys and values of whole sequences for each part of the context ---
-    if (context := sizes["context"]) > 1:
-        keys = tokens * context * m.kv * m.head / tensor * width
+    # --- keys and values over the context: round a ring, or of whole sequences for each part ---
+    if sizes["context"] > 1:
+        rings = attention.count("ring") / len(attention) * layers * steps
+        yield from _ring(cfg, sizes, rings, tokens)
+        keys = tokens * sizes["context"] * m.kv * m.head / tensor * width
         again = 0 if cfg.compute.remat == "none" else 1
-        count = 2 * layers * steps
-        axes = ("context",)
-        yield Collective(GATHER, axes, context, keys, count * (1 + again), "keys and values")
-        yield Collective(SCATTER, axes, context, keys, count, "gradients of keys and values")
+        count = 2 * (layers * steps - rings)
+        over = (("context",), sizes["context"], keys)
+        yield Collective(GATHER, *over, count * (1 + again), "keys and values")
+        yield Collective(SCATTER, *over, count, "gradients of keys and values")
 
     # --- outside the layers the batch is split over the stages too ---
     tokens, rows = all_tokens, all_tokens * m.embed * width
@@ -261,6 +269,23 @@ def _scatters(
     axes = tuple(axis for axis in copies if sizes[axis] > 1)
     parts = math.prod(sizes[axis] for axis in axes)
     yield Collective(SUM, axes, parts, whole, count, f"{what}'s gradient", **more)
+
+
+def _ring(
+    cfg: Config, sizes: Mapping[str, int], rings: float, tokens: float
+) -> Iterator[Collective]:
+    """So many layers' keys and values, a device further at every step in each of their passes."""
+    m, context = cfg.model, sizes["context"]
+    elements = tokens * m.kv * m.head / sizes["tensor"]
+    # What a pass that is recomputed and the backward pass both send first, XLA sends once.
+    steps = rings * (2 * (context - 1) if cfg.compute.remat == "none" else 3 * (context - 1) - 1)
+    over = (SHIFT, ("context",), context)
+    width = 2 if cfg.compute.dtype == "bfloat16" else 4
+    yield Collective(*over, elements * width, 2 * steps, "keys and values")
+    ids = (cfg.data.documents == "mask") + (m.positions == "alibi")
+    yield Collective(*over, tokens * 4, ids * steps, "documents and positions of keys")
+    # In float32, and once more, home.
+    yield Collective(*over, elements * 4, 2 * rings * context, "gradients of keys and values")
 
 
 def _dispatch(

@@ -6,90 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from both_passes import HEAD, assert_same, attend_on, both_passes, make, segments_of
 
-from gptjax import sharding
-from gptjax.config import ModelConfig
 from gptjax.errors import ConfigError
 from gptjax.model import attention, layers
 from gptjax.model.attention import Need, Sizes, choose
-from gptjax.sharding import spec
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-
-HEAD = 8
-
-
-def make(length, heads=4, kv_heads=4, batch=2, head=HEAD, dtype=jnp.float32):
-    """q, k, v and a cotangent."""
-    rng = np.random.default_rng(length)
-    return [
-        rng.normal(size=(batch, length, n, head)).astype(dtype)
-        for n in (heads, kv_heads, kv_heads, heads)
-    ]
-
-
-def segments_of(length, batch=2):
-    """Documents of uneven lengths, their borders different in each row."""
-    borders = np.random.default_rng(length).random((batch, length)) < 8 / length
-    return np.cumsum(borders, 1).astype(np.int32)
-
-
-def placed(array, *logical):
-    """On the ambient mesh, laid out as the model does."""
-    return jax.device_put(array, jax.NamedSharding(jax.sharding.get_mesh(), spec(*logical)))
-
-
-def both_passes(function, q, k, v, do):
-    """The output, and gradients of q, k, v."""
-
-    def run(q, k, v, do):
-        out, pull = jax.vjp(function, q, k, v)
-        return out, *pull(do)
-
-    return jax.device_get(jax.jit(run)(q, k, v, do))
-
-
-def attend_on(mesh, arrays, backend, segments=None, seed=None, window=None, **fields):
-    """Both passes of a backend, on a mesh; `fields` of the model as given."""
-    batch, length, heads, head = arrays[0].shape
-    cfg = ModelConfig(heads=heads, kv_heads=arrays[1].shape[2], head_dim=head, **fields)
-    with mesh as entered:
-        places = sharding.places(length)  # in which sequences lie over the context axis
-        arrays = [placed(a[:, places], "batch", "seq", "heads", None) for a in arrays]
-        if segments is not None:
-            segments = placed(segments[:, places], "batch", "seq")
-        assert len({str(s.index) for s in arrays[0].addressable_shards}) == entered.size
-        keys = None
-        if seed is not None:
-            keys_B = jax.random.split(jax.random.key(seed), batch)
-            keys_B2 = jax.sharding.reshard(jax.random.key_data(keys_B), jax.P())
-            keys_B2 = jax.sharding.reshard(keys_B2, sharding.spec("batch", None))
-            keys = layers.place_keys(keys_B2, length)[:, places]
-            keys = jax.sharding.reshard(keys, sharding.spec("batch", "seq", None))
-        at = placed(np.broadcast_to(places, (batch, length)), "batch", "seq")
-
-        def attend(q, k, v):
-            return attention.attend(
-                cfg,
-                q,
-                k,
-                v,
-                at,
-                backend=backend,
-                segments_BT=segments,
-                window=window,
-                keys_BT2=keys,
-            )
-
-        return [part[:, np.argsort(places)] for part in both_passes(attend, *arrays)]
-
-
-def assert_same(got, want, tolerance=1e-5):
-    for part, g, w in zip(("out", "dq", "dk", "dv"), got, want, strict=False):
-        assert g.dtype == w.dtype
-        np.testing.assert_allclose(
-            np.float32(g), np.float32(w), atol=tolerance, rtol=tolerance, err_msg=part
-        )
 
 
 def test_the_reference_is_softmax_of_the_scaled_products_over_earlier_keys(on_mesh):
@@ -167,10 +90,10 @@ def test_segments_hide_other_documents():
 
 def test_alibi_slopes_are_those_of_the_paper():
     eight = [2.0**-i for i in range(1, 9)]
-    np.testing.assert_allclose(attention.alibi_slopes(8), eight, rtol=1e-6)
-    np.testing.assert_allclose(attention.alibi_slopes(16), [2 ** (-i / 2) for i in range(1, 17)])
+    np.testing.assert_allclose(layers.alibi_slopes(8), eight, rtol=1e-6)
+    np.testing.assert_allclose(layers.alibi_slopes(16), [2 ** (-i / 2) for i in range(1, 17)])
     twelve = [*eight, 2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]  # every other one of sixteen's
-    np.testing.assert_allclose(attention.alibi_slopes(12), twelve, rtol=1e-6)
+    np.testing.assert_allclose(layers.alibi_slopes(12), twelve, rtol=1e-6)
 
 
 def test_alibi_lowers_a_score_by_the_slope_for_each_token_of_distance(on_mesh):
@@ -222,7 +145,8 @@ FEATURES = list(Need.__dataclass_fields__)
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_named_backend_without_a_feature_is_refused_by_name(name, feature):
     backend = attention.BACKENDS[name]
-    need, platform = Need(**{feature: True}), backend.platforms[0]
+    need = Need(**dict.fromkeys(("context", feature) if backend.split else (feature,), True))
+    platform = backend.platforms[0]
     if feature in backend.features:
         assert choose(name, need, BF16, platform) == name
         return
@@ -246,6 +170,12 @@ def test_a_named_backend_on_another_platform_is_refused(name, platform):
         choose(name, Need(), BF16, platform)
 
 
+def test_the_ring_is_for_sequences_that_are_split_over_devices():
+    with pytest.raises(ConfigError, match="ring: needs mesh"):
+        choose("ring", Need(segments=True), BF16, "cpu")
+    assert choose("ring", Need(segments=True, context=True), BF16, "cpu") == "ring"
+
+
 @pytest.mark.parametrize(
     ("platform", "features", "expected"),
     [
@@ -260,6 +190,11 @@ def test_a_named_backend_on_another_platform_is_refused(name, platform):
         ("gpu", ("window", "grouped"), "cudnn"),
         ("gpu", ("segments",), "reference"),
         ("gpu", ("dropout",), "reference"),
+        ("cpu", ("context",), "ring"),
+        ("gpu", ("context", "segments", "alibi"), "ring"),
+        ("tpu", ("context", "segments", "window"), "splash"),
+        ("tpu", ("context", "alibi"), "ring"),
+        ("cpu", ("context", "dropout"), "reference"),
     ],
 )
 def test_auto_takes_the_fastest_that_has_every_feature(platform, features, expected):

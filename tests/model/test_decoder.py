@@ -470,7 +470,7 @@ def test_the_model_asks_its_backend_for_exactly_what_it_needs(on_mesh, tiny_mode
     assert chosen(pattern=("full", "window"), window=4, kv_heads=2) == ("cudnn", "cudnn")
     assert chosen(segments=True) == ("reference",)
     assert chosen(positions="alibi") == ("reference",)
-    assert chosen(context=2) == ("reference",)
+    assert chosen(context=2) == ("ring",)
     assert chosen(dropout=0.1) == ("cudnn",)
     assert chosen(dropout=0.1, training=True) == ("reference",)
     with pytest.raises(ConfigError, match="cudnn: does not support dropout"):
@@ -488,7 +488,7 @@ def test_auto_trains_with_blockwise_here_and_dropout_with_the_reference(
         return attend(*args, backend=backend, **rest)
 
     monkeypatch.setattr(attention, "attend", spy)
-    for keys, expected in ((None, "blockwise"), (np.zeros((ROWS, 2), "u4"), "reference")):
+    for keys, expected in ((None, "blockwise"), (jnp.zeros((ROWS, 2), jnp.uint32), "reference")):
         cfg = tiny_config(model={"dropout": 0.1})
         tokens = jax.ShapeDtypeStruct((ROWS, 32), jnp.int32)
         with on_mesh(1, 1, 1):

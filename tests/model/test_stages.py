@@ -1,4 +1,4 @@
-"""The pipeline: the order of its layers, and its schedule; tests/test_invariance.py trains with it."""
+"""The pipeline: the order of its layers, and its schedule. tests/test_invariance.py trains."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,8 @@ def test_each_microbatch_meets_every_layer_once_and_in_turn(on_mesh, rounds, mic
         def stretch(blocks, x_nD, first, ids_b):
             def layer(x_nD, given):
                 number, place = given
-                per_row = jnp.repeat(ids_b, length, out_sharding=jax.typeof(x_nD).sharding.spec[0])
+                rows = jax.P(jax.typeof(x_nD).sharding.spec[0])
+                per_row = jnp.repeat(ids_b, length, out_sharding=rows)
                 return x_nD * 0.5 + 3 * number + per_row[:, None], (place, number)
 
             places = first + jnp.arange(len(blocks))

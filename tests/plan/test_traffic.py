@@ -213,6 +213,31 @@ def test_learned_positions_and_biases_are_sent_besides(by_hand) -> None:
     assert sums == pytest.approx(2 * 7 / 8 * (places * 4 + LAYERS * biases * 2))
 
 
+@pytest.mark.parametrize(("remat", "steps"), [("none", 3 + 3), ("dots", 9 - 1), ("block", 9 - 1)])
+def test_a_ring_sends_keys_in_every_pass_and_their_gradients_a_whole_turn(
+    by_hand, remat, steps
+) -> None:
+    cfg = by_hand({"positions": "alibi"}, compute={"remat": remat}, data={"documents": "mask"})
+    sizes = sizes_of(data=2, context=4)
+    found = traffic.by_axes(traffic.expected(cfg, sizes, ("ring",)))
+    keys, ids = TOKENS // 8 * 2 * 4, TOKENS // 8 * 4  # elements of K x C; bytes
+    # In each pass three steps bring the other devices' keys and values, documents and positions;
+    # the recomputation and the backward pass share their first. A fourth brings the gradients, in
+    # float32, home.
+    wire = steps * (2 * keys * 2 + 2 * ids) + 4 * 2 * keys * 4
+    assert found[SHIFT, ("context",)] == (
+        pytest.approx(LAYERS * (steps * 4 + 4 * 2)),
+        pytest.approx(LAYERS * wire),
+    )
+    assert (GATHER, ("context",)) not in found
+    gathered = traffic.by_axes(traffic.expected(cfg, sizes, ("splash",)))
+    assert (SHIFT, ("context",)) not in gathered
+    assert (GATHER, ("context",)) in gathered
+    half = traffic.by_axes(traffic.expected(cfg, sizes, ("ring", "splash")))
+    assert half[SHIFT, ("context",)][1] == pytest.approx(LAYERS * wire / 2)
+    assert half[GATHER, ("context",)][1] == pytest.approx(gathered[GATHER, ("context",)][1] / 2)
+
+
 # --- a mixture of experts: E = 4, two of a token, each 64 wide ------------------------------------
 
 EXPERTS = MoeConfig(experts=4, top_k=2, hidden=64, capacity=1.25)
@@ -306,6 +331,16 @@ STEPS = {
             (SUM, ("data",)),
         ],
     ),
+    "a ring": (
+        {"model": LLAMA, "compute": {"remat": "block"}, "data": {"documents": "mask"}},
+        {"data": 2, "context": 4},
+        [(SHIFT, ("context",))],
+    ),
+    "a ring x tensor": (
+        {"model": {**LLAMA, "positions": "alibi"}},
+        {"tensor": 2, "context": 4},
+        [(SHIFT, ("context",))],
+    ),
     "fsdp x expert": (
         {"model": {**LLAMA, "moe": FOUR}},
         {"fsdp": 2, "expert": 4},
@@ -362,8 +397,10 @@ def compare(tiny_config, quick_compile):
                     sharding.abstract(lambda: train.create_state(cfg, init_fn)),
                     objective.abstract_batch(cfg),
                 )
+                attention = objective.backends(cfg)
             found = list(compiled.collectives(step.as_text(), mesh.shape))
-            both = traffic.by_axes(found), traffic.by_axes(traffic.expected(cfg, sizes))
+            predicted = traffic.expected(cfg, sizes, attention)
+            both = traffic.by_axes(found), traffic.by_axes(predicted)
             done[key] = tuple({k: wire for k, (_, wire) in table.items()} for table in both)
         return done[key]
 
@@ -378,7 +415,7 @@ def test_the_compiled_step_sends_what_is_expected(compare, name) -> None:
         assert expected[key] == pytest.approx(seen[key], rel=0.02), key
 
 
-@pytest.mark.parametrize("name", ["three rings", "data x fsdp x tensor"])
+@pytest.mark.parametrize("name", ["three rings", "data x fsdp x tensor", "a ring"])
 def test_the_compiled_step_sends_nothing_large_that_is_not_expected(compare, name) -> None:
     sections, sizes, _ = STEPS[name]
     seen, expected = compare(sections, sizes)

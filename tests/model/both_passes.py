@@ -1,0 +1,89 @@
+"""Attention forward and backward by a backend, on a mesh, as several files of these tests do it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import sharding
+from gptjax.config import ModelConfig
+from gptjax.model import attention, layers
+from gptjax.sharding import spec
+
+HEAD = 8
+
+
+def make(length, heads=4, kv_heads=4, batch=2, head=HEAD, dtype=jnp.float32):
+    """q, k, v and a cotangent."""
+    rng = np.random.default_rng(length)
+    return [
+        rng.normal(size=(batch, length, n, head)).astype(dtype)
+        for n in (heads, kv_heads, kv_heads, heads)
+    ]
+
+
+def segments_of(length, batch=2):
+    """Documents of uneven lengths, their borders different in each row."""
+    borders = np.random.default_rng(length).random((batch, length)) < 8 / length
+    return np.cumsum(borders, 1).astype(np.int32)
+
+
+def placed(array, *logical):
+    """On the ambient mesh, laid out as the model does."""
+    return jax.device_put(array, jax.NamedSharding(jax.sharding.get_mesh(), spec(*logical)))
+
+
+def both_passes(function, q, k, v, do):
+    """The output, and gradients of q, k, v."""
+
+    def run(q, k, v, do):
+        out, pull = jax.vjp(function, q, k, v)
+        return out, *pull(do)
+
+    return jax.device_get(jax.jit(run)(q, k, v, do))
+
+
+def attend_on(mesh, arrays, backend, segments=None, where=None, seed=None, window=None, **fields):
+    """Both passes of a backend, on a mesh; `fields` of the model as given.
+
+    `where` are the tokens' positions, if they are not their places; with `seed` weights are
+    dropped.
+    """
+    batch, length, heads, head = arrays[0].shape
+    cfg = ModelConfig(heads=heads, kv_heads=arrays[1].shape[2], head_dim=head, **fields)
+    with mesh as entered:
+        places = sharding.places(length)  # in which sequences lie over the context axis
+        arrays = [placed(a[:, places], "batch", "seq", "heads", None) for a in arrays]
+        if segments is not None:
+            segments = placed(segments[:, places], "batch", "seq")
+        assert len({str(s.index) for s in arrays[0].addressable_shards}) == entered.size
+        where = np.broadcast_to(np.arange(length), (batch, length)) if where is None else where
+        at = placed(where[:, places], "batch", "seq")
+
+        keys = None
+        if seed is not None:
+            keys_B2 = jax.random.key_data(jax.random.split(jax.random.key(seed), batch))
+            keys = layers.place_keys(placed(keys_B2, "batch", None), length)
+            keys = placed(jax.device_get(keys)[:, places], "batch", "seq", None)
+
+        def attend(q, k, v):
+            return attention.attend(
+                cfg,
+                q,
+                k,
+                v,
+                at,
+                backend=backend,
+                segments_BT=segments,
+                window=window,
+                keys_BT2=keys,
+            )
+
+        return [part[:, np.argsort(places)] for part in both_passes(attend, *arrays)]
+
+
+def assert_same(got, want, tolerance=1e-5):
+    for part, g, w in zip(("out", "dq", "dk", "dv"), got, want, strict=False):
+        assert g.dtype == w.dtype
+        np.testing.assert_allclose(
+            np.float32(g), np.float32(w), atol=tolerance, rtol=tolerance, err_msg=part
+        )

@@ -1,0 +1,240 @@
+"""The ring against the reference on one device; what it sends, and what it computes."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from both_passes import assert_same, attend_on, make, placed, segments_of
+
+from gptjax.config import ModelConfig
+from gptjax.model import attention, ring
+from gptjax.plan import compiled, traffic
+from gptjax.plan.traffic import SHIFT
+
+pytestmark = pytest.mark.usefixtures("quick_compile", "small_blocks")
+
+LENGTH, BLOCK = 64, 4
+SEGMENTS = segments_of(LENGTH)
+# Places in their documents: since the last token of another one.
+BEGINS = np.diff(SEGMENTS, axis=1, prepend=-1) > 0
+WITHIN = np.arange(LENGTH) - np.maximum.accumulate(np.where(BEGINS, np.arange(LENGTH), 0), 1)
+
+FEATURES = {
+    "nothing": {},
+    "segments": {"segments": SEGMENTS},
+    "window": {"window": 11},
+    "grouped": {"kv_heads": 2},
+    "alibi": {"positions": "alibi"},
+    "alibi of documents": {"positions": "alibi", "segments": SEGMENTS, "where": WITHIN},
+    "rounded alibi": {"positions": "alibi", "alibi": "scaled_bf16"},
+    "rounded alibi of documents": {
+        "positions": "alibi",
+        "alibi": "scaled_bf16",
+        "segments": SEGMENTS,
+        "where": WITHIN,
+    },
+    "soft cap": {"attention_soft_cap": 1.5},
+    "segments, window, grouped": {"segments": SEGMENTS, "window": 11, "kv_heads": 2},
+    "all": {
+        "segments": SEGMENTS,
+        "where": WITHIN,
+        "window": 11,
+        "kv_heads": 2,
+        "positions": "alibi",
+        "attention_soft_cap": 1.5,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def small_blocks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ring, "_BLOCK", BLOCK)
+        yield
+
+
+@pytest.fixture(scope="module")
+def reference(on_mesh):
+    """Output and gradients of the reference on one device, each of FEATURES once."""
+    done = {}
+
+    def of(name):
+        if name not in done:
+            done[name] = attend_on(on_mesh(), arrays_of(name), "reference", **options(name))
+        return done[name]
+
+    return of
+
+
+def arrays_of(name):
+    return make(LENGTH, heads=4, kv_heads=FEATURES[name].get("kv_heads", 4))
+
+
+def options(name):
+    return {key: value for key, value in FEATURES[name].items() if key != "kv_heads"}
+
+
+def assert_near(got, want, tolerance):
+    """Within the tolerance of the largest element."""
+    for part, g, w in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
+        largest = np.abs(np.float32(w)).max()
+        np.testing.assert_allclose(
+            np.float32(g) / largest, np.float32(w) / largest, atol=tolerance, rtol=0, err_msg=part
+        )
+
+
+MESHES = [
+    {"context": 2},
+    {"context": 4},
+    {"context": 8},
+    {"tensor": 2, "context": 2},
+    {"data": 2, "context": 4},
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        # Each feature on one mesh of several parts, and all of them together on every one.
+        *((name, MESHES[3 + i % 2]) for i, name in enumerate(FEATURES)),
+        *(("all", mesh) for mesh in MESHES[:4]),
+        ("nothing", {"context": 8}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.items())),
+)
+def test_it_is_the_reference_on_one_device(on_mesh, reference, name, mesh):
+    got = attend_on(on_mesh(**mesh), arrays_of(name), "ring", **options(name))
+    assert_near(got, reference(name), 1e-6)
+
+
+@pytest.mark.parametrize("length", [4, 44])  # halves of 1 and 11
+def test_blocks_divide_any_length(on_mesh, length):
+    arrays = make(length, heads=2, kv_heads=2)
+    want = attend_on(on_mesh(), arrays, "reference")
+    assert_near(attend_on(on_mesh(context=2), arrays, "ring"), want, 1e-6)
+
+
+def test_in_bfloat16_it_is_as_near_to_float32_as_the_reference_is(on_mesh):
+    low = make(LENGTH, heads=4, kv_heads=2, dtype=jnp.bfloat16)
+    features = {"segments": SEGMENTS, "attention_soft_cap": 1.5}
+    exact = attend_on(on_mesh(), [np.float32(a) for a in low], "reference", **features)
+    near = attend_on(on_mesh(), low, "reference", **features)
+    got = attend_on(on_mesh(context=8), low, "ring", **features)
+    assert {a.dtype for a in got} == {jnp.dtype("bfloat16")}
+    rms = lambda a: float(np.sqrt(np.square(np.float32(a)).mean()))
+    for part, g, n, e in zip(("out", "dq", "dk", "dv"), got, near, exact, strict=True):
+        own, references = (rms(np.float32(x) - e) / rms(e) for x in (g, n))
+        # XLA:CPU rounds each block's products to bfloat16 before they are added up.
+        assert 0 < own < min(2 * references, 1e-2), part
+
+
+def test_keys_that_no_window_reaches_are_never_looked_at(on_mesh):
+    """A block that is looked at, if only to be masked, would bring in what is not a number."""
+    q, k, v, do = make(LENGTH, heads=2, kv_heads=2)
+    want = attend_on(on_mesh(), (q, k, v, do), "reference", window=BLOCK)[0]
+    v[:, : 2 * BLOCK] = np.nan
+    out = attend_on(on_mesh(context=4), (q, k, v, do), "ring", window=BLOCK)[0]
+    assert_same([out[:, 3 * BLOCK :]], [want[:, 3 * BLOCK :]], tolerance=1e-5)
+    assert np.isnan(out[:, : 2 * BLOCK]).all()
+
+
+# --- what it sends, and what it computes --------------------------------------------------------
+
+
+def traced(mesh, name, *, backward):
+    """Of one pass, or of both: how the function is traced, and its arguments' descriptions."""
+    batch, length, heads, head = arrays_of(name)[0].shape
+    fields = {k: v for k, v in options(name).items() if k in ("positions", "attention_soft_cap")}
+    cfg = ModelConfig(heads=heads, kv_heads=arrays_of(name)[1].shape[2], head_dim=head, **fields)
+    arrays = [placed(a, "batch", "seq", "heads", None) for a in arrays_of(name)]
+    rows = [placed(np.full((batch, length), i), "batch", "seq") for i in range(2)]
+    segments = rows[1] if "segments" in options(name) else None
+
+    def forward(q, k, v):
+        return attention.attend(cfg, q, k, v, rows[0], backend="ring", segments_BT=segments)
+
+    def both(q, k, v, do):
+        out, pull = jax.vjp(forward, q, k, v)
+        return out, *pull(do)
+
+    return jax.jit(both if backward else forward).trace(*arrays[: 4 if backward else 3])
+
+
+@pytest.mark.parametrize(
+    ("context", "name", "more"),
+    [
+        (2, "nothing", 0),
+        (4, "nothing", 0),
+        (4, "segments", 1),
+        (4, "alibi", 1),
+        (4, "alibi of documents", 2),
+    ],
+)
+def test_a_step_sends_keys_and_values_and_nothing_else(on_mesh, context, name, more):
+    with on_mesh(context=context) as mesh:
+        program = traced(mesh, name, backward=False).lower().compile().as_text()
+        found = traffic.by_axes(list(compiled.collectives(program, mesh.shape)))
+    tokens = 2 * LENGTH // context
+    steps, keys, ids = context - 1, tokens * 4 * 8 * 4, tokens * 4
+    assert found == {(SHIFT, ("context",)): ((2 + more) * steps, (2 * keys + more * ids) * steps)}
+
+
+@pytest.mark.parametrize("context", [2, 4])
+def test_backward_they_go_round_again_and_their_gradients_come_home(on_mesh, context):
+    with on_mesh(context=context) as mesh:
+        program = traced(mesh, "nothing", backward=True).lower().compile().as_text()
+        found = traffic.by_axes(list(compiled.collectives(program, mesh.shape)))
+    keys, steps = 2 * LENGTH // context * 4 * 8 * 4, context - 1
+    # Here XLA sees that the first thing that both passes send is the same.
+    count = 2 * steps + (2 * steps - 2) + 2 * context
+    assert found == {(SHIFT, ("context",)): (count, count * keys)}
+
+
+def test_layers_in_a_loop_do_not_have_the_masks_of_all_blocks_made_beforehand(on_mesh):
+    cfg = ModelConfig(heads=4, head_dim=8)
+    with on_mesh(context=4):
+        q, *_ = (placed(a, "batch", "seq", "heads", None) for a in arrays_of("nothing"))
+        rows = placed(np.zeros(q.shape[:2], np.int32), "batch", "seq")
+
+        def layer(x, scale):
+            return attention.attend(cfg, x, x * scale, x, rows, backend="ring"), None
+
+        layer = jax.checkpoint(layer, prevent_cse=False)
+        loss = lambda x, scales: jax.lax.scan(layer, x, scales)[0].sum()
+        text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(q, jnp.ones(3)))
+    sizes = [np.prod([int(n) for n in m.split(",")]) for m in re.findall(r"bool\[([\d,]+)\]", text)]
+    assert 0 < max(sizes) <= 2 * 4 * BLOCK * BLOCK  # batch x heads x one block
+
+
+def products(jaxpr):
+    """FLOPs of one device's matrix products, and whether there are any choices to make."""
+    total, choices = 0, False
+    for one in jaxpr.eqns:
+        if one.primitive.name == "dot_general":
+            (inner, _), _ = one.params["dimension_numbers"]
+            size = np.prod([one.invars[0].aval.shape[i] for i in inner])
+            total += 2 * size * np.prod(one.outvars[0].aval.shape)
+        choices |= one.primitive.name in ("cond", "while")
+        for inner in jax.tree.leaves(list(one.params.values())):
+            if not hasattr(inner, "eqns"):
+                continue
+            flops, more = products(inner)
+            total += flops * one.params.get("length", 1)
+            choices |= more
+    return total, choices
+
+
+@pytest.mark.parametrize("context", [2, 4, 8])
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_device_has_the_same_work_half_a_square_and_half_the_blocks_on_its_diagonal(
+    on_mesh, context, backward
+):
+    """Half of a square of blocks, and half of those on its diagonal."""
+    with on_mesh(context=context) as mesh:
+        flops, choices = products(traced(mesh, "nothing", backward=backward).jaxpr.jaxpr)
+    square = 2 * 2 * 4 * LENGTH * LENGTH * 8  # one product's, over batch, heads and head_dim
+    share = 1 / 2 + 1 / 2 / (LENGTH / BLOCK)
+    assert not choices  # one program for all devices: they differ in data alone
+    assert flops == pytest.approx((2 + 5 * backward) * square / context * share, rel=1e-12)
