@@ -13,7 +13,7 @@ from gptjax.checkpoint import Checkpoints, sha256_of
 from gptjax.config import Config
 from gptjax.data import pipeline, store
 from gptjax.errors import DataError
-from gptjax.evaluate import ValidationLoss
+from gptjax.evaluate import Scorer, Task, ValidationLoss, named, read_tasks
 from gptjax.model import counts, decoder
 from gptjax.model.decoder import Params
 from gptjax.progress import Progress
@@ -27,6 +27,7 @@ def pretrain(cfg: Config, manifest: store.Manifest, progress: Progress) -> dict[
     The run folder is claimed already (`run.claim`). Raises what `train.fit` raises, DataError for a
     store that does not suit, MismatchError for one that another run was begun with.
     """
+    files = read_tasks(cfg.eval.tasks, cfg.eval.task_limit)
     data = pipeline.TrainData.open(cfg, manifest)
     tokenizer = tokenizers.load(epath.Path(cfg.data.store))
     if tokenizer.vocab_size > cfg.model.vocab_size:
@@ -94,6 +95,10 @@ def pretrain(cfg: Config, manifest: store.Manifest, progress: Progress) -> dict[
         except OSError as error:
             progress.say(f"samples were not written: {error}")
 
+    scorer = Scorer(cfg.model, cfg.compute, cfg.eval.batch, progress)
+    tasks = [
+        Task(file, tokenizer, scorer, name) for file, name in zip(files, named(files), strict=True)
+    ]
     _, evaluated = train.fit(
         cfg,
         init_fn=lambda key: decoder.init(cfg.model, key),
@@ -101,6 +106,7 @@ def pretrain(cfg: Config, manifest: store.Manifest, progress: Progress) -> dict[
         abstract_batch=objective.abstract_batch(cfg),
         batches=batches,
         evaluators=[ValidationLoss(cfg, manifest, progress)],
+        tasks=tasks,
         sampler=sampler,
         checkpoints=checkpoints,
         writers=writers,

@@ -62,6 +62,8 @@ def value_problems(cfg: Any) -> Iterator[str]:
         "data.workers": cfg.data.workers,
         "eval.every": cfg.eval.every,
         "eval.sample_every": cfg.eval.sample_every,
+        "eval.tasks_every": cfg.eval.tasks_every,
+        "eval.task_limit": cfg.eval.task_limit,
         "eval.temperature": cfg.eval.temperature,
         "checkpoint.keep_every": cfg.checkpoint.keep_every,
         "log.peak_tflops": cfg.log.peak_tflops,
@@ -116,6 +118,7 @@ def value_problems(cfg: Any) -> Iterator[str]:
         yield "data.sources=(): name at least one source"
     if not cfg.data.valid_sources and cfg.data.valid_fraction == 0:
         yield "data.valid_fraction=0.0: with no data.valid_sources there is nothing to validate on"
+    yield from task_problems(cfg.eval.tasks, "eval.tasks")
     yield from _tokenizer_problems(cfg.tokenizer)
     needed = 258 if cfg.tokenizer.kind == "bytes" else cfg.tokenizer.vocab_size
     if not cfg.tokenizer.path and m.vocab_size < needed:
@@ -123,6 +126,21 @@ def value_problems(cfg: Any) -> Iterator[str]:
             f"model.vocab_size={m.vocab_size}: smaller than the tokenizer's {needed}; raise it "
             "(a multiple of 128 suits the hardware)"
         )
+
+
+TASK_KINDS = ("arc", "hellaswag", "lambada", "squad")
+
+
+def task_problems(entries: Sequence[str], option: str) -> Iterator[str]:
+    """Every entry that is not KIND:FILE with a known kind, or is there twice; reads no file."""
+    for entry in dict.fromkeys(entries):
+        kind, colon, file = entry.partition(":")
+        if not colon or not file:
+            yield f"{option}={entry}: must be KIND:FILE, such as hellaswag:hellaswag_val.jsonl"
+        elif kind not in TASK_KINDS:
+            yield f"{option}={entry}: unknown kind {kind!r}; known: {', '.join(TASK_KINDS)}"
+        if entries.count(entry) > 1:
+            yield f"{option}={entry}: given twice"
 
 
 ALGORITHMS = {"sentencepiece": ("bpe", "unigram"), "huggingface": ("byte_bpe", "wordpiece")}
