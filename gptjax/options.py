@@ -69,7 +69,8 @@ def evaluate(sub: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="tokens that the model reads at a time, of text (train.seq_len)",
+        help="tokens that the model reads at a time, of text (train.seq_len; of a Hugging Face "
+        "folder its context, up to 1024)",
     )
     sub.add_argument(
         "--stride",

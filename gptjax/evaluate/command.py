@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 import gptjax
-from gptjax import config, opening, run
+from gptjax import config, opening, run, sharding
 from gptjax.checkpoint import fingerprints, leaves_by_path, sha256_of
 from gptjax.config import Config, DataConfig
 from gptjax.data import sources
@@ -54,9 +54,9 @@ class Options:
             for name in ("length", "stride", "limit", "batch", "seed")
             if getattr(self, name) < 0
         ]
-        for name in ("length", "stride"):
-            if getattr(self, name) and not self.text:
-                problems.append(f"--{name}: means nothing without --text")
+        for name in ("length", "stride", "text_field"):
+            if getattr(self, name) != getattr(Options, name) and not self.text:
+                problems.append(f"--{name.replace('_', '-')}: means nothing without --text")
         if self.limit and not (self.text or self.task):
             problems.append("--limit: means nothing without --text or --task")
         if problems:
@@ -129,7 +129,8 @@ def evaluate(path: str, options: Options, progress: Progress, say: Callable[[str
             raise DataError(f"{path}: its source had no tokenizer, so it cannot read text")
 
     with opening.opened(path, dtype=options.dtype, say=progress.say, check=check) as model:
-        rows = options.batch or model.cfg.eval.batch
+        shards = sharding.axis_size("batch")
+        rows = -(-(options.batch or model.cfg.eval.batch) // shards) * shards
         cfg = replace(model.cfg, eval=replace(model.cfg.eval, batch=rows))
         if manifest is not None:
             values = ValidationLoss(cfg, manifest, progress).run(model.params)

@@ -115,6 +115,7 @@ def test_the_parameters_have_a_fingerprint_and_the_seed_moves_intervals_alone(
         (["--text", "absent.txt"], 65, "--text=absent.txt: no such file"),
         (["--text", "bad.jsonl"], 65, "bad.jsonl:2: no text"),
         (["--stride", "4"], 2, "--stride: means nothing without --text"),
+        (["--text-field", "body"], 2, "--text-field: means nothing without --text"),
         (["--limit", "4"], 2, "--limit: means nothing without --text or --task"),
         (["--batch", "-4"], 2, "--batch=-4: must not be negative"),
     ],
