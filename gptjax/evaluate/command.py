@@ -149,7 +149,7 @@ def evaluate(path: str, options: Options, progress: Progress, say: Callable[[str
     say(path if model.step is None else f"{path} at step {model.step}")
     for one in measured:
         interval = "{:.4g} to {:.4g}".format(*one.interval) if one.interval else ""
-        say(f"  {one.name:28} {one.value:<10.6g} {interval:20} {one.over}".rstrip())
+        say(f"  {one.name:24} {one.value:<10.6g} {interval:20} {one.over}".rstrip())
     if any(one.interval for one in measured):
         say(
             f"  (intervals: {bootstrap.LEVEL:.0%}, of {bootstrap.RESAMPLES} resamples by bootstrap)"

@@ -22,6 +22,8 @@ from gptjax.evaluate import LMEvalAdapter, Task, read_tasks  # noqa: E402
 from gptjax.progress import Progress  # noqa: E402
 from gptjax.tokenizer import ByteTokenizer  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 TASKS = {
     "hellaswag": """
 output_type: multiple_choice
@@ -170,7 +172,6 @@ def test_a_setting_of_generation_that_is_not_known_is_refused(
     assert adapter._settings({"do_sample": False, "temperature": 0.5}).temperature == 0
 
 
-@pytest.mark.slow
 def test_a_real_model_has_the_numbers_of_the_hf_model(harness, tmp_path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "reference")
     from fetch_smollm2 import fetch
