@@ -195,6 +195,11 @@ def test_tasks_are_measured_at_their_steps_and_written_with_the_metrics(
     told = json.loads(out)
     assert told["step"] == 4
     assert told["lambada_perplexity"] == pytest.approx(lines[-1]["lambada_perplexity"], rel=1e-5)
+    code, out, _ = command_line("eval", training.run, "--batch", 3, "--json")  # its own split
+    told = json.loads(out)
+    assert told["valid_loss"] == pytest.approx(lines[-1]["valid_loss"], rel=1e-5)
+    assert told["intervals"] == {}
+    assert told["repeat"]["settings"] == {"batch": 8, "dtype": "float32", "limit": 0}
 
 
 def test_a_task_that_cannot_be_used_is_told_before_text_is_prepared(

@@ -19,11 +19,11 @@ TOKENIZER = ByteTokenizer()
 def measure(byte_params, byte_model, put, scorer, on_mesh):
     """Measures the tiny model on examples."""
 
-    def run(*examples, mesh=(1,), rows=4):
+    def run(*examples, mesh=(1,), rows=4, params=byte_params):
         file = TaskFile("kind", "file", "", examples, len(examples))
         with on_mesh(*mesh):
             task = Task(file, TOKENIZER, scorer(rows), "it")
-            return task.run(put(byte_params, byte_model))
+            return task.run(put(params, byte_model))
 
     return run
 
@@ -100,6 +100,25 @@ def test_an_answer_is_the_greedy_continuation_up_to_its_lines_end(
     wrong = Question("a question", ("no such answer",))
     measured = measure(*examples, wrong, Question("a question", ()))
     assert measured == {"it_exact_match": 3 / 5, "it_f1": 3 / 5, "it_cut": 0}
+
+
+def test_what_follows_the_answers_line_is_no_part_of_it(byte_params, byte_model, measure) -> None:
+    for number in range(100):  # one that is not continued by a single token again and again
+        prompt = f"question {number}"
+        ids = greedy(byte_params, byte_model, [256, *prompt.encode()], 8)
+        new = [i for i in range(1, 8) if ids[i] not in [*prompt.encode(), *ids[:i]]]
+        if new:
+            break
+    at = new[0]
+    # The same model, in which a line's end has changed places with one of these tokens.
+    embed = byte_params["embed"].copy()
+    embed[[10, ids[at]]] = embed[[ids[at], 10]]
+    answer = TOKENIZER.decode(ids[:at])
+    assert answers.normalized(answer)
+    assert 10 not in [*prompt.encode(), *ids]
+    examples = Question(prompt, (answer,)), Question(prompt, (TOKENIZER.decode(ids),))
+    measured = measure(*examples, params=byte_params | {"embed": embed})
+    assert measured["it_exact_match"] == 1 / 2
 
 
 def test_examples_that_are_too_long_are_counted(measure) -> None:
