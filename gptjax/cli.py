@@ -89,10 +89,13 @@ def _parser() -> argparse.ArgumentParser:
         overrides=True,
     )
     sub = command(
-        commands, "eval", _eval, "Loss and bits per byte of a run on its validation text."
+        commands,
+        "eval",
+        _eval,
+        "Loss and bits per byte of a run on its validation text, or of a run or a Hugging Face "
+        "folder on any text; and how it does on tasks.",
     )
-    sub.add_argument("run", metavar="RUN", help="a run folder")
-    sub.add_argument("--json", action="store_true", help="print JSON")
+    options.evaluate(sub)
     sub = command(
         commands,
         "sample",
@@ -218,8 +221,9 @@ def _prepare(cfg: config.Config, progress: Progress) -> Any:
 
 def _train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     cfg = _resolve(args, overrides)
-    from gptjax import distributed, run, watch
+    from gptjax import distributed, evaluate, run, watch
 
+    evaluate.read_tasks(cfg.eval.tasks)  # so that a bad line is told before text is prepared
     distributed.join(cfg.watch.lost, Progress().say)
     progress = Progress(shown=distributed.first())
     with watch.Watch(cfg.watch) as watched, run.claim(cfg) as changes:
@@ -239,22 +243,12 @@ def _train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def _eval(args: argparse.Namespace, _: Sequence[str]) -> None:
-    from gptjax import evaluate, run
+    from dataclasses import fields
 
-    cfg, _tokenizer, manifest = run.open_run(args.run)
-    if manifest is None:
-        raise DataError(f"{args.run}: an imported model, which has no validation text of its own")
-    run.check_store(cfg, manifest)
-    progress = Progress()
-    with run.entered_mesh(cfg):
-        params, step = run.restore_params(args.run, cfg, progress.say)
-        result = evaluate.ValidationLoss(cfg, manifest, progress).run(params)
-    if args.json:
-        print(json.dumps({"run": args.run, "step": step, **result}))
-    else:
-        print(f"{args.run} at step {step}")
-        for name, value in result.items():
-            print(f"  {name:24} {value:.6g}")
+    from gptjax.evaluate import command
+
+    chosen = {field.name: getattr(args, field.name) for field in fields(command.Options)}
+    command.evaluate(args.run, command.Options(**chosen), Progress(), print)
 
 
 def _refuse_unused(args: argparse.Namespace) -> None:

@@ -43,16 +43,21 @@ class Opened:
 
 @contextmanager
 def opened(
-    path: str, *, dtype: str | None = None, say: Callable[[str], None] = lambda line: None
+    path: str,
+    *,
+    dtype: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    check: Callable[[Config, Tokenizer | None], None] = lambda cfg, tokenizer: None,
 ) -> Iterator[Opened]:
     """The model of a run folder or a Hugging Face folder, with its mesh as the ambient one.
 
-    `dtype` is what to compute in, float32 or bfloat16, otherwise the run's own. Raises what
+    `dtype` is what to compute in, float32 or bfloat16, otherwise the run's own. `check` is called
+    before the parameters are read, and may raise. Raises what
     `run.open_run`, `run.restore_params` and `weights.open_source` raise.
     """
     folder = Path(path.removeprefix("hf:"))
     source, step = None, None
-    if path.startswith("hf:") or any(folder.glob(_SAFETENSORS)):
+    if is_hugging_face(path):
         source = weights.open_source(folder)
         tokenizer = tokenizer_of(source, say)
         cfg = config_of(source.model, tokenizer, str(folder))
@@ -60,12 +65,18 @@ def opened(
         cfg, tokenizer, _ = run.open_run(path)
     if dtype is not None:
         cfg = replace(cfg, compute=replace(cfg.compute, dtype=dtype))  # type: ignore[arg-type]
+    check(cfg, tokenizer)
     with run.entered_mesh(cfg):
         if source is not None:
             params = weights.read_params(source)
         else:
             params, step = run.restore_params(path, cfg, say)
         yield Opened(path, cfg, tokenizer, params, step)
+
+
+def is_hugging_face(path: str) -> bool:
+    """Whether it names a Hugging Face folder, by hf: before it or by what is in it."""
+    return path.startswith("hf:") or any(Path(path).glob(_SAFETENSORS))
 
 
 def tokenizer_of(source: Source, say: Callable[[str], None]) -> tokenizers.Tokenizer | None:

@@ -43,6 +43,55 @@ def sample(sub: argparse.ArgumentParser) -> None:
     )
 
 
+def evaluate(sub: argparse.ArgumentParser) -> None:
+    """Of `gptjax eval`: the fields of `evaluate.command.Options`, and the run."""
+    kinds = ", ".join(config.validation.TASK_KINDS)
+    sub.add_argument("run", metavar="RUN|HF_DIR", help="a run folder, or a Hugging Face folder")
+    sub.add_argument(
+        "--text",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="text files, .jsonl, .parquet, folders, quoted globs, tfds:NAME, instead of the run's "
+        "own validation text; each document is predicted from its own beginning",
+    )
+    sub.add_argument(
+        "--task",
+        action="append",
+        default=[],
+        metavar="KIND:FILE",
+        help=f"a file of questions in its published format; may be repeated; kinds: {kinds}",
+    )
+    sub.add_argument("--text-field", default="text", help="field of records with the text (text)")
+    sub.add_argument(
+        "--length",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens that the model reads at a time, of text (train.seq_len; of a Hugging Face "
+        "folder its context, up to 1024)",
+    )
+    sub.add_argument(
+        "--stride",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens of a document from window to window; fewer give each more context (--length)",
+    )
+    sub.add_argument(
+        "--limit", type=int, default=0, metavar="N", help="the first N documents and examples only"
+    )
+    sub.add_argument(
+        "--batch", type=int, default=0, metavar="N", help="rows of a batch (eval.batch)"
+    )
+    sub.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="to compute in (the run's own)"
+    )
+    sub.add_argument("--seed", type=int, default=0, help="of the intervals' resamples (0)")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+
 def serve(sub: argparse.ArgumentParser) -> None:
     """Of `gptjax serve`: the fields of `serve.Options`, and the run."""
     sub.add_argument("run", metavar="RUN|HF_DIR", help="a run folder, or a Hugging Face folder")

@@ -1,7 +1,8 @@
 """Pre-training: the store, the model and the objective, handed to `train.fit`."""
 
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from gptjax.checkpoint import Checkpoints, sha256_of
 from gptjax.config import Config
 from gptjax.data import pipeline, store
 from gptjax.errors import DataError
-from gptjax.evaluate import ValidationLoss
+from gptjax.evaluate import Evaluator, Scorer, Task, ValidationLoss, named, read_tasks
 from gptjax.model import counts, decoder, stages
 from gptjax.model.decoder import Params
 from gptjax.progress import Progress
@@ -32,6 +33,7 @@ def pretrain(
     The run folder is claimed already (`run.claim`). Raises what `train.fit` raises, DataError for a
     store that does not suit, MismatchError for one that another run was begun with.
     """
+    files = read_tasks(cfg.eval.tasks, cfg.eval.task_limit)
     data = pipeline.TrainData.open(cfg, manifest)
     tokenizer = tokenizers.load(epath.Path(cfg.data.store))
     if tokenizer.vocab_size > cfg.model.vocab_size:
@@ -84,23 +86,20 @@ def pretrain(
         }
 
     # With several rounds of a pipeline, layers lie in another order than the model's.
-    order = stages.order(cfg.model.layers // len(cfg.model.pattern), cfg.compute.rounds)
-    natural = (order == np.arange(len(order))).all()
+    periods = cfg.model.layers // len(cfg.model.pattern)
+    order = stages.order(periods, cfg.compute.rounds).tolist()
+    ordered = lambda params, to: params | {"blocks": stages.reordered(params["blocks"], to)}
+    in_model_order = lambda params: ordered(params, np.argsort(order))
     checkpoints = Checkpoints(
         Path(cfg.run) / run.CHECKPOINTS,
         cfg.checkpoint,
         describe,
         progress.say,
-        None if natural else order.tolist(),
+        None if order == list(range(periods)) else order,
     )
 
-    def init(key: jax.Array) -> Params:
-        params = decoder.init(cfg.model, key)
-        return params | {"blocks": stages.reordered(params["blocks"], order)}
-
     def sampler(step: int, params: Params) -> None:
-        blocks = stages.reordered(params["blocks"], np.argsort(order))
-        with_text = sample.Sampler(params | {"blocks": blocks}, cfg.model, cfg.compute, tokenizer)
+        with_text = sample.Sampler(in_model_order(params), cfg.model, cfg.compute, tokenizer)
         done = with_text.generate(cfg.eval.prompts, settings)
         pairs = zip(cfg.eval.prompts, done, strict=True)
         shown = [f"--- prompt {prompt!r}\n{prompt}{one.text}\n" for prompt, one in pairs]
@@ -114,13 +113,20 @@ def pretrain(
         except OSError as error:
             progress.say(f"samples were not written: {error}")
 
+    compute = replace(cfg.compute, rounds=1, microbatches=0)
+    scorer = Scorer(cfg.model, compute, cfg.eval.batch, progress)
+    tasks = [
+        _InModelOrder(Task(file, tokenizer, scorer, name), in_model_order)
+        for file, name in zip(files, named(files), strict=True)
+    ]
     _, evaluated = train.fit(
         cfg,
-        init_fn=init,
+        init_fn=lambda key: ordered(decoder.init(cfg.model, key), order),
         loss_fn=objective.training_loss(cfg, manifest.tokenizer["eos_id"]),
         abstract_batch=objective.abstract_batch(cfg),
         batches=batches,
         evaluators=[ValidationLoss(cfg, manifest, progress)],
+        tasks=tasks,
         sampler=sampler,
         checkpoints=checkpoints,
         writers=writers,
@@ -133,6 +139,17 @@ def pretrain(
         progress=progress,
     )
     return evaluated
+
+
+@dataclass(frozen=True)
+class _InModelOrder:
+    """An evaluator that is given the layers in the model's order."""
+
+    evaluator: Evaluator
+    in_model_order: Callable[[Params], Params]
+
+    def run(self, params: Params) -> Mapping[str, float]:
+        return self.evaluator.run(self.in_model_order(params))
 
 
 def _facts(cfg: Config, manifest: store.Manifest) -> dict[str, str]:

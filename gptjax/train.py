@@ -176,6 +176,7 @@ def fit(
     abstract_batch: Any,
     batches: Callable[[int, int], Iterator[Any]],
     evaluators: Iterable[Evaluator],
+    tasks: Iterable[Evaluator] = (),
     sampler: Callable[[int, Params], None],
     checkpoints: Checkpoints,
     writers: Callable[[int], Writers],
@@ -187,14 +188,15 @@ def fit(
 
     `batches(first, last)` yields this process's rows, on the host, of the batches of steps
     first..last-1, counted from 0; `abstract_batch` is what they are on the devices, all rows;
-    `writers(step)` opens the metrics of a run that goes on after that step. Restores the newest
-    valid checkpoint if there is one; tells `watch` where it is. What is due at a step is done after
-    its checkpoint, and done again by a run that goes on from there.
+    `writers(step)` opens the metrics of a run that goes on after that step. `evaluators` are run
+    every eval.every steps, `tasks` every eval.tasks_every. Restores the newest valid checkpoint if
+    there is one; tells `watch` where it is. What is due at a step is done after its checkpoint, and
+    done again by a run that goes on from there.
 
     Raises Preempted when told to stop, after saving; NumericError after nonfinite_limit steps in a
     row; CheckpointError and OutputError as `Checkpoints` does.
     """
-    evaluators = list(evaluators)
+    groups = [(cfg.eval.every, list(evaluators)), (cfg.eval.tasks_every, list(tasks))]
     evaluated: dict[str, float] = {}
     agreed = reached_preemption_sync_point if distributed.several() else None
     with checkpoints, Interrupt(agreed) as interrupt:
@@ -226,21 +228,27 @@ def fit(
         def due(period: int, step: int) -> bool:
             return period > 0 and step % period == 0 and 0 < step < last
 
-        def observe(step: int, evaluate: bool, sample: bool) -> None:
+        def evaluators_at(step: int, end: bool = False) -> list[Evaluator]:
+            """Those that are due; at the end all are."""
+            return [one for period, group in groups if end or due(period, step) for one in group]
+
+        def observe(step: int, now: list[Evaluator], sample: bool) -> None:
             """Evaluation and samples; a signal ends them, for they can be had again."""
             watch.at("eval", step)
             with contextlib.suppress(Interrupted), interrupt.at_once():
-                if evaluate:
-                    for evaluator in evaluators:
-                        evaluated.update(evaluator.run(state.averaged))
-                    sink.write(step, evaluated)
-                    values = ", ".join(f"{k} {v:.4f}" for k, v in evaluated.items())
-                    progress.say(f"step {step}: {values}")
+                if now:
+                    values: dict[str, float] = {}
+                    for evaluator in now:
+                        values.update(evaluator.run(state.averaged))
+                    evaluated.update(values)
+                    sink.write(step, values)
+                    shown = ", ".join(f"{k} {v:.4f}" for k, v in values.items())
+                    progress.say(f"step {step}: {shown}")
                 if sample:
                     sampler(step, state.averaged)
 
         # --- the loop: dispatch a step, then look at the one before it ---
-        observe(first, due(cfg.eval.every, first), due(cfg.eval.sample_every, first))
+        observe(first, evaluators_at(first), due(cfg.eval.sample_every, first))
         pending: tuple[int, Mapping[str, jax.Array]] | None = None
         clock = _Clock(cfg.train.batch_tokens)
         with progress.bar("train", last, first) as bar, _Profile(cfg.log, checkpoints) as profile:
@@ -284,15 +292,15 @@ def fit(
                 profile.after(step, metrics)
 
                 save = due(cfg.checkpoint.every, step) or step == last
-                evaluate, sample = due(cfg.eval.every, step), due(cfg.eval.sample_every, step)
+                now, sample = evaluators_at(step), due(cfg.eval.sample_every, step)
                 interrupt.poll(step)
-                if save or evaluate or sample or interrupt.signal:
+                if save or now or sample or interrupt.signal:
                     look()
                     with clock.paused():
                         if save:
                             watch.at("save", step)
                             checkpoints.save(step, state)
-                        observe(step, evaluate, sample)
+                        observe(step, now, sample)
                 for problem in checkpoints.failures():
                     progress.say(f"{problem}; training goes on")
                 if interrupt.signal:
@@ -305,7 +313,7 @@ def fit(
         # --- the end: the last checkpoint is safe, then evaluation and samples ---
         watch.at("save", last)
         checkpoints.finish()
-        observe(last, evaluate=True, sample=True)
+        observe(last, evaluators_at(last, end=True), sample=True)
         sink.close()
         if interrupt.signal:
             raise Preempted(f"told to stop by {interrupt.signal.name}; saved step {last}")

@@ -126,7 +126,7 @@ class Keep:
         pass
 
 
-def fit(cfg: Config, folder, *, loss=None, batches=None, evaluators=(), sampler=None):
+def fit(cfg: Config, folder, *, loss=None, batches=None, evaluators=(), tasks=(), sampler=None):
     """Runs the loop; returns the last state and the metrics it wrote."""
     keep = Keep()
     with one_device():
@@ -137,6 +137,7 @@ def fit(cfg: Config, folder, *, loss=None, batches=None, evaluators=(), sampler=
             abstract_batch=objective.abstract_batch(cfg),
             batches=batches or (lambda first, last: (rows_of(cfg, s) for s in range(first, last))),
             evaluators=evaluators,
+            tasks=tasks,
             sampler=sampler or (lambda step, params: None),
             checkpoints=Checkpoints(folder / "checkpoints", cfg.checkpoint),
             writers=lambda step: Writers([keep]),
@@ -175,13 +176,13 @@ def test_a_run_continued_from_a_checkpoint_is_the_run_never_interrupted(tmp_path
 class Counted:
     """An evaluator that says how often it was asked."""
 
-    def __init__(self, then=lambda: None):
-        self.asked, self.then = 0, then
+    def __init__(self, then=lambda: None, name="asked"):
+        self.asked, self.then, self.name = 0, then, name
 
     def run(self, params):
         self.asked += 1
         self.then()
-        return {"asked": self.asked}
+        return {self.name: self.asked}
 
 
 def test_evaluation_is_due_at_its_steps_and_again_where_a_run_goes_on(tmp_path) -> None:
@@ -194,6 +195,20 @@ def test_evaluation_is_due_at_its_steps_and_again_where_a_run_goes_on(tmp_path) 
     _, written = fit(cfg, tmp_path, evaluators=[Counted()], sampler=sampler)
     assert [step for step, metrics in written if "asked" in metrics] == [4, 6, 8]
     assert sampled == [4, 4, 8]
+
+
+def test_tasks_have_a_period_of_their_own_and_are_written_when_they_were_measured(tmp_path) -> None:
+    cfg = dataclasses.replace(tiny(), eval=EvalConfig(every=2, tasks_every=3))
+    tasks = [Counted(name="task"), Counted(name="other")]
+    _, written = fit(cfg, tmp_path, evaluators=[Counted()], tasks=tasks)
+    measured = [(step, m) for step, m in written if {"asked", "task"} & set(m)]
+    assert measured == [
+        (2, {"asked": 1}),
+        (3, {"task": 1, "other": 1}),
+        (4, {"asked": 2}),
+        (6, {"asked": 3, "task": 2, "other": 2}),
+        (8, {"asked": 4, "task": 3, "other": 3}),
+    ]
 
 
 def test_told_to_stop_while_it_evaluates_it_leaves_and_saves(tmp_path) -> None:

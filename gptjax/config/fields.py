@@ -369,6 +369,12 @@ class EvalConfig:
     """Steps between evaluations on the validation split."""
     batch: int = free(32)
     """Sequences in an evaluation batch."""
+    tasks: tuple[str, ...] = free(())
+    """Tasks to evaluate on, KIND:FILE, as `gptjax eval --task` takes them."""
+    tasks_every: int = free(0)
+    """Steps between evaluations on the tasks."""
+    task_limit: int = free(0)
+    """Examples of a task, the first of its file; 0: all."""
     sample_every: int = free(0)
     """Steps between samples."""
     prompts: tuple[str, ...] = free(("",))

@@ -64,6 +64,8 @@ def value_problems(cfg: Any) -> Iterator[str]:
         "data.workers": cfg.data.workers,
         "eval.every": cfg.eval.every,
         "eval.sample_every": cfg.eval.sample_every,
+        "eval.tasks_every": cfg.eval.tasks_every,
+        "eval.task_limit": cfg.eval.task_limit,
         "eval.temperature": cfg.eval.temperature,
         "checkpoint.keep_every": cfg.checkpoint.keep_every,
         "log.peak_tflops": cfg.log.peak_tflops,
@@ -119,6 +121,7 @@ def value_problems(cfg: Any) -> Iterator[str]:
         yield "data.sources=(): name at least one source"
     if not cfg.data.valid_sources and cfg.data.valid_fraction == 0:
         yield "data.valid_fraction=0.0: with no data.valid_sources there is nothing to validate on"
+    yield from task_problems(cfg.eval.tasks, "eval.tasks")
     yield from _tokenizer_problems(cfg.tokenizer)
     needed = 258 if cfg.tokenizer.kind == "bytes" else cfg.tokenizer.vocab_size
     if not cfg.tokenizer.path and m.vocab_size < needed:
@@ -126,6 +129,21 @@ def value_problems(cfg: Any) -> Iterator[str]:
             f"model.vocab_size={m.vocab_size}: smaller than the tokenizer's {needed}; raise it "
             "(a multiple of 128 suits the hardware)"
         )
+
+
+TASK_KINDS = ("arc", "hellaswag", "lambada", "squad")
+
+
+def task_problems(entries: Sequence[str], option: str) -> Iterator[str]:
+    """Every entry that is not KIND:FILE with a known kind, or is there twice; reads no file."""
+    for entry in dict.fromkeys(entries):
+        kind, colon, file = entry.partition(":")
+        if not colon or not file:
+            yield f"{option}={entry}: must be KIND:FILE, such as hellaswag:hellaswag_val.jsonl"
+        elif kind not in TASK_KINDS:
+            yield f"{option}={entry}: unknown kind {kind!r}; known: {', '.join(TASK_KINDS)}"
+        if entries.count(entry) > 1:
+            yield f"{option}={entry}: given twice"
 
 
 ALGORITHMS = {"sentencepiece": ("bpe", "unigram"), "huggingface": ("byte_bpe", "wordpiece")}
@@ -290,11 +308,11 @@ def mesh_problems(cfg: Any, sizes: Mapping[str, int], processes: int) -> Iterato
             value = getattr(cfg.compute, name)
             if value > 1:
                 yield f"compute.{name}={value}: only with mesh.stage above 1"
-    parts = cfg.compute.microbatches or stages
-    if parts % stages:
+    microbatches = cfg.compute.microbatches or stages
+    if microbatches % stages:
         yield (
-            f"compute.microbatches={parts}: no multiple of mesh axis stage={stages}; use "
-            f"{_nearest_multiples(parts, stages)}"
+            f"compute.microbatches={microbatches}: no multiple of mesh axis stage={stages}; use "
+            f"{_nearest_multiples(microbatches, stages)}"
         )
     if sizes["expert"] > 1 and not m.moe.experts:
         yield f"mesh.expert={sizes['expert']}: model.moe.experts=0, so there is nothing to split"
@@ -304,8 +322,8 @@ def mesh_problems(cfg: Any, sizes: Mapping[str, int], processes: int) -> Iterato
                 f"{name}={size}: mesh axis {axis}={parts} does not divide it; use "
                 f"{_nearest_multiples(size, parts)}, or an axis of {_near(parts, divisors(size))}"
             )
-    unit, what = copies * parts, "mesh axes stage x data x fsdp x expert"
-    if parts != stages:
+    unit, what = copies * microbatches, "mesh axes stage x data x fsdp x expert"
+    if microbatches != stages:
         what = "mesh axes data x fsdp x expert, times compute.microbatches"
     if min(t.seq_len, t.accumulation) >= 1 and (micro := t.batch // t.accumulation) % unit:
         yield (

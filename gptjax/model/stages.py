@@ -15,7 +15,7 @@ G groups, M = G*S microbatches, R rounds.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -39,14 +39,14 @@ def order(periods: int, rounds: int) -> np.ndarray:
     return by_stretch.swapaxes(0, 1).reshape(-1)
 
 
-def reordered(blocks: Any, places: np.ndarray) -> Any:
+def reordered(blocks: Any, places: Sequence[int]) -> Any:
     """Stacked parameters with their leading axis in another order, laid out as before."""
-    if (places == np.arange(len(places))).all():
+    if list(places) == list(range(len(places))):
         return blocks
 
     def move(w: jax.Array) -> jax.Array:
         axes = jax.typeof(w).sharding.spec
-        return w.at[places].get(out_sharding=axes)
+        return w.at[np.array(places)].get(out_sharding=axes)
 
     return jax.tree.map(move, blocks)
 

@@ -1,11 +1,10 @@
-"""Evaluators: `run(params) -> {name: value}`.
+"""A run's own validation split, in windows as training has them.
 
 Shapes: B rows of a batch, T sequence.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
@@ -17,13 +16,6 @@ from gptjax.metrics import perplexity
 from gptjax.model.decoder import Params
 from gptjax.objective import next_token
 from gptjax.progress import Progress
-
-
-class Evaluator(Protocol):
-    """Anything that measures parameters."""
-
-    def run(self, params: Params) -> Mapping[str, float]:
-        """Names and values of what was measured."""
 
 
 class ValidationLoss:

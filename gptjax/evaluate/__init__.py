@@ -1,0 +1,46 @@
+"""Evaluators: `run(params) -> {name: value}`.
+
+`ValidationLoss` is of a run's own split, `TextLoss` of any text, `Task` of a file of questions.
+Below the last two, `Scorer` gives the log-probability of continuations, and `bootstrap` says how
+far an average over examples can be trusted. `LMEvalAdapter` is a model of lm_eval, which it needs.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from gptjax.evaluate.bootstrap import Statistic
+from gptjax.evaluate.documents import TextLoss
+from gptjax.evaluate.formats import TaskFile, read_tasks
+from gptjax.evaluate.scoring import Score, Scorer
+from gptjax.evaluate.tasks import Task, named
+from gptjax.evaluate.validation import ValidationLoss
+from gptjax.model.decoder import Params
+
+__all__ = [
+    "Evaluator",
+    "LMEvalAdapter",
+    "Score",
+    "Scorer",
+    "Statistic",
+    "Task",
+    "TaskFile",
+    "TextLoss",
+    "ValidationLoss",
+    "named",
+    "read_tasks",
+]
+
+
+class Evaluator(Protocol):
+    """Anything that measures parameters."""
+
+    def run(self, params: Params) -> Mapping[str, float]:
+        """Names and values of what was measured."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LMEvalAdapter":  # imported when asked for: lm_eval is an extra
+        from gptjax.evaluate.lm_eval import LMEvalAdapter
+
+        return LMEvalAdapter
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,233 @@
+r"""Files of questions in their published formats, and the prompts that they become.
+
+A line is an object, as the authors publish them; a wrong one is named by file and line:
+
+hellaswag  activity_label, ctx_a, ctx_b, endings, label
+arc        question, with stem and choices in it as AI2 has them or beside it as on the Hugging Face
+           hub, answerKey
+lambada    text, whose last word is to be predicted
+squad      SQuAD's own nested JSON (.json), 1.1 or 2.0; or a line for each question, as on the hub
+
+Prompts are those of lm_eval, without examples before them, so numbers compare:
+
+hellaswag  "<activity>: <context>", then each ending; brackets, which WikiHow left, are taken out
+arc        "Question: <question>\nAnswer:", then each choice's text
+lambada    all words but the last, then it
+squad      "Title: ...\n\nBackground: ...\n\nQuestion: ...\n\nAnswer:", continued to the line's end
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptjax.config.validation import TASK_KINDS, task_problems
+from gptjax.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A context, the texts that may follow it (after a space), and which of them does."""
+
+    context: str
+    choices: tuple[str, ...]
+    gold: int
+
+
+@dataclass(frozen=True)
+class Cloze:
+    """A context and its continuation, space included."""
+
+    context: str
+    continuation: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and the answers that are right; none: there is no answer."""
+
+    prompt: str
+    answers: tuple[str, ...]
+
+
+Example = Choice | Cloze | Question
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """The examples of a file, or the first of them; `total` counts all."""
+
+    kind: str
+    path: str
+    sha256: str
+    examples: tuple[Example, ...]
+    total: int
+
+
+def read_tasks(
+    entries: Sequence[str], limit: int = 0, option: str = "eval.tasks"
+) -> list[TaskFile]:
+    """The tasks that entries KIND:FILE name; with `limit`, the first so many examples of each.
+
+    Reads every line whatever the limit. Raises ConfigError for an entry that names no kind, or that
+    is given twice, DataError for a file or a line that cannot be used.
+    """
+    problems = list(task_problems(entries, option))
+    if problems:
+        raise ConfigError(problems)
+    return [_read(*entry.split(":", 1), limit, option) for entry in entries]
+
+
+def _read(kind: str, name: str, limit: int, option: str) -> TaskFile:
+    path = Path(name).expanduser()
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{option}={kind}:{name}: cannot be read: {error.strerror}") from None
+    nested = kind == "squad" and path.suffix == ".json"
+    read = _nested if nested else _lines
+    examples = list(read(raw, name, _READERS[kind]))
+    if not examples:
+        raise DataError(f"{option}={kind}:{name}: no examples in it")
+    kept = examples[:limit] if limit else examples
+    return TaskFile(kind, name, hashlib.sha256(raw).hexdigest(), tuple(kept), len(examples))
+
+
+class _Wrong(Exception):
+    """What is wrong with a record, without its place."""
+
+
+def _lines(raw: bytes, name: str, read: Callable[[Any], Example]) -> Iterator[Example]:
+    lines = raw.split(b"\n")
+    for number, line in enumerate(lines[:-1] if not lines[-1] else lines, 1):
+        place = f"{name}:{number}"
+        if not line.strip():
+            raise DataError(f"{place}: is empty; a line is an object")
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{place}: is no JSON: {error}") from None
+        yield _example(record, place, read)
+
+
+def _nested(raw: bytes, name: str, read: Callable[[Any], Example]) -> Iterator[Example]:
+    """SQuAD's own file: articles of paragraphs of questions."""
+    try:
+        whole = json.loads(raw.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{name}:{error.lineno}: is no JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name}: is no JSON: {error}") from None
+    place = name
+    try:
+        for i, article in enumerate(_field(whole, "data", list)):
+            place = f"{name}, data[{i}]"
+            title = _field(article, "title", str)
+            for j, paragraph in enumerate(_field(article, "paragraphs", list)):
+                place = f"{name}, data[{i}].paragraphs[{j}]"
+                context = _field(paragraph, "context", str)
+                for k, asked in enumerate(_field(paragraph, "qas", list)):
+                    place = f"{name}, data[{i}].paragraphs[{j}].qas[{k}]"
+                    given = [
+                        _field(answer, "text", str) for answer in _field(asked, "answers", list)
+                    ]
+                    yield read(
+                        {
+                            "title": title,
+                            "context": context,
+                            "question": _field(asked, "question", str),
+                            "answers": {"text": given},
+                        }
+                    )
+    except _Wrong as error:
+        raise DataError(f"{place}: {error}") from None
+
+
+def _example(record: Any, place: str, read: Callable[[Any], Example]) -> Example:
+    try:
+        return read(record)
+    except _Wrong as error:
+        raise DataError(f"{place}: {error}") from None
+
+
+_NAMES = {str: "text", list: "list", dict: "object"}
+
+
+def _field(record: Any, name: str, kind: type) -> Any:
+    """A field of a record that must be there, of this type."""
+    if not isinstance(record, dict):
+        raise _Wrong(f"is a {type(record).__name__}; must be an object with {name!r}")
+    if name not in record:
+        raise _Wrong(f"has no {name!r}; it has {', '.join(record) or 'nothing'}")
+    if not isinstance(record[name], kind):
+        raise _Wrong(f"{name}={str(record[name])[:40]!r}: must be a {_NAMES[kind]}")
+    return record[name]
+
+
+def _texts(record: Any, name: str, least: int = 0) -> tuple[str, ...]:
+    values = _field(record, name, list)
+    if not all(isinstance(value, str) for value in values) or len(values) < least:
+        raise _Wrong(f"{name}: must be a list of {f'at least {least} ' * bool(least)}texts")
+    return tuple(values)
+
+
+def _hellaswag(record: Any) -> Choice:
+    activity, first, second = (_field(record, k, str) for k in ("activity_label", "ctx_a", "ctx_b"))
+    endings = _texts(record, "endings", 2)
+    label = record.get("label")
+    if not str(label).isdecimal() or not int(label) < len(endings):
+        raise _Wrong(
+            f"label={label!r}: must be the number of an ending, from 0 to {len(endings) - 1} (the "
+            "test split has none)"
+        )
+    context = _without_brackets(f"{activity}: {first} {second.capitalize()}")
+    return Choice(context, tuple(map(_without_brackets, endings)), int(label))
+
+
+def _without_brackets(text: str) -> str:
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def _arc(record: Any) -> Choice:
+    if isinstance(record, dict) and isinstance(record.get("question"), dict):
+        question = _field(record["question"], "stem", str)
+        choices = _field(record["question"], "choices", list)
+        texts = tuple(_field(choice, "text", str) for choice in choices)
+        labels = tuple(_field(choice, "label", str) for choice in choices)
+    else:
+        question = _field(record, "question", str)
+        choices = _field(record, "choices", dict)
+        texts, labels = _texts(choices, "text"), _texts(choices, "label")
+    if len(texts) != len(labels) or len(texts) < 2 or not all(texts):
+        raise _Wrong("choices: must be at least two, each with a text and a label")
+    key = _field(record, "answerKey", str)
+    if key not in labels:
+        raise _Wrong(f"answerKey={key!r}: must be one of the labels {', '.join(labels)}")
+    return Choice(f"Question: {question}\nAnswer:", texts, labels.index(key))
+
+
+def _lambada(record: Any) -> Cloze:
+    *words, last = _field(record, "text", str).split(" ")
+    if not words or not last.strip():
+        raise _Wrong("text: must end with a word after a space, which is to be predicted")
+    return Cloze(" ".join(words), f" {last}")
+
+
+def _squad(record: Any) -> Question:
+    title, context, question = (_field(record, k, str) for k in ("title", "context", "question"))
+    answers = _texts(_field(record, "answers", dict), "text")
+    parts = (f"Title: {title}", f"Background: {context}", f"Question: {question}", "Answer:")
+    return Question("\n\n".join(parts), answers)
+
+
+_READERS: dict[str, Callable[[Any], Example]] = {
+    "arc": _arc,
+    "hellaswag": _hellaswag,
+    "lambada": _lambada,
+    "squad": _squad,
+}
+assert set(_READERS) == set(TASK_KINDS)

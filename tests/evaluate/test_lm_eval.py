@@ -1,0 +1,202 @@
+"""The adapter in lm_eval's own harness, offline; against its `hf` model for the same weights.
+
+Skipped where lm_eval is not installed: pip install -e '.[lm-eval]'.
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+lm_eval = pytest.importorskip("lm_eval")
+
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from gptjax import opening  # noqa: E402
+from gptjax.config import Config, EvalConfig  # noqa: E402
+from gptjax.errors import ConfigError  # noqa: E402
+from gptjax.evaluate import LMEvalAdapter, Task, read_tasks  # noqa: E402
+from gptjax.progress import Progress  # noqa: E402
+from gptjax.tokenizer import ByteTokenizer  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+TASKS = {
+    "hellaswag": """
+output_type: multiple_choice
+process_docs: !function prepare.process_docs
+doc_to_text: "{{query}}"
+doc_to_target: "{{label}}"
+doc_to_choice: "choices"
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "arc": """
+output_type: multiple_choice
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_target: "{{choices.label.index(answerKey)}}"
+doc_to_choice: "{{choices.text}}"
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "lambada": """
+output_type: loglikelihood
+doc_to_text: "{{text.split(' ')[:-1]|join(' ')}}"
+doc_to_target: "{{' '+text.split(' ')[-1]}}"
+metric_list: [{metric: perplexity, aggregation: perplexity}, {metric: acc}]
+""",
+    "rolling": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: bits_per_byte}, {metric: byte_perplexity}]
+""",
+    "written": """
+output_type: generate_until
+doc_to_text: "{{text}}"
+doc_to_target: "{{text}}"
+generation_kwargs: {until: ["\\n", "."], max_gen_toks: 12}
+metric_list: [{metric: exact_match}]
+""",
+}
+PREPARE = "from lm_eval.tasks.hellaswag.utils import process_docs  # noqa"
+
+SENTENCES = [
+    "The capital of France is the city of Paris",
+    "She opened the door and walked slowly into the room",
+    "Two plus two equals four, and four plus four equals eight",
+    "In the morning the sun rises in the east",
+    "Water boils at one hundred degrees, and freezes at zero",
+    "The dog barked at the mailman until he went away",
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The tasks' files, and the YAML that tells the harness of them."""
+    folder = tmp_path_factory.mktemp("tasks")
+    arc = [
+        {
+            "question": f"Which word ends this: {text.rpartition(' ')[0]}?",
+            "choices": {
+                "text": [text.split()[-1], "a green horse", "nothing at all", "x"],
+                "label": ["A", "B", "C", "D"],
+            },
+            "answerKey": "ABCD"[number % 2],
+        }
+        for number, text in enumerate(SENTENCES)
+    ]
+    hellaswag = [
+        {
+            "activity_label": "Sharing  facts",
+            "ctx_a": f"[header] How to tell [title] {text[:20]}",
+            "ctx_b": text[20:30],
+            "endings": [
+                text[30:],
+                "[title] Swim. [step] Then jump.",
+                "sing [a song] loudly.",
+                "zz",
+            ],
+            "label": str(number % 3),
+        }
+        for number, text in enumerate(SENTENCES)
+    ]
+    texts = [{"text": text} for text in SENTENCES]
+    rows = {"arc": arc, "hellaswag": hellaswag, "lambada": texts}
+    rows |= {"rolling": [{"text": " ".join(SENTENCES) * 3}, *texts], "written": texts}
+    (folder / "prepare.py").write_text(PREPARE)
+    for kind, lines in rows.items():
+        data = folder / f"{kind}.jsonl"
+        data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        head = f"task: local_{kind}\ndataset_path: json\ntest_split: test\n"
+        head += f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+        (folder / f"{kind}.yaml").write_text(head + TASKS[kind])
+    return folder
+
+
+@pytest.fixture
+def harness(files, tmp_path, monkeypatch):
+    """Results by task and metric, and what was generated or how likely it was, of a model."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    manager = TaskManager(include_path=str(files), include_defaults=False)
+
+    def run(model, **options):
+        done = lm_eval.simple_evaluate(
+            model,
+            tasks=[f"local_{kind}" for kind in TASKS],
+            task_manager=manager,
+            bootstrap_iters=0,
+            **options,
+        )
+        results = {
+            (task.removeprefix("local_"), name.partition(",")[0]): value
+            for task, row in done["results"].items()
+            for name, value in row.items()
+            if name.endswith(",none") and isinstance(value, float)
+        }
+        answers = {task: [s["resps"] for s in row] for task, row in done["samples"].items()}
+        return results, answers
+
+    return run
+
+
+def test_the_harness_has_the_numbers_of_gptjax_eval(
+    harness, files, byte_params, byte_model, put, scorer, on_mesh
+) -> None:
+    cfg = Config(model=byte_model, eval=EvalConfig(batch=4))
+    own = {}
+    with on_mesh(2, 2, 2):
+        params = put(byte_params, byte_model)
+        adapter = LMEvalAdapter(params, cfg, ByteTokenizer(), progress=Progress(shown=False))
+        results, answers = harness(adapter)
+        for file in read_tasks([f"{k}:{files}/{k}.jsonl" for k in ("arc", "hellaswag", "lambada")]):
+            own |= Task(file, ByteTokenizer(), scorer(), file.kind).run(params)
+    for name in ("acc", "acc_norm"):
+        assert results["arc", name] == own[f"arc_{name}"]
+        assert results["hellaswag", name] == own[f"hellaswag_{name}"]
+    assert results["lambada", "acc"] == own["lambada_acc"]
+    assert results["lambada", "perplexity"] == pytest.approx(own["lambada_perplexity"], rel=1e-5)
+    assert len(answers["local_written"]) == len(SENTENCES)
+
+
+def test_a_setting_of_generation_that_is_not_known_is_refused(
+    byte_params, byte_model, on_mesh
+) -> None:
+    with on_mesh(1):
+        adapter = LMEvalAdapter(byte_params, Config(model=byte_model), ByteTokenizer())
+    with pytest.raises(ConfigError, match="not known here: num_beams=4"):
+        adapter._settings({"until": "\n", "num_beams": 4})
+    drawn = adapter._settings({"do_sample": True, "temperature": 0.5, "max_new_tokens": 3})
+    assert (drawn.temperature, drawn.max_tokens, drawn.stop) == (0.5, 3, ())
+    assert adapter._settings({"do_sample": False, "temperature": 0.5}).temperature == 0
+
+
+def test_a_real_model_has_the_numbers_of_the_hf_model(harness, tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "reference")
+    from fetch_smollm2 import fetch
+    from lm_eval.models.huggingface import HFLM
+
+    folder = tmp_path / "smollm2"
+    folder.mkdir()
+    try:
+        fetch(folder)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"the model cannot be fetched here: {error}")
+    theirs = harness(HFLM(str(folder), dtype="float32", batch_size=4, max_length=256, device="cpu"))
+    with opening.opened(str(folder)) as model:
+        adapter = LMEvalAdapter(
+            model.params, model.cfg, model.tokenizer, batch_size=4, max_length=256
+        )
+        ours = harness(adapter)
+    print(f"\n{ours[0]}\n{theirs[0]}")
+    assert ours[0].keys() == theirs[0].keys()
+    assert len(ours[0]) == 9
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-3)
+    assert ours[1]["local_written"] == theirs[1]["local_written"]
+    for task in ("arc", "hellaswag", "lambada", "rolling"):
+        for one, other in zip(ours[1][f"local_{task}"], theirs[1][f"local_{task}"], strict=True):
+            for (mine,), (hers,) in zip(one, other, strict=True):
+                pair = (mine, hers) if task != "rolling" else ((mine, 0), (hers, 0))
+                assert pair[0][0] == pytest.approx(pair[1][0], rel=1e-3, abs=1e-3)
+                assert pair[0][1] == pair[1][1]

@@ -1,0 +1,126 @@
+"""Scores of continuations: those of plain numpy, at every batch size and on every mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from plain_model import greedy, score
+
+from gptjax.errors import DataError
+from gptjax.evaluate import scoring
+from gptjax.evaluate.scoring import encode_pair
+from gptjax.tokenizer import ByteTokenizer
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture(scope="module")
+def pairs(byte_params, byte_model) -> list[tuple[list[int], list[int]]]:
+    """Of many lengths, some of them greedy, one greedy but for its last token."""
+    rng = np.random.default_rng(1)
+    sizes = [(1, 1), (1, 20), (30, 3), (9, 9), (31, 1), (3, 30), (3, 2), (5, 12), (2, 15)]
+    made = [tuple(rng.integers(0, 258, n).tolist() for n in size) for size in sizes]
+    for prompt in ([7, 8, 9], [250] * 20):
+        made.append((prompt, greedy(byte_params, byte_model, prompt, 5)))
+    *likeliest, last = made[-1][1]
+    made.append((made[-1][0], [*likeliest, (last + 1) % 258]))
+    return made
+
+
+@pytest.fixture(scope="module")
+def by_hand(pairs, byte_params, byte_model) -> list[tuple[float, bool]]:
+    return [score(byte_params, byte_model, *pair) for pair in pairs]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rows"),
+    [((1,), 1), ((1,), 64), ((8,), 5), ((1, 8), 3), ((1, 1, 8), 2), ((2, 1, 1, 1, 4), 7)],
+    ids=str,
+)
+def test_scores_are_those_of_numpy_at_every_batch_size_and_mesh(
+    mesh, rows, pairs, by_hand, byte_params, byte_model, put, scorer, on_mesh
+) -> None:
+    with on_mesh(*mesh):
+        scores = scorer(rows).score(put(byte_params, byte_model), pairs)
+    assert np.ptp([logprob for logprob, _ in by_hand]) > 30  # so that a mix-up would show
+    assert [one.logprob for one in scores] == pytest.approx(
+        [logprob for logprob, _ in by_hand], rel=1e-5, abs=1e-5
+    )
+    assert [one.greedy for one in scores] == [likeliest for _, likeliest in by_hand]
+    assert [one.greedy for one in scores][-3:] == [True, True, False]
+    assert [one.tokens for one in scores] == [len(continuation) for _, continuation in pairs]
+
+
+def test_few_programs_are_compiled_for_many_lengths(
+    byte_params, byte_model, put, scorer, on_mesh
+) -> None:
+    pairs = [([1] * n, [2, 3]) for n in range(1, 64)]
+    with on_mesh(1):
+        scoring._sums.clear_cache()
+        params = put(byte_params, byte_model)
+        scorer(4).score(params, pairs)
+        assert scoring._sums._cache_size() == 3  # of 16, 32 and 64 tokens
+        scorer(4).score(params, pairs[::-3])
+        assert scoring._sums._cache_size() == 3
+
+
+def test_of_equal_tokens_the_first_is_the_likeliest(
+    byte_params, byte_model, put, scorer, on_mesh
+) -> None:
+    with on_mesh(2, 2, 2):
+        zeros = jax.tree.map(jnp.zeros_like, put(byte_params, byte_model))
+        pairs = [([5], [0, 0]), ([5], [0, 1]), ([5], [257])]
+        scores = scorer().score(zeros, pairs)
+    assert [one.greedy for one in scores] == [True, False, False]
+    assert [one.logprob / one.tokens for one in scores] == pytest.approx([-np.log(258)] * 3)
+
+
+def test_a_context_too_long_loses_its_beginning(
+    byte_params, byte_model, put, scorer, on_mesh
+) -> None:
+    rng = np.random.default_rng(2)
+    long, short = rng.integers(0, 258, 100).tolist(), [1, 2]
+    with on_mesh(1):
+        params = put(byte_params, byte_model)
+        for limit in (64, 20):
+            of_limit = scorer(limit=limit)
+            whole, _ = of_limit.score(params, [(long, [3, 4]), (short, [3])])
+            kept = long[-(limit - 1) :]
+            wanted, _ = score(byte_params, byte_model, kept, [3, 4])
+            assert whole.logprob == pytest.approx(wanted, rel=1e-5)
+            exact = (kept, [3, 4])
+            assert of_limit.cut([(long, [3, 4]), (short, [3]), exact, ([0, *kept], [3, 4])]) == 2
+
+
+@pytest.mark.parametrize("count", [0, 65])
+def test_a_continuation_that_the_model_cannot_take_is_told(count, byte_params, scorer) -> None:
+    with pytest.raises(DataError, match=f"arc: continuation 1 has {count} tokens; .* 1 to 64"):
+        scorer().score(byte_params, [([1], [2]), ([1], [2] * count)], "arc")
+
+
+def test_a_pair_of_texts_is_encoded_as_one_prompt() -> None:
+    tokenizer = ByteTokenizer()
+    assert encode_pair(tokenizer, "ab", " c") == ([256, *b"ab"], [*b" c"])
+    assert encode_pair(tokenizer, "ab \n", "c") == ([256, *b"ab"], [*b" \nc"])
+    assert encode_pair(tokenizer, "", "c") == ([256], [*b"c"])
+    assert encode_pair(tokenizer, " ", "c") == ([256], [*b" c"])
+
+
+def test_what_a_tokenizer_merges_over_the_border_belongs_to_the_continuation() -> None:
+    class Pairs(ByteTokenizer):
+        """Two equal letters are one token."""
+
+        bos_id = 300
+
+        def encode(self, text):
+            ids = []
+            for byte in text.encode():
+                ids[-1:] = [ids[-1] + 500] if ids[-1:] == [byte] else [*ids[-1:], byte]
+            return ids
+
+        def prompt(self, text):
+            return self.encode(text)  # as a Hugging Face tokenizer without a template
+
+    tokenizer = Pairs()
+    assert encode_pair(tokenizer, "ab", "bc") == ([*b"ab"], [*b"c"])
+    assert encode_pair(tokenizer, "", "bb") == ([300], [598])
