@@ -23,6 +23,7 @@ from gptjax.errors import NumericError, Preempted
 from gptjax.metrics import Throughput, Writers
 from gptjax.model import decoder
 from gptjax.progress import Progress
+from gptjax.watch import Watch
 
 EOS = 0
 
@@ -142,6 +143,7 @@ def fit(cfg: Config, folder, *, loss=None, batches=None, evaluators=(), tasks=()
             checkpoints=Checkpoints(folder / "checkpoints", cfg.checkpoint),
             writers=lambda step: Writers([keep]),
             throughput=Throughput(1.0, "float32", 0.0),
+            watch=Watch(cfg.watch),
             progress=Progress(shown=False),
         )
     return state, keep.written
