@@ -245,10 +245,14 @@ def _train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 def _eval(args: argparse.Namespace, _: Sequence[str]) -> None:
     from dataclasses import fields
 
+    from gptjax import distributed
     from gptjax.evaluate import command
 
+    distributed.join(config.WatchConfig().lost, Progress().say)
+    first = distributed.first()
     chosen = {field.name: getattr(args, field.name) for field in fields(command.Options)}
-    command.evaluate(args.run, command.Options(**chosen), Progress(), print)
+    say = print if first else (lambda line: None)
+    command.evaluate(args.run, command.Options(**chosen), Progress(shown=first), say)
 
 
 def _refuse_unused(args: argparse.Namespace) -> None:

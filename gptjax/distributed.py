@@ -49,7 +49,6 @@ def join(lost: int, say: Callable[[str], None] = lambda line: None) -> None:
         say(f"waiting for the other processes, which meet at {address}")
     host, _, port = address.rpartition(":")
     loopback = host in ("127.0.0.1", "localhost", "[::1]")
-    before = signal.getsignal(signal.SIGTERM)
     try:
         jax.distributed.initialize(
             num_processes=count,
@@ -63,7 +62,6 @@ def join(lost: int, say: Callable[[str], None] = lambda line: None) -> None:
         # A process alone; or one whose devices are in use already, as in a notebook.
         if address or not ("coordinator_address" in str(error) or "before any" in str(error)):
             raise ConfigError([f"the environment describes half a job: {error}"]) from None
-        signal.signal(signal.SIGTERM, before)
         return
     _tell_of_an_abort()
 

@@ -187,7 +187,9 @@ def open_run(folder: str) -> tuple[Config, Tokenizer | None, Manifest | None]:
     tokenizer = None
     if source is None or "tokenizer" in source:
         tokenizer = tokenizers.load(Path(folder))
-    cfg = replace(cfg, run=folder, compute=replace(cfg.compute, attention="auto"))
+    # Parameters are restored with the layers in the model's order, which is that of one round.
+    compute = replace(cfg.compute, attention="auto", rounds=1, microbatches=0)
+    cfg = replace(cfg, run=folder, compute=compute)
     devices = jax.device_count()
     try:
         cfg.check(devices, jax.process_count())

@@ -15,6 +15,7 @@ _COLOURS = ("#2f6f9f", "#5fa8d3", "#e09f3e", "#9e2a2b", "#7b9e57", "#8d6a9f", "#
 _AXES = {
     "data": "#777777",
     "fsdp": "#2f6f9f",
+    "stage": "#8d6a9f",
     "expert": "#9e2a2b",
     "context": "#7b9e57",
     "tensor": "#e09f3e",

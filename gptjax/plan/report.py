@@ -41,9 +41,13 @@ def mesh(plan: Plan) -> str:
     sizes = plan.sizes
     rings = [sizes[axis] for axis in sharding.FSDP if sizes[axis] > 1]
     around = f" (rings of {' x '.join(map(str, rings))})" if len(rings) > 1 else ""
+    stages, through = "", traffic.passes(plan.cfg)
+    if sizes["stage"] > 1:
+        rounds = plan.cfg.compute.rounds
+        stages = f"stage {sizes['stage']} ({rounds} rounds, {through.parts} microbatches), "
     return (
-        f"data {sizes['data']}, fsdp {math.prod(rings)}{around}, expert {sizes['expert']}, "
-        f"context {sizes['context']}, tensor {sizes['tensor']}; "
+        f"data {sizes['data']}, {stages}fsdp {math.prod(rings)}{around}, "
+        f"expert {sizes['expert']}, context {sizes['context']}, tensor {sizes['tensor']}; "
         f"accumulation {plan.cfg.train.accumulation}, remat {plan.cfg.compute.remat}"
     )
 
