@@ -298,10 +298,10 @@ def splash(cfg, q_BTHC, k_BTKC, v_BTKC, positions_BT, segments_BT, window):
         head_shards=1,
         q_seq_shards=parts,
     )
-    # Each device's blocks of the mask lie with its queries.
-    mask_specs = attend.manual_sharding_spec(
-        jax.NamedSharding(jax.sharding.get_abstract_mesh(), sharding.spec(None, "seq"))
-    )
+    # Each device's blocks of the mask lie with its queries. Within a stage of a pipeline, the mesh
+    # itself would be refused.
+    mesh = sharding.abstract_mesh(**jax.sharding.get_abstract_mesh().shape)
+    mask_specs = attend.manual_sharding_spec(jax.NamedSharding(mesh, sharding.spec(None, "seq")))
     attend = jax.tree.map(jax.sharding.reshard, attend, mask_specs)
 
     def local(attend, q_BTHC, k_BTKC, v_BTKC, segments_BT):
