@@ -15,6 +15,7 @@ to that folder besides is process 0's doing, and which checkpoint is whole is fo
 import concurrent.futures
 import functools
 import hashlib
+import importlib
 import json
 import logging
 import math
@@ -40,6 +41,11 @@ FORMAT = 1
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _COMMITTED = "_CHECKPOINT_METADATA"
 _FAILED_SAVES_LIMIT = 3
+_PATIENCE_S = 24 * 3600
+_BARRIERS = (
+    "orbax.checkpoint._src.multihost.multihost",
+    "orbax.checkpoint.experimental.v1._src.synchronization.multihost",
+)
 _SURGE_BYTES = 1 << 27  # that a save may hold beyond the arrays, unless one alone is larger
 
 Leaves = dict[str, Any]  # by path, "params/blocks/layer_0/attn/q"
@@ -97,6 +103,10 @@ def _orbax() -> Any:
     from orbax.checkpoint import v1
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Of several processes who is slow is for the watch to say; after Orbax's 300 s at a barrier, a
+    # checkpoint that is whole would look damaged.
+    for module in _BARRIERS:
+        importlib.import_module(module)._DEFAULT_BARRIER_TIMEOUT = _PATIENCE_S
     return v1
 
 
@@ -109,6 +119,7 @@ def _context(*, partial: bool = False, write_bytes: int | None = None) -> Any:
     context.pytree.loading.partial_load = partial
     context.memory.write_concurrent_bytes = write_bytes
     # Created in the background, a folder that cannot be made hangs the process at its end.
+    context.asynchronous.timeout_secs = _PATIENCE_S
     context.asynchronous.create_directories_asynchronously = False
     return context
 
@@ -176,7 +187,7 @@ class Checkpoints:
         }
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            surge = max(_SURGE_BYTES, *(leaf.nbytes for leaf in leaves.values()))
+            surge = max(_SURGE_BYTES, *map(_own_bytes, leaves.values()))
             with _context(write_bytes=surge):
                 response = _orbax().save_checkpointables_async(
                     self.folder / str(step),
@@ -194,14 +205,16 @@ class Checkpoints:
         try:
             response.result()
         except BaseException:
-            for path in self.folder.glob(f"{step}{_UNFINISHED}*"):
-                shutil.rmtree(path, ignore_errors=True)  # gives the disk back
+            if distributed.first():
+                for path in self.folder.glob(f"{step}{_UNFINISHED}*"):
+                    shutil.rmtree(path, ignore_errors=True)  # gives the disk back
             raise
         if not distributed.first():
             return
         forever = self._cfg.keep_every
         for old in self.steps()[: -self._cfg.keep]:
             if not (forever and old % forever == 0):
+                (self.folder / str(old) / _COMMITTED).unlink(missing_ok=True)  # a half is none
                 shutil.rmtree(self.folder / str(old), ignore_errors=True)
 
     def failures(self) -> list[str]:
@@ -235,6 +248,7 @@ class Checkpoints:
     def finish(self) -> None:
         """Waits until the last save is safe. Raises OutputError if it failed."""
         self._settle()
+        distributed.barrier()  # process 0 may still be letting go of old ones
         if self._failed_in_a_row:
             raise OutputError("; ".join(self._failures) or f"{self.folder}: the last save failed")
 
@@ -260,20 +274,19 @@ class Checkpoints:
         """
         steps, damaged = json.loads(distributed.from_first(json.dumps(self.steps()))), []
         for step in reversed(steps):
-            restored, reason = None, ""
+            restored, reason = None, None
             try:
                 restored = self._restore(step, abstract, partial)
             except (MismatchError, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # no fault of the checkpoint's
             except Exception as error:  # Orbax raises many kinds for many kinds of damage
-                reason = str(error).split("\n")[0][:300]
-            if reason := distributed.first_of(reason):
+                reason = str(error).split("\n")[0][:300] or repr(error)
+            if (reason := distributed.first_of(reason)) is not None:
                 self._say(f"checkpoint {step} failed verification ({reason})")
                 damaged.append(step)
                 continue
-            if (
-                self._cfg is not None and distributed.first()
-            ):  # only now: had none been readable, the disk were to blame
+            # Only now: had none been readable, the disk were to blame.
+            if self._cfg is not None and distributed.first():
                 for bad in damaged:
                     self._set_aside(bad)
             return restored
@@ -328,6 +341,11 @@ class Checkpoints:
 def _moved(stacked: jax.Array, places: tuple[int, ...]) -> jax.Array:
     """Layers of a stacked array in another order, laid out as before."""
     return stacked.at[np.array(places)].get(out_sharding=jax.typeof(stacked).sharding)
+
+
+def _own_bytes(leaf: jax.Array) -> int:
+    """Bytes of an array that this process writes."""
+    return sum(s.data.nbytes for s in leaf.addressable_shards if s.replica_id == 0)
 
 
 def _check_tree(checkpoint: Path, saved: Mapping[str, Any], wanted: Leaves) -> None:

@@ -7,6 +7,7 @@ TensorFlow.
 import argparse
 import json
 import os
+import pathlib
 import shlex
 import sys
 import traceback
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         print("gptjax: interrupted", file=sys.stderr)
+        _leave_job(130, "it was interrupted")
         return 130
     except Exception as error:  # a defect of ours: the others are not to wait for this process
         if "gptjax.distributed" in sys.modules:
@@ -192,13 +194,14 @@ def _how_to_go_on(args: argparse.Namespace, argv: Sequence[str], error: GptjaxEr
     cfg = getattr(args, "resolved", None)
     if args.command is not _train or cfg is None or isinstance(error, ConfigError):
         return ""
+    from gptjax import distributed
     from gptjax.checkpoint import Checkpoints
     from gptjax.run import CHECKPOINTS
 
+    if not distributed.first():
+        return ""
     folder = os.path.join(cfg.run, CHECKPOINTS)
-    from pathlib import Path
-
-    steps = Checkpoints(Path(folder)).steps()
+    steps = Checkpoints(pathlib.Path(folder)).steps()
     safe = f"last committed step {steps[-1]} in {folder}" if steps else f"no checkpoint in {folder}"
     return f"; {safe}; to continue: gptjax {shlex.join(argv)}"
 
@@ -226,7 +229,7 @@ def _train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     evaluate.read_tasks(cfg.eval.tasks)  # so that a bad line is told before text is prepared
     distributed.join(cfg.watch.lost, Progress().say)
     progress = Progress(shown=distributed.first())
-    with watch.Watch(cfg.watch) as watched, run.claim(cfg) as changes:
+    with watch.Watch(cfg.watch) as watched, run.claim(cfg, progress.say) as changes:
         for change in changes:
             progress.say(f"changed since the run was begun: {change}")
         import jax
@@ -234,8 +237,10 @@ def _train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         from gptjax.pretrain import pretrain
 
         cfg.check(jax.device_count(), jax.process_count())
+        watched.at("prepare", 0)
         with distributed.first_before_others():
             manifest = _prepare(cfg, progress)
+        watched.at("restore", 0)
         with run.entered_mesh(cfg):
             result = pretrain(cfg, manifest, watched, progress)
     if distributed.first():
@@ -382,14 +387,12 @@ def _print_certificate(certificate: dict[str, Any], indent: str = "") -> None:
 
 
 def _inspect(args: argparse.Namespace, _: Sequence[str]) -> None:
-    from pathlib import Path
-
     from gptjax import run
     from gptjax.checkpoint import Checkpoints
     from gptjax.model import counts
 
     cfg = config.load(args.run)
-    steps = Checkpoints(Path(args.run) / run.CHECKPOINTS).steps()
+    steps = Checkpoints(pathlib.Path(args.run) / run.CHECKPOINTS).steps()
     parameters = counts.parameters(cfg.model)
     print(f"{args.run}: {parameters.total:,} parameters, {parameters.active:,} active")
     print(f"checkpoints: {', '.join(map(str, steps)) or 'none'}")
@@ -473,12 +476,10 @@ def _tokenizer_train(args: argparse.Namespace, _: Sequence[str]) -> None:
         ),
     )
     cfg.check()
-    from pathlib import Path
-
     from gptjax.data import prepare, vocabulary
 
     with prepare.shown(Progress()) as tell:
-        report = vocabulary.train(cfg, Path(args.folder), tell)
+        report = vocabulary.train(cfg, pathlib.Path(args.folder), tell)
     print(f"{args.folder}: {args.algorithm}, {report}")
 
 
@@ -487,7 +488,7 @@ def _tokenizer_show(args: argparse.Namespace, _: Sequence[str]) -> None:
 
     from gptjax import tokenizer as tokenizers
 
-    tokenizer = tokenizers.load(epath.Path(args.folder))
+    tokenizer = tokenizers.load(epath.pathlib.Path(args.folder))
     special = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
     named = ", ".join(
         f"{name} {token} {tokenizer.piece(token)!r}"

@@ -13,18 +13,22 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import jax
-from jax._src import distributed
+from jax._src import distributed as service
+from jax.errors import JaxRuntimeError
 
-from gptjax.errors import ConfigError, MismatchError
+from gptjax.errors import ConfigError, MismatchError, PeerError
 
 _PATIENCE_MS = 7 * 24 * 3600 * 1000  # for what process 0 does first; a watch ends it if it is lost
-_SHUTDOWN_S = 60  # that the first to end waits for the last
+_MEETING_S = 1800  # that a job waits for its last process to come
+_SHUTDOWN_S = 300  # and the first to end for the last
+_FOR_EVER_S = 10**6
 
 _uses = itertools.count()
 
@@ -32,10 +36,11 @@ _uses = itertools.count()
 def join(lost: int, say: Callable[[str], None] = lambda line: None) -> None:
     """Joins the job that the environment describes, if it describes one.
 
-    `lost` is after how many seconds of silence a process counts as lost. JAX's own limit is three
-    times that: it ends a process without a word of whose fault it was, so it comes second.
+    `lost` is after how many seconds of silence a process counts as lost, 0 for never. JAX's own
+    limit is three times that: it ends a process without a word of whose fault it was, so it comes
+    second.
 
-    Raises ConfigError where the environment says only half.
+    Raises ConfigError where the environment says only half, PeerError where they do not meet.
     """
     given = {name: os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
     try:
@@ -49,36 +54,38 @@ def join(lost: int, say: Callable[[str], None] = lambda line: None) -> None:
         say(f"waiting for the other processes, which meet at {address}")
     host, _, port = address.rpartition(":")
     loopback = host in ("127.0.0.1", "localhost", "[::1]")
+    _tell_of_an_abort()
     try:
         jax.distributed.initialize(
             num_processes=count,
             process_id=own,
             # Where the meeting place is this machine only, nobody else is to come near it.
             coordinator_bind_address=f"{host}:{port}" if loopback else None,
-            heartbeat_timeout_seconds=3 * lost,
+            initialization_timeout=_MEETING_S,
+            heartbeat_timeout_seconds=3 * lost or _FOR_EVER_S,
             shutdown_timeout_seconds=_SHUTDOWN_S,
         )
+    except JaxRuntimeError as error:
+        raise PeerError(f"the processes did not meet at {address}: {error}") from None
     except (ValueError, RuntimeError) as error:
         # A process alone; or one whose devices are in use already, as in a notebook.
         if address or not ("coordinator_address" in str(error) or "before any" in str(error)):
             raise ConfigError([f"the environment describes half a job: {error}"]) from None
-        return
-    _tell_of_an_abort()
 
 
 def client() -> Any:
     """The coordination service's key-value store; JAX has no public name for it."""
-    return distributed.global_state.client
+    return service.global_state.client
 
 
 def index() -> int:
     """Number of this process; asks no device, so it can be had before there is one."""
-    return distributed.global_state.process_id
+    return service.global_state.process_id
 
 
 def count() -> int:
     """Processes of the job."""
-    return distributed.global_state.num_processes or 1
+    return service.global_state.num_processes or 1
 
 
 def several() -> bool:
@@ -116,15 +123,15 @@ def from_first(value: str) -> str:
     return client().blocking_key_value_get(key, _PATIENCE_MS)
 
 
-def first_of(problem: str) -> str:
-    """The problem of the first process that has one; empty if none has."""
+def first_of(problem: str | None) -> str | None:
+    """The problem of the first process that has one, or None."""
     if not several():
         return problem
     folder = f"gptjax/problems/{next(_uses)}/"
-    client().key_value_set(f"{folder}{index():09}", problem or "-")
+    if problem is not None:
+        client().key_value_set(f"{folder}{index():09}", problem)
     barrier()
-    found = sorted(client().key_value_dir_get(folder))
-    return next((text for _, text in found if text != "-"), "")
+    return next((text for _, text in sorted(client().key_value_dir_get(folder))), None)
 
 
 @contextmanager
@@ -154,6 +161,7 @@ def agree(facts: Mapping[str, str]) -> None:
 
 _VERDICT = "gptjax/verdict/"  # why the job ends, once it does
 _READ = "gptjax/read/"  # by whom that was read
+_leaving = threading.Lock()  # never given back
 _READERS_S = 8.0  # that process 0 waits for them: when it goes, JAX aborts the others
 
 
@@ -161,10 +169,11 @@ def leave(code: int, why: str) -> None:
     """Ends this process of several at once, with an exit code; a sentence tells the others why.
 
     Leaving the interpreter as usual would wait for them, and they for this one. In a process that
-    is alone it does nothing.
+    is alone it does nothing. Of several threads that come here the first is the one that leaves.
     """
     if not several():
         return
+    _leaving.acquire()
     try:
         if verdict() is None:
             client().key_value_set(f"{_VERDICT}{index()}", why)

@@ -30,6 +30,12 @@ class DataError(GptjaxError):
     exit_code = 65
 
 
+class PeerError(GptjaxError):
+    """Another process of the job is lost, or cannot be reached."""
+
+    exit_code = 69
+
+
 class NumericError(GptjaxError):
     """Loss or gradients stayed non-finite."""
 

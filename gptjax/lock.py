@@ -3,6 +3,7 @@
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,22 +12,34 @@ from gptjax.errors import OutputError
 
 
 @contextmanager
-def held(file: Path, name: str, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+def held(
+    file: Path,
+    name: str,
+    waiting: Callable[[str], None] | None = None,
+    patience: float = float("inf"),
+) -> Iterator[None]:
     """Holds the lock that a file stands for; the file says by whom.
 
     `name` is what errors call the folder. Where another process has it, `waiting` is told and the
-    lock awaited; without `waiting`, raises OutputError. OSError if the file cannot be written.
+    lock awaited for `patience` seconds. Raises OutputError after them, or at once without
+    `waiting`; OSError if the file cannot be written.
     """
     with file.open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            in_use = f"{name}: in use by {lock.read().strip()}"
-            if waiting is None:
-                raise OutputError(in_use) from None
-            waiting(in_use)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        ends = time.monotonic() + (0 if waiting is None else patience)
+        told = False
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                lock.seek(0)
+                in_use = f"{name}: in use by {lock.read().strip()}"
+            if waiting is None or time.monotonic() > ends:
+                raise OutputError(in_use)
+            if not told:
+                waiting(in_use)
+                told = True
+            time.sleep(0.2)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()

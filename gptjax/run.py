@@ -36,12 +36,13 @@ CHECKPOINTS = "checkpoints"
 CERTIFICATE = "certificate.json"
 _LOCK = "run.lock"
 _PROBE = ".probe"
+_LEASE_S = 180
 _DATA = "data.json"
 _SOURCE = "source.json"
 
 
 @contextmanager
-def claim(cfg: Config) -> Iterator[list[str]]:
+def claim(cfg: Config, say: Callable[[str], None] = lambda line: None) -> Iterator[list[str]]:
     """Holds the run folder for training; gives the changes since the run was begun, a line each.
 
     Creates the folder if need be and tries a write, before anything costly. Of several processes
@@ -56,7 +57,10 @@ def claim(cfg: Config) -> Iterator[list[str]]:
             if distributed.first():
                 try:
                     folder.mkdir(parents=True, exist_ok=True)
-                    stack.enter_context(lock.held(folder / _LOCK, f"run={cfg.run}"))
+                    # Over NFS, the lock of a machine that has vanished lasts for a lease.
+                    patience = _LEASE_S if distributed.several() else 0
+                    name = f"run={cfg.run}"
+                    stack.enter_context(lock.held(folder / _LOCK, name, say, patience))
                     with (folder / _PROBE).open("w") as stream:
                         stream.write(secrets.token_hex())
                         os.fsync(stream.fileno())

@@ -90,7 +90,9 @@ def arrange(cfg: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     Raises ConfigError if the sizes do not fit.
     """
     sizes = cfg.shape(len(devices))
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # XLA numbers the nodes of GPUs as slices too; a mesh axis may cross those.
+    tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpu else 1
     if sizes["data"] % slices:
         raise ConfigError(
             [f"mesh.data={sizes['data']}: the {slices} slices lie along it; use a multiple of them"]
@@ -326,8 +328,12 @@ def to_host(tree: Any) -> Any:
     """Whole arrays as numpy's, in every process, from wherever their parts lie."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
-    whole = jax.jit(lambda tree: jax.sharding.reshard(tree, PartitionSpec()))
-    return jax.device_get(whole(tree))
+    return jax.device_get(_everywhere(tree))
+
+
+@jax.jit
+def _everywhere(tree: Any) -> Any:
+    return jax.sharding.reshard(tree, PartitionSpec())
 
 
 def global_batch(local: Any, rows: int) -> Any:

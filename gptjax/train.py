@@ -234,17 +234,18 @@ def fit(
 
         def observe(step: int, now: list[Evaluator], sample: bool) -> None:
             """Evaluation and samples; a signal ends them, for they can be had again."""
-            watch.at("eval", step)
             with contextlib.suppress(Interrupted), interrupt.at_once():
                 if now:
                     values: dict[str, float] = {}
                     for evaluator in now:
+                        watch.at("eval", step)
                         values.update(evaluator.run(state.averaged))
                     evaluated.update(values)
                     sink.write(step, values)
                     shown = ", ".join(f"{k} {v:.4f}" for k, v in values.items())
                     progress.say(f"step {step}: {shown}")
                 if sample:
+                    watch.at("eval", step)
                     sampler(step, state.averaged)
 
         # --- the loop: dispatch a step, then look at the one before it ---

@@ -1,11 +1,10 @@
 """The watch: a job in which a process dies or hangs ends, and says which and where.
 
 Each process posts where it is (stage, step, for how long, and its stack) to the coordination
-service, and process 0 reads them all. What is silent for `watch.lost` seconds is lost; what stays
-in a stage beyond that stage's limit is late, and of several that are late the one furthest behind
-is the cause, for the others wait for it. Process 0 then posts a verdict, everyone prints it with
-what it knows, and the job ends with LOST for a scheduler to start it again. A process alone watches
-itself.
+service, and process 0 reads them all. What is silent for `watch.lost` seconds is lost. Of the
+others, the one furthest behind is what they wait for, and it is late when it stays in its stage
+beyond that stage's limit. Process 0 then posts a verdict, everyone prints it, and the job ends with
+LOST for a scheduler to start it again. A process alone watches itself.
 """
 
 import json
@@ -21,9 +20,10 @@ from jax.errors import JaxRuntimeError
 
 from gptjax import distributed
 from gptjax.config import WatchConfig
+from gptjax.errors import PeerError
 
-LOST = 69  # EX_UNAVAILABLE: the exit code of a job that the watch has ended
-STAGES = ("start", "restore", "compile", "data", "step", "save", "eval")  # a run, in order
+LOST = PeerError.exit_code
+STAGES = ("prepare", "restore", "compile", "data", "step", "save", "eval")  # a run, in order
 _BEAT = "gptjax/beat/"
 _FRAMES = 8  # innermost frames of the main thread that are posted
 
@@ -59,7 +59,7 @@ def judge(
             f"it was in stage {beat.stage} of step {beat.step}"
         )
     limits = {
-        "start": 0,
+        "prepare": 0,
         "restore": cfg.restore,
         "compile": cfg.compile,
         "data": cfg.data,
@@ -68,14 +68,13 @@ def judge(
         "eval": cfg.eval,
     }
     ages = {i: beat.seconds + silent[i] for i, beat in beats.items()}
-    late = [i for i, beat in beats.items() if 0 < limits[beat.stage] < ages[i]]
-    if not late:
-        return None
-    worst = min(late, key=lambda i: beats[i].place())
+    worst = min(beats, key=lambda i: (beats[i].place(), -ages[i]))
     beat = beats[worst]
+    if not 0 < limits[beat.stage] < ages[worst]:
+        return None
     return worst, (
         f"{beat.who} is late: in stage {beat.stage} of step {beat.step} for {ages[worst]:.0f} s "
-        f"(watch.{beat.stage}={limits[beat.stage]})"
+        f"(watch.{beat.stage}={limits[beat.stage]}; raise it if this is only slow)"
     )
 
 
@@ -85,7 +84,7 @@ class Watch:
     def __init__(self, cfg: WatchConfig) -> None:
         self._cfg = cfg
         self._interval = min(5.0, (cfg.lost or 30) / 6)
-        self._place = "start", 0, time.monotonic()
+        self._place = "restore", 0, time.monotonic()
         self._count = 0
         self._heard: dict[int, tuple[Beat, float]] = {}  # each process's last, and when it was new
         self._answered = time.monotonic()  # when the coordinator last did
@@ -94,7 +93,7 @@ class Watch:
     def __enter__(self) -> "Watch":
         now = self._answered = time.monotonic()
         for i in range(distributed.count()):
-            self._heard[i] = Beat(0, "start", 0, 0.0, f"process {i}", ""), now
+            self._heard[i] = Beat(0, "restore", 0, 0.0, f"process {i}", ""), now
         threading.Thread(target=self._run, name="watch", daemon=True).start()
         if distributed.several():  # apart: a call to a coordinator that is stopped never returns
             threading.Thread(target=self._talk, name="watch-talk", daemon=True).start()
@@ -104,7 +103,11 @@ class Watch:
         """Where a computation over several processes failed, waits for who was lost to show."""
         if kind is not None and issubclass(kind, JaxRuntimeError) and distributed.several():
             print(f"gptjax: {error}", file=sys.stderr)
-            time.sleep(self._cfg.lost + 2 * self._interval)
+            ends = time.monotonic() + self._cfg.lost + 2 * self._interval
+            while time.monotonic() < ends and distributed.verdict() is None:
+                time.sleep(0.2)
+            if verdict := distributed.verdict():
+                _end(verdict)
         self._stopping.set()
 
     def at(self, stage: str, step: int) -> None:
@@ -143,8 +146,11 @@ class Watch:
     # --- judging ---
 
     def _run(self) -> None:
+        began = time.monotonic()
         while not self._stopping.wait(self._interval):
             now = time.monotonic()
+            self._forgive(now - began - self._interval)
+            began = now
             if not distributed.first():
                 unanswered = now - self._answered
                 if 0 < self._cfg.lost < unanswered:
@@ -161,6 +167,14 @@ class Watch:
             if fault := judge(beats, silent, self._cfg):
                 who, sentence = fault
                 _end(f"{sentence}\n{beats[who].stack}".rstrip())
+
+    def _forgive(self, overslept: float) -> None:
+        """Takes no account of time in which this process was itself stopped."""
+        if overslept > self._interval:
+            stage, step, since = self._place
+            self._place = stage, step, since + overslept
+            self._answered += overslept
+            self._heard = {i: (beat, when + overslept) for i, (beat, when) in self._heard.items()}
 
 
 def _tell(verdict: str) -> None:

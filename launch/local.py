@@ -3,9 +3,9 @@
     python launch/local.py 2 gptjax train configs/debug.py --run runs/two
     python launch/local.py --devices 2 4 gptjax train CONFIG ...    # two virtual devices each
 
-Every line that a process writes is prefixed by its number. SIGTERM and Ctrl-C go to all of them.
-Ends when all have ended, with 0 if all did, and otherwise with the first code that is not 69 (a
-process ended because another had), or 69.
+Every line that a process writes is prefixed by its number. SIGTERM and Ctrl-C go to all of them,
+the third time as SIGKILL. Ends when all have ended, with 0 if all did, and otherwise with the first
+code that is not 69 (a process ended because another had), or 69.
 """
 
 import argparse
@@ -75,10 +75,13 @@ def main() -> int:
         for index in range(args.processes)
     ]
 
+    told: list[int] = []
+
     def pass_on(number: int, _: object) -> None:
+        told.append(number)
         for child in children:
             if child.poll() is None:
-                child.send_signal(number)
+                child.send_signal(number if len(told) < 3 else signal.SIGKILL)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)

@@ -100,7 +100,11 @@ def attempt(actors: Any, words: Sequence[str], args: argparse.Namespace, told: l
 
     hosts = [actors.remote() for _ in range(args.processes)]
     try:
-        coordinator = ray.get(hosts[0].address.remote())
+        address = hosts[0].address.remote()
+        while not ray.wait([address], timeout=0.5)[0]:  # while the cluster has no room
+            if told:
+                return SAVED  # there was nothing yet
+        coordinator = ray.get(address)
         pending = [
             host.run.remote(words, args.cwd, environment({}, coordinator, args.processes, process))
             for process, host in enumerate(hosts)

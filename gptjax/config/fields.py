@@ -425,7 +425,7 @@ class WatchConfig:
     lost: int = free(60)
     """Of several processes, one that is silent for so long counts as lost."""
     restore: int = free(3600)
-    """Reading the newest checkpoint."""
+    """Claiming the run folder, agreeing, reading the newest checkpoint."""
     compile: int = free(7200)
     """Compiling the step, and reading the first batch."""
     data: int = free(900)

@@ -432,6 +432,7 @@ def place_rows(tree: Any) -> Any:
 
     def place(rows: np.ndarray) -> jax.Array:
         axes = sharding.spec("batch", *[None] * (rows.ndim - 1))
-        return jax.device_put(rows, jax.NamedSharding(mesh, axes))
+        layout = jax.NamedSharding(mesh, axes)
+        return jax.make_array_from_callback(rows.shape, layout, lambda index: rows[index])
 
     return jax.tree.map(place, tree)

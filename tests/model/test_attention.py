@@ -9,7 +9,7 @@ import pytest
 from both_passes import HEAD, assert_same, attend_on, both_passes, make, segments_of
 
 from gptjax.errors import ConfigError
-from gptjax.model import attention, layers
+from gptjax.model import attention, kernels, layers
 from gptjax.model.attention import Need, Sizes, choose
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -228,7 +228,7 @@ def test_cudnns_arguments_mean_what_the_reference_does(on_mesh, monkeypatch, win
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", in_xla)
     arrays = make(40, heads=4, kv_heads=kv_heads)
-    got = both_passes(lambda q, k, v: attention.cudnn(q, k, v, None, window), *arrays)
+    got = both_passes(lambda q, k, v: kernels.cudnn(q, k, v, None, window), *arrays)
     assert asked == ["cudnn"]
     assert_same(got, attend_on(on_mesh(), arrays, "reference", window=window))
 
