@@ -1,5 +1,6 @@
 """Checkpoints: layouts, fingerprints, damage, failed saves, retention."""
 
+import importlib
 import json
 import resource
 import shutil
@@ -92,6 +93,47 @@ def test_restores_bit_equal_on_another_mesh(tmp_path, shape) -> None:
         assert fingerprints(leaves_by_path(restored)) == before
         assert restored["params"]["w"].sharding == wanted["params"]["w"].sharding
         assert isinstance(restored["opt_state"], tuple)
+
+
+def test_layers_of_another_order_are_restored_in_the_order_wanted(tmp_path) -> None:
+    """A pipeline's checkpoint holds them as its stages have them, and says how."""
+    layers = lambda numbers: {
+        "params": {"blocks": {"w": jnp.float32(numbers)[:, None] + jnp.arange(3) / 8}, "rest": 1.0}
+    }
+    with enter((1, 1, 1)):
+        natural = jax.tree.map(jnp.asarray, layers([0, 1, 2, 3]))
+        staged = jax.tree.map(jnp.asarray, layers([0, 2, 1, 3]))
+        orders = {"staged": [0, 2, 1, 3], "natural": None, "reversed": [3, 2, 1, 0]}
+        with Checkpoints(tmp_path, CheckpointConfig(), order=orders["staged"]) as checkpoints:
+            checkpoints.save(1, staged)
+            checkpoints.finish()
+        for name, order in orders.items():
+            restored = Checkpoints(tmp_path, order=order).restore_newest(abstract(natural))
+            want = layers([0, 1, 2, 3] if order is None else order)["params"]["blocks"]["w"]
+            assert np.array_equal(restored["params"]["blocks"]["w"], want), name
+
+
+def test_damage_that_says_nothing_is_damage(tmp_path, monkeypatch) -> None:
+    """An error with an empty text; a run must not begin anew for it."""
+    told: list[str] = []
+    restore = Checkpoints._restore
+
+    def failing(self, step, *rest):
+        if step == 3:
+            raise EOFError
+        return restore(self, step, *rest)
+
+    monkeypatch.setattr(Checkpoints, "_restore", failing)
+    with enter():
+        saved(tmp_path, [1, 3])
+        restored = Checkpoints(tmp_path, say=told.append).restore_newest(abstract(state(1)))
+    assert restored is not None
+    assert told == ["checkpoint 3 failed verification (EOFError())"]
+
+
+def test_orbax_still_has_the_limits_that_are_lifted() -> None:
+    for module in checkpoint._BARRIERS:
+        assert hasattr(importlib.import_module(module), "_DEFAULT_BARRIER_TIMEOUT"), module
 
 
 def test_restores_a_part_alone(tmp_path) -> None:

@@ -1,6 +1,7 @@
 """The same run on every mesh: bit-equal parameters at the start, and the same losses."""
 
 import math
+import types
 from dataclasses import dataclass, replace
 
 import jax
@@ -336,3 +337,16 @@ def test_sequences_split_over_devices_have_the_loss_and_gradients_of_one(
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3, rtol=1e-4), grads, expected
     )
+
+
+def test_nodes_of_gpus_are_no_slices() -> None:
+    """XLA numbers them as slices, and fsdp may cross them."""
+    gpus = [
+        types.SimpleNamespace(platform="gpu", device_kind="H100", slice_index=i // 4, id=i)
+        for i in range(8)
+    ]
+    arranged = sharding.arrange(MeshConfig(data=1, fsdp=8), gpus)
+    assert arranged.size == 8
+    tpus = [types.SimpleNamespace(**{**vars(one), "platform": "tpu"}) for one in gpus]
+    with pytest.raises(ConfigError, match="the 2 slices lie along it"):
+        sharding.arrange(MeshConfig(data=1, fsdp=8), tpus)

@@ -11,9 +11,9 @@ LIMIT = 4  # seconds; watch.lost and, where a test says so, watch.data
 WATCH = ("--watch.lost", str(LIMIT))
 
 
-def running(start, name: str, *more: str, fault: str = "slow:0:0"):
+def running(start, name: str):
     """A job of two that has done three steps."""
-    job = start(name, 2, *WATCH, *more, FAULT=fault)
+    job = start(name, 2, *WATCH, FAULT="slow:0:0")
     job.reaches(3)
     return job
 
@@ -59,6 +59,8 @@ def test_a_process_that_hangs_is_named_with_its_stage_and_its_stack(start) -> No
         assert "process 1" in job.told(index)
         assert "is late: in stage data of step 6" in job.told(index)
         assert "stuck_in_a_read" in job.told(index) or "next(source)" in job.told(index)
+        assert job.told(index).count("is late") == 1
+        assert "were not told" not in job.told(index)
 
 
 def test_a_process_alone_that_hangs_ends_too(start) -> None:
