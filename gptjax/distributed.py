@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -54,7 +55,9 @@ def join(lost: int, say: Callable[[str], None] = lambda line: None) -> None:
         say(f"waiting for the other processes, which meet at {address}")
     host, _, port = address.rpartition(":")
     loopback = host in ("127.0.0.1", "localhost", "[::1]")
-    _tell_of_an_abort()
+    _readers.seconds = min(_readers.seconds, lost or _readers.seconds)
+    if address:
+        _tell_of_an_abort()
     try:
         jax.distributed.initialize(
             num_processes=count,
@@ -71,6 +74,8 @@ def join(lost: int, say: Callable[[str], None] = lambda line: None) -> None:
         # A process alone; or one whose devices are in use already, as in a notebook.
         if address or not ("coordinator_address" in str(error) or "before any" in str(error)):
             raise ConfigError([f"the environment describes half a job: {error}"]) from None
+    else:
+        _tell_of_an_abort()
 
 
 def client() -> Any:
@@ -162,7 +167,16 @@ def agree(facts: Mapping[str, str]) -> None:
 _VERDICT = "gptjax/verdict/"  # why the job ends, once it does
 _READ = "gptjax/read/"  # by whom that was read
 _leaving = threading.Lock()  # never given back
-_READERS_S = 8.0  # that process 0 waits for them: when it goes, JAX aborts the others
+
+
+@dataclass
+class _Readers:
+    """How long process 0 waits for the others to read: when it goes, JAX aborts them."""
+
+    seconds: float = 8.0
+
+
+_readers = _Readers()
 
 
 def leave(code: int, why: str) -> None:
@@ -178,7 +192,7 @@ def leave(code: int, why: str) -> None:
         if verdict() is None:
             client().key_value_set(f"{_VERDICT}{index()}", why)
         client().key_value_set(f"{_READ}{index()}", "")
-        ends = time.monotonic() + _READERS_S
+        ends = time.monotonic() + _readers.seconds
         while first() and time.monotonic() < ends:
             if len(client().key_value_dir_get(_READ)) == count():
                 ends = min(ends, time.monotonic() + 1)  # in which the readers end

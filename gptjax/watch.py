@@ -177,7 +177,11 @@ class Watch:
             self._heard = {i: (beat, when + overslept) for i, (beat, when) in self._heard.items()}
 
 
+_ending = threading.Lock()  # never given back: of several threads one tells, and ends them all
+
+
 def _tell(verdict: str) -> None:
+    _ending.acquire()
     print(f"gptjax: {verdict}\ngptjax: ending; run the same command again", file=sys.stderr)
     sys.stderr.flush()
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # it plans three machines
+
 REPO = Path(__file__).resolve().parents[2]
 PAGE = (REPO / "launch" / "SCALE.md").read_text()
 
