@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # a defect of ours: the others are not to wait for this process
         if "gptjax.distributed" in sys.modules:
             traceback.print_exc()
-            _leave_job(1, repr(error))
+            _leave_job(1, f"{type(error).__name__}: {error}"[:500])
         raise
 
 
