@@ -10,6 +10,7 @@ Shapes: D embed, H heads, C head_dim, R rank, L layers.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,7 +26,7 @@ from gptjax.errors import DataError, MismatchError
 from gptjax.finetune import lora
 from gptjax.model import decoder
 from gptjax.model.decoder import Params
-from gptjax.parameters import leaves_by_path, nested
+from gptjax.parameters import leaves_by_path, nested, sides
 from gptjax.pieces import Piece
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -47,7 +48,7 @@ def _linears(model: ModelConfig, rank: int | None = None) -> Iterator[Piece]:
     if rank is not None:
         of = replace(model, embed=rank, head_dim=model.head, mlp=model.hidden)
     for piece in hf.FAMILIES[kind].pieces(of):
-        if piece.in_layer and piece.name.endswith(".weight") and "norm" not in piece.paths[0]:
+        if piece.in_layer and not piece.paths[0].endswith(("scale", "bias")):
             yield piece
 
 
@@ -61,6 +62,14 @@ def _shapes(model: ModelConfig) -> Shapes:
     tree = sharding.abstract(lambda: decoder.init(model, jax.random.key(0)))
     inner = leaves_by_path(tree["blocks"]["layer_0"])
     return {path: leaf.shape[1:] for path, leaf in inner.items()}
+
+
+def _sizes(piece: Piece, shapes: Shapes, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of their lora_A and lora_B of a layer."""
+    first = shapes[piece.paths[0]]
+    inputs = math.prod(first[d - 1] for d in sides(piece.paths[0], len(first) + 1)[0])
+    outputs = sum(math.prod(shapes[path]) for path in piece.paths) // inputs
+    return (rank, inputs), (outputs, rank)
 
 
 def _inputs_first(model: ModelConfig) -> bool:
@@ -104,7 +113,7 @@ def write_folder(
                 tensors[f"{_PREFIX}{module}.lora_A.weight"] = a_RI
                 tensors[f"{_PREFIX}{module}.lora_B.weight"] = b_OR
                 ranks[module] = len(a_RI)
-    suffixes = _suffixes(set(ranks), _modules(model))
+    suffixes = _suffixes(ranks, _modules(model))
     wider = {suffix: ranks[one] for suffix, one in suffixes.items() if ranks[one] != cfg.rank}
     config = {
         "peft_type": "LORA",
@@ -154,15 +163,16 @@ def _modules(model: ModelConfig) -> set[str]:
     return {name.format(i=i).rpartition(".")[0] for name in names for i in range(model.layers)}
 
 
-def _suffixes(chosen: set[str], known: set[str]) -> dict[str, str]:
-    """The shortest ends of names that mean the chosen modules and no others; one of each end's."""
+def _suffixes(ranks: dict[str, int], known: set[str]) -> dict[str, str]:
+    """The shortest ends of names that mean none but modules with a rank, all of one; an example of
+    each end's."""
     found: dict[str, str] = {}
-    for module in sorted(chosen):
+    for module in sorted(ranks):
         parts = module.split(".")
         for n in range(1, len(parts) + 1):
             suffix = ".".join(parts[-n:])
             alike = {name for name in known if f".{name}".endswith(f".{suffix}")}
-            if alike <= chosen:
+            if {ranks.get(name) for name in alike} == {ranks[module]}:
                 found.setdefault(suffix, module)
                 break
     return found
@@ -210,13 +220,19 @@ def read_folder(folder: Path, model: ModelConfig) -> tuple[Params, LoraConfig]:
     first = next(iter(pairs))
     scale = _scale(config, first, len(pairs[first][0]))
     layers: dict[str, dict[int, Halves]] = {}
-    shapes = _shapes(model)
+    shapes, misshapen = _shapes(model), []
     for module, (a_RI, b_OR) in pairs.items():
         piece, i = place[module]
+        wanted = _sizes(piece, shapes, len(a_RI))
+        if (a_RI.shape, b_OR.shape) != wanted:
+            misshapen.append(f"{module}: {a_RI.shape}, {b_OR.shape}; the model's: {wanted}")
+            continue
         b_OR = np.float32(b_OR) * np.float32(_scale(config, module, len(a_RI)) / scale)
         for path, halves in _apart(piece, np.float32(a_RI), b_OR, model, shapes).items():
             row, block = divmod(i, len(model.pattern))
             layers.setdefault(f"blocks/layer_{block}/{path}", {})[row] = halves
+    if misshapen:
+        raise MismatchError(f"{folder / TENSORS}: is of another model", misshapen)
     for piece in _linears(model):
         if len(piece.paths) > 1:
             for j in range(len(model.pattern)):
@@ -259,7 +275,7 @@ def _scale(config: dict[str, Any], module: str, rank: int) -> float:
         for key, alpha in (config.get("alpha_pattern") or {}).items()
         if re.match(rf"(.*\.)?({key})$", name)
     ]
-    alpha = (of_module or [config["lora_alpha"]])[0]
+    alpha = (of_module or [config.get("lora_alpha", 8)])[0]
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
@@ -270,8 +286,8 @@ def _apart(
     rank = len(a_RI)
     if len(piece.paths) == 1:
         (path,) = piece.paths
-        ins = shapes[path][: 2 if path.endswith("/o") else 1]
-        outs = shapes[path][len(ins) :]
+        count = len(sides(path, len(shapes[path]) + 1)[0])
+        ins, outs = shapes[path][:count], shapes[path][count:]
         return {path: {"a": a_RI.T.reshape(*ins, rank), "b": b_OR.T.reshape(rank, *outs)}}
     parts = _joins(model, rank)[piece.paths].split(b_OR.T if _inputs_first(model) else b_OR)
     return {

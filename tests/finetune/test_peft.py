@@ -100,6 +100,22 @@ def test_fused_adapters_are_as_wide_as_those_they_are_made_of(on_mesh, adapters_
     np.testing.assert_array_equal(nonzero, [[True, False], [False, False], [False, True]])
 
 
+def test_layers_with_fused_adapters_of_different_widths_are_named_one_by_one(
+    on_mesh, adapters_of, tmp_path
+):
+    model = replace(GPT, pattern=("full", "full"))
+    cfg = LoraConfig(rank=3, targets=("blocks/layer_0/attn/[qkv]", "blocks/layer_1/attn/[kv]"))
+    with on_mesh():
+        _, adapters = adapters_of(model, cfg)
+        peft.write_folder(tmp_path, adapters, cfg, model)
+    config = json.loads((tmp_path / peft.CONFIG).read_text())
+    assert config["rank_pattern"] == {
+        "0.attn.c_attn": 9,
+        "1.attn.c_attn": 6,
+    }
+    assert config["target_modules"] == ["0.attn.c_attn", "1.attn.c_attn"]
+
+
 def test_what_has_no_counterpart_is_refused(on_mesh, adapters_of, tmp_path):
     model, cfg = of("llama")
     with on_mesh():
@@ -116,6 +132,9 @@ def test_what_has_no_counterpart_is_refused(on_mesh, adapters_of, tmp_path):
         save_file({k: v for k, v in tensors.items() if k != lost}, tmp_path / peft.TENSORS)
         with pytest.raises(MismatchError, match=r"no place in the model:\n.*up_proj\.lora_A"):
             peft.read_folder(tmp_path, model)
+        save_file(tensors, tmp_path / peft.TENSORS)
+        with pytest.raises(MismatchError, match=r"is of another model:\n.*down_proj"):
+            peft.read_folder(tmp_path, replace(model, mlp=64))
         (tmp_path / peft.TENSORS).write_bytes(b"")
         with pytest.raises(DataError, match="cannot be read as PEFT's adapters"):
             peft.read_folder(tmp_path, model)
