@@ -36,6 +36,7 @@ import gptjax
 from gptjax import distributed
 from gptjax.config import CheckpointConfig
 from gptjax.errors import CheckpointError, MismatchError, OutputError
+from gptjax.parameters import Leaves, leaves_by_path, nested
 
 FORMAT = 1
 _UNFINISHED = ".orbax-checkpoint-tmp"
@@ -47,23 +48,6 @@ _BARRIERS = (
     "orbax.checkpoint.experimental.v1._src.synchronization.multihost",
 )
 _SURGE_BYTES = 1 << 27  # that a save may hold beyond the arrays, unless one alone is larger
-
-Leaves = dict[str, Any]  # by path, "params/blocks/layer_0/attn/q"
-
-
-def leaves_by_path(tree: Any) -> Leaves:
-    """Leaves of a tree by slash-joined path."""
-    found = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}
-
-
-def _nested(leaves: Leaves) -> dict[str, Any]:
-    """Nested dicts of the paths' parts: what goes to disk, free of any library's containers."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        functools.reduce(lambda node, part: node.setdefault(part, {}), parents, tree)[name] = leaf
-    return tree
 
 
 # --- fingerprints ------------------------------------------------------------------------------
@@ -191,7 +175,7 @@ class Checkpoints:
             with _context(write_bytes=surge):
                 response = _orbax().save_checkpointables_async(
                     self.folder / str(step),
-                    {"state": _nested(leaves), "meta": meta},
+                    {"state": nested(leaves), "meta": meta},
                     overwrite=True,
                 )
         except (OSError, ValueError) as error:
@@ -315,7 +299,7 @@ class Checkpoints:
         _check_tree(self.folder / str(step), saved, wanted)
         with _context(partial=partial):
             tree = _orbax().load(
-                self.folder / str(step), _nested(wanted), checkpointable_name="state"
+                self.folder / str(step), nested(wanted), checkpointable_name="state"
             )
         leaves = leaves_by_path(tree)
         for path, value in fingerprints(leaves).items():

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gptjax import parameters
 from gptjax.config import Config
+from gptjax.parameters import Factors
 
 
 def learning_rate(cfg: Config) -> optax.Schedule:
@@ -41,8 +43,8 @@ def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
     return leaf.ndim - _in_stack(path) >= 2 and not path[-1].key.endswith("bias")
 
 
-def make(cfg: Config) -> optax.GradientTransformation:
-    """Clipping, the update rule, decay on matrices only, and the schedule.
+def make(cfg: Config, factors: Factors | None = None) -> optax.GradientTransformation:
+    """Clipping, the update rule, decay on matrices only, the schedule, and with `factors` those.
 
     The state is a dict by these names, which so are the paths in a checkpoint.
     """
@@ -62,7 +64,13 @@ def make(cfg: Config) -> optax.GradientTransformation:
         (o.name, direction),
         ("decay", optax.add_decayed_weights(o.weight_decay, mask=matrices)),
         ("rate", optax.scale_by_learning_rate(rate)),
+        *([] if factors is None else [("factors", scale_by_factors(factors))]),
     )
+
+
+def scale_by_factors(factors: Factors) -> optax.GradientTransformation:
+    """Multiplies updates, decay and all, as if each parameter or layer had a rate of its own."""
+    return optax.stateless(lambda updates, _: parameters.scaled(updates, factors))
 
 
 def _in_stack(path: tuple[Any, ...]) -> bool:
@@ -82,12 +90,8 @@ def _muon(cfg: Config) -> optax.GradientTransformation:
         return "muon" if matrix else "adam"
 
     def dimensions(path: tuple[Any, ...], leaf: Any) -> Any:
-        # [layers, in, out], [layers, embed, heads, head_dim], [layers, heads, head_dim, embed], and
-        # of experts [layers, experts, in, out]
-        experts = leaf.ndim == 4 and path[-2].key == "mlp"
-        axes = tuple(range(2 if experts else 1, leaf.ndim))
-        inputs = axes[:-1] if path[-1].key == "o" else axes[:1]
-        return optax.contrib.MuonDimensionNumbers(inputs, axes[len(inputs) :])
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return optax.contrib.MuonDimensionNumbers(*parameters.sides(name, leaf.ndim))
 
     with_path = jax.tree_util.tree_map_with_path
     muon = optax.contrib.muon(

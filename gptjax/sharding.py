@@ -283,6 +283,15 @@ def normal(std: float) -> Callable[..., jax.Array]:
     return init
 
 
+def uniform(key: jax.Array, shape: tuple[int, ...], bound: float, out: Any) -> jax.Array:
+    """Uniform over +-bound, laid out by the partition `out`: 2**16 values, the same on every mesh.
+
+    The integers are exact in float32 and each is rounded once, in the product.
+    """
+    bits = jax.random.bits(key, shape, jnp.uint16, out_sharding=out)
+    return (2 * bits.astype(jnp.float32) - (2**16 - 1)) * jnp.float32(bound / 2**16)
+
+
 def constant(value: float) -> Callable[..., jax.Array]:
     """Initialiser: one value everywhere."""
 

@@ -20,7 +20,7 @@ import optax
 from jax import lax
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-from gptjax import compilation, distributed, optim, sharding
+from gptjax import compilation, distributed, optim, parameters, sharding
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, LogConfig
 from gptjax.errors import NumericError, Preempted
@@ -28,6 +28,7 @@ from gptjax.evaluate import Evaluator
 from gptjax.interrupt import Interrupt, Interrupted
 from gptjax.metrics import Throughput, Writers, perplexity
 from gptjax.model.decoder import Params
+from gptjax.parameters import Factors
 from gptjax.progress import Progress
 from gptjax.watch import Watch
 
@@ -44,7 +45,7 @@ class TrainState:
     """Everything that a step changes.
 
     step: int32, steps done. nonfinite: int32, how many in a row just now changed nothing because
-    loss or gradient was not finite. ema: a second set of parameters, or None.
+    loss or gradient was not finite. ema: a second set of the parameters that learn, or None.
     """
 
     step: jax.Array
@@ -56,7 +57,7 @@ class TrainState:
     @property
     def averaged(self) -> Params:
         """The parameters to evaluate and to sample from: the moving average where one is kept."""
-        return self.params if self.ema is None else self.ema
+        return self.params if self.ema is None else parameters.joined(self.params, self.ema)
 
 
 def _init_and_dropout_keys(cfg: Config) -> jax.Array:
@@ -72,12 +73,20 @@ def dropout_keys(cfg: Config, step: jax.Array) -> jax.Array:
 
 def create_state(cfg: Config, init_fn: Callable[[jax.Array], Params]) -> TrainState:
     """The state before the first step, laid out over the ambient mesh. To be jitted."""
-    params = init_fn(_init_and_dropout_keys(cfg)[0])
+    return state_of(cfg, init_fn(_init_and_dropout_keys(cfg)[0]))
+
+
+def state_of(cfg: Config, params: Params, factors: Factors | None = None) -> TrainState:
+    """The state before the first step from these parameters. To be jitted, and they donated.
+
+    With `factors` (parameters.py), what is frozen has no optimizer state and no moving average.
+    """
+    learning, _ = parameters.split(params, factors)
     return TrainState(
         step=jnp.int32(0),
         params=params,
-        opt_state=optim.make(cfg).init(params),
-        ema=jax.tree.map(jnp.copy, params) if cfg.train.ema_decay else None,
+        opt_state=optim.make(cfg, factors).init(learning),
+        ema=jax.tree.map(jnp.copy, learning) if cfg.train.ema_decay else None,
         nonfinite=jnp.int32(0),
     )
 
@@ -116,29 +125,35 @@ def _split(rows_B: jax.Array, parts: int) -> jax.Array:
 
 
 def train_step(
-    cfg: Config, loss_fn: LossFn, state: TrainState, batch: Any
+    cfg: Config, loss_fn: LossFn, state: TrainState, batch: Any, factors: Factors | None = None
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step, and its metrics.
+    """One optimizer step, and its metrics. `factors` are those that the state was made with.
 
-    Where loss or gradient is not finite, parameters and optimizer stay as they are.
+    Where loss or gradient is not finite, parameters and optimizer stay as they are. What is frozen
+    counts neither for the gradient's norm nor for that of the parameters, and keeps its bits.
     """
     keys_B2 = dropout_keys(cfg, state.step) if cfg.model.dropout else None
-    grads, sums = gradients(cfg, loss_fn, state.params, batch, keys_B2)
+    learning, frozen = parameters.split(state.params, factors)
+    held = lambda new, old: parameters.held(new, old, factors)
+    loss_of = lambda learning, *rest: loss_fn(parameters.joined(frozen, learning), *rest)
+    grads, sums = gradients(cfg, loss_of, learning, batch, keys_B2)
+    grads = held(grads, jax.tree.map(jnp.zeros_like, grads))
     grad_norm = optim.global_norm(grads)
-    updates, opt_state = optim.make(cfg).update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    updates, opt_state = optim.make(cfg, factors).update(grads, state.opt_state, learning)
+    params = held(optax.apply_updates(learning, updates), learning)
     ema = state.ema
     if ema is not None:
         decay = cfg.train.ema_decay
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
+        ema = held(jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params), ema)
 
     means = {k: v / sums["targets"] for k, v in sums.items() if k != "targets"}
     loss = means["loss"]
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    params = keep(params, learning)
     new = TrainState(
         step=state.step + 1,
-        params=keep(params, state.params),
+        params=parameters.joined(frozen, params),
         # The schedule goes by the step, whether or not it changed anything.
         opt_state=keep(opt_state, state.opt_state) | {"rate": opt_state["rate"]},
         ema=keep(ema, state.ema),
@@ -146,7 +161,7 @@ def train_step(
     )
     metrics = {
         "grad_norm": grad_norm,
-        "param_norm": optim.global_norm(new.params),
+        "param_norm": optim.global_norm(params),
         "lr": jnp.float32(optim.learning_rate(cfg)(state.step)),
         "nonfinite": new.nonfinite,
     }
@@ -161,9 +176,11 @@ def train_step(
 # --- the loop --------------------------------------------------------------------------------
 
 
-def compile_step(cfg: Config, loss_fn: LossFn, state: Any, batch: Any) -> Any:
+def compile_step(
+    cfg: Config, loss_fn: LossFn, state: Any, batch: Any, factors: Factors | None = None
+) -> Any:
     """The train step for the ambient mesh, compiled; `state` and `batch` may be abstract."""
-    step = jax.jit(lambda s, b: train_step(cfg, loss_fn, s, b), donate_argnums=0)
+    step = jax.jit(lambda s, b: train_step(cfg, loss_fn, s, b, factors), donate_argnums=0)
     kind = jax.sharding.get_mesh().devices.flat[0].device_kind
     return step.lower(state, batch).compile(compiler_options=compilation.options(kind))
 

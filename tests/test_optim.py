@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from gptjax import optim, sharding
+from gptjax import optim, parameters, sharding
 from gptjax.checkpoint import leaves_by_path
-from gptjax.config import MoeConfig
+from gptjax.config import MoeConfig, TuneConfig
 from gptjax.model import decoder
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -237,6 +237,65 @@ def test_muon_takes_each_expert_for_a_matrix_and_leaves_the_router_to_adam(on_me
         assert values.max() / np.median(values) < 1.7
     router = np.abs(updates["blocks/layer_0/mlp/router"])
     np.testing.assert_allclose(router, router.max(), rtol=1e-3)  # Adam's first step: the sign
+
+
+# --- factors ---------------------------------------------------------------------------------
+
+
+def test_a_layer_learns_at_a_rate_of_its_own_which_the_decay_and_its_height_give(
+    on_mesh, tiny_config, tiny_model, random_params
+):
+    """Six layers, two to a period; each is compared with the plain update, by hand."""
+    model = tiny_model(layers=6, pattern=("full", "window"), window=9, tied_embeddings=False)
+    fields = {"lr": PEAK, "lr_schedule": "constant", "weight_decay": 0.5, "clip": 0.0}
+    cfg = tiny_config(optim=fields)
+    tune = TuneConfig(freeze_layers=1, layer_decay=0.5)
+    with on_mesh():
+        params = random_params(model)
+        rng = np.random.default_rng(0)
+        grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
+        factors = parameters.factors(params, tune, model)
+
+        def updates(factors):
+            optimizer = optim.make(cfg, factors)
+            step = jax.jit(lambda p, g: optimizer.update(g, optimizer.init(p), p)[0])
+            return jax.device_get(leaves_by_path(step(params, grads)))
+
+        plain, got = updates(None), updates(factors)
+    of_layer = [0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0]
+    for path, update in plain.items():
+        assert np.abs(update).max() > 0
+        if path.startswith("blocks/"):
+            j = int(path.split("/")[1].removeprefix("layer_"))
+            for row in range(3):
+                want = of_layer[2 * row + j] * update[row]
+                np.testing.assert_allclose(got[path][row], want, rtol=1e-6, err_msg=path)
+        else:
+            want = update * (1 / 64 if path in ("embed", "positions") else 1)
+            np.testing.assert_allclose(got[path], want, rtol=1e-6, err_msg=path)
+
+
+def test_factors_go_with_the_layers_where_a_pipeline_has_them_in_another_order(tiny_model):
+    params = {"blocks": {"layer_0": {"w": np.zeros((4, 2))}}, "head": np.zeros((2, 2))}
+    tune = TuneConfig(freeze_layers=1, layer_decay=0.5)
+    found = parameters.factors(params, tune, tiny_model(layers=4), order=[2, 0, 3, 1])
+    assert found == {"blocks/layer_0/w": (0.5, 0.0, 1.0, 0.25), "head": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("path", "ndim", "sides"),
+    [
+        ("attn/q", 4, ((1,), (2, 3))),
+        ("attn/o", 4, ((1, 2), (3,))),
+        ("mlp/down", 3, ((1,), (2,))),
+        ("mlp/gate", 4, ((2,), (3,))),
+        ("attn/o/a", 4, ((1, 2), (3,))),
+        ("attn/q/b", 4, ((1,), (2, 3))),
+        ("mlp/gate/a", 4, ((2,), (3,))),
+    ],
+)
+def test_a_matrix_has_two_sides_of_which_an_adapters_halves_have_one_each(path, ndim, sides):
+    assert parameters.sides(f"blocks/layer_0/{path}", ndim) == sides
 
 
 # --- on a mesh ---------------------------------------------------------------------------------

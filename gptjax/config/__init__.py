@@ -14,6 +14,7 @@ from gptjax.config.fields import (
     DataConfig,
     EvalConfig,
     LogConfig,
+    LoraConfig,
     MeshConfig,
     ModelConfig,
     MoeConfig,
@@ -21,6 +22,7 @@ from gptjax.config.fields import (
     RopeConfig,
     TokenizerConfig,
     TrainConfig,
+    TuneConfig,
     WatchConfig,
 )
 from gptjax.config.loading import (
@@ -34,7 +36,7 @@ from gptjax.config.loading import (
     to_dict,
 )
 from gptjax.config.resuming import resume_changes, resume_classes
-from gptjax.config.validation import model_problems
+from gptjax.config.validation import lora_problems, model_problems, tune_problems
 
 __all__ = [
     "CONFIG_FILE",
@@ -44,6 +46,7 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "LogConfig",
+    "LoraConfig",
     "MeshConfig",
     "ModelConfig",
     "MoeConfig",
@@ -51,10 +54,12 @@ __all__ = [
     "RopeConfig",
     "TokenizerConfig",
     "TrainConfig",
+    "TuneConfig",
     "WatchConfig",
     "flatten",
     "from_dict",
     "load",
+    "lora_problems",
     "model_problems",
     "provenance",
     "read_json",
@@ -62,4 +67,5 @@ __all__ = [
     "resume_changes",
     "resume_classes",
     "to_dict",
+    "tune_problems",
 ]

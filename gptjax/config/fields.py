@@ -329,6 +329,39 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class TuneConfig:
+    """What learns, and how fast, of the parameters that a run begins with."""
+
+    freeze: tuple[str, ...] = identity(())
+    """Parameters that stay as they are: regular expressions, each of a whole path, such as
+    embed or blocks/.*/mlp/.*"""
+    freeze_layers: int = identity(0)
+    """The lowest so many layers stay as they are; of the embeddings, freeze decides."""
+    layer_decay: float = schedule(1.0)
+    """The rate of a layer is this times that of the layer above it, from 1 at the top; embeddings
+    are below the lowest (Clark et al. 2020)."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters of low rank beside frozen matrices (Hu et al. 2021)."""
+
+    rank: int = identity(8)
+    """Inner width of an adapter."""
+    alpha: float = identity(16.0)
+    """What an adapter adds is multiplied by alpha / rank."""
+    rslora: bool = identity(False)
+    """By alpha / sqrt(rank) instead, which suits high ranks (Kalajdzievski 2023)."""
+    targets: tuple[str, ...] = identity(("blocks/.*/attn/(q|v)",))
+    """The matrices of the blocks that have adapters: regular expressions, each of a whole path."""
+
+    @property
+    def scale(self) -> float:
+        """The multiplier."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Budget, batch and loss."""
 

@@ -4,6 +4,7 @@ Every problem is told at once, each as `dotted.field=value: what is wrong and wh
 a Config, whose file imports this one.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -258,6 +259,37 @@ def _rope_problems(m: Any) -> Iterator[str]:
             f"model.rope.beta_slow={rope.beta_slow}: must be above 0 and below "
             f"model.rope.beta_fast={rope.beta_fast}"
         )
+
+
+def tune_problems(tune: Any, model: Any, option: str) -> Iterator[str]:
+    """Every value of a TuneConfig that is out of its range; `option` is its dotted name."""
+    yield from _pattern_problems(tune.freeze, f"{option}.freeze")
+    if not 0 <= tune.freeze_layers <= model.layers:
+        yield (
+            f"{option}.freeze_layers={tune.freeze_layers}: must be at least 0 and at most "
+            f"model.layers={model.layers}"
+        )
+    if not 0 < tune.layer_decay <= 1:
+        yield f"{option}.layer_decay={tune.layer_decay}: must be above 0 and at most 1"
+
+
+def lora_problems(lora: Any, option: str) -> Iterator[str]:
+    """Every value of a LoraConfig that is out of its range; `option` is its dotted name."""
+    if lora.rank < 1:
+        yield f"{option}.rank={lora.rank}: must be at least 1"
+    if not lora.alpha > 0:
+        yield f"{option}.alpha={lora.alpha}: must be above 0"
+    if not lora.targets:
+        yield f"{option}.targets=(): name at least one, for example blocks/.*/attn/(q|v)"
+    yield from _pattern_problems(lora.targets, f"{option}.targets")
+
+
+def _pattern_problems(patterns: Sequence[str], option: str) -> Iterator[str]:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield f"{option}={pattern}: is no regular expression: {error}"
 
 
 def _near(value: int, legal: Sequence[int]) -> str:

@@ -1,0 +1,1 @@
+"""Fine-tuning: adapters of low rank, and their exchange with other tools."""

@@ -1,0 +1,176 @@
+"""Parameters by their paths: which a pattern means, which learn and how fast, a matrix's two sides.
+
+A pattern is a regular expression that the whole path matches (`re.fullmatch`), as PEFT's
+`target_modules` has it: "blocks/.*/attn/(q|v)". Arrays of the blocks have a leading axis of layers,
+so what concerns single layers is a number for each row.
+"""
+
+import functools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.config import ModelConfig, TuneConfig
+from gptjax.errors import ConfigError
+
+Leaves = dict[str, Any]  # by path, "blocks/layer_0/attn/q"
+Tree = dict[str, Any]
+Factors = Mapping[str, float | tuple[float, ...]]
+"""By path what a parameter's update is multiplied with: a number, or one for each row of its
+leading axis. What has only zeros is frozen: it has no gradient and no optimizer state."""
+
+
+def leaves_by_path(tree: Any) -> Leaves:
+    """Leaves of a tree by slash-joined path."""
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}
+
+
+def nested(leaves: Leaves) -> Tree:
+    """Nested dicts of the paths' parts: what goes to disk, free of any library's containers."""
+    tree: Tree = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        functools.reduce(lambda node, part: node.setdefault(part, {}), parents, tree)[name] = leaf
+    return tree
+
+
+def matching(paths: Iterable[str], patterns: Sequence[str], option: str) -> set[str]:
+    """The paths that some pattern matches as a whole.
+
+    Raises ConfigError, with all paths, for a pattern of the option that matches none.
+    """
+    known, found, problems = sorted(paths), set(), []
+    for pattern in patterns:
+        matched = {path for path in known if re.fullmatch(pattern, path)}
+        if not matched:
+            problems.append(f"{option}={pattern}: matches none of {', '.join(known)}")
+        found |= matched
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def sides(path: str, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Dimensions of inputs and of outputs of a matrix of the blocks; those before stack matrices.
+
+    [layers, in, out], [layers, embed, heads, head_dim], [layers, heads, head_dim, embed], and of
+    experts [layers, experts, in, out]. Of an adapter's "a" all but the rank are inputs, of its "b"
+    all but the rank outputs.
+    """
+    parts = path.split("/")
+    experts = "mlp" in parts and ndim == 4
+    axes = tuple(range(2 if experts else 1, ndim))
+    inputs = axes[:-1] if parts[-1] in ("o", "a") else axes[:1]
+    return inputs, axes[len(inputs) :]
+
+
+# --- what learns -------------------------------------------------------------------------------
+
+
+def factors(
+    params: Tree, cfg: TuneConfig, model: ModelConfig, order: Sequence[int] | None = None
+) -> Factors:
+    """How fast each parameter learns, of all the optimizer's rate.
+
+    Layer l of L by layer_decay**(L-1-l), embeddings and learned positions by layer_decay**L, also
+    where the embedding is the output layer; everything else by 1. `order` is that of the layers'
+    periods in the stacked arrays, where a pipeline has another than the model's.
+
+    Raises ConfigError for a pattern that matches nothing, and where nothing is left to learn.
+    """
+    leaves, period = leaves_by_path(params), len(model.pattern)
+    frozen = matching(leaves, cfg.freeze, "freeze")
+
+    def one(path: str, leaf: Any) -> float | tuple[float, ...]:
+        if path in frozen:
+            return 0.0
+        parts = path.split("/")
+        if "blocks" in parts:
+            first = int(parts[parts.index("blocks") + 1].removeprefix("layer_"))
+            rows = range(leaf.shape[0]) if order is None else order
+            layers = [row * period + first for row in rows]
+            rates = (cfg.layer_decay ** (model.layers - 1 - layer) for layer in layers)
+            return tuple(
+                0.0 if layer < cfg.freeze_layers else rate
+                for layer, rate in zip(layers, rates, strict=True)
+            )
+        return cfg.layer_decay**model.layers if {"embed", "positions"} & set(parts) else 1.0
+
+    found = {path: one(path, leaf) for path, leaf in leaves.items()}
+    if not any(map(_learns, found.values())):
+        raise ConfigError([f"freeze={cfg.freeze}: nothing is left to train; freeze less"])
+    return found
+
+
+def _learns(factor: float | tuple[float, ...]) -> bool:
+    return bool(np.any(factor))
+
+
+def split(params: Tree, factors: Factors | None) -> tuple[Tree, Tree]:
+    """The part of a tree that learns, and the frozen rest. None: all of it learns."""
+    if factors is None:
+        return params, {}
+    leaves = leaves_by_path(params)
+    chosen = {path: leaf for path, leaf in leaves.items() if _learns(factors[path])}
+    rest = {path: leaf for path, leaf in leaves.items() if path not in chosen}
+    return nested(chosen), nested(rest)
+
+
+def joined(below: Any, above: Any) -> Any:
+    """One tree of two, leaves of the second before those of the first: `split` undone."""
+    if not isinstance(above, dict):
+        return above
+    return {**below, **{k: joined(below.get(k, {}), value) for k, value in above.items()}}
+
+
+def held(new: Tree, old: Tree, factors: Factors | None) -> Tree:
+    """The new leaves, but the old rows where the factor is zero: bit for bit, whatever was added.
+
+    Both trees have the leaves that learn.
+    """
+
+    def one(path: Any, new: jax.Array, old: jax.Array) -> jax.Array:
+        factor = by_rows(path, new, factors or {})
+        return new if factor is None or factor.all() else jnp.where(_beside(new, factor), new, old)
+
+    return jax.tree_util.tree_map_with_path(one, new, old)
+
+
+def scaled(tree: Tree, factors: Factors) -> Tree:
+    """Each leaf times its factor, row by row where there is one for each."""
+
+    def one(path: Any, leaf: jax.Array) -> jax.Array:
+        factor = by_rows(path, leaf, factors)
+        if factor is None or (factor == 1).all():
+            return leaf
+        return leaf * _beside(leaf, factor)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def by_rows(path: Any, leaf: jax.Array, factors: Factors) -> np.ndarray | None:
+    """The factor of a leaf, float32 [] or [rows], by its key path; None where it has none."""
+    factor = factors.get(jax.tree_util.keystr(path, simple=True, separator="/"))
+    return None if factor is None else np.float32(factor)
+
+
+def _beside(leaf: jax.Array, factor: np.ndarray) -> jax.Array:
+    """The factor in the leaf's number of dimensions, its rows laid out as the leaf's."""
+    if factor.ndim == 0:
+        return jnp.asarray(factor)
+    rows = jnp.asarray(factor).reshape(-1, *[1] * (leaf.ndim - 1))
+    axes = jax.typeof(leaf).sharding.spec[:1]
+    return jax.sharding.reshard(rows, jax.P(*axes, *[None] * (leaf.ndim - 1)))
+
+
+def counts(params: Tree, factors: Factors | None) -> tuple[int, int]:
+    """Numbers of parameters that learn, and of all. Of a stack, only its layers that learn."""
+    leaves = leaves_by_path(params)
+    share = lambda path: 1.0 if factors is None else float(np.mean(np.not_equal(factors[path], 0)))
+    learning = sum(round(leaf.size * share(path)) for path, leaf in leaves.items())
+    return learning, sum(leaf.size for leaf in leaves.values())
