@@ -261,7 +261,7 @@ def test_gathers_and_scatters_ring_by_ring_are_those_of_one_ring(on_mesh, tiny_c
             return jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(params))
 
     one = sharding.make_mesh(MeshConfig(fsdp=8))
-    shape = (1, *rings, 1, 1, 1)
+    shape = (1, 1, *rings, 1, 1, 1)
     several = jax.sharding.Mesh(
         np.array(jax.devices()[:8]).reshape(shape), sharding.AXES, one.axis_types
     )
