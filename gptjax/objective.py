@@ -15,6 +15,7 @@ from gptjax import loss, sharding
 from gptjax.config import Config
 from gptjax.model import decoder
 from gptjax.model.decoder import Params
+from gptjax.model.moe import Routing
 
 DeviceBatch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
@@ -110,16 +111,26 @@ def next_token(
     if cfg.train.z_loss:
         sums["z_loss"] = z
     if out.routing is not None:
-        # The router's sums are over all tokens; as if over the targets, so that shares stay shares.
-        scale = sums["targets"] / (b * t)
-        routing = jax.tree.map(lambda a_L: scale * a_L, out.routing)
-        sums["moe_balance"] = routing.balance.mean()
-        sums["moe_router_z"] = routing.router_z.mean()
-        sums["moe_dropped"] = routing.dropped.mean()
-        sums["moe_load"] = routing.load_E
-        moe = cfg.model.moe
-        total += moe.balance_loss * sums["moe_balance"] + moe.router_z_loss * sums["moe_router_z"]
+        extra, routing_sums = routing(cfg, out.routing, sums["targets"] / (b * t))
+        total, sums = total + extra, sums | routing_sums
     return total, sums
+
+
+def routing(cfg: Config, per_layer: Routing, scale: jax.Array) -> tuple[jax.Array, Sums]:
+    """What a mixture adds to the loss, and its sums.
+
+    The router's sums are over all tokens; `scale` makes them as if over the targets, so that shares
+    stay shares.
+    """
+    scaled = jax.tree.map(lambda a_L: scale * a_L, per_layer)
+    sums = {
+        "moe_balance": scaled.balance.mean(),
+        "moe_router_z": scaled.router_z.mean(),
+        "moe_dropped": scaled.dropped.mean(),
+        "moe_load": scaled.load_E,
+    }
+    moe = cfg.model.moe
+    return moe.balance_loss * sums["moe_balance"] + moe.router_z_loss * sums["moe_router_z"], sums
 
 
 def training_loss(cfg: Config, eos_id: int) -> Any:

@@ -1,0 +1,1 @@
+"""Fine-tuning: a pre-trained model learns a task from examples, through `train.fit`."""
