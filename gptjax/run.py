@@ -161,6 +161,11 @@ def record_tuned(cfg: Config, tokenizer: Tokenizer, examples: dict[str, Any]) ->
         write_json(folder / CONFIG_FILE, config.to_dict(cfg))
 
 
+def examples_of(folder: str) -> dict[str, Any]:
+    """What a fine-tuned run's examples are, its special tokens among it. Raises DataError."""
+    return _read_json(Path(folder) / _EXAMPLES) or {}
+
+
 def facts(cfg: Config) -> dict[str, str]:
     """What all processes of a job must have alike: versions and configuration."""
     packages = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")

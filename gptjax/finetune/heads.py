@@ -3,7 +3,8 @@
 As generative pre-training has it (Radford et al. 2018, section 3.2), without a bias: to a score of
 each label, or of several sequences to one score each. Its parameters lie beside the decoder's.
 
-Shapes: B examples, C sequences of each, S = B*C, D embed, O outputs, K = C*O scores.
+Shapes: B examples, C sequences of each, S = B*C, T tokens, N = S*T, D embed, O outputs, K = C*O
+scores.
 """
 
 from typing import Any
@@ -27,6 +28,15 @@ def init(cfg: Config, key: jax.Array) -> dict[str, Any]:
     draw = sharding.normal(cfg.model.init_std)
     shape = (cfg.model.embed, outputs)
     return {NAME: {"score": draw(jax.random.fold_in(key, 1), shape, (None, None))}}
+
+
+def last(x_ND: jax.Array, lengths_S: jax.Array) -> jax.Array:
+    """What the decoder gives at each sequence's last token, [S, D]; zeros where it has none."""
+    s = len(lengths_S)
+    held_ND = jax.sharding.reshard(x_ND, sharding.spec("tokens", "embed"))
+    x_STD = sharding.natural(sharding.sequences(held_ND, s, (x_ND.shape[-1],), ("embed",)))
+    last_ST = jnp.arange(x_STD.shape[1])[None] == lengths_S[:, None] - 1
+    return jnp.where(last_ST[..., None], x_STD, 0).sum(1)
 
 
 def scores(params: dict[str, Any], x_SD: jax.Array, examples: int) -> jax.Array:
