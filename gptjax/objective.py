@@ -5,7 +5,7 @@ row's targets count (see data/pipeline.py). Shapes: B batch, T sequence, W = T+1
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,29 +78,47 @@ def next_token(
     with `training`, experts have their capacity.
     """
     tokens_BT, targets_BT = batch["windows_BW"][:, :-1], batch["windows_BW"][:, 1:]
-    b, t = tokens_BT.shape
-    counts_BT = jnp.arange(t)[None] < batch["lengths_B"][:, None]
+    counts_BT = jnp.arange(tokens_BT.shape[1])[None] < batch["lengths_B"][:, None]
     segments_BT = positions_BT = None
     if cfg.data.documents == "mask":
         # Each document opens with the EOS before it, so every token is predicted within its own.
         segments_BT, positions_BT = documents(tokens_BT, eos_id)
+    given = Given(tokens_BT, targets_BT, counts_BT, segments_BT, positions_BT)
+    return predicted(params, cfg, given, keys_B2, training=training)
+
+
+class Given(NamedTuple):
+    """Tokens and what is to be predicted at each, whether it counts, and its segment and place."""
+
+    tokens_BT: jax.Array
+    targets_BT: jax.Array
+    counts_BT: jax.Array
+    segments_BT: jax.Array | None
+    positions_BT: jax.Array | None
+
+
+def predicted(
+    params: Params, cfg: Config, given: Given, keys_B2: jax.Array | None, *, training: bool
+) -> tuple[jax.Array, Sums]:
+    """What `next_token` gives, of targets that are given."""
+    b, t = given.tokens_BT.shape
     # Evaluation goes through a pipeline in the fewest parts, which its batch surely has.
     compute = cfg.compute if training else replace(cfg.compute, microbatches=0)
     out = decoder.apply(
         params,
         cfg.model,
         compute,
-        tokens_BT,
-        positions_BT=positions_BT,
-        segments_BT=segments_BT,
+        given.tokens_BT,
+        positions_BT=given.positions_BT,
+        segments_BT=given.segments_BT,
         keys_B2=keys_B2,
         training=training,
     )
-    weights_N = sharding.to_rows(counts_BT.astype(jnp.float32))
+    weights_N = sharding.to_rows(given.counts_BT.astype(jnp.float32))
     ce, z = loss.cross_entropy(
         out.x_ND,
         decoder.head(params),
-        sharding.to_rows(targets_BT),
+        sharding.to_rows(given.targets_BT),
         weights_N,
         cfg.train.z_loss,
         cfg.compute.loss_chunks,

@@ -103,14 +103,16 @@ def finetune(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--task",
-        choices=["classify", "choose"],
-        help="classify: a label of a text or a pair; choose: the right one of several choices",
+        choices=["classify", "choose", "answer"],
+        help="classify: a label of a text or a pair; choose: the right one of several choices; "
+        "answer: in words",
     )
     sub.add_argument(
         "--data",
         metavar="JSONL",
         help='objects with "text", perhaps "pair", and "label"; to choose: "text", "choices" and '
-        'the number of the right one, from 0, as "label"',
+        'the number of the right one, from 0, as "label"; to answer: "prompt" and "answer", or '
+        '"messages" of a conversation, or a file of SQuAD, FILE.json',
     )
     sub.add_argument("--valid", metavar="JSONL", help="the same, to measure on")
 

@@ -25,18 +25,6 @@ from gptjax.progress import Progress
 from gptjax.sample.engine import place_rows
 
 
-def abstract_batch(cfg: Config, rows: Rows) -> DeviceBatch:
-    """Shapes and layouts of a training batch on the ambient mesh."""
-    mesh = jax.sharding.get_mesh()
-
-    def one(example: np.ndarray) -> jax.ShapeDtypeStruct:
-        axes = sharding.spec("batch", *[None] * (example.ndim - 1))
-        shape = (cfg.train.batch, *example.shape[1:])
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=jax.NamedSharding(mesh, axes))
-
-    return jax.tree.map(one, rows.take(np.arange(1)))
-
-
 def task_loss(
     params: Params,
     cfg: Config,
@@ -60,7 +48,7 @@ def task_loss(
     out = decoder.apply(
         params, cfg.model, cfg.compute, tokens_ST, keys_B2=keys_S2, training=training
     )
-    x_SD = _last(out.x_ND, lengths_S, t)
+    x_SD = heads.last(out.x_ND, lengths_S)
     site = 3 * cfg.model.layers + 1  # after those of the decoder
     x_SD = layers.dropout(x_SD, cfg.finetune.dropout, keys_S2, site)
     scores_BK = heads.scores(params, x_SD, b)
@@ -79,15 +67,6 @@ def task_loss(
         extra, more = objective.routing(cfg, out.routing, targets / (b * c * t))
         total, sums = total + extra, sums | more
     return total, sums, scores_BK
-
-
-def _last(x_ND: jax.Array, lengths_S: jax.Array, t: int) -> jax.Array:
-    """What came out at each sequence's last token, [S, D]."""
-    s = len(lengths_S)
-    held_ND = jax.sharding.reshard(x_ND, sharding.spec("tokens", "embed"))
-    x_STD = sharding.natural(sharding.sequences(held_ND, s, (x_ND.shape[-1],), ("embed",)))
-    last_ST = jnp.arange(t)[None] == lengths_S[:, None] - 1
-    return jnp.where(last_ST[..., None], x_STD, 0).sum(1)
 
 
 def _own_tokens(

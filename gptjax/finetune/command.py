@@ -1,9 +1,10 @@
 """`gptjax finetune`: what can be wrong is told before a device is touched."""
 
 from collections.abc import Callable
+from typing import Any
 
 from gptjax.config import Config
-from gptjax.finetune import examples, recipe
+from gptjax.finetune import examples, exchanges, recipe
 
 
 def fit(
@@ -22,11 +23,14 @@ def fit(
     cfg = override(recipe.begun(base, task, data, valid))
     f = cfg.finetune
     recipe.check_model(base.cfg.model, cfg.model)
-    given = {
-        "train": examples.read(f.data, f.task, "--data"),
-        "valid": examples.read(f.valid, f.task, "--valid"),
-    }
-    cfg, *rows = recipe.labelled(cfg, base.tokenizer, given["train"], given["valid"])
+    sets = (("train", f.data, "--data"), ("valid", f.valid, "--valid"))
+    given: dict[str, Any]
+    if f.task == "answer":
+        given = {name: exchanges.read(path, o, base.tokenizer) for name, path, o in sets}
+        cfg, *rows = recipe.answered(cfg, base, given["train"], given["valid"])
+    else:
+        given = {name: examples.read(path, f.task, o) for name, path, o in sets}
+        cfg, *rows = recipe.labelled(cfg, base.tokenizer, given["train"], given["valid"])
     cfg.check()
     resolved(cfg)
     from gptjax import distributed, run, watch
@@ -44,4 +48,4 @@ def fit(
         cfg.check(jax.device_count(), jax.process_count())
         both = dict(zip(given, rows, strict=True))
         with run.entered_mesh(cfg):
-            return cfg, tuning.classify(cfg, base, given, both, watched, progress)
+            return cfg, tuning.tune(cfg, base, given, both, watched, progress)

@@ -11,13 +11,15 @@ from gptjax import config
 from gptjax import tokenizer as tokenizers
 from gptjax.config import Config, FinetuneConfig, ModelConfig
 from gptjax.errors import CheckpointError, ConfigError, DataError
-from gptjax.finetune import encoding
+from gptjax.finetune import encoding, exchanges, packing
 from gptjax.finetune.encoding import Rows, Special
 from gptjax.finetune.examples import Examples, labels_of
+from gptjax.finetune.exchanges import Exchanges
+from gptjax.finetune.packing import PackedRows
 from gptjax.tokenizer import Tokenizer
 
 BATCH = 32
-"""Examples in an optimizer step, unless train.batch_tokens says otherwise."""
+"""Examples, of answer packed rows, in an optimizer step, unless train.batch_tokens is given."""
 WARMUP = 0.002
 """Share of the training over which the rate rises."""
 _STEP = 8  # rows are as long as the longest example, rounded up to a multiple of this
@@ -155,3 +157,19 @@ def labelled(
         for one, ids in zip((train, valid), texts, strict=True)
     ]
     return cfg, rows[0], rows[1]
+
+
+def answered(
+    cfg: Config, base: Base, train: Exchanges, valid: Exchanges
+) -> tuple[Config, PackedRows, PackedRows]:
+    """The configuration for exchanges, and their rows: as long as the base's, or as the longest
+    exchange where that is more and fits the context. Raises DataError as `packing.pack` does.
+    """
+    if not cfg.train.seq_len:
+        longest = max(map(exchanges.longest, (train, valid)))
+        longest = max(-(-longest // _STEP) * _STEP, base.cfg.train.seq_len)
+        seq_len = min(longest, cfg.model.context)
+        cfg = replace(cfg, train=replace(cfg.train, seq_len=seq_len))
+    length, fill = cfg.train.seq_len, base.tokenizer.eos_id
+    rows = [packing.pack(one, length, fill) for one in (train, valid)]
+    return resolved(cfg, length, len(rows[0])), rows[0], rows[1]

@@ -12,14 +12,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gptjax import config, distributed, metrics, run, sharding, train, weights
 from gptjax.checkpoint import Checkpoints, sha256_of
 from gptjax.config import Config
 from gptjax.data.order import Order
-from gptjax.finetune import classifying
-from gptjax.finetune.encoding import Rows, Special
+from gptjax.finetune import answering, classifying, heads
+from gptjax.finetune.encoding import Special
 from gptjax.finetune.examples import Examples
+from gptjax.finetune.exchanges import Exchanges
 from gptjax.finetune.recipe import Base
 from gptjax.model import counts, decoder
 from gptjax.model.decoder import Params
@@ -31,27 +33,27 @@ from gptjax.watch import Watch
 REPORT = "classification.json"
 
 
-def classify(
+def tune(
     cfg: Config,
     base: Base,
-    given: Mapping[str, Examples],
-    rows: Mapping[str, Rows],
+    given: Mapping[str, Examples | Exchanges],
+    rows: Mapping[str, Any],
     watch: Watch,
     progress: Progress,
 ) -> dict[str, float]:
-    """Learns labels or choices, "train" of the rows, and measures on "valid"; the last evaluation.
+    """Learns from the rows of "train" and measures on those of "valid"; the last evaluation.
 
     The run folder is claimed already. Raises what `train.fit` raises, and MismatchError for a run
     that was begun with other examples.
     """
-    special = Special.of(base.tokenizer)
-    _record(cfg, base.tokenizer, given, rows, special, progress)
+    answers = cfg.finetune.task == "answer"
+    _record(cfg, base.tokenizer, given, rows, progress)
     backends = decoder.attention_backends(
         cfg.model,
         cfg.compute,
         sharding.platform(),
         cfg.train.seq_len,
-        segments=False,
+        segments=answers,
         training=True,
     )
     progress.say(f"attention: {', '.join(dict.fromkeys(backends))}")
@@ -61,15 +63,17 @@ def classify(
         own = sharding.host_rows(cfg.train.batch)
         return (rows["train"].take(order.ids(step, own)) for step in range(first, last))
 
-    evaluator = classifying.LabelQuality(cfg, rows["valid"], progress)
+    labels = classifying.LabelQuality(cfg, rows["valid"], progress) if not answers else None
+    objective = answering if answers else classifying
     _, evaluated = train.fit(
         cfg,
         init_fn=functools.partial(run.init_params, cfg),
-        start=lambda: begin(cfg, base, special, progress.say),
-        loss_fn=classifying.training_loss(cfg),
-        abstract_batch=classifying.abstract_batch(cfg, rows["train"]),
+        start=lambda: begin(cfg, base, progress.say),
+        loss_fn=objective.training_loss(cfg),
+        abstract_batch=_abstract(cfg, rows["train"].take(np.arange(1))),
         batches=batches,
-        evaluators=[evaluator],
+        evaluators=[labels or answering.AnswerLoss(cfg, rows["valid"], progress)],
+        tasks=[] if labels else [answering.AnswersRight(cfg, given["valid"], base.tokenizer)],
         sampler=lambda step, params: None,
         checkpoints=Checkpoints(
             Path(cfg.run) / run.CHECKPOINTS, cfg.checkpoint, _describe(cfg, backends), progress.say
@@ -83,15 +87,27 @@ def classify(
         watch=watch,
         progress=progress,
     )
-    if distributed.first():
-        run.write_json(Path(cfg.run) / REPORT, evaluator.report)
-    if names := cfg.finetune.labels:
-        matrix = classifying.table(names, evaluator.report["confusion"])
+    if labels and distributed.first():
+        run.write_json(Path(cfg.run) / REPORT, labels.report)
+    if labels and (names := cfg.finetune.labels):
+        matrix = classifying.table(names, labels.report["confusion"])
         progress.say(f"confusion, true labels down and predicted ones across\n{matrix}")
     return evaluated
 
 
-def begin(cfg: Config, base: Base, special: Special, say: Callable[[str], None]) -> TrainState:
+def _abstract(cfg: Config, row: Mapping[str, np.ndarray]) -> Any:
+    """Shapes and layouts of a training batch on the ambient mesh, from one of its rows."""
+    mesh = jax.sharding.get_mesh()
+
+    def one(example: np.ndarray) -> jax.ShapeDtypeStruct:
+        axes = sharding.spec("batch", *[None] * (example.ndim - 1))
+        shape = (cfg.train.batch, *example.shape[1:])
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=jax.NamedSharding(mesh, axes))
+
+    return jax.tree.map(one, dict(row))
+
+
+def begin(cfg: Config, base: Base, say: Callable[[str], None]) -> TrainState:
     """The state before the first step: the base's parameters, new rows and layers beside them."""
     if base.path.startswith("hf:"):
         params = weights.read_params(weights.open_source(Path(base.path.removeprefix("hf:"))))
@@ -99,7 +115,11 @@ def begin(cfg: Config, base: Base, special: Special, say: Callable[[str], None])
     else:
         params, step = run.restore_params(base.path, base.cfg, say)
         say(f"begins from {base.path} after its step {step}")
-    make = lambda params: train.state_of(cfg, extended(cfg, params, special))
+    params = {name: tree for name, tree in params.items() if name != heads.NAME}
+    special = Special.of(base.tokenizer) if cfg.finetune.outputs else None
+    make = lambda params: train.state_of(
+        cfg, params if special is None else extended(cfg, params, special)
+    )
     return jax.jit(make, donate_argnums=0)(params)
 
 
@@ -112,8 +132,7 @@ def extended(cfg: Config, base: Params, special: Special) -> Params:
         for name in ("embed", "head")
         if name in base
     }
-    own = {name: fresh[name] for name in fresh if name not in base or name.startswith("head_")}
-    return base | tables | own
+    return base | tables | {heads.NAME: fresh[heads.NAME]}
 
 
 def _with_rows(old_VD: jax.Array, fresh_VD: jax.Array, special: Special) -> jax.Array:
@@ -132,18 +151,19 @@ def _with_rows(old_VD: jax.Array, fresh_VD: jax.Array, special: Special) -> jax.
 def _record(
     cfg: Config,
     tokenizer: Tokenizer,
-    given: Mapping[str, Examples],
-    rows: Mapping[str, Rows],
-    special: Special,
+    given: Mapping[str, Examples | Exchanges],
+    rows: Mapping[str, Any],
     progress: Progress,
 ) -> None:
     """Writes down and tells what is learnt from."""
-    facts: dict[str, Any] = {"special": special._asdict()}
+    facts: dict[str, Any] = {}
+    if cfg.finetune.outputs:
+        facts["special"] = Special.of(tokenizer)._asdict()
     for name, examples in given.items():
         cut = rows[name].cut
         facts[name] = {"sha256": examples.sha256, "examples": len(examples), "cut": cut}
         progress.say(
-            f"{name}: {len(examples):,} examples of {examples.path}, "
+            f"{name}: {len(examples):,} examples of {examples.path} in {len(rows[name]):,} rows, "
             f"{cut:,} of them cut to train.seq_len={cfg.train.seq_len}"
         )
     distributed.agree(run.facts(cfg) | {"the examples": repr(facts)})

@@ -37,15 +37,16 @@ def plainly(params, cfg, batch) -> tuple[float, float, float]:
     """Sums of the task's loss, of the own tokens' loss, and of the right answers, one by one."""
     task = own = right = 0.0
     w_DO = np.asarray(params[heads.NAME]["score"])
+    apply = jax.jit(lambda ids_BT: decoder.apply(params, cfg.model, cfg.compute, ids_BT).x_ND)
+    table_VD = np.asarray(params["embed"])
     for tokens_CT, lengths_C, label in zip(*batch.values(), strict=True):
         scores, each = [], []
         for tokens, n in zip(tokens_CT, lengths_C, strict=True):
             if not n:
                 continue
-            x_ND = decoder.apply(params, cfg.model, cfg.compute, jnp.asarray(tokens[None, :n])).x_ND
-            scores.append(np.asarray(x_ND)[-1] @ w_DO)
-            logits = np.asarray(decoder.logits(params, cfg.model, x_ND))
-            each.append(-log_softmax(logits)[np.arange(n - 1), tokens[1:n]].mean())
+            x_ND = np.asarray(apply(jnp.asarray(tokens[None])))[:n]
+            scores.append(x_ND[-1] @ w_DO)
+            each.append(-log_softmax(x_ND @ table_VD.T)[np.arange(n - 1), tokens[1:n]].mean())
         logprobs = log_softmax(np.concatenate(scores))
         own += np.mean(each)
         if label >= 0:
@@ -81,9 +82,8 @@ def test_loss_and_gradients_are_the_plain_ones_on_every_mesh(make, on_mesh, task
         with on_mesh(*mesh):
             params = make_params()
             on_devices = sharding.global_batch(batch, 8)
-            step = jax.jit(jax.grad(classifying.training_loss(cfg), has_aux=True))
-            grads[mesh], sums = step(params, on_devices, None)
-            total = classifying.training_loss(cfg)(params, on_devices, None)[0]
+            step = jax.jit(jax.value_and_grad(classifying.training_loss(cfg), has_aux=True))
+            (total, sums), grads[mesh] = step(params, on_devices, None)
             if mesh == (1,):
                 want = plainly(params, cfg, batch)
         assert sums["targets"] == 7
@@ -92,7 +92,7 @@ def test_loss_and_gradients_are_the_plain_ones_on_every_mesh(make, on_mesh, task
         np.testing.assert_allclose(float(total), want[0] + 0.5 * want[1], rtol=1e-5)
     for mesh in MESHES[1:]:
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
             jax.device_get(grads[mesh]),
             jax.device_get(grads[MESHES[0]]),
         )

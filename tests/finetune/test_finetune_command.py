@@ -56,12 +56,13 @@ def test_labels_are_learnt_told_and_predicted(finetune, command_line, write, tmp
     assert cfg.optim.lr_schedule == "linear"
     assert cfg.train.steps == 12 * 48 // 32
 
-    write("new.jsonl", [{"text": "abc"}, {"text": "QRSTU", "label": "nonsense"}])
+    valid = labelled(20, 1)
+    write("new.jsonl", [one | {"label": "nonsense"} for one in valid[:10]] + valid[10:])
     files = ("--file", tmp_path / "new.jsonl", "--output", tmp_path / "told.jsonl")
     code, _, err = command_line("predict", tmp_path / "out", *files)
     assert code == 0, err
     told = [json.loads(line) for line in (tmp_path / "told.jsonl").read_text().splitlines()]
-    assert [one["label"] for one in told] == ["low", "high"]
+    assert [one["label"] for one in told] == [one["label"] for one in valid]
     for one in told:
         assert sum(one["probabilities"].values()) == pytest.approx(1)
         assert max(one["probabilities"], key=one["probabilities"].get) == one["label"]
@@ -154,6 +155,40 @@ def test_the_table_grows_where_the_special_tokens_have_no_room(
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {
+            "positions": "rope",
+            "norm": "rmsnorm",
+            "activation": "swiglu",
+            "mlp": 48,
+            "linear_bias": False,
+            "kv_heads": 2,
+            "tied_embeddings": False,
+        },
+    ],
+)
+def test_an_export_has_the_scores_of_the_public_implementation(
+    make_base, finetune, command_line, tmp_path, fields
+) -> None:
+    pytest.importorskip("transformers")
+    start = make_base(tmp_path / "start", **fields)
+    assert finetune("out", "--finetune.epochs", 2, start=start)[0] == 0
+    code, _, err = command_line("convert", tmp_path / "out", f"hf:{tmp_path / 'folder'}")
+    assert code == 0, err
+    certificate = json.loads((tmp_path / "folder/certificate.json").read_text())
+    assert certificate["round trip"] == "byte-equal"
+    compared = certificate["transformers"]
+    assert compared["architecture"].endswith("ForSequenceClassification")
+    assert compared["largest_score"] > 0.1
+    assert compared["largest_difference"] < 1e-5
+    exported = json.loads((tmp_path / "folder/config.json").read_text())
+    assert exported["id2label"] == {"0": "high", "1": "low"}
+    assert exported["task_specific_params"]["classify"]["extract"] == 260
+
+
+@pytest.mark.parametrize(
     ("words", "code", "says"),
     [
         (("--model.layers", 3), 2, "model.layers=3: the base has 2"),
@@ -191,3 +226,27 @@ def test_predict_is_for_runs_with_a_task(command_line, base, write, tmp_path) ->
     code, _, err = command_line("predict", base, "--file", file, "--output", tmp_path / "o")
     assert code == 2
     assert "predict is for classify and choose" in err
+
+
+def test_answers_are_learnt_and_measured_and_sampled(
+    finetune, command_line, write, tmp_path
+) -> None:
+    pairs = [{"prompt": f"{c}{c}?", "answer": c.upper()} for c in "abcdefgh"]
+    write("train.jsonl", pairs * 4)
+    write("valid.jsonl", pairs)
+    words = ("--finetune.epochs", 40, "--checkpoint.every", 1000, "--eval.every", 0)
+    words += ("--train.batch_tokens", 8 * 16, "--optim.lr", "1e-2")
+    code, out, err = finetune("out", *words, task="answer")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["valid_exact_match"] == result["valid_f1"] == 1.0
+    assert "train: 32 examples" in err
+    code, out, err = command_line(
+        *("sample", tmp_path / "out", "--prompt", "cc?", "--temperature", 0, "--max-tokens", 4)
+    )
+    assert code == 0, err
+    assert out.strip() == "cc? C"
+    write("valid.jsonl", [{"prompt": "a", "answer": "b" * 20}])
+    code, _, err = finetune("long", task="answer")
+    assert code == 65
+    assert "valid.jsonl:1: the answer has 22 tokens, more than train.seq_len=16" in err
