@@ -194,6 +194,7 @@ def test_an_export_has_the_scores_of_the_public_implementation(
         (("--model.layers", 3), 2, "model.layers=3: the base has 2"),
         (("--mesh.stage", 2), 2, "mesh.stage=2: fine-tuning has no pipeline"),
         (("--finetune.lm-weight", -1), 2, "finetune.lm_weight=-1.0: must not be negative"),
+        (("--finetune.task", "none"), 2, "give them as RUN and as --task"),
         (("--finetune.epochs", 0), 2, "finetune.epochs=0: must be at least 1"),
         (("--valid", "/nowhere"), 65, "--valid=/nowhere: cannot be read"),
     ],
