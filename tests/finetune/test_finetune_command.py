@@ -96,6 +96,7 @@ def test_other_examples_are_another_run(finetune, write) -> None:
     assert "train: " in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [
@@ -113,6 +114,7 @@ def test_every_mesh_has_the_same_losses(finetune, tmp_path, mesh) -> None:
     np.testing.assert_allclose(losses(tmp_path / "other"), losses(tmp_path / "one"), rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_choices_are_learnt(finetune, command_line, write, tmp_path) -> None:
     def choices(count: int, seed: int) -> list[dict]:
         texts = [one["text"].lower() for one in labelled(count, seed)]
@@ -136,6 +138,7 @@ def test_choices_are_learnt(finetune, command_line, write, tmp_path) -> None:
     assert len(told["probabilities"]) == 2
 
 
+@pytest.mark.slow
 def test_the_table_grows_where_the_special_tokens_have_no_room(
     make_base, finetune, tmp_path
 ) -> None:
@@ -158,15 +161,18 @@ def test_the_table_grows_where_the_special_tokens_have_no_room(
     "fields",
     [
         {},
-        {
-            "positions": "rope",
-            "norm": "rmsnorm",
-            "activation": "swiglu",
-            "mlp": 48,
-            "linear_bias": False,
-            "kv_heads": 2,
-            "tied_embeddings": False,
-        },
+        pytest.param(
+            {
+                "positions": "rope",
+                "norm": "rmsnorm",
+                "activation": "swiglu",
+                "mlp": 48,
+                "linear_bias": False,
+                "kv_heads": 2,
+                "tied_embeddings": False,
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_export_has_the_scores_of_the_public_implementation(
