@@ -122,7 +122,7 @@ def test_choices_are_learnt(finetune, command_line, write, tmp_path) -> None:
         for i, text in enumerate(texts):
             options = [text.upper(), text][:: 1 if i % 2 else -1]
             made.append({"text": "q", "choices": [o[:5] for o in options], "label": (i + 1) % 2})
-        made[0] = {"text": "q", "choices": ["ab", "CD", "EF"], "label": 0}
+        made[0] = {"text": "q", "choices": ["ab", "CD", "ef"], "label": 1}
         return made
 
     write("train.jsonl", choices(48, 0))
