@@ -134,7 +134,7 @@ def test_choices_are_learnt(finetune, command_line, write, tmp_path) -> None:
     files = ("--file", tmp_path / "new.jsonl", "--output", tmp_path / "told.jsonl")
     assert command_line("predict", tmp_path / "out", *files)[0] == 0
     (told,) = map(json.loads, (tmp_path / "told.jsonl").read_text().splitlines())
-    assert told["label"] == 1
+    assert told["label"] == 0
     assert len(told["probabilities"]) == 2
 
 
