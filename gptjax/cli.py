@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
             name, help=text, description=text, add_help=not overrides, allow_abbrev=not overrides
         )
         sub.set_defaults(command=run, takes_overrides=overrides, subparser=sub)
-        if overrides:
+        if overrides and run is not _finetune:
             sub.add_argument("config", metavar="CONFIG", nargs="?", help=CONFIG_HELP)
         return sub
 
@@ -90,6 +90,22 @@ def _parser() -> argparse.ArgumentParser:
         "Train CONFIG in its run folder, from where it stands; prepares the data if need be.",
         overrides=True,
     )
+    sub = command(
+        commands,
+        "finetune",
+        _finetune,
+        "Teach the model of RUN, or of a Hugging Face folder, a task from labelled examples; in a "
+        "run folder of its own, from where that stands.",
+        overrides=True,
+    )
+    options.finetune(sub)
+    sub = command(
+        commands,
+        "predict",
+        _predict,
+        "Label the lines of a file by a fine-tuned run, with probabilities.",
+    )
+    options.predict(sub)
     sub = command(
         commands,
         "eval",
@@ -192,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
 def _how_to_go_on(args: argparse.Namespace, argv: Sequence[str], error: GptjaxError) -> str:
     """For a training run that ended early: what is safe, and how to continue."""
     cfg = getattr(args, "resolved", None)
-    if args.command is not _train or cfg is None or isinstance(error, ConfigError):
+    if args.command not in (_train, _finetune) or cfg is None or isinstance(error, ConfigError):
         return ""
     from gptjax import distributed
     from gptjax.checkpoint import Checkpoints
@@ -224,6 +240,9 @@ def _prepare(cfg: config.Config, progress: Progress) -> Any:
 
 def _train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     cfg = _resolve(args, overrides)
+    if cfg.finetune.task != "none":
+        what = f"finetune.task={cfg.finetune.task}: `gptjax finetune` is what learns it"
+        raise ConfigError([what])
     from gptjax import distributed, evaluate, run, watch
 
     evaluate.read_tasks(cfg.eval.tasks)  # so that a bad line is told before text is prepared
@@ -245,6 +264,33 @@ def _train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
             result = pretrain(cfg, manifest, watched, progress)
     if distributed.first():
         print(json.dumps({"run": cfg.run, **result}))
+
+
+def _finetune(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+    asked = {"-h", "--help"} & set(overrides)
+    missing = [f"--{name}" for name in ("task", "data", "valid") if getattr(args, name) is None]
+    if missing and not asked:
+        args.subparser.error(f"the following arguments are required: {', '.join(missing)}")
+    prog, text = f"{args.subparser.prog} {args.config}", args.subparser.format_help()
+    override = lambda cfg: config.override(cfg, overrides, prog, text)
+    if asked:
+        override(config.Config())
+    from gptjax.finetune import command
+
+    resolved = lambda cfg: setattr(args, "resolved", cfg)
+    cfg, result = command.fit(args.config, args.task, args.data, args.valid, override, resolved)
+    from gptjax import distributed
+
+    if distributed.first():
+        print(json.dumps({"run": cfg.run, **result}))
+
+
+def _predict(args: argparse.Namespace, _: Sequence[str]) -> None:
+    from gptjax.finetune import predict
+
+    progress = Progress()
+    count = predict.predict(args.run, args.file, args.output, progress)
+    progress.say(f"{args.output}: {count:,} lines")
 
 
 def _eval(args: argparse.Namespace, _: Sequence[str]) -> None:

@@ -21,14 +21,13 @@ import numpy as np
 
 from gptjax import hf, opening, run, sharding, weights
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import (
-    CheckpointConfig,
-    ComputeConfig,
-)
+from gptjax.config import CheckpointConfig, ComputeConfig, Config
 from gptjax.errors import ConfigError, MismatchError, OutputError
+from gptjax.finetune import heads
 from gptjax.model import decoder
 from gptjax.model.decoder import Params
 from gptjax.progress import Progress
+from gptjax.tokenizer import Tokenizer
 from gptjax.weights import Source
 
 _COMPARED_TOKENS = 1024
@@ -82,8 +81,9 @@ def export_run(
     """Writes a run's newest checkpoint as a Hugging Face folder; returns its certificate.
 
     Tensors have the formats of the source where the run was imported and float32 otherwise, or
-    `dtype`. Raises MismatchError where no Hugging Face architecture has this model, and where the
-    folder, written, turns out not to agree.
+    `dtype`. A run of labels or choices becomes a model for sequence classification, whose scores
+    are compared. Raises MismatchError where no Hugging Face architecture has this model, and where
+    the folder, written, turns out not to agree.
     """
     _one_process()
     cfg, tokenizer, _ = run.open_run(folder)
@@ -106,8 +106,18 @@ def export_run(
             if dtype
             else (Counter(formats.values()).most_common(1) or [("F32", 0)])[0][0]
         )
-        weights.write_folder(path, params, cfg.model, dtype=common, dtypes=formats, extra=extra)
-        source = weights.open_source(path)
+        beside, instead = _task_layer(folder, cfg, params, tokenizer)
+        weights.write_folder(
+            path,
+            params,
+            cfg.model,
+            dtype=common,
+            dtypes=formats,
+            extra=extra,
+            beside=beside,
+            instead=instead,
+        )
+        source = weights.open_source(path, beside)
         certificate = {
             "source": folder,
             "step": step,
@@ -116,9 +126,37 @@ def export_run(
         }
         _check_bytes(certificate, source, params, progress, path)
         del params
-        if compare:  # as they were written: a narrower format is not a mistake
+        if compare and beside:
+            _check_scores(certificate, source, progress, path)
+        elif compare:  # as they were written: a narrower format is not a mistake
             _check_logits(certificate, source, weights.read_params(source), progress, path)
         return certificate
+
+
+_SCORE = "score.weight"
+
+
+def _task_layer(
+    folder: str, cfg: Config, params: Params, tokenizer: Tokenizer | None
+) -> tuple[dict[str, np.ndarray], Json]:
+    """The tensor of a task's layer, by its name there, and what config.json says of it.
+
+    The layer sees the last token that is not padding, which so may be any but the extract token.
+    """
+    if not cfg.finetune.outputs:
+        return {}, {}
+    assert tokenizer is not None
+    kind, _ = hf.family_of(cfg.model)
+    names = dict(enumerate(cfg.finetune.labels or ("score",)))
+    several = len(names) > 1
+    return {_SCORE: np.ascontiguousarray(np.asarray(params[heads.NAME]["score"]).T)}, {
+        "architectures": [hf.FAMILIES[kind].classifier],
+        "id2label": {str(i): name for i, name in names.items()},
+        "label2id": {name: i for i, name in names.items()},
+        "problem_type": "single_label_classification" if several else None,
+        "pad_token_id": tokenizer.eos_id,
+        "task_specific_params": {cfg.finetune.task: run.examples_of(folder)["special"]},
+    }
 
 
 def _one_process() -> None:
@@ -215,6 +253,16 @@ def _differing(source: Source, params: Params, progress: Progress) -> list[str]:
     return differ
 
 
+def _check_scores(certificate: Json, source: Source, progress: Progress, folder: Path) -> None:
+    """The same of a task's scores."""
+    certificate["transformers"] = scores = _compared(source, {}, progress)
+    run.write_json(folder / run.CERTIFICATE, certificate)
+    if isinstance(scores, dict) and (
+        scores["largest_difference"] > _TOLERATED * scores["largest_score"]
+    ):
+        raise _disagreement(source, folder)
+
+
 def _compared(source: Source, params: Params, progress: Progress) -> Json | str:
     """Logits against those of `transformers`, where it is installed and loads the folder."""
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
@@ -222,7 +270,7 @@ def _compared(source: Source, params: Params, progress: Progress) -> Json | str:
         return f"not compared: {' and '.join(missing)} not installed"
     progress.say("comparing with transformers")
     try:
-        return compare(source, params)
+        return compare_scores(source) if _SCORE in source.names else compare(source, params)
     except (ImportError, OSError, ValueError, RuntimeError, MemoryError) as error:
         return f"not compared: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
 
@@ -289,3 +337,46 @@ def compare(source: Source, params: Params) -> Json:
         result["kl_nats_per_token"] = max(result["kl_nats_per_token"], divergence)
         result["last_position"] = int(positions[-1])
     return result
+
+
+def compare_scores(source: Source) -> Json:
+    """How far a classifier's scores are from those of `transformers` on the folder's weights, in
+    float32: of rows of random tokens, of several lengths and filled up with padding.
+    """
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        source.folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    ).eval()
+    model, fill = source.model, source.config["pad_token_id"]
+    rows, length = 4 * sharding.axis_size("batch"), min(model.context, 64)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, model.vocab_size, (rows, length)).astype(np.int32)
+    lengths = rng.integers(2, length + 1, rows).astype(np.int32)
+    given = np.arange(length) < lengths[:, None]
+    ids = np.where(given, np.where(ids == fill, fill - 1, ids), fill)
+    (extract,) = {one["extract"] for one in source.config["task_specific_params"].values()}
+    ids[np.arange(rows), lengths - 1] = extract
+
+    @jax.jit
+    def ours(params: Params, ids_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
+        x_ND = decoder.apply(params, model, ComputeConfig(), ids_BT).x_ND
+        y_BK = heads.scores(params, heads.last(x_ND, lengths_B), rows)
+        return jax.sharding.reshard(y_BK, jax.P(None, None))
+
+    score_DO = jnp.asarray(np.float32(source.tensor(_SCORE)).T)
+    params = weights.read_params(source) | {heads.NAME: {"score": score_DO}}
+    got = np.asarray(ours(params, *sharding.global_batch((ids, lengths), rows)))
+    with torch.no_grad():
+        mask = torch.tensor(given, dtype=torch.long)
+        want = theirs(torch.tensor(ids, dtype=torch.long), attention_mask=mask).logits.numpy()
+    return {
+        "version": transformers.__version__,
+        "architecture": type(theirs).__name__,
+        "rows": rows,
+        "largest_score": float(np.abs(want).max()),
+        "largest_difference": float(np.abs(want - got).max()),
+    }

@@ -40,6 +40,15 @@ class Family:
     pieces: Callable[[ModelConfig], list[Piece]]
     ignored: tuple[str, ...] = ()
 
+    @property
+    def classifier(self) -> str:
+        """The architecture with a layer of scores, score.weight, in place of the output layer."""
+        for ending in ("LMHeadModel", "ForCausalLM"):
+            name = self.architecture.removesuffix(ending)
+            if name != self.architecture:
+                return f"{name}ForSequenceClassification"
+        raise ValueError(self.architecture)
+
 
 class Reader:
     """Values of a config.json, remembering which were asked for."""

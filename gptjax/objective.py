@@ -5,7 +5,7 @@ row's targets count (see data/pipeline.py). Shapes: B batch, T sequence, W = T+1
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from gptjax import loss, sharding
 from gptjax.config import Config
 from gptjax.model import decoder
 from gptjax.model.decoder import Params
+from gptjax.model.moe import Routing
 
 DeviceBatch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
@@ -77,29 +78,47 @@ def next_token(
     with `training`, experts have their capacity.
     """
     tokens_BT, targets_BT = batch["windows_BW"][:, :-1], batch["windows_BW"][:, 1:]
-    b, t = tokens_BT.shape
-    counts_BT = jnp.arange(t)[None] < batch["lengths_B"][:, None]
+    counts_BT = jnp.arange(tokens_BT.shape[1])[None] < batch["lengths_B"][:, None]
     segments_BT = positions_BT = None
     if cfg.data.documents == "mask":
         # Each document opens with the EOS before it, so every token is predicted within its own.
         segments_BT, positions_BT = documents(tokens_BT, eos_id)
+    given = Given(tokens_BT, targets_BT, counts_BT, segments_BT, positions_BT)
+    return predicted(params, cfg, given, keys_B2, training=training)
+
+
+class Given(NamedTuple):
+    """Tokens and what is to be predicted at each, whether it counts, and its segment and place."""
+
+    tokens_BT: jax.Array
+    targets_BT: jax.Array
+    counts_BT: jax.Array
+    segments_BT: jax.Array | None
+    positions_BT: jax.Array | None
+
+
+def predicted(
+    params: Params, cfg: Config, given: Given, keys_B2: jax.Array | None, *, training: bool
+) -> tuple[jax.Array, Sums]:
+    """What `next_token` gives, of targets that are given."""
+    b, t = given.tokens_BT.shape
     # Evaluation goes through a pipeline in the fewest parts, which its batch surely has.
     compute = cfg.compute if training else replace(cfg.compute, microbatches=0)
     out = decoder.apply(
         params,
         cfg.model,
         compute,
-        tokens_BT,
-        positions_BT=positions_BT,
-        segments_BT=segments_BT,
+        given.tokens_BT,
+        positions_BT=given.positions_BT,
+        segments_BT=given.segments_BT,
         keys_B2=keys_B2,
         training=training,
     )
-    weights_N = sharding.to_rows(counts_BT.astype(jnp.float32))
+    weights_N = sharding.to_rows(given.counts_BT.astype(jnp.float32))
     ce, z = loss.cross_entropy(
         out.x_ND,
         decoder.head(params),
-        sharding.to_rows(targets_BT),
+        sharding.to_rows(given.targets_BT),
         weights_N,
         cfg.train.z_loss,
         cfg.compute.loss_chunks,
@@ -110,16 +129,26 @@ def next_token(
     if cfg.train.z_loss:
         sums["z_loss"] = z
     if out.routing is not None:
-        # The router's sums are over all tokens; as if over the targets, so that shares stay shares.
-        scale = sums["targets"] / (b * t)
-        routing = jax.tree.map(lambda a_L: scale * a_L, out.routing)
-        sums["moe_balance"] = routing.balance.mean()
-        sums["moe_router_z"] = routing.router_z.mean()
-        sums["moe_dropped"] = routing.dropped.mean()
-        sums["moe_load"] = routing.load_E
-        moe = cfg.model.moe
-        total += moe.balance_loss * sums["moe_balance"] + moe.router_z_loss * sums["moe_router_z"]
+        extra, routing_sums = routing(cfg, out.routing, sums["targets"] / (b * t))
+        total, sums = total + extra, sums | routing_sums
     return total, sums
+
+
+def routing(cfg: Config, per_layer: Routing, scale: jax.Array) -> tuple[jax.Array, Sums]:
+    """What a mixture adds to the loss, and its sums.
+
+    The router's sums are over all tokens; `scale` makes them as if over the targets, so that shares
+    stay shares.
+    """
+    scaled = jax.tree.map(lambda a_L: scale * a_L, per_layer)
+    sums = {
+        "moe_balance": scaled.balance.mean(),
+        "moe_router_z": scaled.router_z.mean(),
+        "moe_dropped": scaled.dropped.mean(),
+        "moe_load": scaled.load_E,
+    }
+    moe = cfg.model.moe
+    return moe.balance_loss * sums["moe_balance"] + moe.router_z_loss * sums["moe_router_z"], sums
 
 
 def training_loss(cfg: Config, eos_id: int) -> Any:

@@ -92,6 +92,42 @@ def evaluate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help="print JSON")
 
 
+def finetune(sub: argparse.ArgumentParser) -> None:
+    """Of `gptjax finetune`."""
+    sub.add_argument(
+        "config",
+        metavar="RUN|hf:FOLDER",
+        nargs="?",
+        help="whose parameters to begin from; then overrides such as --run OUT, --optim.lr 3e-5, "
+        "--finetune.epochs 5 (`gptjax finetune RUN --help` lists them all)",
+    )
+    sub.add_argument(
+        "--task",
+        choices=["classify", "choose", "answer"],
+        help="classify: a label of a text or a pair; choose: the right one of several choices; "
+        "answer: in words",
+    )
+    sub.add_argument(
+        "--data",
+        metavar="JSONL",
+        help='objects with "text", perhaps "pair", and "label"; to choose: "text", "choices" and '
+        'the number of the right one, from 0, as "label"; to answer: "prompt" and "answer", or '
+        '"messages" of a conversation, or a file of SQuAD, FILE.json',
+    )
+    sub.add_argument("--valid", metavar="JSONL", help="the same, to measure on")
+
+
+def predict(sub: argparse.ArgumentParser) -> None:
+    """Of `gptjax predict`."""
+    sub.add_argument("run", metavar="RUN", help="a run of `gptjax finetune`")
+    sub.add_argument(
+        "--file", metavar="JSONL", required=True, help="objects as for finetune, labels left out"
+    )
+    sub.add_argument(
+        "--output", metavar="JSONL", required=True, help="for labels and their probabilities"
+    )
+
+
 def serve(sub: argparse.ArgumentParser) -> None:
     """Of `gptjax serve`: the fields of `serve.Options`, and the run."""
     sub.add_argument("run", metavar="RUN|HF_DIR", help="a run folder, or a Hugging Face folder")

@@ -1,6 +1,6 @@
 """Pre-training: the store, the model and the objective, handed to `train.fit`."""
 
-import importlib.metadata
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,7 +49,7 @@ def pretrain(
         seed=cfg.train.seed,
     )
     sample.check(cfg.model, prompts, settings, tokenizer.vocab_size)
-    distributed.agree(_facts(cfg, manifest))
+    distributed.agree({"the store's tokens": manifest.fingerprint(), **run.facts(cfg)})
     run.record(cfg, tokenizer, manifest)
     backends = objective.backends(cfg)
     progress.say(f"attention: {', '.join(dict.fromkeys(backends))}")
@@ -57,15 +57,6 @@ def pretrain(
     def batches(first: int, last: int) -> Iterator[Any]:
         rows = sharding.host_rows(cfg.train.batch)
         return (vars(batch) for batch in data.batches(first, last, rows, cfg.data.prefetch))
-
-    def writers(step: int) -> metrics.Writers:
-        folder = Path(cfg.run)
-        kinds: list[Any] = [metrics.JsonlWriter]
-        if cfg.log.tensorboard:
-            kinds.append(metrics.TensorBoardWriter)
-        if not distributed.first():
-            kinds = []
-        return metrics.Writers([kind(folder, step) for kind in kinds])
 
     def describe(step: int) -> dict[str, Any]:
         return {
@@ -129,7 +120,7 @@ def pretrain(
         tasks=tasks,
         sampler=sampler,
         checkpoints=checkpoints,
-        writers=writers,
+        writers=functools.partial(run.writers, cfg),
         throughput=metrics.Throughput(
             counts.flops_per_token(cfg.model, cfg.train.seq_len),
             cfg.compute.dtype,
@@ -150,11 +141,3 @@ class _InModelOrder:
 
     def run(self, params: Params) -> Mapping[str, float]:
         return self.evaluator.run(self.in_model_order(params))
-
-
-def _facts(cfg: Config, manifest: store.Manifest) -> dict[str, str]:
-    """What all processes of a job must have alike."""
-    packages = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-    versions = {f"{name}'s version": importlib.metadata.version(name) for name in packages}
-    values = {name: repr(value) for name, value in config.flatten(cfg).items()}
-    return {"the store's tokens": manifest.fingerprint(), **versions, **values}

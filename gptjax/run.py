@@ -4,12 +4,14 @@ RUN/config.json        the resolved configuration, itself a CONFIG
 RUN/tokenizer.*        the tokenizer, with the files that declare its special tokens
 RUN/data.json          the manifest of the store that it learns from
 RUN/source.json        of an imported model, instead: where it came from (see convert.py)
+RUN/finetune.json      of a fine-tuned one, instead: the examples that it learns from
 RUN/checkpoints/       see checkpoint.py
 RUN/metrics.jsonl, RUN/tensorboard/, RUN/samples/, RUN/profile/
 RUN/run.lock           held while a process trains here
 """
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import secrets
@@ -21,13 +23,14 @@ from typing import Any
 
 import jax
 
-from gptjax import compilation, config, distributed, lock, sharding
+from gptjax import compilation, config, distributed, lock, metrics, sharding
 from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import CONFIG_FILE, Config, MeshConfig
 from gptjax.data import store
 from gptjax.data.store import Manifest
 from gptjax.errors import CheckpointError, ConfigError, DataError, MismatchError, OutputError
+from gptjax.finetune import heads
 from gptjax.model import decoder
 from gptjax.model.decoder import Params
 from gptjax.tokenizer import Tokenizer
@@ -39,6 +42,7 @@ _PROBE = ".probe"
 _LEASE_S = 180
 _DATA = "data.json"
 _SOURCE = "source.json"
+_EXAMPLES = "finetune.json"
 
 
 @contextmanager
@@ -137,6 +141,52 @@ def record_imported(cfg: Config, tokenizer: Tokenizer | None, source: dict[str, 
     write_json(folder / CONFIG_FILE, config.to_dict(cfg))
 
 
+def record_tuned(cfg: Config, tokenizer: Tokenizer, examples: dict[str, Any]) -> None:
+    """Writes configuration and tokenizer of a fine-tuned run, and what its examples are.
+
+    Raises MismatchError where it was begun with others.
+    """
+    folder = Path(cfg.run)
+    facts = {"tokenizer": tokenizer.fingerprint, **examples}
+    begun_with = _read_json(folder / _EXAMPLES)
+    if begun_with is not None and begun_with != facts:
+        differences = [
+            f"{name}: {begun_with.get(name)} in the run, {value} now"
+            for name, value in facts.items()
+            if begun_with.get(name) != value
+        ]
+        raise MismatchError(
+            f"{cfg.run} was begun with other examples; give those, or another --run", differences
+        )
+    distributed.barrier()  # nobody looks at what is written now
+    if distributed.first():
+        tokenizer.save(folder)
+        write_json(folder / _EXAMPLES, facts)
+        write_json(folder / CONFIG_FILE, config.to_dict(cfg))
+
+
+def examples_of(folder: str) -> dict[str, Any]:
+    """What a fine-tuned run's examples are, its special tokens among it. Raises DataError."""
+    return _read_json(Path(folder) / _EXAMPLES) or {}
+
+
+def facts(cfg: Config) -> dict[str, str]:
+    """What all processes of a job must have alike: versions and configuration."""
+    packages = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    versions = {f"{name}'s version": importlib.metadata.version(name) for name in packages}
+    return versions | {name: repr(value) for name, value in config.flatten(cfg).items()}
+
+
+def writers(cfg: Config, step: int) -> metrics.Writers:
+    """The sinks of the metrics of a run that goes on after a step; of the first process alone."""
+    kinds: list[Any] = [metrics.JsonlWriter]
+    if cfg.log.tensorboard:
+        kinds.append(metrics.TensorBoardWriter)
+    if not distributed.first():
+        kinds = []
+    return metrics.Writers([kind(Path(cfg.run), step) for kind in kinds])
+
+
 def source_of(folder: str) -> dict[str, Any] | None:
     """Where an imported run came from; None for one that was trained here. Raises DataError."""
     return _read_json(Path(folder) / _SOURCE)
@@ -180,7 +230,8 @@ def check_tokenizer(one: str, other: str, one_place: str, other_place: str) -> N
 def open_run(folder: str) -> tuple[Config, Tokenizer | None, Manifest | None]:
     """Configuration, tokenizer and data manifest of a run, to be used and not trained.
 
-    An imported model has no manifest, and no tokenizer if its source had none.
+    An imported or fine-tuned model has no manifest; an imported one has no tokenizer if its source
+    had none.
 
     It may be on another machine than it was trained on: where its mesh does not suit the devices
     here they all take rows, and attention is computed by what runs here.
@@ -208,6 +259,13 @@ def open_run(folder: str) -> tuple[Config, Tokenizer | None, Manifest | None]:
             )
         return cfg, tokenizer, None
     assert tokenizer is not None
+    if cfg.finetune.task != "none":
+        examples = _read_json(Path(folder) / _EXAMPLES)
+        if examples is None:
+            raise DataError(f"{folder}: this run has no {_EXAMPLES}, so nothing was trained in it")
+        place = f"{folder}/{_EXAMPLES}"
+        check_tokenizer(examples["tokenizer"], tokenizer.fingerprint, place, folder)
+        return cfg, tokenizer, None
     if not file.exists():
         raise DataError(f"{folder}: this run has no {_DATA}, so nothing was trained in it")
     manifest = store.parse_manifest(file.read_text())
@@ -231,6 +289,11 @@ def entered_mesh(cfg: Config) -> Iterator[None]:
         yield
 
 
+def init_params(cfg: Config, key: jax.Array) -> Params:
+    """Fresh parameters of a run: the decoder's, and its task's layer where it has one."""
+    return decoder.init(cfg.model, key) | heads.init(cfg, key)
+
+
 def restore_params(
     folder: str, cfg: Config, say: Callable[[str], None] = lambda line: None
 ) -> tuple[Params, int]:
@@ -239,7 +302,7 @@ def restore_params(
     The moving average where the run keeps one. Raises CheckpointError if there is none.
     """
     checkpoints = Checkpoints(Path(folder) / CHECKPOINTS, say=say)
-    abstract = sharding.abstract(lambda: decoder.init(cfg.model, jax.random.key(0)))
+    abstract = sharding.abstract(lambda: init_params(cfg, jax.random.key(0)))
     step = sharding.abstract(lambda: jax.numpy.int32(0))
     part = "ema" if cfg.train.ema_decay else "params"
     restored = checkpoints.restore_newest({"step": step, part: abstract}, partial=True)

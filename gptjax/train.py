@@ -73,7 +73,12 @@ def dropout_keys(cfg: Config, step: jax.Array) -> jax.Array:
 
 def create_state(cfg: Config, init_fn: Callable[[jax.Array], Params]) -> TrainState:
     """The state before the first step, laid out over the ambient mesh. To be jitted."""
-    return state_of(cfg, init_fn(_init_and_dropout_keys(cfg)[0]))
+    return state_of(cfg, init_fn(init_key(cfg)))
+
+
+def init_key(cfg: Config) -> jax.Array:
+    """The key that fresh parameters are drawn from."""
+    return _init_and_dropout_keys(cfg)[0]
 
 
 def state_of(cfg: Config, params: Params, factors: Factors | None = None) -> TrainState:
@@ -132,7 +137,7 @@ def train_step(
     Where loss or gradient is not finite, parameters and optimizer stay as they are. What is frozen
     counts neither for the gradient's norm nor for that of the parameters, and keeps its bits.
     """
-    keys_B2 = dropout_keys(cfg, state.step) if cfg.model.dropout else None
+    keys_B2 = dropout_keys(cfg, state.step) if cfg.drops else None
     learning, frozen = parameters.split(state.params, factors)
     held = lambda new, old: parameters.held(new, old, factors)
     loss_of = lambda learning, *rest: loss_fn(parameters.joined(frozen, learning), *rest)
@@ -200,6 +205,7 @@ def fit(
     throughput: Throughput,
     watch: Watch,
     progress: Progress,
+    start: Callable[[], TrainState] | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
     """Trains to the end of the budget; returns the last state and the last evaluation.
 
@@ -207,8 +213,9 @@ def fit(
     first..last-1, counted from 0; `abstract_batch` is what they are on the devices, all rows;
     `writers(step)` opens the metrics of a run that goes on after that step. `evaluators` are run
     every eval.every steps, `tasks` every eval.tasks_every. Restores the newest valid checkpoint if
-    there is one; tells `watch` where it is. What is due at a step is done after its checkpoint, and
-    done again by a run that goes on from there.
+    there is one, and otherwise begins with what `init_fn` draws, or with the state, laid out alike,
+    that `start` makes; tells `watch` where it is. What is due at a step is done after its
+    checkpoint, and done again by a run that goes on from there.
 
     Raises Preempted when told to stop, after saving; NumericError after nonfinite_limit steps in a
     row; CheckpointError and OutputError as `Checkpoints` does.
@@ -223,7 +230,8 @@ def fit(
                 abstract = sharding.abstract(lambda: create_state(cfg, init_fn))
                 watch.at("restore", 0)
                 restored = checkpoints.restore_newest(abstract)
-                state: TrainState = restored or jax.jit(lambda: create_state(cfg, init_fn))()
+                fresh = start or jax.jit(lambda: create_state(cfg, init_fn))
+                state: TrainState = restored or fresh()
                 first = int(state.step)
                 last = max(first, cfg.train.steps)
                 if restored is not None:

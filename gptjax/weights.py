@@ -6,9 +6,11 @@ host memory holds one share and one tensor beyond what is on the devices. Files 
 tensor holds is declared in hf.py.
 """
 
+import contextlib
 import functools
+import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,8 +61,9 @@ class Source:
         return str(self.files[self.names[name]].get_slice(self.names[name]).get_dtype())
 
 
-def open_source(folder: Path) -> Source:
-    """Opens a folder and accounts for every tensor of it; reads none.
+def open_source(folder: Path, beside: Collection[str] = ()) -> Source:
+    """Opens a folder and accounts for every tensor of it; reads none. `beside` the model's tensors
+    those of these names are there too.
 
     Raises DataError for a folder or file that cannot be used, MismatchError for a model that has no
     counterpart here, and for tensors that are missing, left over or of another shape.
@@ -84,7 +87,8 @@ def open_source(folder: Path) -> Source:
         model,
         tuple(sorted(unread - set(_NO_MATHEMATICS.split()))),
         files,
-        _account(folder, family, model, pieces, files),
+        _account(folder, family, model, pieces, {k: v for k, v in files.items() if k not in beside})
+        | {name: name for name in beside},
     )
 
 
@@ -193,7 +197,10 @@ def _shape(piece: Piece, model: ModelConfig) -> tuple[int, ...]:
 @functools.lru_cache(maxsize=8)
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter, by path."""
-    with jax.sharding.use_abstract_mesh(sharding.abstract_mesh()):
+    # Any mesh will do, and one that is entered already cannot be left for a smaller one.
+    entered = not jax.sharding.get_abstract_mesh().empty
+    alone = jax.sharding.use_abstract_mesh(sharding.abstract_mesh())
+    with contextlib.nullcontext() if entered else alone:
         tree = jax.eval_shape(lambda: decoder.init(model, jax.random.key(0)))
     return {path: leaf.shape for path, leaf in leaves_by_path(tree).items()}
 
@@ -290,12 +297,15 @@ def write_folder(
     dtype: str = "F32",
     dtypes: Mapping[str, str] | None = None,
     extra: Json | None = None,
+    beside: Mapping[str, np.ndarray] | None = None,
+    instead: Json | None = None,
     done: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Writes config.json and safetensors files of at most 4 GB, with an index if several.
 
     `dtypes` are the formats of single tensors that have another; `extra` goes into config.json
-    where the model says nothing. Raises MismatchError where no family has this model.
+    where the model says nothing, `instead` where it does; `beside` are further tensors. Raises
+    MismatchError where no family has this model.
     """
     from safetensors.numpy import save_file
 
@@ -304,6 +314,7 @@ def write_folder(
         **(extra or {}),
         **config,
         "dtype": next(k for k, v in FORMATS_BY_NAME.items() if v == dtype),
+        **(instead or {}),
     }
     shards: list[dict[str, np.ndarray]] = [{}]
     files: list[tuple[str, list[str]]] = []
@@ -315,7 +326,8 @@ def write_folder(
         files.append((name, list(shards[0])))
         shards[0] = {}
 
-    for name, value in tensors(params, model, hf.FAMILIES[kind]):
+    own = tensors(params, model, hf.FAMILIES[kind])
+    for name, value in itertools.chain(own, (beside or {}).items()):
         value = cast(value, (dtypes or {}).get(name, dtype))
         if shards[0] and size + value.nbytes > _SHARD_BYTES:
             flush()

@@ -395,6 +395,36 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class FinetuneConfig:
+    """Supervised learning of a task from a pre-trained model, as `gptjax finetune` sets it up.
+
+    The defaults are those of generative pre-training's first publication (Radford et al. 2018).
+    """
+
+    task: Literal["none", "classify", "choose", "answer"] = identity("none")
+    """A label of a text or of a pair, the right one of several choices, or an answer in words."""
+    base: str = identity("")
+    """The run, or hf:FOLDER, whose parameters it began from."""
+    data: str = identity("")
+    """Training examples, a JSON object a line."""
+    valid: str = identity("")
+    """Validation examples."""
+    epochs: int = schedule(3)
+    """Passes over the training examples, from which train.tokens comes unless that is given."""
+    lm_weight: float = schedule(0.5)
+    """classify, choose: weight of the auxiliary loss, that of predicting the examples' tokens."""
+    dropout: float = schedule(0.1)
+    """classify, choose: dropped share of the hidden state that the task's layer sees."""
+    labels: tuple[str, ...] = identity(())
+    """classify: the labels, in the order of the task layer's columns; taken from the data."""
+
+    @property
+    def outputs(self) -> int:
+        """Columns of the task's layer; 0: there is none."""
+        return {"classify": len(self.labels), "choose": 1}.get(self.task, 0)
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Evaluation and samples during training. Periods are in steps; 0: only at the end."""
 
@@ -484,10 +514,16 @@ class Config:
     data: DataConfig = free(DataConfig)
     optim: OptimConfig = free(OptimConfig)
     train: TrainConfig = free(TrainConfig)
+    finetune: FinetuneConfig = free(FinetuneConfig)
     eval: EvalConfig = free(EvalConfig)
     checkpoint: CheckpointConfig = free(CheckpointConfig)
     log: LogConfig = free(LogConfig)
     watch: WatchConfig = free(WatchConfig)
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything is dropped in training."""
+        return self.model.dropout > 0 or (self.finetune.outputs > 0 and self.finetune.dropout > 0)
 
     def check(self, devices: int | None = None, processes: int = 1) -> None:
         """Checks that the values go together; with `devices`, that they fit such a machine too.

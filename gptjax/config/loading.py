@@ -161,7 +161,11 @@ def resolve(argument: str, overrides: Sequence[str], prog: str, description: str
     tyro parses the overrides; at a mistake it prints what is wrong and the nearest right names,
     and exits with status 2.
     """
-    preset = load(argument)
+    return override(load(argument), overrides, f"{prog} {argument}", description)
+
+
+def override(preset: Config, overrides: Sequence[str], prog: str, description: str = "") -> Config:
+    """The configuration with `--section.field value` overrides, which tyro parses."""
     if not overrides:
         return preset
     import tyro
@@ -170,7 +174,7 @@ def resolve(argument: str, overrides: Sequence[str], prog: str, description: str
         Config,
         default=preset,
         args=overrides,
-        prog=f"{prog} {argument}",
+        prog=prog,
         description=description,
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )

@@ -41,6 +41,7 @@ def value_problems(cfg: Any) -> Iterator[str]:
         "train.accumulation": t.accumulation,
         "train.nonfinite_limit": t.nonfinite_limit,
         "eval.batch": cfg.eval.batch,
+        "finetune.epochs": cfg.finetune.epochs,
         "checkpoint.every": cfg.checkpoint.every,
         "checkpoint.keep": cfg.checkpoint.keep,
         "log.every": cfg.log.every,
@@ -62,6 +63,7 @@ def value_problems(cfg: Any) -> Iterator[str]:
         "optim.clip": o.clip,
         "train.z_loss": t.z_loss,
         "train.seed": t.seed,
+        "finetune.lm_weight": cfg.finetune.lm_weight,
         "data.workers": cfg.data.workers,
         "eval.every": cfg.eval.every,
         "eval.sample_every": cfg.eval.sample_every,
@@ -78,6 +80,7 @@ def value_problems(cfg: Any) -> Iterator[str]:
             yield f"{name}={value}: must not be negative"
     shares = {
         "train.ema_decay": t.ema_decay,
+        "finetune.dropout": cfg.finetune.dropout,
         "optim.b1": o.b1,
         "optim.b2": o.b2,
         "data.valid_fraction": cfg.data.valid_fraction,
@@ -346,6 +349,8 @@ def mesh_problems(cfg: Any, sizes: Mapping[str, int], processes: int) -> Iterato
             f"compute.microbatches={microbatches}: no multiple of mesh axis stage={stages}; use "
             f"{_nearest_multiples(microbatches, stages)}"
         )
+    if stages > 1 and cfg.finetune.task != "none":
+        yield f"mesh.stage={stages}: fine-tuning has no pipeline; set it to 1"
     if sizes["expert"] > 1 and not m.moe.experts:
         yield f"mesh.expert={sizes['expert']}: model.moe.experts=0, so there is nothing to split"
     for axis, parts, name, size in split:

@@ -1,1 +1,1 @@
-"""Fine-tuning: adapters of low rank, and their exchange with other tools."""
+"""Fine-tuning: a pre-trained model learns a task from examples, through `train.fit`."""

@@ -132,6 +132,28 @@ class HuggingFaceTokenizer(Tokenizer):
         ids = self._prompts.encode(valid_text(text)).ids
         return ids or [self.eos_id if self.bos_id is None else self.bos_id]
 
+    def markup(self, text: str) -> list[int]:
+        """Token ids of text in which special tokens are spelled out, and none are added."""
+        return self._prompts.encode(valid_text(text), add_special_tokens=False).ids
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template for conversations, from a file of its own or tokenizer_config.json; of
+        several there the default.
+        """
+        if _TEMPLATE in self._files:
+            return self._files[_TEMPLATE].decode()
+        given = _parsed(self._files, "tokenizer_config.json").get("chat_template")
+        if isinstance(given, list):
+            named = {one.get("name"): one.get("template") for one in given if isinstance(one, dict)}
+            given = named.get("default")
+        return given if isinstance(given, str) else None
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """The special tokens by the names that they are declared under, such as bos_token."""
+        return dict(self._declared)
+
     def serialized(self) -> bytes:
         special = [self.bos_id, self.stop_ids, sorted(self._special)]
         return self._files[FILES[self.kind]] + b"\0" + json.dumps(special).encode()
@@ -141,6 +163,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return {**beside, FILES[self.kind]: self._files[FILES[self.kind]]}
 
 
+_TEMPLATE = "chat_template.jinja"
 _TOKEN_IDS = "token_ids.json"  # those of a model's config.json; a run has its own file of that name
 _ID_FILES = ("generation_config.json", _TOKEN_IDS)
 
@@ -148,7 +171,7 @@ _ID_FILES = ("generation_config.json", _TOKEN_IDS)
 def read_files(file: Any) -> dict[str, bytes]:
     """The contents of a tokenizer.json, whatever it is called, and of the files beside it."""
     found = {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json", *_ID_FILES):
+    for name in ("tokenizer_config.json", "special_tokens_map.json", _TEMPLATE, *_ID_FILES):
         if (path := file.parent / name).exists():
             found[name] = path.read_bytes()
     if (path := file.parent / "config.json").exists():

@@ -1,0 +1,151 @@
+"""Labelled examples as rows of tokens, with the start, delimiter and extract tokens around them.
+
+one text     start text extract
+two texts    start text delimiter text extract
+
+The three have the ids that follow the tokenizer's own. A model whose vocabulary ends there grows by
+three, into rows that its table has been filled up with or else into new ones. All three begin with
+random embeddings, and are predicted like other tokens by the auxiliary loss. What comes out at the
+extract token is what the task's layer sees; being the last, it is also what other libraries take.
+
+Shapes: E examples, C sequences of each, T tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from gptjax.errors import DataError
+from gptjax.finetune.examples import Examples, refuse
+from gptjax.tokenizer import Tokenizer
+
+Ids = list[int]
+
+
+class Special(NamedTuple):
+    """The ids of the tokens around texts."""
+
+    start: int
+    delimiter: int
+    extract: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "Special":
+        """Those that follow the tokenizer's vocabulary."""
+        return cls(*range(tokenizer.vocab_size, tokenizer.vocab_size + 3))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Examples as arrays: tokens_ECT, int32, filled up with `fill`; lengths_EC, 0 where there is no
+    such choice; labels_E, -1 for none. `cut` counts examples that were too long and lost text.
+    """
+
+    tokens_ECT: np.ndarray
+    lengths_EC: np.ndarray
+    labels_E: np.ndarray
+    cut: int
+
+    def __len__(self) -> int:
+        return len(self.labels_E)
+
+    def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows of a batch, by the names that the objective knows."""
+        return {
+            "tokens_BCT": self.tokens_ECT[ids],
+            "lengths_BC": self.lengths_EC[ids],
+            "labels_B": self.labels_E[ids],
+        }
+
+
+def encoded(examples: Examples, tokenizer: Tokenizer) -> list[list[list[Ids]]]:
+    """Token ids of each text of each sequence of each example."""
+    known: dict[str, Ids] = {}  # the context of choices is there as often as they are
+
+    def ids(text: str) -> Ids:
+        if text not in known:
+            known[text] = tokenizer.encode(text)
+        return known[text]
+
+    return [[[*map(ids, texts)] for texts in one.sequences] for one in examples.all]
+
+
+def longest(texts: Sequence[Sequence[Sequence[Ids]]]) -> int:
+    """Tokens of the longest sequence, those around its texts included."""
+    return max(1 + sum(len(ids) + 1 for ids in one) for example in texts for one in example)
+
+
+def rows(
+    examples: Examples,
+    texts: Sequence[Sequence[Sequence[Ids]]],
+    special: Special,
+    length: int,
+    labels: Sequence[str],
+    fill: int,
+) -> Rows:
+    """The rows, of `length` tokens; see `fitted` for what is longer.
+
+    Raises DataError for a choice that leaves no room for its context.
+    """
+    choices = max(map(len, texts))
+    tokens_ECT = np.full((len(texts), choices, length), fill, np.int32)
+    lengths_EC = np.zeros((len(texts), choices), np.int32)
+    number = {label: i for i, label in enumerate(labels)}
+    labels_E = np.array(
+        [
+            -1 if one.label is None else number.get(str(one.label), one.label)
+            for one in examples.all
+        ],
+        np.int32,
+    )
+    cut, problems = 0, []
+    for e, (one, sequences) in enumerate(zip(examples.all, texts, strict=True)):
+        was_cut = False
+        for c, parts in enumerate(sequences):
+            room = length - len(parts) - 1
+            if not labels and len(parts[-1]) >= room:
+                problems.append(
+                    f"{examples.path}:{one.line}: choice {c} has {len(parts[-1])} tokens, which "
+                    f"leaves no room for the text in train.seq_len={length}"
+                )
+                continue
+            kept = fitted(parts, room, last_whole=not labels)
+            was_cut |= kept != list(parts)
+            ids = [special.start]
+            for part in kept:
+                ids += [*part, special.delimiter]
+            ids[-1] = special.extract
+            tokens_ECT[e, c, : len(ids)], lengths_EC[e, c] = ids, len(ids)
+        cut += was_cut
+    refuse(problems)
+    return Rows(tokens_ECT, lengths_EC, labels_E, cut)
+
+
+def fitted(parts: Sequence[Ids], room: int, *, last_whole: bool) -> list[Ids]:
+    """The parts in `room` tokens together, cut at their ends: the longer one first, of a choice the
+    text before it alone.
+    """
+    if len(parts) == 1:
+        return [parts[0][:room]]
+    first, second = parts
+    over = len(first) + len(second) - room
+    if over <= 0:
+        return [first, second]
+    if last_whole:
+        return [first[: len(first) - over], second]
+    half = room // 2
+    if len(first) <= half:
+        return [first, second[: room - len(first)]]
+    if len(second) <= room - half:
+        return [first[: room - len(second)], second]
+    return [first[:half], second[: room - half]]
+
+
+def check_ids(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises DataError where a tokenizer has more pieces than the model predicts."""
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, and the model {vocab_size}"
+        )

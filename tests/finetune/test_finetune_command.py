@@ -1,0 +1,259 @@
+"""`gptjax finetune` and `gptjax predict`, in process, on a tiny model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gptjax import config, run
+from gptjax.checkpoint import Checkpoints
+
+from conftest import labelled  # isort: skip
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+QUICK = ("--optim.lr", "3e-3", "--finetune.epochs", "4", "--train.seq_len", "16")
+
+
+@pytest.fixture
+def finetune(command_line, base, write, tmp_path):
+    """Runs the command on a task of capitals; exit code, output, what was told."""
+    write("train.jsonl", labelled(48, 0))
+    write("valid.jsonl", labelled(20, 1))
+
+    def call(out: str, *words: object, task: str = "classify", start: str = base):
+        data = ("--data", tmp_path / "train.jsonl", "--valid", tmp_path / "valid.jsonl")
+        given = ("finetune", start, "--task", task, *data, "--run", tmp_path / out)
+        return command_line(*given, *QUICK, *words)
+
+    return call
+
+
+def fingerprints(folder: Path) -> dict:
+    checkpoints = Checkpoints(folder / run.CHECKPOINTS)
+    return checkpoints.meta(checkpoints.steps()[-1])["fingerprints"]
+
+
+def losses(folder: Path) -> list[float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_labels_are_learnt_told_and_predicted(finetune, command_line, write, tmp_path) -> None:
+    code, out, err = finetune("out", "--finetune.epochs", "12")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result["valid_accuracy"] == result["valid_f1"] == 1.0
+    assert "begins from" in err
+    report = json.loads((tmp_path / "out/classification.json").read_text())
+    assert report["confusion"] == [[10, 0], [0, 10]]
+    assert list(report["labels"]) == ["high", "low"]
+    cfg = config.load(str(tmp_path / "out"))
+    assert cfg.finetune.labels == ("high", "low")
+    assert (cfg.model.vocab_size, cfg.model.table) == (261, 384)
+    assert cfg.optim.lr_schedule == "linear"
+    assert cfg.train.steps == 12 * 48 // 32
+
+    valid = labelled(20, 1)
+    write("new.jsonl", [one | {"label": "nonsense"} for one in valid[:10]] + valid[10:])
+    files = ("--file", tmp_path / "new.jsonl", "--output", tmp_path / "told.jsonl")
+    code, _, err = command_line("predict", tmp_path / "out", *files)
+    assert code == 0, err
+    told = [json.loads(line) for line in (tmp_path / "told.jsonl").read_text().splitlines()]
+    assert [one["label"] for one in told] == [one["label"] for one in valid]
+    for one in told:
+        assert sum(one["probabilities"].values()) == pytest.approx(1)
+        assert max(one["probabilities"], key=one["probabilities"].get) == one["label"]
+    code, _, err = command_line("train", tmp_path / "out")
+    assert code == 2
+    assert "`gptjax finetune`" in err
+
+
+def test_a_run_that_goes_on_ends_with_the_same_bits(finetune, tmp_path) -> None:
+    often = ("--checkpoint.every", 2, "--checkpoint.keep", 9, "--model.dropout", "0.1")
+    assert finetune("whole", *often)[0] == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / f"cut/checkpoints/{step}")
+    code, out, err = finetune("cut", *often)
+    assert code == 0
+    assert "resumed after step 2 of 6" in err
+    assert "begins from" not in err
+    assert fingerprints(tmp_path / "cut") == fingerprints(tmp_path / "whole")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    changed = json.loads(out)["run"]
+    assert changed == str(tmp_path / "cut")
+
+
+def test_other_examples_are_another_run(finetune, write) -> None:
+    assert finetune("out", "--finetune.epochs", 1)[0] == 0
+    write("train.jsonl", labelled(48, 5))
+    code, _, err = finetune("out", "--finetune.epochs", 1)
+    assert code == 78
+    assert "was begun with other examples" in err
+    assert "train: " in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        ("--mesh.fsdp", 2, "--mesh.tensor", 2, "--mesh.data", 2),
+        ("--mesh.context", 2, "--mesh.data", 4, "--train.accumulation", 2),
+    ],
+)
+def test_every_mesh_has_the_same_losses(finetune, tmp_path, mesh) -> None:
+    few = ("--finetune.epochs", 2, "--model.dropout", "0.1")
+    if not (tmp_path / "one").exists():
+        assert finetune("one", *few)[0] == 0
+    code, _, err = finetune("other", *few, *mesh)
+    assert code == 0, err
+    assert len(losses(tmp_path / "one")) == 3
+    np.testing.assert_allclose(losses(tmp_path / "other"), losses(tmp_path / "one"), rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_choices_are_learnt(finetune, command_line, write, tmp_path) -> None:
+    def choices(count: int, seed: int) -> list[dict]:
+        texts = [one["text"].lower() for one in labelled(count, seed)]
+        made = []
+        for i, text in enumerate(texts):
+            options = [text.upper(), text][:: 1 if i % 2 else -1]
+            made.append({"text": "q", "choices": [o[:5] for o in options], "label": (i + 1) % 2})
+        made[0] = {"text": "q", "choices": ["ab", "CD", "ef"], "label": 1}
+        return made
+
+    write("train.jsonl", choices(48, 0))
+    write("valid.jsonl", choices(20, 1))
+    code, out, err = finetune("out", "--finetune.epochs", 12, task="choose")
+    assert code == 0, err
+    assert json.loads(out)["valid_accuracy"] >= 0.95
+    write("new.jsonl", [{"text": "q", "choices": ["AB", "xyz"]}])
+    files = ("--file", tmp_path / "new.jsonl", "--output", tmp_path / "told.jsonl")
+    assert command_line("predict", tmp_path / "out", *files)[0] == 0
+    (told,) = map(json.loads, (tmp_path / "told.jsonl").read_text().splitlines())
+    assert told["label"] == 0
+    assert len(told["probabilities"]) == 2
+
+
+@pytest.mark.slow
+def test_the_table_grows_where_the_special_tokens_have_no_room(
+    make_base, finetune, tmp_path
+) -> None:
+    tight = make_base(tmp_path / "tight", vocab_multiple=1, tied_embeddings=False)
+    code, _, err = finetune("out", "--finetune.epochs", 1, "--optim.lr", 0, start=tight)
+    assert code == 0, err
+    cfg = config.load(str(tmp_path / "out"))
+    assert cfg.model.table == 261
+    with run.entered_mesh(cfg):
+        before, _ = run.restore_params(tight, config.load(tight))
+        after, _ = run.restore_params(str(tmp_path / "out"), cfg)
+        for name in ("embed", "head"):
+            old, new = np.asarray(before[name]), np.asarray(after[name])
+            np.testing.assert_array_equal(new[:258], old)
+            assert 0.01 < new[258:].std() < 0.03
+        np.testing.assert_array_equal(before["positions"], after["positions"])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        pytest.param(
+            {
+                "positions": "rope",
+                "norm": "rmsnorm",
+                "activation": "swiglu",
+                "mlp": 48,
+                "linear_bias": False,
+                "kv_heads": 2,
+                "tied_embeddings": False,
+            },
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_an_export_has_the_scores_of_the_public_implementation(
+    make_base, finetune, command_line, tmp_path, fields
+) -> None:
+    pytest.importorskip("transformers")
+    start = make_base(tmp_path / "start", **fields)
+    assert finetune("out", "--finetune.epochs", 2, start=start)[0] == 0
+    code, _, err = command_line("convert", tmp_path / "out", f"hf:{tmp_path / 'folder'}")
+    assert code == 0, err
+    certificate = json.loads((tmp_path / "folder/certificate.json").read_text())
+    assert certificate["round trip"] == "byte-equal"
+    compared = certificate["transformers"]
+    assert compared["architecture"].endswith("ForSequenceClassification")
+    assert compared["largest_score"] > 0.1
+    assert compared["largest_difference"] < 1e-5
+    exported = json.loads((tmp_path / "folder/config.json").read_text())
+    assert exported["id2label"] == {"0": "high", "1": "low"}
+    assert exported["task_specific_params"]["classify"]["extract"] == 260
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (("--model.layers", 3), 2, "model.layers=3: the base has 2"),
+        (("--mesh.stage", 2), 2, "mesh.stage=2: fine-tuning has no pipeline"),
+        (("--finetune.lm-weight", -1), 2, "finetune.lm_weight=-1.0: must not be negative"),
+        (("--finetune.task", "none"), 2, "give them as RUN and as --task"),
+        (("--finetune.epochs", 0), 2, "finetune.epochs=0: must be at least 1"),
+        (("--valid", "/nowhere"), 65, "--valid=/nowhere: cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_told_before_the_run_folder_is_made(
+    finetune, tmp_path, words, code, says
+) -> None:
+    got, _, err = finetune("out", *words)
+    assert (got, says in err) == (code, True), err
+    assert not (tmp_path / "out").exists() or words[0] == "--mesh.stage"
+
+
+def test_a_base_must_have_parameters(finetune, base, tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    shutil.copy(Path(base) / "config.json", tmp_path / "empty")
+    code, _, err = finetune("out", start=str(tmp_path / "empty"))
+    assert code == 74
+    assert "has no checkpoint yet" in err
+
+
+def test_help_needs_neither_data_nor_jax(command_line, base) -> None:
+    code, out, _ = command_line("finetune", base, "--help")
+    assert code == 0
+    assert "--finetune.lm-weight" in out
+    assert command_line("finetune", base)[0] == 2
+
+
+def test_predict_is_for_runs_with_a_task(command_line, base, write, tmp_path) -> None:
+    file = write("new.jsonl", [{"text": "a"}])
+    code, _, err = command_line("predict", base, "--file", file, "--output", tmp_path / "o")
+    assert code == 2
+    assert "predict is for classify and choose" in err
+
+
+def test_answers_are_learnt_and_measured_and_sampled(
+    finetune, command_line, write, tmp_path
+) -> None:
+    pairs = [{"prompt": f"{c}{c}?", "answer": c.upper()} for c in "abcdefgh"]
+    write("train.jsonl", pairs * 4)
+    write("valid.jsonl", pairs)
+    words = ("--finetune.epochs", 40, "--checkpoint.every", 1000, "--eval.every", 0)
+    words += ("--train.batch_tokens", 8 * 16, "--optim.lr", "1e-2")
+    code, out, err = finetune("out", *words, task="answer")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["valid_exact_match"] == result["valid_f1"] == 1.0
+    assert "train: 32 examples" in err
+    code, out, err = command_line(
+        *("sample", tmp_path / "out", "--prompt", "cc?", "--temperature", 0, "--max-tokens", 4)
+    )
+    assert code == 0, err
+    assert out.strip() == "cc? C"
+    write("valid.jsonl", [{"prompt": "a", "answer": "b" * 20}])
+    code, _, err = finetune("long", task="answer")
+    assert code == 65
+    assert "valid.jsonl:1: the answer has 22 tokens, more than train.seq_len=16" in err
