@@ -534,7 +534,7 @@ def _tokenizer_show(args: argparse.Namespace, _: Sequence[str]) -> None:
 
     from gptjax import tokenizer as tokenizers
 
-    tokenizer = tokenizers.load(epath.pathlib.Path(args.folder))
+    tokenizer = tokenizers.load(epath.Path(args.folder))
     special = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
     named = ", ".join(
         f"{name} {token} {tokenizer.piece(token)!r}"

@@ -183,7 +183,7 @@ def test_a_page_is_written_beside_json_too(run, tmp_path) -> None:
         (("--machine", "v5e:4x4", "--mesh.fsdp", "5"), ("mesh.data=-1", "16")),
         (
             ("--machine", "v5e:4x4", "--mesh.data", "2", "--mesh.fsdp", "4"),
-            ("data=2 x fsdp=4", "8 devices", "16"),
+            ("data=2 x stage=1 x fsdp=4", "8 devices", "16"),
         ),
         (("--machine", "2xv5e:4x4", "--mesh.data", "1", "--mesh.fsdp", "32"), ("mesh.data=1: ",)),
         (("--machine", "v5e:1x1", "--search", "--model.layers", "400"), ("--search: ", "devices")),
