@@ -313,7 +313,7 @@ def test_rows_and_sequences_are_each_others_inverse(on_mesh, mesh):
         ("reference", {"data": 2, "context": 4}),
     ],
 )
-@pytest.mark.parametrize("documents", ["ignore", "mask"])
+@pytest.mark.parametrize("documents", [pytest.param("ignore", marks=pytest.mark.slow), "mask"])
 def test_sequences_split_over_devices_have_the_loss_and_gradients_of_one(
     on_mesh, tiny_config, attention, mesh, documents
 ):

@@ -157,22 +157,20 @@ def test_the_table_grows_where_the_special_tokens_have_no_room(
         np.testing.assert_array_equal(before["positions"], after["positions"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
         {},
-        pytest.param(
-            {
-                "positions": "rope",
-                "norm": "rmsnorm",
-                "activation": "swiglu",
-                "mlp": 48,
-                "linear_bias": False,
-                "kv_heads": 2,
-                "tied_embeddings": False,
-            },
-            marks=pytest.mark.slow,
-        ),
+        {
+            "positions": "rope",
+            "norm": "rmsnorm",
+            "activation": "swiglu",
+            "mlp": 48,
+            "linear_bias": False,
+            "kv_heads": 2,
+            "tied_embeddings": False,
+        },
     ],
 )
 def test_an_export_has_the_scores_of_the_public_implementation(
