@@ -60,13 +60,18 @@ def config_of(model: str, **sections: Any) -> Config:
     return replace(base, **changed)
 
 
-def batches() -> Iterator[dict[str, np.ndarray]]:
-    """Windows in which documents end, a few of them with targets that do not count."""
+def batches(cfg: Config) -> Iterator[dict[str, np.ndarray]]:
+    """Windows in which documents end, of which a few targets do not count.
+
+    A mixture's all count: what its router adds to the loss is weighted by the targets of a part, so
+    with uneven parts it hangs on the accumulation (in pre-training every part is whole).
+    """
+    least = 32 if cfg.model.moe.experts else 20
     rng = np.random.default_rng(0)
     for _ in range(STEPS):
         windows = rng.integers(1, 128, (32, 33)).astype(np.int32)
         windows[rng.random(windows.shape) < 0.08] = EOS
-        yield {"windows_BW": windows, "lengths_B": rng.integers(20, 33, 32).astype(np.int32)}
+        yield {"windows_BW": windows, "lengths_B": rng.integers(least, 33, 32).astype(np.int32)}
 
 
 def trained(cfg: Config, start: dict[str, np.ndarray] | None) -> tuple[list, dict]:
@@ -99,7 +104,7 @@ def trained(cfg: Config, start: dict[str, np.ndarray] | None) -> tuple[list, dic
         loss_fn = objective.training_loss(cfg, EOS)
         step = train.compile_step(cfg, loss_fn, state, objective.abstract_batch(cfg))
         seen = []
-        for batch in batches():
+        for batch in batches(cfg):
             state, metrics = step(state, sharding.global_batch(batch, cfg.train.batch))
             seen.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     return seen, start
