@@ -144,10 +144,13 @@ def _parser() -> argparse.ArgumentParser:
         "convert",
         _convert,
         "Make a run of a Hugging Face folder, or the reverse: convert hf:FOLDER RUN, or RUN "
-        "hf:FOLDER. Compares the logits with those of transformers where it is installed.",
+        "hf:FOLDER. Compares the logits with those of transformers where it is installed. "
+        "peft:FOLDER is a run's adapters alone, in PEFT's layout; of a run with adapters, another "
+        "RUN is the one in which they are merged.",
     )
-    sub.add_argument("source", metavar="FROM", help="hf:FOLDER, or a run folder")
-    sub.add_argument("target", metavar="TO", help="a new run folder, or hf:FOLDER")
+    sub.add_argument("source", metavar="FROM", help="a run folder, hf:FOLDER or peft:FOLDER")
+    sub.add_argument("target", metavar="TO", help="a new run folder, hf:FOLDER or peft:FOLDER")
+    sub.add_argument("--base", metavar="RUN", help="of peft:FOLDER: the run or hf:FOLDER it is for")
     sub.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
@@ -404,23 +407,35 @@ def _plan(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def _convert(args: argparse.Namespace, _: Sequence[str]) -> None:
-    into, out = (path.startswith("hf:") for path in (args.source, args.target))
-    if into == out:
+    (kind, source), (into, target) = map(_kind_and_folder, (args.source, args.target))
+    if kind != "run" != into:
         what = f"convert {args.source} {args.target}"
-        raise ConfigError([f"{what}: one of the two must be hf:FOLDER, the other a run folder"])
-    if into and args.dtype:
-        raise ConfigError([f"--dtype={args.dtype}: only of an export; an import is exact"])
+        raise ConfigError([f"{what}: one of the two must be a run folder"])
+    if into != "hf" and args.dtype:
+        raise ConfigError([f"--dtype={args.dtype}: only of an export to hf:FOLDER"])
+    if (kind == "peft") != (args.base is not None):
+        raise ConfigError(["--base: the model that peft:FOLDER goes with, and only there"])
     from gptjax import convert
 
-    source, target = args.source.removeprefix("hf:"), args.target.removeprefix("hf:")
     progress, compare = Progress(), not args.no_compare
-    if into:
+    if kind == "hf":
         certificate = convert.import_run(source, target, progress, compare=compare)
-    else:
+    elif kind == "peft":
+        certificate = convert.import_adapters(source, args.base, target, progress)
+    elif into == "hf":
         certificate = convert.export_run(
             source, target, progress, dtype=args.dtype, compare=compare
         )
+    elif into == "peft":
+        certificate = convert.export_adapters(source, target, progress)
+    else:
+        certificate = convert.merge_run(source, target, progress)
     _print_certificate(certificate)
+
+
+def _kind_and_folder(path: str) -> tuple[str, str]:
+    kind, colon, folder = path.partition(":")
+    return (kind, folder) if colon and kind in ("hf", "peft") else ("run", path)
 
 
 def _print_certificate(certificate: dict[str, Any], indent: str = "") -> None:

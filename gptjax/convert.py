@@ -23,7 +23,7 @@ from gptjax import hf, opening, run, sharding, weights
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import CheckpointConfig, ComputeConfig, Config
 from gptjax.errors import ConfigError, MismatchError, OutputError
-from gptjax.finetune import heads
+from gptjax.finetune import heads, lora, peft, separate
 from gptjax.model import decoder
 from gptjax.model.decoder import Params
 from gptjax.progress import Progress
@@ -58,12 +58,7 @@ def import_run(folder: str, target: str, progress: Progress, *, compare: bool = 
             params = weights.read_params(source, bar.update)
         _carry(source.folder, path / _CARRIED)
         run.record_imported(cfg, tokenizer, _provenance(source, folder))
-        checkpoints = Checkpoints(
-            path / run.CHECKPOINTS, CheckpointConfig(), lambda step: {"imported": folder}
-        )
-        with checkpoints:
-            checkpoints.save(0, {"step": jnp.int32(0), "params": params})
-            checkpoints.finish()
+        _save(path, 0, params, {"imported": folder})
         certificate = {
             "source": folder,
             "tensors": len(source.names),
@@ -73,6 +68,90 @@ def import_run(folder: str, target: str, progress: Progress, *, compare: bool = 
         if compare:
             _check_logits(certificate, source, params, progress, path)
         return certificate
+
+
+def merge_run(folder: str, target: str, progress: Progress) -> Json:
+    """Makes a run with the adapters of another merged into their base, which it needs no more.
+
+    Returns where they came from. To be used, not trained further. Raises ConfigError for a run
+    without adapters, OutputError where the target exists and is not empty, or cannot be written.
+    """
+    _one_process()
+    cfg, tokenizer, _ = run.open_run(folder)
+    tune = cfg.finetune
+    if not tune.lora.rank:
+        raise ConfigError([f"{folder}: finetune.lora.rank=0, so it has no adapters to merge"])
+    assert tokenizer is not None
+    path = Path(target)
+    _new_folder(path)
+    with run.entered_mesh(cfg):
+        params, step = run.restore_params(folder, cfg, progress.say)
+        _save(path, step, params, {"merged": folder})
+    lora = replace(tune.lora, rank=0)
+    cfg = replace(cfg, run=target, finetune=replace(tune, lora=lora))
+    cfg = replace(cfg, train=replace(cfg.train, ema_decay=0.0))
+    run.record_tuned(cfg, tokenizer, run.examples_of(folder) | {"merged": folder})
+    return {"source": folder, "step": step, "base": tune.base}
+
+
+def export_adapters(folder: str, target: str, progress: Progress) -> Json:
+    """Writes a run's adapters as PEFT has them; returns what they are.
+
+    Raises ConfigError for a run without adapters, or with a layer of its task beside them, for
+    which PEFT has no place; MismatchError as `peft.write_folder` does.
+    """
+    _one_process()
+    cfg, _, _ = run.open_run(folder)
+    tune = cfg.finetune
+    if not tune.lora.rank:
+        raise ConfigError([f"{folder}: finetune.lora.rank=0, so it has no adapters"])
+    if tune.outputs:
+        raise ConfigError(
+            [
+                f"{folder}: finetune.task={tune.task} has a layer and tokens of its own, which "
+                "adapters alone do not carry; convert to hf:FOLDER, where all is merged"
+            ]
+        )
+    path = Path(target)
+    _new_folder(path)
+    with run.entered_mesh(replace(cfg, compute=ComputeConfig())):
+        learnt, step = separate.restore(folder, cfg, progress.say)
+        adapters, base = learnt[lora.ADAPTERS], tune.base.removeprefix("hf:")
+        peft.write_folder(path, adapters, tune.lora, cfg.model, base)
+    count = sum(leaf.size for leaf in jax.tree.leaves(adapters))
+    return {"source": folder, "step": step, "base": tune.base, "parameters": count}
+
+
+def import_adapters(folder: str, base: str, target: str, progress: Progress) -> Json:
+    """Makes a run of PEFT's adapters merged into their base, a run or hf:FOLDER.
+
+    Returns what they are. Raises what opening the base and `peft.read_folder` raise, before
+    anything is written; OutputError where the target exists and is not empty.
+    """
+    _one_process()
+    path = Path(target)
+    with opening.opened(base, say=progress.say) as model:
+        adapters, lora_cfg = peft.read_folder(Path(folder), model.cfg.model)
+        _new_folder(path)
+        merge = jax.jit(lambda params, adapters: lora.merged(params, adapters, lora_cfg))
+        _save(path, model.step or 0, merge(model.params, adapters), {"imported": folder})
+        if opening.is_hugging_face(base):
+            config = weights.open_source(Path(base.removeprefix("hf:"))).config
+        else:
+            config = (run.source_of(base) or {}).get("config", {})
+        train = replace(model.cfg.train, ema_decay=0.0)
+        cfg = replace(model.cfg, run=target, train=train)
+        source = {"folder": folder, "base": base, "config": config, "dtypes": {}}
+        run.record_imported(cfg, model.tokenizer, source)
+    return {"source": folder, "base": base, "rank": lora_cfg.rank, "scale": lora_cfg.scale}
+
+
+def _save(folder: Path, step: int, params: Params, meta: Json) -> None:
+    """The only checkpoint of a run that is not trained."""
+    checkpoints = Checkpoints(folder / run.CHECKPOINTS, CheckpointConfig(), lambda step: meta)
+    with checkpoints:
+        checkpoints.save(step, {"step": jnp.int32(step), "params": params})
+        checkpoints.finish()
 
 
 def export_run(

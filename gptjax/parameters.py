@@ -84,7 +84,7 @@ def factors(
     Raises ConfigError for a pattern that matches nothing, and where nothing is left to learn.
     """
     leaves, period = leaves_by_path(params), len(model.pattern)
-    frozen = matching(leaves, cfg.freeze, "freeze")
+    frozen = matching(leaves, cfg.freeze, "finetune.freeze")
 
     def one(path: str, leaf: Any) -> float | tuple[float, ...]:
         if path in frozen:
@@ -103,7 +103,7 @@ def factors(
 
     found = {path: one(path, leaf) for path, leaf in leaves.items()}
     if not any(map(_learns, found.values())):
-        raise ConfigError([f"freeze={cfg.freeze}: nothing is left to train; freeze less"])
+        raise ConfigError([f"finetune.freeze={cfg.freeze}: nothing is left to train; freeze less"])
     return found
 
 

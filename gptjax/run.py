@@ -299,8 +299,13 @@ def restore_params(
 ) -> tuple[Params, int]:
     """Parameters of a run's newest whole checkpoint on the ambient mesh, and their step.
 
-    The moving average where the run keeps one. Raises CheckpointError if there is none.
+    The moving average where the run keeps one; adapters merged into their base. Raises
+    CheckpointError if there is none.
     """
+    if cfg.finetune.lora.rank:
+        from gptjax.finetune import separate  # which needs what is here
+
+        return separate.restore_params(folder, cfg, say)
     checkpoints = Checkpoints(Path(folder) / CHECKPOINTS, say=say)
     abstract = sharding.abstract(lambda: init_params(cfg, jax.random.key(0)))
     step = sharding.abstract(lambda: jax.numpy.int32(0))

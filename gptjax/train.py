@@ -71,9 +71,11 @@ def dropout_keys(cfg: Config, step: jax.Array) -> jax.Array:
     return jax.sharding.reshard(jax.random.key_data(keys_B), sharding.spec("batch", None))
 
 
-def create_state(cfg: Config, init_fn: Callable[[jax.Array], Params]) -> TrainState:
+def create_state(
+    cfg: Config, init_fn: Callable[[jax.Array], Params], factors: Factors | None = None
+) -> TrainState:
     """The state before the first step, laid out over the ambient mesh. To be jitted."""
-    return state_of(cfg, init_fn(init_key(cfg)))
+    return state_of(cfg, init_fn(init_key(cfg)), factors)
 
 
 def init_key(cfg: Config) -> jax.Array:
@@ -206,6 +208,7 @@ def fit(
     watch: Watch,
     progress: Progress,
     start: Callable[[], TrainState] | None = None,
+    factors: Factors | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
     """Trains to the end of the budget; returns the last state and the last evaluation.
 
@@ -214,8 +217,8 @@ def fit(
     `writers(step)` opens the metrics of a run that goes on after that step. `evaluators` are run
     every eval.every steps, `tasks` every eval.tasks_every. Restores the newest valid checkpoint if
     there is one, and otherwise begins with what `init_fn` draws, or with the state, laid out alike,
-    that `start` makes; tells `watch` where it is. What is due at a step is done after its
-    checkpoint, and done again by a run that goes on from there.
+    that `start` makes; tells `watch` where it is. `factors` say what learns (parameters.py). What
+    is due at a step is done after its checkpoint, and again by a run that goes on from there.
 
     Raises Preempted when told to stop, after saving; NumericError after nonfinite_limit steps in a
     row; CheckpointError and OutputError as `Checkpoints` does.
@@ -227,11 +230,10 @@ def fit(
         # --- state, restored or fresh; the step compiles while the first batch is read ---
         try:
             with interrupt.at_once():
-                abstract = sharding.abstract(lambda: create_state(cfg, init_fn))
+                fresh = lambda: create_state(cfg, init_fn, factors)
                 watch.at("restore", 0)
-                restored = checkpoints.restore_newest(abstract)
-                fresh = start or jax.jit(lambda: create_state(cfg, init_fn))
-                state: TrainState = restored or fresh()
+                restored = checkpoints.restore_newest(sharding.abstract(fresh))
+                state: TrainState = restored or (start or jax.jit(fresh))()
                 first = int(state.step)
                 last = max(first, cfg.train.steps)
                 if restored is not None:
@@ -242,7 +244,7 @@ def fit(
                     began = time.monotonic()
                     with ThreadPoolExecutor(1) as reader, compilation.cache_report() as cached:
                         reading = reader.submit(next, source)
-                        step_fn = compile_step(cfg, loss_fn, state, abstract_batch)
+                        step_fn = compile_step(cfg, loss_fn, state, abstract_batch, factors)
                         progress.say(f"compiled in {time.monotonic() - began:.1f} s ({cached()})")
                         batch = reading.result()
                     progress.say(throughput.description)

@@ -346,8 +346,8 @@ class TuneConfig:
 class LoraConfig:
     """Adapters of low rank beside frozen matrices (Hu et al. 2021)."""
 
-    rank: int = identity(8)
-    """Inner width of an adapter."""
+    rank: int = identity(0)
+    """Inner width of an adapter; 0: there are none, and the matrices themselves learn."""
     alpha: float = identity(16.0)
     """What an adapter adds is multiplied by alpha / rank."""
     rslora: bool = identity(False)
@@ -395,7 +395,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(TuneConfig):
     """Supervised learning of a task from a pre-trained model, as `gptjax finetune` sets it up.
 
     The defaults are those of generative pre-training's first publication (Radford et al. 2018).
@@ -417,6 +417,8 @@ class FinetuneConfig:
     """classify, choose: dropped share of the hidden state that the task's layer sees."""
     labels: tuple[str, ...] = identity(())
     """classify: the labels, in the order of the task layer's columns; taken from the data."""
+    lora: LoraConfig = free(LoraConfig)
+    """Adapters that learn in the place of the model."""
 
     @property
     def outputs(self) -> int:

@@ -78,6 +78,8 @@ def value_problems(cfg: Any) -> Iterator[str]:
     for name, value in at_least_zero.items():
         if not value >= 0:
             yield f"{name}={value}: must not be negative"
+    yield from tune_problems(cfg.finetune, m, "finetune")
+    yield from lora_problems(cfg.finetune.lora, "finetune.lora")
     shares = {
         "train.ema_decay": t.ema_decay,
         "finetune.dropout": cfg.finetune.dropout,
@@ -278,8 +280,8 @@ def tune_problems(tune: Any, model: Any, option: str) -> Iterator[str]:
 
 def lora_problems(lora: Any, option: str) -> Iterator[str]:
     """Every value of a LoraConfig that is out of its range; `option` is its dotted name."""
-    if lora.rank < 1:
-        yield f"{option}.rank={lora.rank}: must be at least 1"
+    if lora.rank < 0:
+        yield f"{option}.rank={lora.rank}: must not be negative"
     if not lora.alpha > 0:
         yield f"{option}.alpha={lora.alpha}: must be above 0"
     if not lora.targets:

@@ -24,6 +24,7 @@ from jax import lax
 
 from gptjax import parameters, sharding
 from gptjax.config import LoraConfig, ModelConfig, TuneConfig
+from gptjax.finetune import heads
 from gptjax.model.decoder import Params
 from gptjax.parameters import Factors, leaves_by_path, nested, sides
 from gptjax.train import LossFn
@@ -42,7 +43,7 @@ def targets(params: Params, cfg: LoraConfig) -> list[str]:
         return path.startswith("blocks/") and leaf.ndim > 2 and not vector
 
     candidates = [path for path, leaf in leaves_by_path(params).items() if matrix(path, leaf)]
-    return sorted(parameters.matching(candidates, cfg.targets, "targets"))
+    return sorted(parameters.matching(candidates, cfg.targets, "finetune.lora.targets"))
 
 
 def init(params: Params, cfg: LoraConfig, key: jax.Array) -> Params:
@@ -114,8 +115,12 @@ def factors(
 ) -> Factors:
     """Of a tree of both: the base is frozen, and `parameters.factors` says how adapters learn.
 
-    Patterns of tune.freeze are those of the adapters' own paths, ending in a or b.
+    A task's layer in the base learns as it does without adapters. Patterns of tune.freeze are those
+    of the adapters' own paths, ending in a or b.
     """
-    base = {f"{BASE}/{path}": 0.0 for path in leaves_by_path(params[BASE])}
+    base = {
+        f"{BASE}/{path}": float(path.startswith(f"{heads.NAME}/"))
+        for path in leaves_by_path(params[BASE])
+    }
     own = parameters.factors(params[ADAPTERS], tune, model, order)
     return base | {f"{ADAPTERS}/{path}": factor for path, factor in own.items()}

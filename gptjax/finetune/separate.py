@@ -6,11 +6,17 @@ that it was trained beside, so it is not restored beside others.
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from gptjax import parameters
+import jax
+
+from gptjax import parameters, run, sharding
 from gptjax.checkpoint import Checkpoints, fingerprints, leaves_by_path, sha256_of
-from gptjax.errors import MismatchError
+from gptjax.config import Config
+from gptjax.errors import CheckpointError, ConfigError, MismatchError
+from gptjax.finetune import recipe, start
+from gptjax.model.decoder import Params
 from gptjax.parameters import Factors, Tree
 from gptjax.train import TrainState
 
@@ -39,6 +45,15 @@ class SeparateCheckpoints(Checkpoints):
             return None
         return replace(restored, params=parameters.joined(self._frozen(), restored.params))
 
+    def restore_learnt(self, abstract: Tree, part: str) -> tuple[Tree, int] | None:
+        """What learns of the newest one, its subtree `part`, and the step; None if none exists.
+
+        `abstract` is of that alone. Raises as Checkpoints.restore_newest does.
+        """
+        step = sharding.abstract(lambda: jax.numpy.int32(0))
+        restored = super().restore_newest({"step": step, part: abstract}, partial=True)
+        return None if restored is None else (restored[part], int(restored["step"]))
+
     def _learning(self, state: TrainState) -> TrainState:
         return replace(state, params=parameters.split(state.params, self._factors)[0])
 
@@ -53,3 +68,41 @@ class SeparateCheckpoints(Checkpoints):
 
 def _digest(frozen: Tree) -> str:
     return sha256_of(fingerprints(leaves_by_path(frozen)))
+
+
+def restore_params(folder: str, cfg: Config, say: Callable[[str], None]) -> tuple[Params, int]:
+    """The model's parameters of a run with adapters, merged, and their step: as
+    `run.restore_params`, which calls it. Raises what `restore` raises.
+    """
+    learnt, step = restore(folder, cfg, say)
+    merge = jax.jit(lambda tree: start.plain(cfg, tree))
+    return merge(learnt), step
+
+
+def restore(folder: str, cfg: Config, say: Callable[[str], None]) -> tuple[Tree, int]:
+    """The tree that training took of a run with adapters, and its step; the moving average where
+    the run keeps one.
+
+    Raises ConfigError where the base is not where the run says, MismatchError where it has changed,
+    CheckpointError where there is no checkpoint.
+    """
+    try:
+        base = recipe.base_of(cfg.finetune.base)
+    except ConfigError as error:
+        raise ConfigError(
+            [f"{folder}: its adapters go with a base: {problem}" for problem in error.problems]
+        ) from None
+    factors = start.factors(cfg)
+    assert factors is not None
+    make = jax.jit(lambda given: start.tree(cfg, given))
+    begun = make(start.params(cfg, base, lambda line: None))
+    frozen = parameters.split(begun, factors)[1]
+    checkpoints = SeparateCheckpoints(
+        Path(folder) / run.CHECKPOINTS, say=say, factors=factors, frozen=lambda: frozen
+    )
+    learning = parameters.split(start.abstract(cfg), factors)[0]
+    restored = checkpoints.restore_learnt(learning, "ema" if cfg.train.ema_decay else "params")
+    if restored is None:
+        raise CheckpointError(f"{folder}: this run has no checkpoint yet")
+    learnt, step = restored
+    return parameters.joined(frozen, learnt), step

@@ -6,7 +6,7 @@ RUN/classification.json    accuracy, F1 and confusion matrix of the last evaluat
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import config, distributed, metrics, run, sharding, train, weights
+from gptjax import config, distributed, metrics, parameters, run, sharding, train
 from gptjax.checkpoint import Checkpoints, sha256_of
 from gptjax.config import Config
 from gptjax.data.order import Order
-from gptjax.finetune import answering, classifying, heads
+from gptjax.evaluate import Evaluator
+from gptjax.finetune import answering, classifying, start
 from gptjax.finetune.encoding import Special
 from gptjax.finetune.examples import Examples
 from gptjax.finetune.exchanges import Exchanges
 from gptjax.finetune.recipe import Base
+from gptjax.finetune.separate import SeparateCheckpoints
 from gptjax.model import counts, decoder
 from gptjax.model.decoder import Params
+from gptjax.parameters import Factors, Tree
 from gptjax.progress import Progress
 from gptjax.tokenizer import Tokenizer
-from gptjax.train import TrainState
 from gptjax.watch import Watch
 
 REPORT = "classification.json"
@@ -46,7 +48,8 @@ def tune(
     The run folder is claimed already. Raises what `train.fit` raises, and MismatchError for a run
     that was begun with other examples.
     """
-    answers = cfg.finetune.task == "answer"
+    answers, factors = cfg.finetune.task == "answer", start.factors(cfg)
+    learning, total = parameters.counts(start.abstract(cfg), factors)
     _record(cfg, base.tokenizer, given, rows, progress)
     backends = decoder.attention_backends(
         cfg.model,
@@ -57,27 +60,35 @@ def tune(
         training=True,
     )
     progress.say(f"attention: {', '.join(dict.fromkeys(backends))}")
+    progress.say(f"learns {learning:,} of {total:,} parameters, {learning / total:.2%}")
     order = Order(len(rows["train"]), cfg.train.batch, cfg.train.seed)
 
     def batches(first: int, last: int) -> Iterator[Any]:
         own = sharding.host_rows(cfg.train.batch)
         return (rows["train"].take(order.ids(step, own)) for step in range(first, last))
 
+    def begun(say: Callable[[str], None] = lambda line: None) -> Tree:
+        made = jax.jit(functools.partial(start.tree, cfg), donate_argnums=0)
+        return made(start.params(cfg, base, say))
+
     labels = classifying.LabelQuality(cfg, rows["valid"], progress) if not answers else None
-    objective = answering if answers else classifying
+    right = answering.AnswersRight(cfg, given["valid"], base.tokenizer) if answers else None
+    loss = (answering if answers else classifying).training_loss(cfg)
+    plain = jax.jit(functools.partial(start.plain, cfg))
     _, evaluated = train.fit(
         cfg,
-        init_fn=functools.partial(run.init_params, cfg),
-        start=lambda: begin(cfg, base, progress.say),
-        loss_fn=objective.training_loss(cfg),
+        init_fn=lambda key: start.tree(cfg, run.init_params(cfg, key)),
+        start=lambda: jax.jit(lambda tree: train.state_of(cfg, tree, factors), donate_argnums=0)(
+            begun(progress.say)
+        ),
+        factors=factors,
+        loss_fn=lambda tree, batch, keys_B2: loss(start.plain(cfg, tree), batch, keys_B2),
         abstract_batch=_abstract(cfg, rows["train"].take(np.arange(1))),
         batches=batches,
-        evaluators=[labels or answering.AnswerLoss(cfg, rows["valid"], progress)],
-        tasks=[] if labels else [answering.AnswersRight(cfg, given["valid"], base.tokenizer)],
+        evaluators=[_Of(plain, labels or answering.AnswerLoss(cfg, rows["valid"], progress))],
+        tasks=[_Of(plain, right)] if right else [],
         sampler=lambda step, params: None,
-        checkpoints=Checkpoints(
-            Path(cfg.run) / run.CHECKPOINTS, cfg.checkpoint, _describe(cfg, backends), progress.say
-        ),
+        checkpoints=_checkpoints(cfg, backends, factors, begun, progress.say),
         writers=functools.partial(run.writers, cfg),
         throughput=metrics.Throughput(
             counts.flops_per_token(cfg.model, cfg.train.seq_len),
@@ -95,6 +106,32 @@ def tune(
     return evaluated
 
 
+@dataclass(frozen=True)
+class _Of:
+    """An evaluator of the model's parameters, given the tree that training takes."""
+
+    plain: Callable[[Tree], Params]
+    evaluator: Evaluator
+
+    def run(self, tree: Tree) -> dict[str, float]:
+        return self.evaluator.run(self.plain(tree))
+
+
+def _checkpoints(
+    cfg: Config,
+    backends: tuple[str, ...],
+    factors: Factors | None,
+    begun: Callable[[], Tree],
+    say: Callable[[str], None],
+) -> Checkpoints:
+    """Of everything; with adapters, of what learns, beside the base."""
+    given = Path(cfg.run) / run.CHECKPOINTS, cfg.checkpoint, _describe(cfg, backends), say
+    if not cfg.finetune.lora.rank:
+        return Checkpoints(*given)
+    frozen = lambda: parameters.split(begun(), factors)[1]
+    return SeparateCheckpoints(*given, factors=factors, frozen=frozen)
+
+
 def _abstract(cfg: Config, row: Mapping[str, np.ndarray]) -> Any:
     """Shapes and layouts of a training batch on the ambient mesh, from one of its rows."""
     mesh = jax.sharding.get_mesh()
@@ -105,47 +142,6 @@ def _abstract(cfg: Config, row: Mapping[str, np.ndarray]) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=jax.NamedSharding(mesh, axes))
 
     return jax.tree.map(one, dict(row))
-
-
-def begin(cfg: Config, base: Base, say: Callable[[str], None]) -> TrainState:
-    """The state before the first step: the base's parameters, new rows and layers beside them."""
-    if base.path.startswith("hf:"):
-        params = weights.read_params(weights.open_source(Path(base.path.removeprefix("hf:"))))
-        say(f"begins from {base.path}")
-    else:
-        params, step = run.restore_params(base.path, base.cfg, say)
-        say(f"begins from {base.path} after its step {step}")
-    params = {name: tree for name, tree in params.items() if name != heads.NAME}
-    special = Special.of(base.tokenizer) if cfg.finetune.outputs else None
-    make = lambda params: train.state_of(
-        cfg, params if special is None else extended(cfg, params, special)
-    )
-    return jax.jit(make, donate_argnums=0)(params)
-
-
-def extended(cfg: Config, base: Params, special: Special) -> Params:
-    """A base's parameters with random rows for the special tokens, and a fresh task's layer."""
-    key = train.init_key(cfg)
-    fresh = run.init_params(cfg, key)
-    tables = {
-        name: _with_rows(base[name], fresh[name], special)
-        for name in ("embed", "head")
-        if name in base
-    }
-    return base | tables | {heads.NAME: fresh[heads.NAME]}
-
-
-def _with_rows(old_VD: jax.Array, fresh_VD: jax.Array, special: Special) -> jax.Array:
-    """A table with rows of its own up to the special tokens, and fresh ones from there on."""
-    axes = jax.typeof(fresh_VD).sharding.spec
-    more = len(fresh_VD) - len(old_VD)
-    if more:
-        whole = jax.sharding.reshard(old_VD, jax.P(None, axes[1]))
-        zeros = jnp.zeros((more, old_VD.shape[1]), old_VD.dtype, out_sharding=jax.P(None, axes[1]))
-        old_VD = jax.sharding.reshard(jnp.concatenate([whole, zeros]), axes)
-    ids_V = jnp.arange(len(fresh_VD), out_sharding=jax.P(axes[0]))
-    new_V = (ids_V >= special.start) & (ids_V <= special.extract)
-    return jnp.where(new_V[:, None], fresh_VD, old_VD)
 
 
 def _record(

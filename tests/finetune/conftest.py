@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import config, run
+from gptjax import run
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import CheckpointConfig, Config, LogConfig, ModelConfig, TokenizerConfig
 from gptjax.tokenizer import ByteTokenizer
@@ -54,8 +54,8 @@ def make_base(random_params) -> Callable[..., str]:
             eval=replace(Config().eval, sample_tokens=8),
         )
         folder.mkdir(parents=True)
-        run.write_json(folder / config.CONFIG_FILE, config.to_dict(cfg))
-        ByteTokenizer().save(folder)
+        source = {"folder": "nowhere", "config": {}, "dtypes": {}}
+        run.record_imported(cfg, ByteTokenizer(), source)
         with run.entered_mesh(cfg), Checkpoints(folder / run.CHECKPOINTS, CheckpointConfig()) as c:
             c.save(0, {"step": jnp.int32(0), "params": random_params(cfg.model, 0.1)})
             c.finish()

@@ -255,3 +255,110 @@ def test_answers_are_learnt_and_measured_and_sampled(
     code, _, err = finetune("long", task="answer")
     assert code == 65
     assert "valid.jsonl:1: the answer has 22 tokens, more than train.seq_len=16" in err
+
+
+# --- adapters, and what else learns only in part ---------------------------------------------
+
+LORA = ("--finetune.lora.rank", 4, "--finetune.lora.targets", "blocks/.*/attn/[qkvo]")
+
+
+def test_adapters_are_learnt_resumed_merged_and_used(
+    finetune, command_line, write, tmp_path, base
+) -> None:
+    often = (*LORA, "--finetune.epochs", 12, "--checkpoint.every", 6, "--checkpoint.keep", 9)
+    code, out, err = finetune("whole", *often, "--optim.lr", "1e-2")
+    assert code == 0, err
+    assert "learns 2,112 of " in err
+    assert json.loads(out)["valid_accuracy"] >= 0.9
+    tree = Checkpoints(tmp_path / "whole/checkpoints").meta(18)["tree"]
+    saved = {path for path in tree if path.startswith("params/")}
+    assert all(p.startswith(("params/adapters/", "params/base/head_task/")) for p in saved)
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for step in (12, 18):
+        shutil.rmtree(tmp_path / f"cut/checkpoints/{step}")
+    code, _, err = finetune("cut", *often, "--optim.lr", "1e-2")
+    assert code == 0, err
+    assert "resumed after step 6 of 18" in err
+    assert fingerprints(tmp_path / "cut") == fingerprints(tmp_path / "whole")
+
+    new = write("new.jsonl", labelled(20, 2))
+    code, out, err = command_line("convert", tmp_path / "whole", tmp_path / "merged")
+    assert code == 0, err
+    told = []
+    for name in ("whole", "merged"):
+        files = ("--file", new, "--output", tmp_path / f"{name}.jsonl")
+        code, _, err = command_line("predict", tmp_path / name, *files)
+        assert code == 0, err
+        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        told.append([json.loads(line)["probabilities"]["low"] for line in lines])
+    np.testing.assert_allclose(told[0], told[1], rtol=1e-6)
+
+    code, _, err = command_line("convert", tmp_path / "whole", f"peft:{tmp_path / 'adapters'}")
+    assert code == 2
+    assert "finetune.task=classify has a layer and tokens of its own" in err
+    code, _, err = command_line("convert", tmp_path / "merged", tmp_path / "again")
+    assert (code, "no adapters to merge" in err) == (2, True)
+    shutil.move(base, f"{base}.away")
+    try:
+        code, _, err = command_line("predict", tmp_path / "whole", *files)
+        assert (code, "its adapters go with a base: " in err) == (2, True), err
+        assert command_line("predict", tmp_path / "merged", *files)[0] == 0
+    finally:
+        shutil.move(f"{base}.away", base)
+
+
+def test_adapters_go_to_peft_and_come_back(finetune, command_line, base, write, tmp_path) -> None:
+    pairs = [{"prompt": f"{c}{c}?", "answer": c.upper()} for c in "abcdefgh"]
+    write("train.jsonl", pairs)
+    write("valid.jsonl", pairs)
+    code, _, err = finetune("out", *LORA, "--optim.lr", "1e-2", task="answer")
+    assert code == 0, err
+    code, out, err = command_line("convert", tmp_path / "out", f"peft:{tmp_path / 'adapters'}")
+    assert code == 0, err
+    assert f"base: {base}" in out
+    words = ("convert", f"peft:{tmp_path / 'adapters'}", tmp_path / "back")
+    assert command_line(*words)[0] == 2
+    code, _, err = command_line(*words, "--base", base)
+    assert code == 0, err
+    cfg = config.load(str(tmp_path / "back"))
+    with run.entered_mesh(cfg):
+        (ours, _), (theirs, _), (plain, _) = (
+            run.restore_params(str(folder), config.load(str(folder)))
+            for folder in (tmp_path / "out", tmp_path / "back", base)
+        )
+        layers = (p["blocks"]["layer_0"]["attn"] for p in (ours, theirs, plain))
+        for mine, back, old in zip(*([layer[n] for n in "qkvo"] for layer in layers), strict=True):
+            np.testing.assert_allclose(np.asarray(mine), np.asarray(back), atol=1e-6)
+            assert np.abs(np.asarray(mine) - np.asarray(old)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--finetune.freeze", "nothing"), "finetune.freeze=nothing: matches none of "),
+        (("--finetune.freeze", ".*"), "nothing is left to train"),
+        (("--finetune.freeze-layers", 3), "finetune.freeze_layers=3: must be at least 0"),
+        (("--finetune.layer-decay", 0), "finetune.layer_decay=0.0: must be above 0"),
+        (("--finetune.lora.rank", -1), "finetune.lora.rank=-1: must not be negative"),
+        ((*LORA[:3], "q"), "finetune.lora.targets=q: matches none of blocks/"),
+    ],
+)
+def test_what_cannot_learn_is_told(finetune, words, says) -> None:
+    code, _, err = finetune("out", *words)
+    assert (code, says in err) == (2, True), err
+
+
+def test_what_is_frozen_stays(finetune, base, tmp_path) -> None:
+    frozen = ("--finetune.freeze", "embed", "positions", "--finetune.freeze-layers", 1)
+    code, _, err = finetune("out", *frozen, "--finetune.layer-decay", 0.5)
+    assert code == 0, err
+    cfg = config.load(str(tmp_path / "out"))
+    with run.entered_mesh(cfg):
+        before, _ = run.restore_params(base, config.load(base))
+        after, _ = run.restore_params(str(tmp_path / "out"), cfg)
+        np.testing.assert_array_equal(after["embed"][:258], before["embed"][:258])
+        np.testing.assert_array_equal(after["positions"], before["positions"])
+        old, new = (np.asarray(p["blocks"]["layer_0"]["attn"]["q"]) for p in (before, after))
+        np.testing.assert_array_equal(new[0], old[0])
+        assert np.abs(new[1] - old[1]).max() > 1e-4

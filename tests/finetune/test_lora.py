@@ -160,7 +160,9 @@ def test_a_pattern_is_of_the_whole_path_and_one_that_matches_nothing_lists_the_c
         params = random_params(tiny_model())
     assert lora.targets(params, LoraConfig()) == [f"blocks/layer_0/attn/{n}" for n in "qv"]
     for pattern in ("q", "blocks/.*/attn/q_bias", "embed"):
-        with pytest.raises(ConfigError, match=f"targets={pattern}: matches none of") as error:
+        with pytest.raises(
+            ConfigError, match=f"finetune.lora.targets={pattern}: matches none of"
+        ) as error:
             lora.targets(params, LoraConfig(targets=(pattern,)))
         listed = error.value.problems[0]
         assert "blocks/layer_0/mlp/down" in listed
@@ -168,7 +170,7 @@ def test_a_pattern_is_of_the_whole_path_and_one_that_matches_nothing_lists_the_c
 
 
 def test_values_that_make_no_sense_are_told(tiny_model):
-    bad = LoraConfig(rank=0, alpha=0.0, targets=("blocks/(",))
+    bad = LoraConfig(rank=-1, alpha=0.0, targets=("blocks/(",))
     told = list(lora_problems(bad, "finetune.lora"))
     assert [t.split("=")[0] for t in told] == [
         f"finetune.lora.{name}" for name in ("rank", "alpha", "targets")
@@ -349,7 +351,7 @@ def test_patterns_that_match_nothing_and_nothing_left_are_refused(
     model = tiny_model()
     with on_mesh():
         params = random_params(model)
-    with pytest.raises(ConfigError, match=r"freeze=head: matches none of .*positions"):
+    with pytest.raises(ConfigError, match=r"finetune.freeze=head: matches none of .*positions"):
         parameters.factors(params, TuneConfig(freeze=("head", "embed")), model)
     with pytest.raises(ConfigError, match="nothing is left to train"):
         parameters.factors(params, TuneConfig(freeze=(".*",)), model)
