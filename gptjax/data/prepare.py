@@ -34,7 +34,8 @@ from gptjax.progress import Bar, Progress
 
 JOURNAL = "journal.json"
 _LOCK = "prepare.lock"
-_OWN = {_LOCK, f".{JOURNAL}.partial"}  # what a preparation may leave before it has a journal
+_PARTIAL = f".{JOURNAL}.partial"  # left where a preparation is killed as it writes its journal
+_OWN = {_LOCK, _PARTIAL}  # what a preparation may leave before it has a journal
 _SAMPLED_FROM = 16  # times the tokenizer's sample is read to take it from
 _BATCH_BYTES = 1 << 20
 _JOURNAL_BYTES = 64 << 20
@@ -347,6 +348,7 @@ def _tokenize(
     )
     store.write_manifest(folder, manifest)
     (folder / JOURNAL).unlink()
+    (folder / _PARTIAL).unlink(missing_ok=True)
     return manifest
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fetch_smollm2 import fetch
 
-from gptjax import cli, opening, run
+from gptjax import cli, opening, run, weights
 from gptjax.config import ComputeConfig
 from gptjax.sample import BeamSettings, Sampler, Settings
 
@@ -80,37 +80,36 @@ def test_64_greedy_tokens_are_those_of_transformers(folder, imported):
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
-def test_beams_are_those_of_transformers_in_a_run_and_in_the_folder(
-    folder, imported, length_penalty
-):
+def test_beams_are_those_of_transformers(folder, on_mesh, length_penalty):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     eos = AutoTokenizer.from_pretrained(folder).eos_token_id
     settings = BeamSettings(4, length_penalty, returned=4, max_tokens=24)
-    for place in (imported, folder):
-        with opening.opened(str(place)) as model:
-            sampler = model.sampler()
-            prompts = [sampler.ids(text) for text in PROMPTS]
-            got = sampler.beam(prompts, settings)
-        for i, prompt in enumerate(prompts):
-            out = theirs.generate(
-                torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                max_new_tokens=24,
-                do_sample=False,
-                num_beams=4,
-                num_return_sequences=4,
-                length_penalty=length_penalty,
-                eos_token_id=eos,
-                pad_token_id=eos,
-                return_dict_in_generate=True,
-                output_scores=True,
-            )
-            own = [one for one in got if one.prompt == i]
-            for one, ids, score in zip(own, out.sequences, out.sequences_scores, strict=True):
-                continued = ids[len(prompt) :].tolist()
-                assert one.ids == continued[: len(one.ids)]
-                assert set(continued[len(one.ids) :]) <= {eos}
-                assert abs(one.score - score.item()) < 2e-3
+    source = weights.open_source(folder)
+    with on_mesh():
+        tokenizer = opening.tokenizer_of(source, print)
+        sampler = Sampler(weights.read_params(source), source.model, ComputeConfig(), tokenizer)
+        prompts = [sampler.ids(text) for text in PROMPTS]
+        got = sampler.beam(prompts, settings)
+    for i, prompt in enumerate(prompts):
+        out = theirs.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=24,
+            do_sample=False,
+            num_beams=4,
+            num_return_sequences=4,
+            length_penalty=length_penalty,
+            eos_token_id=eos,
+            pad_token_id=eos,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        own = [one for one in got if one.prompt == i]
+        for one, ids, score in zip(own, out.sequences, out.sequences_scores, strict=True):
+            continued = ids[len(prompt) :].tolist()
+            assert one.ids == continued[: len(one.ids)]
+            assert set(continued[len(one.ids) :]) <= {eos}
+            assert abs(one.score - score.item()) < 2e-3
