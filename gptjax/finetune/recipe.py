@@ -53,7 +53,10 @@ def base_of(path: str) -> Base:
             raise DataError(told[-1])
         kind = config.TokenizerConfig(kind=tokenizer.kind, path=path.removeprefix("hf:"))
         kind = replace(kind, vocab_size=tokenizer.vocab_size)
-        return Base(path, Config(model=source.model, tokenizer=kind), tokenizer)
+        cfg = Config(model=source.model, tokenizer=kind)
+        short = min(cfg.eval.sample_tokens, max(1, source.model.context // 2))
+        cfg = replace(cfg, eval=replace(cfg.eval, sample_tokens=short))
+        return Base(path, cfg, tokenizer)
     from gptjax.checkpoint import Checkpoints
     from gptjax.run import CHECKPOINTS
 

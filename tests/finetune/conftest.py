@@ -13,7 +13,7 @@ import pytest
 from gptjax import run
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import CheckpointConfig, Config, LogConfig, ModelConfig, TokenizerConfig
-from gptjax.tokenizer import ByteTokenizer
+from gptjax.tokenizer import ByteTokenizer, Tokenizer
 
 Write = Callable[[str, Sequence[Any]], Path]
 
@@ -43,19 +43,20 @@ def labelled(count: int, seed: int, labels: Sequence[Any] = ("low", "high")) -> 
 def make_base(random_params) -> Callable[..., str]:
     """Saves a tiny model with random parameters as a run, in this folder."""
 
-    def make(folder: Path, **fields: Any) -> str:
+    def make(folder: Path, tokenizer: Tokenizer | None = None, **fields: Any) -> str:
+        tokenizer = tokenizer or ByteTokenizer()
         tiny = ModelConfig(vocab_size=258, context=48, layers=2, embed=32, heads=4)
         cfg = replace(
             Config(),
             run=str(folder),
             model=replace(tiny, **fields),
-            tokenizer=TokenizerConfig(kind="bytes"),
+            tokenizer=TokenizerConfig(kind=tokenizer.kind),
             log=LogConfig(tensorboard=False, every=1, compile_cache=""),
             eval=replace(Config().eval, sample_tokens=8),
         )
         folder.mkdir(parents=True)
         source = {"folder": "nowhere", "config": {}, "dtypes": {}}
-        run.record_imported(cfg, ByteTokenizer(), source)
+        run.record_imported(cfg, tokenizer, source)
         with run.entered_mesh(cfg), Checkpoints(folder / run.CHECKPOINTS, CheckpointConfig()) as c:
             c.save(0, {"step": jnp.int32(0), "params": random_params(cfg.model, 0.1)})
             c.finish()

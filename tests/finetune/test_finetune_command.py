@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from gptjax import config, run
+from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import Checkpoints
+from gptjax.config import MoeConfig, TokenizerConfig
 
 from conftest import labelled  # isort: skip
 
@@ -71,13 +73,26 @@ def test_labels_are_learnt_told_and_predicted(finetune, command_line, write, tmp
     assert "`gptjax finetune`" in err
 
 
-def test_a_run_that_goes_on_ends_with_the_same_bits(finetune, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "task",
+    ["classify", *(pytest.param(t, marks=pytest.mark.slow) for t in ("choose", "answer"))],
+)
+def test_a_run_that_goes_on_ends_with_the_same_bits(finetune, write, tmp_path, task) -> None:
+    texts = [one["text"] for one in labelled(48, 0)]
+    if task == "choose":
+        rows = [{"text": "q", "choices": [t[:5], t[:5].swapcase()], "label": 0} for t in texts]
+    if task == "answer":
+        rows = [{"prompt": text[:3], "answer": text[3:6].upper() or "-"} for text in texts]
+    if task != "classify":
+        write("train.jsonl", rows)
+        write("valid.jsonl", rows[:8])
     often = ("--checkpoint.every", 2, "--checkpoint.keep", 9, "--model.dropout", "0.1")
-    assert finetune("whole", *often)[0] == 0
+    often += ("--train.tokens", 6 * 16 * 8, "--train.batch-tokens", 16 * 8)
+    assert finetune("whole", *often, task=task)[0] == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for step in (4, 6):
         shutil.rmtree(tmp_path / f"cut/checkpoints/{step}")
-    code, out, err = finetune("cut", *often)
+    code, out, err = finetune("cut", *often, task=task)
     assert code == 0
     assert "resumed after step 2 of 6" in err
     assert "begins from" not in err
@@ -190,6 +205,45 @@ def test_an_export_has_the_scores_of_the_public_implementation(
     exported = json.loads((tmp_path / "folder/config.json").read_text())
     assert exported["id2label"] == {"0": "high", "1": "low"}
     assert exported["task_specific_params"]["classify"]["extract"] == 260
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words", [(), ("--finetune.lora.rank", 4, "--optim.lr", "1e-2")], ids=["all", "adapters"]
+)
+def test_a_hugging_face_folder_is_a_base(
+    make_base, finetune, command_line, write, tmp_path, words
+) -> None:
+    texts = [one["text"] for one in labelled(200, 3)]
+    kind = TokenizerConfig(kind="huggingface", algorithm="byte_bpe", vocab_size=270)
+    start = make_base(tmp_path / "start", tokenizers.train(texts, kind), vocab_size=270)
+    assert command_line("convert", start, f"hf:{tmp_path / 'folder'}", "--no-compare")[0] == 0
+    tokenizers.load(Path(start)).save(tmp_path / "folder")
+    given = f"hf:{tmp_path / 'folder'}"
+    code, out, err = finetune("out", "--finetune.epochs", 12, *words, start=given)
+    assert code == 0, err
+    assert f"begins from {given}" in err
+    trained = json.loads(out)["valid_loss"]
+    assert trained < 0.6
+    new = write("new.jsonl", labelled(20, 1))
+    files = ("--file", new, "--output", tmp_path / "told.jsonl")
+    assert command_line("predict", tmp_path / "out", *files)[0] == 0
+    told = [json.loads(line) for line in (tmp_path / "told.jsonl").read_text().splitlines()]
+    wanted = [one["label"] for one in labelled(20, 1)]
+    nats = [-np.log(t["probabilities"][label]) for t, label in zip(told, wanted, strict=True)]
+    assert np.mean(nats) == pytest.approx(trained, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_mixtures_learn_labels(make_base, finetune, tmp_path) -> None:
+    moe = MoeConfig(experts=4, top_k=2)
+    start = make_base(tmp_path / "start", moe=moe, linear_bias=False, activation="swiglu")
+    code, out, err = finetune("one", "--finetune.epochs", 12, start=start)
+    assert code == 0, err
+    assert json.loads(out)["valid_accuracy"] >= 0.9
+    code, _, err = finetune("two", "--finetune.epochs", 12, "--mesh.expert", 4, start=start)
+    assert code == 0, err
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-4)
 
 
 @pytest.mark.parametrize(

@@ -28,13 +28,15 @@ def start(workspace) -> Iterator[Callable[..., Job]]:
     def begin(
         run: str, count: int, *more: str, devices: int = 1, each=None, folders=None, **env: str
     ) -> Job:
-        """`each(index)` gives options of one process, `folders` working directories."""
+        """`each(index)` gives options of one process, `folders` working directories; `more` are
+        options of training, or begin with another command."""
         port = local.free_port()
         errors = [workspace / f"{run}.{len(started)}.{index}.err" for index in range(count)]
         processes = []
         for index in range(count):
-            options = [*OPTIONS, *more, *(each(index) if each else ())]
-            command = ["train", str(ROOT / "configs" / "debug.py"), "--run", run, *options]
+            train = ("train", str(ROOT / "configs" / "debug.py"), *OPTIONS)
+            first = () if more and not more[0].startswith("-") else train
+            command = [*first, *more, "--run", run, *(each(index) if each else ())]
             base = local.environment(index, count, port, devices) if count > 1 else os.environ
             base = {k: v for k, v in base.items() if k != "XLA_FLAGS"} | {
                 "JAX_PLATFORMS": "cpu",

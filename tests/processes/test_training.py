@@ -56,6 +56,25 @@ def test_several_train_as_one(start, alone, notes, name) -> None:
         assert "step" not in job.told(index)
 
 
+@pytest.mark.parametrize("adapters", [(), ("--finetune.lora.rank", "4")])
+def test_several_fine_tune_as_one(start, alone, workspace, adapters) -> None:
+    lines = (workspace / "text0.txt").read_text().splitlines()
+    texts = [line for line in lines if len(line) > 20][:64]
+    examples = [{"text": text[:60], "label": "deep" if text[0] == " " else "top"} for text in texts]
+    file = workspace / "labels.jsonl"
+    file.write_text("".join(f"{json.dumps(one)}\n" for one in examples))
+    files = ("--data", file.name, "--valid", file.name, "--log.every", "1", "--log.tensorboard")
+    words = ("finetune", "alone", "--task", "classify", *files, "False", *adapters)
+    name = f"tuned{len(adapters)}"
+    jobs = [start(f"{name}.{count}", count, *map(str, words)) for count in (1, 2)]
+    assert [job.wait() for job in jobs] == [[0], [0, 0]], jobs[1].told(0)
+    one, two = (losses(job.folder) for job in jobs)
+    assert sorted(one) == sorted(two) == list(range(1, 7))
+    assert close(one, two)
+    assert "learns" in jobs[1].told(0)
+    assert "learns" not in jobs[1].told(1)
+
+
 def ids_by_step(folder: Path) -> dict[int, list[list[int]]]:
     """Window ids that each process read for each step, of the files in a folder."""
     read: dict[int, list[list[int]]] = {}
