@@ -29,6 +29,7 @@ from gptjax.errors import ConfigError, MismatchError, PeerError
 _PATIENCE_MS = 7 * 24 * 3600 * 1000  # for what process 0 does first; a watch ends it if it is lost
 _MEETING_S = 1800  # that a job waits for its last process to come
 _SHUTDOWN_S = 300  # and the first to end for the last
+_LEAVING_S = 30  # within which who has a verdict has ended; JAX's own end, an abort, comes after it
 _FOR_EVER_S = 10**6
 
 _uses = itertools.count()
@@ -65,7 +66,7 @@ def join(lost: int, say: Callable[[str], None] = lambda line: None) -> None:
             # Where the meeting place is this machine only, nobody else is to come near it.
             coordinator_bind_address=f"{host}:{port}" if loopback else None,
             initialization_timeout=_MEETING_S,
-            heartbeat_timeout_seconds=3 * lost or _FOR_EVER_S,
+            heartbeat_timeout_seconds=3 * lost + _LEAVING_S if lost else _FOR_EVER_S,
             shutdown_timeout_seconds=_SHUTDOWN_S,
         )
     except JaxRuntimeError as error:

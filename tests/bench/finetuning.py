@@ -1,15 +1,14 @@
-"""What pre-training is worth to a small labelled task: which package do some lines of Python come
-from?
+"""What pre-training is worth to a small labelled task: after some lines of Python, is the next one
+deeper, at the same depth, or shallower?
 
     python tests/bench/finetuning.py runs/quickstart --work /tmp/finetuning --sklearn PYTHON
 
-The text is that of packages installed beside this one, which the quickstart's tokens are not of.
-Files, not passages, are split into train, valid and test; lines that import, that name one of the
-packages or the short names that they go by, and licence headers are left out. Three ways, three
-seeds each: fine-tuned from RUN, from random parameters of the same model, and (where PYTHON has
-scikit-learn) TF-IDF with logistic regression. Learning rates, and the baseline's features and
-strength, are chosen on the validation examples of the first seed; test accuracy is of what was
-chosen.
+The text is that of packages installed beside this one, which the quickstart's tokens are not of;
+files, not passages, are split into train, valid and test. Four ways, three seeds each: fine-tuned
+from RUN, from random parameters of the same model, from RUN with adapters alone, and (where PYTHON
+has scikit-learn) TF-IDF with logistic regression. Learning rates, and the baseline's features and
+strength, are chosen on validation examples, the rates on those of the first seed; test accuracy is
+of what was chosen.
 """
 
 import argparse
@@ -17,12 +16,12 @@ import functools
 import hashlib
 import importlib.util
 import json
-import re
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -35,15 +34,15 @@ from gptjax.config import CheckpointConfig
 from gptjax.model import decoder
 
 PACKAGES = ("flax", "jax", "keras", "numpy", "orbax", "tensorflow_datasets")
-GIVEAWAY = re.compile(
-    r"^\s*(import|from)\s|copyright|license|\b("
-    + "|".join(PACKAGES)
-    + r"|np|jnp|nnx?|tf|tfds|array_api|lax|linen|dataset\w*|ocp|checkpoint\w*|epath)\b",
-    re.IGNORECASE,
+LINES, LONGEST, EVERY = 4, 240, 12
+LABELS = ("deeper", "same", "shallower")
+PER_LABEL = {"train": 200, "valid": 100, "test": 300}
+EPOCHS, SEEDS = 4, (0, 1, 2)
+ADAPTERS = (
+    *("--finetune.lora.rank", 4, "--finetune.lora.alpha", 8),
+    *("--finetune.lora.targets", "blocks/.*/attn/[qkvo]", "blocks/.*/mlp/(up|down)"),
 )
-LINES, LONGEST = 6, 260
-PER_LABEL = {"train": 64, "valid": 40, "test": 100}
-EPOCHS, RATES, SEEDS = 4, (3e-4, 1e-3), (0, 1, 2)
+RATES = {"pretrained": (3e-4, 1e-3), "random": (3e-4, 1e-3), "adapters": (3e-3, 1e-2)}
 
 SKLEARN = """
 import json, sys
@@ -54,8 +53,9 @@ read = lambda n: [json.loads(l) for l in open(f"{sys.argv[1]}/{n}.jsonl")]
 sets = {n: ([r["text"] for r in read(n)], [r["label"] for r in read(n)]) for n in
         ("train", "valid", "test")}
 best = None
-for kind in (dict(token_pattern=r"[^\\W\\d_]+|[^\\w\\s]+", ngram_range=(1, 2)),
-             dict(analyzer="char_wb", ngram_range=(2, 5))):
+for kind in (dict(token_pattern=r"\\w+|[^\\w\\s]|\\n *", ngram_range=(1, 3)),
+             dict(token_pattern=r"[^\\W\\d_]+|[^\\w\\s]+", ngram_range=(1, 2)),
+             dict(analyzer="char", ngram_range=(1, 5))):
     for strength in (1, 10, 100):
         model = make_pipeline(TfidfVectorizer(sublinear_tf=True, **kind),
                               LogisticRegression(C=strength, max_iter=2000))
@@ -73,21 +73,27 @@ def split_of(path: str) -> str:
     return "train" if place < 50 else "valid" if place < 70 else "test"
 
 
+def depth(line: str) -> int:
+    """Its indentation, in columns."""
+    return len(line) - len(line.lstrip())
+
+
 @functools.cache
-def passages(package: str) -> dict[str, list[str]]:
-    """Stretches of a package's lines by split, each from a file's place of its own."""
-    (place,) = importlib.util.find_spec(package).submodule_search_locations
-    found: dict[str, list[str]] = {name: [] for name in PER_LABEL}
-    for file in sorted(Path(place).rglob("*.py")):
-        name = file.relative_to(place).as_posix()
-        if "test" in name:
-            continue
-        lines = file.read_text(errors="replace").splitlines()
-        kept = [line.rstrip() for line in lines if line.strip() and not GIVEAWAY.search(line)]
-        for start in range(0, len(kept) - LINES + 1, 4 * LINES):
-            text = "\n".join(kept[start : start + LINES])[:LONGEST]
-            if len(text) > 80:
-                found[split_of(f"{package}/{name}")].append(text)
+def passages() -> dict[tuple[str, str], list[str]]:
+    """Texts by split and label: a few lines, and where the line after them is."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for package in PACKAGES:
+        (place,) = importlib.util.find_spec(package).submodule_search_locations
+        for file in sorted(Path(place).rglob("*.py")):
+            name = f"{package}/{file.relative_to(place).as_posix()}"
+            lines = [line.rstrip() for line in file.read_text(errors="replace").splitlines()]
+            lines = [line for line in lines if line]
+            for i in range(2 * LINES, len(lines), EVERY):
+                text = "\n".join(lines[i - LINES : i])
+                step = depth(lines[i]) - depth(lines[i - 1])
+                label = LABELS[0] if step > 0 else LABELS[2] if step < 0 else LABELS[1]
+                if 40 <= len(text) <= LONGEST:
+                    found.setdefault((split_of(name), label), []).append(text)
     return found
 
 
@@ -95,13 +101,12 @@ def write_examples(folder: Path, seed: int) -> None:
     """train.jsonl, valid.jsonl and test.jsonl; the seed draws the passages."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    by_label = {package: passages(package) for package in PACKAGES}
     for split, count in PER_LABEL.items():
         lines = []
-        for label, found in by_label.items():
-            assert len(found[split]) >= count, (label, split, len(found[split]))
-            chosen = rng.choice(len(found[split]), count, replace=False)
-            lines += [json.dumps({"text": found[split][i], "label": label}) for i in chosen]
+        for label in LABELS:
+            texts = passages()[split, label]
+            chosen = rng.choice(len(texts), count, replace=False)
+            lines += [json.dumps({"text": texts[i], "label": label}) for i in chosen]
         (folder / f"{split}.jsonl").write_text("\n".join(rng.permutation(lines)) + "\n")
 
 
@@ -129,13 +134,16 @@ def gptjax(*words: object) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def tuned(base: str, data: Path, out: Path, seed: int, rate: float) -> dict[str, float]:
+def tuned(
+    base: str, data: Path, out: Path, seed: int, rate: float, words: Sequence[object]
+) -> dict[str, float]:
     """Fine-tunes; accuracy on valid, and the run."""
     told = gptjax(
         *("finetune", base, "--task", "classify", "--run", out),
         *("--data", data / "train.jsonl", "--valid", data / "valid.jsonl"),
         *("--optim.lr", rate, "--finetune.epochs", EPOCHS, "--train.seed", seed),
         *("--eval.every", 0, "--log.tensorboard", "False", "--compute.scan_layers", "True"),
+        *words,
     )
     return json.loads(told.splitlines()[-1])
 
@@ -161,20 +169,20 @@ def main() -> None:
     for seed in SEEDS:
         data = args.work / f"data-{seed}"
         write_examples(data, seed)
-        bases = {
-            "pretrained": args.run,
-            "random": random_run(args.run, args.work / f"random-{seed}", seed),
-        }
+        fresh = random_run(args.run, args.work / f"random-{seed}", seed)
+        bases = {"pretrained": args.run, "random": fresh, "adapters": args.run}
         for way, base in bases.items():
             found = {}
-            for rate in [rates[way]] if way in rates else RATES:
-                out = args.work / f"{way}-{seed}-{rate:g}"
-                found[rate] = tuned(base, data, out, seed, rate)["valid_accuracy"]
+            for rate in [rates[way]] if way in rates else RATES[way]:
+                out, words = (
+                    args.work / f"{way}-{seed}-{rate:g}",
+                    ADAPTERS if way == "adapters" else (),
+                )
+                found[rate] = tuned(base, data, out, seed, rate, words)["valid_accuracy"]
                 say(way, "seed", seed, "rate", rate, "valid accuracy", round(found[rate], 4))
             rates[way] = max(found, key=found.get)
-            table.setdefault(way, []).append(
-                tested(args.work / f"{way}-{seed}-{rates[way]:g}", data)
-            )
+            out = args.work / f"{way}-{seed}-{rates[way]:g}"
+            table.setdefault(way, []).append(tested(out, data))
             say(way, "seed", seed, "rate", rates[way], "test accuracy", round(table[way][-1], 4))
         if args.sklearn:
             done = subprocess.run(
