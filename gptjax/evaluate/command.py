@@ -133,8 +133,10 @@ def evaluate(path: str, options: Options, progress: Progress, say: Callable[[str
         rows = -(-(options.batch or model.cfg.eval.batch) // shards) * shards
         cfg = replace(model.cfg, eval=replace(model.cfg.eval, batch=rows))
         if manifest is not None:
-            values = ValidationLoss(cfg, manifest, progress).run(model.params)
-            measured = [Measured(name, value) for name, value in values.items()]
+            statistics, tokens = ValidationLoss(cfg, manifest, progress).measure(model.params)
+            over = f"{len(statistics[0].parts)} times {rows} windows"
+            measured = _with_intervals(statistics, over, options.seed)
+            measured.append(Measured("valid_tokens", tokens))
         else:
             measured = _measure(
                 model, given, options, Scorer(cfg.model, cfg.compute, rows, progress)
@@ -176,24 +178,26 @@ def _measure(model: Opened, given: Given, options: Options, scorer: Scorer) -> l
     """Every statistic of the text and the tasks, with its interval."""
     assert model.tokenizer is not None
     measured: list[Measured] = []
-
-    def add(statistics: list[Statistic], over: str) -> None:
-        measured.extend(
-            Measured(one.name, one.value, one.interval(options.seed), over) for one in statistics
-        )
-
     if given.documents is not None:
         text = TextLoss(given.documents, model.tokenizer, scorer, *options.windows(model.cfg))
-        add(text.measure(model.params), _over("document", *given.documents.counted))
+        over = _over("document", *given.documents.counted)
         measured += [
+            *_with_intervals(text.measure(model.params), over, options.seed),
             Measured("text_tokens", text.tokens),
             Measured("text_bytes", text.bytes),
         ]
     for file, name in zip(given.files, named(given.files), strict=True):
         task = Task(file, model.tokenizer, scorer, name)
-        add(task.measure(model.params), _over("example", len(file.examples), file.total))
-        measured.append(Measured(f"{name}_cut", task.cut))
+        over = _over("example", len(file.examples), file.total)
+        measured += [
+            *_with_intervals(task.measure(model.params), over, options.seed),
+            Measured(f"{name}_cut", task.cut),
+        ]
     return measured
+
+
+def _with_intervals(statistics: list[Statistic], over: str, seed: int) -> list[Measured]:
+    return [Measured(one.name, one.value, one.interval(seed), over) for one in statistics]
 
 
 def _over(what: str, count: int, total: int | None) -> str:

@@ -7,11 +7,13 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 
 from gptjax import sharding
 from gptjax.config import Config
 from gptjax.data import pipeline
 from gptjax.data.store import Manifest, Reader
+from gptjax.evaluate.bootstrap import Statistic
 from gptjax.metrics import perplexity
 from gptjax.model.decoder import Params
 from gptjax.objective import next_token
@@ -39,6 +41,11 @@ class ValidationLoss:
 
     def run(self, params: Params) -> dict[str, float]:
         """valid_loss, valid_perplexity, valid_bits_per_byte, valid_tokens."""
+        statistics, tokens = self.measure(params)
+        return {one.name: one.value for one in statistics} | {"valid_tokens": tokens}
+
+    def measure(self, params: Params) -> tuple[list[Statistic], float]:
+        """The first three of those by batch, for `bootstrap`, and the number of tokens."""
         cfg = self._cfg
         rows = sharding.host_rows(cfg.eval.batch)
         batches = pipeline.eval_batches(
@@ -53,10 +60,10 @@ class ValidationLoss:
                 if len(done) > 1:
                     jax.block_until_ready(done[-2])  # keeps the queue of batches short
                 bar.update(len(done))
-        nats, tokens = (math.fsum(column) for column in zip(*jax.device_get(done), strict=True))
-        return {
-            "valid_loss": nats / tokens,
-            "valid_perplexity": perplexity(nats / tokens),
-            "valid_bits_per_byte": nats / math.log(2) / self._bytes,
-            "valid_tokens": tokens,
-        }
+        nats, tokens = np.float64(jax.device_get(done)).T
+        total = float(tokens.sum())
+        return [
+            Statistic("valid_loss", nats, tokens),
+            Statistic("valid_perplexity", nats, tokens, perplexity),
+            Statistic("valid_bits_per_byte", nats / math.log(2), tokens * (self._bytes / total)),
+        ], total

@@ -150,6 +150,8 @@ def labelled(
     `labels_of` and `encoding.rows` do.
     """
     labels = labels_of(train, valid) if cfg.finetune.task == "classify" else ()
+    if cfg.finetune.labels:
+        raise ConfigError(["finetune.labels: are those of the data; give none"])
     special = Special.of(tokenizer)
     texts = [encoding.encoded(examples, tokenizer) for examples in (train, valid)]
     cfg = resolved(cfg, max(map(encoding.longest, texts)), len(train))

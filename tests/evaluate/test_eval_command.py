@@ -198,7 +198,7 @@ def test_tasks_are_measured_at_their_steps_and_written_with_the_metrics(
     code, out, _ = command_line("eval", training.run, "--batch", 3, "--json")  # its own split
     told = json.loads(out)
     assert told["valid_loss"] == pytest.approx(lines[-1]["valid_loss"], rel=1e-5)
-    assert told["intervals"] == {}
+    assert told["intervals"] == {}  # one batch says nothing of others
     assert told["repeat"]["settings"] == {"batch": 8, "dtype": "float32", "limit": 0}
 
 

@@ -71,6 +71,21 @@ def test_the_loss_is_the_mean_over_all_targets(mesh, made, tokens, on_mesh, rand
     assert measured["valid_bits_per_byte"] == pytest.approx(bits, rel=2e-6)
 
 
+def test_intervals_are_over_batches(made, tokens, on_mesh, random_params) -> None:
+    cfg, manifest = made
+    cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, batch=1))
+    with on_mesh(1):
+        params = random_params(cfg.model)
+        statistics, total = ValidationLoss(cfg, manifest, Progress(shown=False)).measure(params)
+    nats, t = nats_by_hand(params, cfg, tokens), cfg.train.seq_len
+    by_batch = [math.fsum(nats[start : start + t]) for start in range(0, len(nats), t)]
+    assert total == len(nats)
+    np.testing.assert_allclose(statistics[0].parts, by_batch, rtol=1e-5)
+    for one in statistics:
+        low, high = one.interval(0)
+        assert low < one.value < high
+
+
 def test_batches_of_any_size_give_the_same_and_are_shown(
     made, on_mesh, random_params, capsys
 ) -> None:

@@ -253,6 +253,7 @@ def test_mixtures_learn_labels(make_base, finetune, tmp_path) -> None:
         (("--mesh.stage", 2), 2, "mesh.stage=2: fine-tuning has no pipeline"),
         (("--finetune.lm-weight", -1), 2, "finetune.lm_weight=-1.0: must not be negative"),
         (("--finetune.task", "none"), 2, "give them as RUN and as --task"),
+        (("--finetune.labels", "low"), 2, "finetune.labels: are those of the data"),
         (("--finetune.epochs", 0), 2, "finetune.epochs=0: must be at least 1"),
         (("--valid", "/nowhere"), 65, "--valid=/nowhere: cannot be read"),
     ],
