@@ -286,6 +286,22 @@ class Checkpoints:
             )
         return None
 
+    def restore(self, step: int, abstract: Any, *, partial: bool = False) -> Any:
+        """The checkpoint of a step, as `restore_newest` gives the newest.
+
+        Raises CheckpointError where it is not there or not whole.
+        """
+        if step not in (steps := self.steps()):
+            have = ", ".join(map(str, steps)) or "none"
+            raise CheckpointError(f"{self.folder}: checkpoint {step} is wanted; there is {have}")
+        try:
+            return self._restore(step, abstract, partial)
+        except (MismatchError, MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            reason = str(error).split("\n")[0][:300] or repr(error)
+            raise CheckpointError(f"{self.folder / str(step)}: {reason}") from None
+
     def _restore(self, step: int, abstract: Any, partial: bool) -> Any:
         wanted = leaves_by_path(abstract)
         meta = self.meta(step)

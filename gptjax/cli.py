@@ -408,6 +408,10 @@ def _plan(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 def _convert(args: argparse.Namespace, _: Sequence[str]) -> None:
     (kind, source), (into, target) = map(_kind_and_folder, (args.source, args.target))
+    if kind == "run" == into and not pathlib.Path(source, config.CONFIG_FILE).exists():
+        raise ConfigError([f"{source}: is no run folder; a Hugging Face folder is hf:{source}"])
+    if kind == "run" == into and any(pathlib.Path(source).glob("*.safetensors")):
+        raise ConfigError([f"{source}: is a Hugging Face folder; give hf:{source}"])
     if kind != "run" != into:
         what = f"convert {args.source} {args.target}"
         raise ConfigError([f"{what}: one of the two must be a run folder"])

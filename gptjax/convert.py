@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import hf, opening, run, sharding, weights
+from gptjax import config, hf, opening, run, sharding, weights
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import CheckpointConfig, ComputeConfig, Config
+from gptjax.config import CheckpointConfig, ComputeConfig, Config, LoraConfig
 from gptjax.errors import ConfigError, MismatchError, OutputError
 from gptjax.finetune import heads, lora, peft, separate
 from gptjax.model import decoder
@@ -46,7 +46,7 @@ def import_run(folder: str, target: str, progress: Progress, *, compare: bool = 
     """
     _one_process()
     source = weights.open_source(Path(folder))
-    tokenizer = opening.tokenizer_of(source, progress.say)
+    tokenizer = weights.tokenizer_of(source, progress.say)
     cfg = opening.config_of(source.model, tokenizer, target)
     cfg.check(jax.device_count(), jax.process_count())
     path = Path(target)
@@ -77,20 +77,20 @@ def merge_run(folder: str, target: str, progress: Progress) -> Json:
     without adapters, OutputError where the target exists and is not empty, or cannot be written.
     """
     _one_process()
-    cfg, tokenizer, _ = run.open_run(folder)
-    tune = cfg.finetune
+    begun = config.load(folder)
+    tune = begun.finetune
     if not tune.lora.rank:
         raise ConfigError([f"{folder}: finetune.lora.rank=0, so it has no adapters to merge"])
+    cfg, tokenizer, _ = run.open_run(folder)
     assert tokenizer is not None
     path = Path(target)
     _new_folder(path)
     with run.entered_mesh(cfg):
-        params, step = run.restore_params(folder, cfg, progress.say)
+        params, step = separate.restore_params(folder, cfg, progress.say)
         _save(path, step, params, {"merged": folder})
-    lora = replace(tune.lora, rank=0)
-    cfg = replace(cfg, run=target, finetune=replace(tune, lora=lora))
-    cfg = replace(cfg, train=replace(cfg.train, ema_decay=0.0))
-    run.record_tuned(cfg, tokenizer, run.examples_of(folder) | {"merged": folder})
+    plain = replace(tune, lora=LoraConfig())
+    begun = replace(begun, run=target, finetune=plain, train=replace(begun.train, ema_decay=0.0))
+    run.record_tuned(begun, tokenizer, run.examples_of(folder) | {"merged": folder})
     return {"source": folder, "step": step, "base": tune.base}
 
 
@@ -117,31 +117,48 @@ def export_adapters(folder: str, target: str, progress: Progress) -> Json:
     with run.entered_mesh(replace(cfg, compute=ComputeConfig())):
         learnt, step = separate.restore(folder, cfg, progress.say)
         adapters, base = learnt[lora.ADAPTERS], tune.base.removeprefix("hf:")
+        if base == tune.base:  # a run, which PEFT cannot load: where it came from, if anywhere
+            base = (run.source_of(base) or {}).get("folder", "")
         peft.write_folder(path, adapters, tune.lora, cfg.model, base)
     count = sum(leaf.size for leaf in jax.tree.leaves(adapters))
-    return {"source": folder, "step": step, "base": tune.base, "parameters": count}
+    return {
+        "source": folder,
+        "step": step,
+        "base": tune.base,
+        "base_model_name_or_path": base or f"none: export it, gptjax convert {tune.base} hf:FOLDER",
+        "parameters": count,
+    }
 
 
 def import_adapters(folder: str, base: str, target: str, progress: Progress) -> Json:
     """Makes a run of PEFT's adapters merged into their base, a run or hf:FOLDER.
 
-    Returns what they are. Raises what opening the base and `peft.read_folder` raise, before
-    anything is written; OutputError where the target exists and is not empty.
+    Returns what they are. Before anything is written raises ConfigError for a base that is itself
+    fine-tuned, and what opening the base and `peft.read_folder` raise; OutputError where the target
+    exists and is not empty.
     """
     _one_process()
     path = Path(target)
-    with opening.opened(base, say=progress.say) as model:
+
+    def check(cfg: Config, _: Tokenizer | None) -> None:
+        if cfg.finetune.task != "none":
+            raise ConfigError([f"--base={base}: is fine-tuned; give what the adapters began from"])
+
+    with opening.opened(base, say=progress.say, check=check) as model:
         adapters, lora_cfg = peft.read_folder(Path(folder), model.cfg.model)
         _new_folder(path)
-        merge = jax.jit(lambda params, adapters: lora.merged(params, adapters, lora_cfg))
-        _save(path, model.step or 0, merge(model.params, adapters), {"imported": folder})
+        whole = lora.whole({lora.BASE: model.params, lora.ADAPTERS: adapters}, lora_cfg)
+        _save(path, model.step or 0, whole, {"imported": folder})
+        beside, settings = Path(base.removeprefix("hf:")), {}
         if opening.is_hugging_face(base):
-            config = weights.open_source(Path(base.removeprefix("hf:"))).config
-        else:
-            config = (run.source_of(base) or {}).get("config", {})
+            settings = weights.open_source(beside).config
+        elif provenance := run.source_of(base):
+            beside, settings = beside / _CARRIED, provenance["config"]
+        if settings:
+            _carry(beside, path / _CARRIED)
         train = replace(model.cfg.train, ema_decay=0.0)
         cfg = replace(model.cfg, run=target, train=train)
-        source = {"folder": folder, "base": base, "config": config, "dtypes": {}}
+        source = {"folder": folder, "base": base, "config": settings, "dtypes": {}}
         run.record_imported(cfg, model.tokenizer, source)
     return {"source": folder, "base": base, "rank": lora_cfg.rank, "scale": lora_cfg.scale}
 
@@ -172,13 +189,13 @@ def export_run(
     _new_folder(path)
     formats = {} if dtype or provenance is None else provenance["dtypes"]
     with run.entered_mesh(replace(cfg, compute=ComputeConfig())):  # compared in float32
-        params, step = run.restore_params(folder, cfg, progress.say)
+        params, step = separate.restore_params(folder, cfg, progress.say)
         extra = {} if provenance is None else provenance["config"]
         extra = {key: value for key, value in extra.items() if key != "torch_dtype"}
-        if provenance is not None:
+        if (Path(folder) / _CARRIED).is_dir():
             _carry(Path(folder) / _CARRIED, path)
         elif tokenizer is not None:
-            extra = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+            extra |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
             tokenizer.save(path)
         common = (
             weights.FORMATS_BY_NAME[dtype]

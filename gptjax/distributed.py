@@ -39,7 +39,7 @@ def join(lost: int, say: Callable[[str], None] = lambda line: None) -> None:
     """Joins the job that the environment describes, if it describes one.
 
     `lost` is after how many seconds of silence a process counts as lost, 0 for never. JAX's own
-    limit is three times that: it ends a process without a word of whose fault it was, so it comes
+    limit is well above that: it ends a process without a word of whose fault it was, so it comes
     second.
 
     Raises ConfigError where the environment says only half, PeerError where they do not meet.

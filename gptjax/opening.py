@@ -17,11 +17,10 @@ from gptjax.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from gptjax.errors import DataError
+from gptjax.finetune import separate
 from gptjax.model.decoder import Params
 from gptjax.sample import Sampler
 from gptjax.tokenizer import Tokenizer
-from gptjax.weights import Source
 
 _SAFETENSORS = "*.safetensors*"
 
@@ -53,13 +52,13 @@ def opened(
 
     `dtype` is what to compute in, float32 or bfloat16, otherwise the run's own. `check` is called
     before the parameters are read, and may raise. Raises what
-    `run.open_run`, `run.restore_params` and `weights.open_source` raise.
+    `run.open_run`, `separate.restore_params` and `weights.open_source` raise.
     """
     folder = Path(path.removeprefix("hf:"))
     source, step = None, None
     if is_hugging_face(path):
         source = weights.open_source(folder)
-        tokenizer = tokenizer_of(source, say)
+        tokenizer = weights.tokenizer_of(source, say)
         cfg = config_of(source.model, tokenizer, str(folder))
     else:
         cfg, tokenizer, _ = run.open_run(path)
@@ -70,32 +69,13 @@ def opened(
         if source is not None:
             params = weights.read_params(source)
         else:
-            params, step = run.restore_params(path, cfg, say)
+            params, step = separate.restore_params(path, cfg, say)
         yield Opened(path, cfg, tokenizer, params, step)
 
 
 def is_hugging_face(path: str) -> bool:
     """Whether it names a Hugging Face folder, by hf: before it or by what is in it."""
     return path.startswith("hf:") or any(Path(path).glob(_SAFETENSORS))
-
-
-def tokenizer_of(source: Source, say: Callable[[str], None]) -> tokenizers.Tokenizer | None:
-    """The folder's own; or none, which is told, where it has none that can be used."""
-    folder = source.folder
-    why = "no tokenizer.json and no tokenizer.model"
-    for kind, file in (("huggingface", "tokenizer.json"), ("sentencepiece", "tokenizer.model")):
-        if (folder / file).exists():
-            given = TokenizerConfig(kind=kind, path=str(folder / file))  # type: ignore[arg-type]
-            try:
-                tokenizer = tokenizers.make(given, ())
-            except DataError as error:
-                why = str(error)
-                continue
-            if tokenizer.vocab_size <= source.model.vocab_size:
-                return tokenizer
-            why = f"{file} has {tokenizer.vocab_size} pieces, the model {source.model.vocab_size}"
-    say(f"{folder}: {why}; so the run cannot read text")
-    return None
 
 
 def config_of(model: ModelConfig, tokenizer: tokenizers.Tokenizer | None, target: str) -> Config:

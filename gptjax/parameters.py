@@ -72,14 +72,11 @@ def sides(path: str, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 # --- what learns -------------------------------------------------------------------------------
 
 
-def factors(
-    params: Tree, cfg: TuneConfig, model: ModelConfig, order: Sequence[int] | None = None
-) -> Factors:
+def factors(params: Tree, cfg: TuneConfig, model: ModelConfig) -> Factors:
     """How fast each parameter learns, of all the optimizer's rate.
 
     Layer l of L by layer_decay**(L-1-l), embeddings and learned positions by layer_decay**L, also
-    where the embedding is the output layer; everything else by 1. `order` is that of the layers'
-    periods in the stacked arrays, where a pipeline has another than the model's.
+    where the embedding is the output layer; everything else by 1.
 
     Raises ConfigError for a pattern that matches nothing, and where nothing is left to learn.
     """
@@ -92,8 +89,7 @@ def factors(
         parts = path.split("/")
         if "blocks" in parts:
             first = int(parts[parts.index("blocks") + 1].removeprefix("layer_"))
-            rows = range(leaf.shape[0]) if order is None else order
-            layers = [row * period + first for row in rows]
+            layers = [row * period + first for row in range(leaf.shape[0])]
             rates = (cfg.layer_decay ** (model.layers - 1 - layer) for layer in layers)
             return tuple(
                 0.0 if layer < cfg.freeze_layers else rate
@@ -103,7 +99,12 @@ def factors(
 
     found = {path: one(path, leaf) for path, leaf in leaves.items()}
     if not any(map(_learns, found.values())):
-        raise ConfigError([f"finetune.freeze={cfg.freeze}: nothing is left to train; freeze less"])
+        raise ConfigError(
+            [
+                f"finetune.freeze={' '.join(cfg.freeze)}, finetune.freeze_layers="
+                f"{cfg.freeze_layers}: nothing is left to train; freeze less"
+            ]
+        )
     return found
 
 

@@ -289,28 +289,35 @@ def entered_mesh(cfg: Config) -> Iterator[None]:
         yield
 
 
+def init_and_dropout_keys(cfg: Config) -> jax.Array:
+    """The two keys that all of a run's randomness in parameters and steps comes from."""
+    return jax.random.split(jax.random.key(cfg.train.seed))
+
+
 def init_params(cfg: Config, key: jax.Array) -> Params:
     """Fresh parameters of a run: the decoder's, and its task's layer where it has one."""
     return decoder.init(cfg.model, key) | heads.init(cfg, key)
 
 
 def restore_params(
-    folder: str, cfg: Config, say: Callable[[str], None] = lambda line: None
+    folder: str,
+    cfg: Config,
+    say: Callable[[str], None] = lambda line: None,
+    step: int | None = None,
 ) -> tuple[Params, int]:
-    """Parameters of a run's newest whole checkpoint on the ambient mesh, and their step.
+    """Parameters of a run's newest whole checkpoint on the ambient mesh, and their step; with
+    `step`, of that one.
 
-    The moving average where the run keeps one; adapters merged into their base. Raises
-    CheckpointError if there is none.
+    The moving average where the run keeps one. Raises CheckpointError if there is none.
     """
-    if cfg.finetune.lora.rank:
-        from gptjax.finetune import separate  # which needs what is here
-
-        return separate.restore_params(folder, cfg, say)
     checkpoints = Checkpoints(Path(folder) / CHECKPOINTS, say=say)
     abstract = sharding.abstract(lambda: init_params(cfg, jax.random.key(0)))
-    step = sharding.abstract(lambda: jax.numpy.int32(0))
     part = "ema" if cfg.train.ema_decay else "params"
-    restored = checkpoints.restore_newest({"step": step, part: abstract}, partial=True)
+    wanted = {"step": sharding.abstract(lambda: jax.numpy.int32(0)), part: abstract}
+    if step is not None:
+        restored = checkpoints.restore(step, wanted, partial=True)
+    else:
+        restored = checkpoints.restore_newest(wanted, partial=True)
     if restored is None:
         raise CheckpointError(f"{folder}: this run has no checkpoint yet")
     return restored[part], int(restored["step"])

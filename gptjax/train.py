@@ -20,7 +20,7 @@ import optax
 from jax import lax
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-from gptjax import compilation, distributed, optim, parameters, sharding
+from gptjax import compilation, distributed, optim, parameters, run, sharding
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, LogConfig
 from gptjax.errors import NumericError, Preempted
@@ -60,13 +60,9 @@ class TrainState:
         return self.params if self.ema is None else parameters.joined(self.params, self.ema)
 
 
-def _init_and_dropout_keys(cfg: Config) -> jax.Array:
-    return jax.random.split(jax.random.key(cfg.train.seed))
-
-
 def dropout_keys(cfg: Config, step: jax.Array) -> jax.Array:
     """Key data [B, 2] for the sequences of a step's batch: one for each, however it is split."""
-    key = jax.random.fold_in(_init_and_dropout_keys(cfg)[1], step)
+    key = jax.random.fold_in(run.init_and_dropout_keys(cfg)[1], step)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(cfg.train.batch))
     return jax.sharding.reshard(jax.random.key_data(keys_B), sharding.spec("batch", None))
 
@@ -75,12 +71,7 @@ def create_state(
     cfg: Config, init_fn: Callable[[jax.Array], Params], factors: Factors | None = None
 ) -> TrainState:
     """The state before the first step, laid out over the ambient mesh. To be jitted."""
-    return state_of(cfg, init_fn(init_key(cfg)), factors)
-
-
-def init_key(cfg: Config) -> jax.Array:
-    """The key that fresh parameters are drawn from."""
-    return _init_and_dropout_keys(cfg)[0]
+    return state_of(cfg, init_fn(run.init_and_dropout_keys(cfg)[0]), factors)
 
 
 def state_of(cfg: Config, params: Params, factors: Factors | None = None) -> TrainState:

@@ -20,8 +20,9 @@ import ml_dtypes
 import numpy as np
 
 from gptjax import hf, sharding
+from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import leaves_by_path
-from gptjax.config import ModelConfig
+from gptjax.config import ModelConfig, TokenizerConfig
 from gptjax.errors import DataError, MismatchError
 from gptjax.hf import Family, Json
 from gptjax.model import decoder
@@ -347,3 +348,25 @@ def write_folder(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / _INDEX).write_text(json.dumps(index, indent=2))
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+# --- the tokenizer beside them ---------------------------------------------------------------
+
+
+def tokenizer_of(source: Source, say: Callable[[str], None]) -> tokenizers.Tokenizer | None:
+    """The folder's own; or none, which is told, where it has none that can be used."""
+    folder = source.folder
+    why = "no tokenizer.json and no tokenizer.model"
+    for kind, file in (("huggingface", "tokenizer.json"), ("sentencepiece", "tokenizer.model")):
+        if (folder / file).exists():
+            given = TokenizerConfig(kind=kind, path=str(folder / file))  # type: ignore[arg-type]
+            try:
+                tokenizer = tokenizers.make(given, ())
+            except DataError as error:
+                why = str(error)
+                continue
+            if tokenizer.vocab_size <= source.model.vocab_size:
+                return tokenizer
+            why = f"{file} has {tokenizer.vocab_size} pieces, the model {source.model.vocab_size}"
+    say(f"{folder}: {why}; so the run cannot read text")
+    return None

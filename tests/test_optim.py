@@ -275,11 +275,11 @@ def test_a_layer_learns_at_a_rate_of_its_own_which_the_decay_and_its_height_give
             np.testing.assert_allclose(got[path], want, rtol=1e-6, err_msg=path)
 
 
-def test_factors_go_with_the_layers_where_a_pipeline_has_them_in_another_order(tiny_model):
+def test_factors_fall_from_the_top_layer_to_those_that_are_frozen(tiny_model):
     params = {"blocks": {"layer_0": {"w": np.zeros((4, 2))}}, "head": np.zeros((2, 2))}
     tune = TuneConfig(freeze_layers=1, layer_decay=0.5)
-    found = parameters.factors(params, tune, tiny_model(layers=4), order=[2, 0, 3, 1])
-    assert found == {"blocks/layer_0/w": (0.5, 0.0, 1.0, 0.25), "head": 1.0}
+    found = parameters.factors(params, tune, tiny_model(layers=4))
+    assert found == {"blocks/layer_0/w": (0.0, 0.25, 0.5, 1.0), "head": 1.0}
 
 
 @pytest.mark.parametrize(

@@ -282,6 +282,8 @@ def lora_problems(lora: Any, option: str) -> Iterator[str]:
     """Every value of a LoraConfig that is out of its range; `option` is its dotted name."""
     if lora.rank < 0:
         yield f"{option}.rank={lora.rank}: must not be negative"
+    if lora.rank == 0 and lora != type(lora)():
+        yield f"{option}.rank=0: there are no adapters, and {option} has other values; give a rank"
     if not lora.alpha > 0:
         yield f"{option}.alpha={lora.alpha}: must be above 0"
     if not lora.targets:

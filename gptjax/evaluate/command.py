@@ -134,7 +134,7 @@ def evaluate(path: str, options: Options, progress: Progress, say: Callable[[str
         cfg = replace(model.cfg, eval=replace(model.cfg.eval, batch=rows))
         if manifest is not None:
             statistics, tokens = ValidationLoss(cfg, manifest, progress).measure(model.params)
-            over = f"{len(statistics[0].parts)} times {rows} windows"
+            over = f"batches: {len(statistics[0].parts)}"
             measured = _with_intervals(statistics, over, options.seed)
             measured.append(Measured("valid_tokens", tokens))
         else:
@@ -167,8 +167,8 @@ def _manifest(path: str) -> Any:
     cfg, _, manifest = run.open_run(path)
     if manifest is None:
         raise DataError(
-            f"{path}: an imported model, which has no validation text of its own; give --text or "
-            "--task"
+            f"{path}: an imported or fine-tuned model, which has no validation text of its own; "
+            "give --text or --task"
         )
     run.check_store(cfg, manifest)
     return manifest
@@ -217,12 +217,11 @@ def _repeat(model: Opened, given: Given, options: Options, rows: int) -> dict[st
         settings |= {"length": length, "stride": stride, "text_field": options.text_field}
     if any(file.kind == "squad" for file in given.files):
         settings["answer_tokens"] = ANSWER_TOKENS
-    if given.documents is not None or given.files:
-        settings |= {
-            "seed": options.seed,
-            "resamples": bootstrap.RESAMPLES,
-            "level": bootstrap.LEVEL,
-        }
+    settings |= {
+        "seed": options.seed,
+        "resamples": bootstrap.RESAMPLES,
+        "level": bootstrap.LEVEL,
+    }
     return {
         "model": config.to_dict(cfg.model),
         "params": sha256_of(fingerprints(leaves_by_path(model.params))),

@@ -1,4 +1,4 @@
-"""`gptjax finetune`: what can be wrong is told before a device is touched."""
+"""`gptjax finetune`: files and values that are wrong are told before a device is touched."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from gptjax.config import Config
 from gptjax.errors import ConfigError
 from gptjax.finetune import examples, exchanges, recipe
-from gptjax.finetune.recipe import Base
+from gptjax.finetune.base import Base, base_of
 
 
 def fit(
@@ -21,7 +21,7 @@ def fit(
 
     `override` changes the recipe's configuration, `resolved` is told what became of it.
     """
-    base = recipe.base_of(path)
+    base = base_of(path)
     cfg, given, rows = _read(override(recipe.begun(base, task, data, valid)), base, task)
     cfg.check()
     resolved(cfg)

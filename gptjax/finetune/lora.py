@@ -15,7 +15,6 @@ Shapes: L layers (rows of a stack), E experts, R rank.
 
 import math
 import zlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,7 +26,6 @@ from gptjax.config import LoraConfig, ModelConfig, TuneConfig
 from gptjax.finetune import heads
 from gptjax.model.decoder import Params
 from gptjax.parameters import Factors, leaves_by_path, nested, sides
-from gptjax.train import LossFn
 
 BASE, ADAPTERS = "base", "adapters"
 
@@ -97,22 +95,20 @@ def merged(params: Params, adapters: Params, cfg: LoraConfig) -> Params:
 
 def both(params: Params, cfg: LoraConfig, key: jax.Array) -> Params:
     """The tree that training takes: the base as given, and fresh adapters."""
-    return {BASE: params, ADAPTERS: init(params, cfg, key)}
+    return {BASE: params, ADAPTERS: jax.jit(init, static_argnums=1)(params, cfg, key)}
 
 
 def whole(params: Params, cfg: LoraConfig) -> Params:
-    """The plain parameters that a tree of both stands for: to evaluate, sample and export."""
-    return merged(params[BASE], params[ADAPTERS], cfg)
+    """The plain parameters that a tree of both stands for: to evaluate, sample and export. Outside
+    of a jit, those without adapters are the base's own arrays."""
+    leaves = leaves_by_path(params[BASE])
+    paths = {path.rpartition("/")[0] for path in leaves_by_path(params[ADAPTERS])}
+    below = nested({path: leaves[path] for path in paths})
+    above = jax.jit(merged, static_argnums=2)(below, params[ADAPTERS], cfg)
+    return parameters.joined(params[BASE], above)
 
 
-def adapted(loss_fn: LossFn, cfg: LoraConfig) -> LossFn:
-    """The same loss over a tree of both."""
-    return lambda params, batch, keys_B2: loss_fn(whole(params, cfg), batch, keys_B2)
-
-
-def factors(
-    params: Params, tune: TuneConfig, model: ModelConfig, order: Sequence[int] | None = None
-) -> Factors:
+def factors(params: Params, tune: TuneConfig, model: ModelConfig) -> Factors:
     """Of a tree of both: the base is frozen, and `parameters.factors` says how adapters learn.
 
     A task's layer in the base learns as it does without adapters. Patterns of tune.freeze are those
@@ -122,5 +118,5 @@ def factors(
         f"{BASE}/{path}": float(path.startswith(f"{heads.NAME}/"))
         for path in leaves_by_path(params[BASE])
     }
-    own = parameters.factors(params[ADAPTERS], tune, model, order)
+    own = parameters.factors(params[ADAPTERS], tune, model)
     return base | {f"{ADAPTERS}/{path}": factor for path, factor in own.items()}

@@ -5,14 +5,14 @@ train.seq_len and train.batch_tokens of 0, and optim.lr, optim.warmup_tokens, ev
 checkpoint.every of -1.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from gptjax import config
-from gptjax import tokenizer as tokenizers
 from gptjax.config import Config, FinetuneConfig, ModelConfig
-from gptjax.errors import CheckpointError, ConfigError, DataError
+from gptjax.errors import ConfigError
 from gptjax.finetune import encoding, exchanges, packing
+from gptjax.finetune.base import Base
 from gptjax.finetune.encoding import Rows, Special
 from gptjax.finetune.examples import Examples, labels_of
 from gptjax.finetune.exchanges import Exchanges
@@ -27,47 +27,6 @@ and data (Schulman et al. 2025, LoRA Without Regret)."""
 WARMUP = 0.002
 """Share of the training over which the rate rises."""
 _STEP = 8  # rows are as long as the longest example, rounded up to a multiple of this
-
-
-@dataclass(frozen=True)
-class Base:
-    """What a fine-tuned run begins from: a run folder or a Hugging Face folder."""
-
-    path: str
-    cfg: Config
-    tokenizer: Tokenizer
-
-
-def base_of(path: str) -> Base:
-    """Looks at a base, and reads no parameters. Touches no device.
-
-    Raises ConfigError and DataError for what is none, CheckpointError for a run without parameters.
-    """
-    if path.startswith("hf:"):
-        from gptjax import opening, weights
-
-        source = weights.open_source(Path(path.removeprefix("hf:")))
-        told: list[str] = []
-        tokenizer = opening.tokenizer_of(source, told.append)
-        if tokenizer is None:
-            raise DataError(told[-1])
-        kind = config.TokenizerConfig(kind=tokenizer.kind, path=path.removeprefix("hf:"))
-        kind = replace(kind, vocab_size=tokenizer.vocab_size)
-        cfg = Config(model=source.model, tokenizer=kind)
-        short = min(cfg.eval.sample_tokens, max(1, source.model.context // 2))
-        cfg = replace(cfg, eval=replace(cfg.eval, sample_tokens=short))
-        return Base(path, cfg, tokenizer)
-    from gptjax.checkpoint import Checkpoints
-    from gptjax.run import CHECKPOINTS
-
-    cfg, folder = config.load(path), Path(path)
-    if not folder.is_dir():
-        raise ConfigError([f"{path}: must be a run folder, or hf:FOLDER"])
-    if not Checkpoints(folder / CHECKPOINTS).steps():
-        raise CheckpointError(f"{path}: this run has no checkpoint yet")
-    tokenizer = tokenizers.load(folder)
-    encoding.check_ids(tokenizer, cfg.model.vocab_size)
-    return Base(path, cfg, tokenizer)
 
 
 def begun(base: Base, task: str, data: str, valid: str) -> Config:
@@ -92,7 +51,15 @@ def begun(base: Base, task: str, data: str, valid: str) -> Config:
             weight_decay=0.01,
             clip=1.0,
         ),
-        train=replace(cfg.train, tokens=0, batch_tokens=0, seq_len=0, accumulation=1, z_loss=0.0),
+        train=replace(
+            cfg.train,
+            tokens=0,
+            batch_tokens=0,
+            seq_len=0,
+            accumulation=1,
+            z_loss=0.0,
+            ema_decay=0.0,
+        ),
         finetune=FinetuneConfig(task=task, base=base.path, data=data, valid=valid),  # type: ignore
         eval=replace(cfg.eval, every=-1, tasks=(), sample_every=0),
         checkpoint=replace(cfg.checkpoint, every=-1),

@@ -15,10 +15,12 @@ from gptjax import parameters, run, sharding
 from gptjax.checkpoint import Checkpoints, fingerprints, leaves_by_path, sha256_of
 from gptjax.config import Config
 from gptjax.errors import CheckpointError, ConfigError, MismatchError
-from gptjax.finetune import recipe, start
+from gptjax.finetune import start
+from gptjax.finetune.base import Base, base_of, pinned
 from gptjax.model.decoder import Params
 from gptjax.parameters import Factors, Tree
-from gptjax.train import TrainState
+
+BASE_STEP = "base step"  # in RUN/finetune.json: the checkpoint of the base that adapters go with
 
 
 class SeparateCheckpoints(Checkpoints):
@@ -28,40 +30,51 @@ class SeparateCheckpoints(Checkpoints):
     """
 
     def __init__(self, *args: Any, factors: Factors, frozen: Callable[[], Tree], **kwargs: Any):
-        """`frozen()` makes the frozen part anew on the mesh, for a step donates what it is given;
-        the other arguments are those of Checkpoints."""
+        """`frozen()` makes the frozen part on the mesh, where there is a checkpoint to restore; the
+        other arguments are those of Checkpoints."""
         super().__init__(*args, **kwargs)
         self._factors, self._frozen = factors, frozen
-        self._digest = _digest(frozen())
+        self._digest: str | None = None
         describe = self._describe
         self._describe = lambda step: {**describe(step), "frozen": self._digest}
 
-    def save(self, step: int, state: TrainState) -> None:
-        super().save(step, self._learning(state))
+    def save(self, step: int, state: Any) -> None:
+        learning, frozen = parameters.split(state.params, self._factors)
+        self._digest = self._digest or _digest(frozen)
+        super().save(step, replace(state, params=learning))
 
-    def restore_newest(self, abstract: TrainState, *, partial: bool = False) -> TrainState | None:
-        restored = super().restore_newest(self._learning(abstract), partial=partial)
+    def restore_newest(self, abstract: Any, *, partial: bool = False) -> Any | None:
+        learning, _ = parameters.split(abstract.params, self._factors)
+        restored, frozen = self._beside(replace(abstract, params=learning), partial)
         if restored is None:
             return None
-        return replace(restored, params=parameters.joined(self._frozen(), restored.params))
+        return replace(restored, params=parameters.joined(frozen, restored.params))
 
-    def restore_learnt(self, abstract: Tree, part: str) -> tuple[Tree, int] | None:
-        """What learns of the newest one, its subtree `part`, and the step; None if none exists.
+    def restore_tree(self, abstract: Tree, part: str) -> tuple[Tree, int] | None:
+        """The tree that training took, of the newest one, and its step; None if none exists.
 
-        `abstract` is of that alone. Raises as Checkpoints.restore_newest does.
+        `part` is the state's that learnt: "params", or "ema".
         """
         step = sharding.abstract(lambda: jax.numpy.int32(0))
-        restored = super().restore_newest({"step": step, part: abstract}, partial=True)
-        return None if restored is None else (restored[part], int(restored["step"]))
+        learning, _ = parameters.split(abstract, self._factors)
+        restored, frozen = self._beside({"step": step, part: learning}, True)
+        if restored is None:
+            return None
+        return parameters.joined(frozen, restored[part]), int(restored["step"])
 
-    def _learning(self, state: TrainState) -> TrainState:
-        return replace(state, params=parameters.split(state.params, self._factors)[0])
+    def _beside(self, learning: Any, partial: bool) -> tuple[Any, Tree]:
+        """What learnt of the newest one, or None, and the frozen part."""
+        if not self.steps():
+            return super().restore_newest(learning, partial=partial), {}
+        frozen = self._frozen()
+        self._digest = _digest(frozen)
+        return super().restore_newest(learning, partial=partial), frozen
 
     def _restore(self, step: int, abstract: Any, partial: bool) -> Any:
         if (saved := self.meta(step).get("frozen")) != self._digest:
             raise MismatchError(
                 f"{self.folder / str(step)}: was trained beside other frozen parameters (digest "
-                f"{str(saved)[:12]}, here {self._digest[:12]}); give the base that it began from"
+                f"{str(saved)[:12]}, here {str(self._digest)[:12]}): its base has changed"
             )
         return super()._restore(step, abstract, partial)
 
@@ -70,39 +83,48 @@ def _digest(frozen: Tree) -> str:
     return sha256_of(fingerprints(leaves_by_path(frozen)))
 
 
-def restore_params(folder: str, cfg: Config, say: Callable[[str], None]) -> tuple[Params, int]:
-    """The model's parameters of a run with adapters, merged, and their step: as
-    `run.restore_params`, which calls it. Raises what `restore` raises.
-    """
-    learnt, step = restore(folder, cfg, say)
-    merge = jax.jit(lambda tree: start.plain(cfg, tree))
-    return merge(learnt), step
+def restore_params(
+    folder: str, cfg: Config, say: Callable[[str], None] = lambda line: None
+) -> tuple[Params, int]:
+    """As `run.restore_params`; adapters merged into their base. Raises as that and `restore` do."""
+    if not cfg.finetune.lora.rank:
+        return run.restore_params(folder, cfg, say)
+    tree, step = restore(folder, cfg, say)
+    return start.plain(cfg, tree), step
 
 
 def restore(folder: str, cfg: Config, say: Callable[[str], None]) -> tuple[Tree, int]:
     """The tree that training took of a run with adapters, and its step; the moving average where
     the run keeps one.
 
-    Raises ConfigError where the base is not where the run says, MismatchError where it has changed,
-    CheckpointError where there is no checkpoint.
+    Raises ConfigError where the base is not where the run says, CheckpointError where its
+    checkpoint or the run's is not there, MismatchError where the base has changed.
     """
     try:
-        base = recipe.base_of(cfg.finetune.base)
+        base = base_of(cfg.finetune.base)
     except ConfigError as error:
         raise ConfigError(
-            [f"{folder}: its adapters go with a base: {problem}" for problem in error.problems]
+            [
+                f"{folder}: its adapters go with finetune.base={cfg.finetune.base}, which its "
+                f"config.json may name anew: {problem}"
+                for problem in error.problems
+            ]
         ) from None
+    base = pinned(base, run.examples_of(folder).get(BASE_STEP))
     factors = start.factors(cfg)
     assert factors is not None
-    make = jax.jit(lambda given: start.tree(cfg, given))
-    begun = make(start.params(cfg, base, lambda line: None))
-    frozen = parameters.split(begun, factors)[1]
     checkpoints = SeparateCheckpoints(
-        Path(folder) / run.CHECKPOINTS, say=say, factors=factors, frozen=lambda: frozen
+        Path(folder) / run.CHECKPOINTS,
+        say=say,
+        factors=factors,
+        frozen=lambda: frozen_of(cfg, base, factors, say),
     )
-    learning = parameters.split(start.abstract(cfg), factors)[0]
-    restored = checkpoints.restore_learnt(learning, "ema" if cfg.train.ema_decay else "params")
-    if restored is None:
+    part = "ema" if cfg.train.ema_decay else "params"
+    if (restored := checkpoints.restore_tree(start.abstract(cfg), part)) is None:
         raise CheckpointError(f"{folder}: this run has no checkpoint yet")
-    learnt, step = restored
-    return parameters.joined(frozen, learnt), step
+    return restored
+
+
+def frozen_of(cfg: Config, base: Base, factors: Factors, say: Callable[[str], None]) -> Tree:
+    """What does not learn of the tree that training takes."""
+    return parameters.split(start.tree(cfg, start.params(cfg, base, say)), factors)[1]

@@ -10,11 +10,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from gptjax import parameters, run, sharding, train, weights
+from gptjax import parameters, run, sharding, weights
 from gptjax.config import Config
 from gptjax.finetune import heads, lora
+from gptjax.finetune.base import Base
 from gptjax.finetune.encoding import Special
-from gptjax.finetune.recipe import Base
 from gptjax.model.decoder import Params
 from gptjax.parameters import Factors, Tree
 
@@ -25,7 +25,7 @@ def params(cfg: Config, base: Base, say: Callable[[str], None]) -> Params:
         given = weights.read_params(weights.open_source(Path(base.path.removeprefix("hf:"))))
         say(f"begins from {base.path}")
     else:
-        given, step = run.restore_params(base.path, base.cfg, say)
+        given, step = run.restore_params(base.path, base.cfg, say, base.step)
         say(f"begins from {base.path} after its step {step}")
     given = {name: tree for name, tree in given.items() if name != heads.NAME}
     if not cfg.finetune.outputs:
@@ -36,7 +36,7 @@ def params(cfg: Config, base: Base, say: Callable[[str], None]) -> Params:
 
 def extended(cfg: Config, base: Params, special: Special) -> Params:
     """A base's parameters with random rows for the special tokens, and a fresh task's layer."""
-    fresh = run.init_params(cfg, train.init_key(cfg))
+    fresh = run.init_params(cfg, run.init_and_dropout_keys(cfg)[0])
     tables = {
         name: _with_rows(base[name], fresh[name], special)
         for name in ("embed", "head")
@@ -59,14 +59,16 @@ def _with_rows(old_VD: jax.Array, fresh_VD: jax.Array, special: Special) -> jax.
 
 
 def tree(cfg: Config, given: Params) -> Tree:
-    """The tree that training takes, of the model's parameters. To be jitted."""
+    """The tree that training takes, of the model's parameters."""
     if not cfg.finetune.lora.rank:
         return given
-    return lora.both(given, cfg.finetune.lora, jax.random.fold_in(train.init_key(cfg), 2))
+    return lora.both(
+        given, cfg.finetune.lora, jax.random.fold_in(run.init_and_dropout_keys(cfg)[0], 2)
+    )
 
 
 def plain(cfg: Config, learnt: Tree) -> Params:
-    """The model's parameters, of the tree that training takes. To be jitted."""
+    """The model's parameters, of the tree that training takes."""
     return lora.whole(learnt, cfg.finetune.lora) if cfg.finetune.lora.rank else learnt
 
 

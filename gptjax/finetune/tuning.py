@@ -19,17 +19,16 @@ from gptjax.checkpoint import Checkpoints, sha256_of
 from gptjax.config import Config
 from gptjax.data.order import Order
 from gptjax.evaluate import Evaluator
-from gptjax.finetune import answering, classifying, start
+from gptjax.finetune import answering, classifying, separate, start
+from gptjax.finetune.base import Base, pinned
 from gptjax.finetune.encoding import Special
 from gptjax.finetune.examples import Examples
 from gptjax.finetune.exchanges import Exchanges
-from gptjax.finetune.recipe import Base
-from gptjax.finetune.separate import SeparateCheckpoints
+from gptjax.finetune.separate import BASE_STEP, SeparateCheckpoints
 from gptjax.model import counts, decoder
-from gptjax.model.decoder import Params
 from gptjax.parameters import Factors, Tree
 from gptjax.progress import Progress
-from gptjax.tokenizer import Tokenizer
+from gptjax.train import TrainState
 from gptjax.watch import Watch
 
 REPORT = "classification.json"
@@ -50,7 +49,9 @@ def tune(
     """
     answers, factors = cfg.finetune.task == "answer", start.factors(cfg)
     learning, total = parameters.counts(start.abstract(cfg), factors)
-    _record(cfg, base.tokenizer, given, rows, progress)
+    if cfg.finetune.lora.rank:
+        base = pinned(base, run.examples_of(cfg.run).get(BASE_STEP))
+    _record(cfg, base, given, rows, progress)
     backends = decoder.attention_backends(
         cfg.model,
         cfg.compute,
@@ -67,28 +68,28 @@ def tune(
         own = sharding.host_rows(cfg.train.batch)
         return (rows["train"].take(order.ids(step, own)) for step in range(first, last))
 
-    def begun(say: Callable[[str], None] = lambda line: None) -> Tree:
-        made = jax.jit(functools.partial(start.tree, cfg), donate_argnums=0)
-        return made(start.params(cfg, base, say))
+    def begin() -> TrainState:
+        tree = start.tree(cfg, start.params(cfg, base, progress.say))
+        return jax.jit(lambda t: train.state_of(cfg, t, factors), donate_argnums=0)(tree)
+
+    def plain(evaluator: Evaluator) -> Evaluator:
+        return _Plain(cfg, evaluator) if cfg.finetune.lora.rank else evaluator
 
     labels = classifying.LabelQuality(cfg, rows["valid"], progress) if not answers else None
     right = answering.AnswersRight(cfg, given["valid"], base.tokenizer) if answers else None
     loss = (answering if answers else classifying).training_loss(cfg)
-    plain = jax.jit(functools.partial(start.plain, cfg))
     _, evaluated = train.fit(
         cfg,
         init_fn=lambda key: start.tree(cfg, run.init_params(cfg, key)),
-        start=lambda: jax.jit(lambda tree: train.state_of(cfg, tree, factors), donate_argnums=0)(
-            begun(progress.say)
-        ),
+        start=begin,
         factors=factors,
         loss_fn=lambda tree, batch, keys_B2: loss(start.plain(cfg, tree), batch, keys_B2),
         abstract_batch=_abstract(cfg, rows["train"].take(np.arange(1))),
         batches=batches,
-        evaluators=[_Of(plain, labels or answering.AnswerLoss(cfg, rows["valid"], progress))],
-        tasks=[_Of(plain, right)] if right else [],
+        evaluators=[plain(labels or answering.AnswerLoss(cfg, rows["valid"], progress))],
+        tasks=[plain(right)] if right else [],
         sampler=lambda step, params: None,
-        checkpoints=_checkpoints(cfg, backends, factors, begun, progress.say),
+        checkpoints=_checkpoints(cfg, base, backends, factors, progress.say),
         writers=functools.partial(run.writers, cfg),
         throughput=metrics.Throughput(
             counts.flops_per_token(cfg.model, cfg.train.seq_len),
@@ -107,28 +108,28 @@ def tune(
 
 
 @dataclass(frozen=True)
-class _Of:
+class _Plain:
     """An evaluator of the model's parameters, given the tree that training takes."""
 
-    plain: Callable[[Tree], Params]
+    cfg: Config
     evaluator: Evaluator
 
     def run(self, tree: Tree) -> dict[str, float]:
-        return self.evaluator.run(self.plain(tree))
+        return self.evaluator.run(start.plain(self.cfg, tree))
 
 
 def _checkpoints(
     cfg: Config,
+    base: Base,
     backends: tuple[str, ...],
     factors: Factors | None,
-    begun: Callable[[], Tree],
     say: Callable[[str], None],
 ) -> Checkpoints:
     """Of everything; with adapters, of what learns, beside the base."""
     given = Path(cfg.run) / run.CHECKPOINTS, cfg.checkpoint, _describe(cfg, backends), say
-    if not cfg.finetune.lora.rank:
+    if factors is None or not cfg.finetune.lora.rank:
         return Checkpoints(*given)
-    frozen = lambda: parameters.split(begun(), factors)[1]
+    frozen = lambda: separate.frozen_of(cfg, base, factors, say)
     return SeparateCheckpoints(*given, factors=factors, frozen=frozen)
 
 
@@ -146,15 +147,17 @@ def _abstract(cfg: Config, row: Mapping[str, np.ndarray]) -> Any:
 
 def _record(
     cfg: Config,
-    tokenizer: Tokenizer,
+    base: Base,
     given: Mapping[str, Examples | Exchanges],
     rows: Mapping[str, Any],
     progress: Progress,
 ) -> None:
     """Writes down and tells what is learnt from."""
     facts: dict[str, Any] = {}
+    if base.step is not None:
+        facts[BASE_STEP] = base.step
     if cfg.finetune.outputs:
-        facts["special"] = Special.of(tokenizer)._asdict()
+        facts["special"] = Special.of(base.tokenizer)._asdict()
     for name, examples in given.items():
         cut = rows[name].cut
         facts[name] = {"sha256": examples.sha256, "examples": len(examples), "cut": cut}
@@ -163,7 +166,7 @@ def _record(
             f"{cut:,} of them cut to train.seq_len={cfg.train.seq_len}"
         )
     distributed.agree(run.facts(cfg) | {"the examples": repr(facts)})
-    run.record_tuned(cfg, tokenizer, facts)
+    run.record_tuned(cfg, base.tokenizer, facts)
 
 
 def _describe(cfg: Config, backends: tuple[str, ...]) -> Callable[[int], dict[str, Any]]:

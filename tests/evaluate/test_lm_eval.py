@@ -15,7 +15,7 @@ lm_eval = pytest.importorskip("lm_eval")
 
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from gptjax import opening  # noqa: E402
+from gptjax import opening, weights  # noqa: E402
 from gptjax.config import Config, EvalConfig  # noqa: E402
 from gptjax.errors import ConfigError  # noqa: E402
 from gptjax.evaluate import LMEvalAdapter, Task, read_tasks  # noqa: E402
@@ -172,7 +172,9 @@ def test_a_setting_of_generation_that_is_not_known_is_refused(
     assert adapter._settings({"do_sample": False, "temperature": 0.5}).temperature == 0
 
 
-def test_a_real_model_has_the_numbers_of_the_hf_model(harness, tmp_path, monkeypatch) -> None:
+def test_a_real_model_has_the_numbers_of_the_hf_model(
+    harness, on_mesh, tmp_path, monkeypatch
+) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "reference")
     from fetch_smollm2 import fetch
     from lm_eval.models.huggingface import HFLM
@@ -184,11 +186,12 @@ def test_a_real_model_has_the_numbers_of_the_hf_model(harness, tmp_path, monkeyp
     except subprocess.CalledProcessError as error:
         pytest.skip(f"the model cannot be fetched here: {error}")
     theirs = harness(HFLM(str(folder), dtype="float32", batch_size=4, max_length=256, device="cpu"))
-    with opening.opened(str(folder)) as model:
-        adapter = LMEvalAdapter(
-            model.params, model.cfg, model.tokenizer, batch_size=4, max_length=256
-        )
-        ours = harness(adapter)
+    source = weights.open_source(folder)
+    tokenizer = weights.tokenizer_of(source, print)
+    cfg = opening.config_of(source.model, tokenizer, str(folder))
+    with on_mesh():  # eight virtual devices would take minutes for it
+        params = weights.read_params(source)
+        ours = harness(LMEvalAdapter(params, cfg, tokenizer, batch_size=4, max_length=256))
     print(f"\n{ours[0]}\n{theirs[0]}")
     assert ours[0].keys() == theirs[0].keys()
     assert len(ours[0]) == 9

@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -113,17 +115,22 @@ def test_other_examples_are_another_run(finetune, write) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mesh",
+    ("task", "mesh"),
     [
-        ("--mesh.fsdp", 2, "--mesh.tensor", 2, "--mesh.data", 2),
-        ("--mesh.context", 2, "--mesh.data", 4, "--train.accumulation", 2),
+        ("classify", ("--mesh.fsdp", 2, "--mesh.tensor", 2, "--mesh.data", 2)),
+        ("classify", ("--mesh.context", 2, "--mesh.data", 4, "--train.accumulation", 2)),
+        ("answer", ("--mesh.fsdp", 2, "--mesh.tensor", 2, "--mesh.data", 2)),
     ],
 )
-def test_every_mesh_has_the_same_losses(finetune, tmp_path, mesh) -> None:
-    few = ("--finetune.epochs", 2, "--model.dropout", "0.1")
-    if not (tmp_path / "one").exists():
-        assert finetune("one", *few)[0] == 0
-    code, _, err = finetune("other", *few, *mesh)
+def test_every_mesh_has_the_same_losses(finetune, write, tmp_path, task, mesh) -> None:
+    few = ("--finetune.epochs", 2, "--model.dropout", "0.1", "--train.batch-tokens", 32 * 16)
+    if task == "answer":
+        rows = [{"prompt": one["text"][:6], "answer": one["label"]} for one in labelled(48, 0)]
+        write("train.jsonl", rows)
+        write("valid.jsonl", rows[:8])
+        few += ("--train.tokens", 3 * 32 * 16)
+    assert finetune("one", *few, task=task)[0] == 0
+    code, _, err = finetune("other", *few, *mesh, task=task)
     assert code == 0, err
     assert len(losses(tmp_path / "one")) == 3
     np.testing.assert_allclose(losses(tmp_path / "other"), losses(tmp_path / "one"), rtol=2e-5)
@@ -357,10 +364,35 @@ def test_adapters_are_learnt_resumed_merged_and_used(
     shutil.move(base, f"{base}.away")
     try:
         code, _, err = command_line("predict", tmp_path / "whole", *files)
-        assert (code, "its adapters go with a base: " in err) == (2, True), err
+        assert (code, f"its adapters go with finetune.base={base}" in err) == (2, True), err
         assert command_line("predict", tmp_path / "merged", *files)[0] == 0
     finally:
         shutil.move(f"{base}.away", base)
+    code, _, err = finetune("more", start=str(tmp_path / "whole"))
+    assert (code, "is adapters beside a base; merge them" in err) == (2, True), err
+
+
+def test_adapters_go_with_the_step_of_the_base_that_they_began_from(
+    make_base, finetune, command_line, write, tmp_path
+) -> None:
+    start = make_base(tmp_path / "start")
+    assert finetune("out", *LORA, "--finetune.epochs", 1, start=start)[0] == 0
+    new = write("new.jsonl", labelled(4, 2))
+    predict = ("predict", tmp_path / "out", "--file", new, "--output", tmp_path / "told.jsonl")
+    assert command_line(*predict)[0] == 0
+    told = (tmp_path / "told.jsonl").read_text()
+    # The base learns on: its newest parameters are others, and those of step 0 are still there.
+    cfg = config.load(start)
+    with run.entered_mesh(cfg), Checkpoints(Path(start) / run.CHECKPOINTS, cfg.checkpoint) as c:
+        params, _ = run.restore_params(start, cfg)
+        c.save(7, {"step": jnp.int32(7), "params": jax.tree.map(lambda x: x + 1, params)})
+        c.finish()
+    assert command_line(*predict)[0] == 0
+    assert (tmp_path / "told.jsonl").read_text() == told
+    shutil.rmtree(Path(start) / run.CHECKPOINTS / "0")
+    code, _, err = command_line(*predict)
+    assert code == 74
+    assert "checkpoint 0 is wanted; there is 7" in err
 
 
 def test_adapters_go_to_peft_and_come_back(finetune, command_line, base, write, tmp_path) -> None:
@@ -371,7 +403,7 @@ def test_adapters_go_to_peft_and_come_back(finetune, command_line, base, write, 
     assert code == 0, err
     code, out, err = command_line("convert", tmp_path / "out", f"peft:{tmp_path / 'adapters'}")
     assert code == 0, err
-    assert f"base: {base}" in out
+    assert "base_model_name_or_path: nowhere" in out  # whence the base was imported
     words = ("convert", f"peft:{tmp_path / 'adapters'}", tmp_path / "back")
     assert command_line(*words)[0] == 2
     code, _, err = command_line(*words, "--base", base)
@@ -395,6 +427,7 @@ def test_adapters_go_to_peft_and_come_back(finetune, command_line, base, write, 
         (("--finetune.freeze", ".*"), "nothing is left to train"),
         (("--finetune.freeze-layers", 3), "finetune.freeze_layers=3: must be at least 0"),
         (("--finetune.layer-decay", 0), "finetune.layer_decay=0.0: must be above 0"),
+        (LORA[2:], "finetune.lora.rank=0: there are no adapters"),
         (("--finetune.lora.rank", -1), "finetune.lora.rank=-1: must not be negative"),
         ((*LORA[:3], "q"), "finetune.lora.targets=q: matches none of blocks/"),
     ],

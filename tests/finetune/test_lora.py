@@ -187,6 +187,10 @@ def test_values_that_make_no_sense_are_told(tiny_model):
 # --- training ----------------------------------------------------------------------------------
 
 
+def adapted(loss_fn, cfg):
+    return lambda tree, batch, keys_B2: loss_fn(lora.whole(tree, cfg), batch, keys_B2)
+
+
 def begun(cfg, random_params, adapters=RANK4):
     both = fresh(random_params(cfg.model, 0.1), adapters, lora.both)
     return both, lora.factors(both, TuneConfig(), cfg.model)
@@ -197,7 +201,7 @@ def test_adapters_alone_learn_and_have_optimizer_state(on_mesh, tiny, random_par
     with on_mesh():
         params, factors = begun(cfg, random_params)
         before = jax.device_get(params)
-        state, seen = trained(cfg, params, lora.adapted(loss_of(cfg), RANK4), factors)
+        state, seen = trained(cfg, params, adapted(loss_of(cfg), RANK4), factors)
         after = jax.device_get(state)
         assert jax.tree.structure(state.averaged) == jax.tree.structure(state.params)
     assert jax.tree.all(jax.tree.map(np.array_equal, before["base"], after.params["base"]))
@@ -223,7 +227,7 @@ def test_the_first_gradient_is_the_full_ones_product_with_the_other_half(
         batch = batch_of(cfg, 0)
         plain = loss_of(cfg)
         full = jax.jit(jax.grad(lambda p: plain(p, batch, None)[0]))(params["base"])
-        over = lambda a, base: lora.adapted(plain, RANK4)(base | {"adapters": a}, batch, None)[0]
+        over = lambda a, base: adapted(plain, RANK4)(base | {"adapters": a}, batch, None)[0]
         learning, frozen = parameters.split(params, factors)
         grads = jax.jit(jax.grad(over))(learning["adapters"], frozen)
     full, grads, halves = (
@@ -245,7 +249,7 @@ def test_adapters_on_eight_devices_train_as_on_one(on_mesh, tiny, random_params)
             begin = jax.device_get(both["adapters"])
             q = both["adapters"]["blocks"]["layer_0"]["attn"]["q"]
             parts = [len({str(s.index) for s in x.addressable_shards}) for x in (q["a"], q["b"])]
-            state, seen = trained(cfg, both, lora.adapted(loss_of(cfg), RANK4), factors)
+            state, seen = trained(cfg, both, adapted(loss_of(cfg), RANK4), factors)
             assert state.params["adapters"]["blocks"]["layer_0"]["attn"]["q"]["a"].sharding == (
                 q["a"].sharding
             )
@@ -267,7 +271,7 @@ def test_experts_adapters_on_a_mesh_train_as_on_one(on_mesh, tiny, mixture, rand
     def run(**sizes):
         with on_mesh(**sizes):
             both, factors = begun(cfg, random_params, targets)
-            return trained(cfg, both, lora.adapted(loss_of(cfg), targets), factors, steps=2)[1]
+            return trained(cfg, both, adapted(loss_of(cfg), targets), factors, steps=2)[1]
 
     np.testing.assert_allclose(run(expert=2, tensor=2, fsdp=2), run(), rtol=1e-5)
 
@@ -386,7 +390,7 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(
             ),
         }
         state = jax.jit(lambda p: train.state_of(cfg, p, factors))(both)
-        loss_fn = lora.adapted(loss_of(cfg), RANK4)
+        loss_fn = adapted(loss_of(cfg), RANK4)
         step = train.compile_step(cfg, loss_fn, state, objective.abstract_batch(cfg), factors)
         half, _ = stepped(cfg, step, state, range(2))
         saved = {}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fetch_smollm2 import fetch
 
-from gptjax import cli, opening, run, weights
+from gptjax import cli, run, weights
 from gptjax.config import ComputeConfig
 from gptjax.sample import BeamSettings, Sampler, Settings
 
@@ -89,7 +89,7 @@ def test_beams_are_those_of_transformers(folder, on_mesh, length_penalty):
     settings = BeamSettings(4, length_penalty, returned=4, max_tokens=24)
     source = weights.open_source(folder)
     with on_mesh():
-        tokenizer = opening.tokenizer_of(source, print)
+        tokenizer = weights.tokenizer_of(source, print)
         sampler = Sampler(weights.read_params(source), source.model, ComputeConfig(), tokenizer)
         prompts = [sampler.ids(text) for text in PROMPTS]
         got = sampler.beam(prompts, settings)
