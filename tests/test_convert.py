@@ -78,7 +78,7 @@ def test_an_imported_model_is_a_run_that_samples_and_comes_back(capsys, folder, 
     assert out.startswith("abc")
     code, out, err = run(capsys, "eval", made)
     assert code == 65
-    assert "imported model" in err
+    assert "an imported or fine-tuned model" in err
 
     code, out, _ = run(capsys, "convert", made, f"hf:{back}")
     assert code == 0
@@ -141,8 +141,8 @@ def test_another_tokenizer_in_an_imported_run_is_refused(capsys, folder, tmp_pat
         ("hf:nowhere", "run", 65, "no config.json"),
         ("nowhere", "hf:out", 2, "nowhere: no such file"),
         ("hf:{folder}", "{folder}", 73, "is not empty"),
-        ("hf:{folder}", "hf:out", 2, "one of the two must be hf:FOLDER"),
-        ("run", "out", 2, "one of the two must be hf:FOLDER"),
+        ("hf:{folder}", "hf:out", 2, "one of the two must be a run folder"),
+        ("run", "out", 2, "run: is no run folder; a Hugging Face folder is hf:run"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_writes_nothing(

@@ -151,7 +151,7 @@ def test_windows_that_do_not_go_are_told_before_parameters_are_read(
 def test_a_model_without_text_of_its_own_must_be_given_some(folder, tmp_path, command_line) -> None:
     code, _, err = command_line("eval", folder)
     assert code == 65
-    assert "an imported model" in err
+    assert "an imported or fine-tuned model" in err
     assert "give --text or --task" in err
     code, _, err = command_line("eval", f"hf:{tmp_path}")
     assert code == 65
