@@ -121,8 +121,15 @@ def test_it_gives_up_after_so_many_restarts(hosts, tmp_path) -> None:
 def test_told_to_stop_by_hand_it_saves_and_does_not_begin_again(hosts, tmp_path, how) -> None:
     environment = hosts("wait 0", "75 0")  # the second host's SIGTERM is gptjax's own affair
     command = [str(SCRIPT), "train", "slice", "configs/debug.py"]
+    # Tests that run in the background are deaf to Ctrl-C, and a shell that is cannot heed it.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed,
     ) as training:
         deadline = time.monotonic() + 30
         while not attempts(tmp_path, 0):
