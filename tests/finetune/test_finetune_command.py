@@ -77,7 +77,7 @@ def test_labels_are_learnt_told_and_predicted(finetune, command_line, write, tmp
 
 @pytest.mark.parametrize(
     "task",
-    ["classify", *(pytest.param(t, marks=pytest.mark.slow) for t in ("choose", "answer"))],
+    ["answer", *(pytest.param(t, marks=pytest.mark.slow) for t in ("choose", "classify"))],
 )
 def test_a_run_that_goes_on_ends_with_the_same_bits(finetune, write, tmp_path, task) -> None:
     texts = [one["text"] for one in labelled(48, 0)]
@@ -104,6 +104,7 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(finetune, write, tmp_path, t
     assert changed == str(tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_other_examples_are_another_run(finetune, write) -> None:
     assert finetune("out", "--finetune.epochs", 1)[0] == 0
     write("train.jsonl", labelled(48, 5))
@@ -372,6 +373,7 @@ def test_adapters_are_learnt_resumed_merged_and_used(
     assert (code, "is adapters beside a base; merge them" in err) == (2, True), err
 
 
+@pytest.mark.slow
 def test_adapters_go_with_the_step_of_the_base_that_they_began_from(
     make_base, finetune, command_line, write, tmp_path
 ) -> None:
@@ -395,6 +397,7 @@ def test_adapters_go_with_the_step_of_the_base_that_they_began_from(
     assert "checkpoint 0 is wanted; there is 7" in err
 
 
+@pytest.mark.slow
 def test_adapters_go_to_peft_and_come_back(finetune, command_line, base, write, tmp_path) -> None:
     pairs = [{"prompt": f"{c}{c}?", "answer": c.upper()} for c in "abcdefgh"]
     write("train.jsonl", pairs)
@@ -437,6 +440,7 @@ def test_what_cannot_learn_is_told(finetune, words, says) -> None:
     assert (code, says in err) == (2, True), err
 
 
+@pytest.mark.slow
 def test_what_is_frozen_stays(finetune, base, tmp_path) -> None:
     frozen = ("--finetune.freeze", "embed", "positions", "--finetune.freeze-layers", 1)
     code, _, err = finetune("out", *frozen, "--finetune.layer-decay", 0.5)

@@ -240,6 +240,7 @@ def test_the_first_gradient_is_the_full_ones_product_with_the_other_half(
         np.testing.assert_allclose(grads[f"{path}/b"], want, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_adapters_on_eight_devices_train_as_on_one(on_mesh, tiny, random_params):
     cfg = tiny(train={"accumulation": 2})
 
@@ -333,6 +334,7 @@ def test_a_frozen_layer_counts_neither_for_clipping_nor_for_the_gradients_norm(
     assert norm > cfg.optim.clip
 
 
+@pytest.mark.slow
 def test_frozen_and_slowed_layers_on_eight_devices_train_as_on_one(on_mesh, tiny, random_params):
     cfg = tiny(model={"layers": 4})
     tune = TuneConfig(freeze=("positions",), freeze_layers=1, layer_decay=0.7)

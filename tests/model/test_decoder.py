@@ -17,6 +17,7 @@ from gptjax.model import attention, counts, decoder
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 ROWS = 8
+SLOW = pytest.mark.slow  # what tests/test_invariance.py or a like case has in short
 VARIANTS = {
     "gpt2": {},
     "gpt1": {"norm_position": "post", "activation": "gelu"},
@@ -232,7 +233,13 @@ def plain_decoder(cfg, params, tokens):
     return x if cfg.norm_position == "post" else plain_norm(cfg, params["norm_final"], x)
 
 
-@pytest.mark.parametrize("name", list(VARIANTS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("gpt2", "llama", "falcon", "mixture") else pytest.param(name, marks=SLOW)
+        for name in VARIANTS
+    ],
+)
 def test_every_variant_is_the_textbook_on_one_device_and_on_a_mesh_of_eight(
     on_mesh, tiny_config, random_params, name
 ):
@@ -350,6 +357,7 @@ def dropout_keys(seed):
     return jax.device_put(keys, sharding.spec("batch", None))
 
 
+@SLOW
 def test_dropout_is_the_same_on_every_mesh_and_off_without_keys(
     on_mesh, tiny_config, random_params
 ):

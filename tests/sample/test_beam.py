@@ -96,7 +96,7 @@ def test_one_beam_without_stops_is_greedy(one_device, model, params):
     assert [b.ids for b in one] == [g.ids for g in sampler.generate(prompts, GREEDY)]
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("mesh", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
 def test_eight_devices_find_what_one_finds(on_mesh, model, params, random_params, mesh):
     prompts = [[i % 24 for i in prompt] for prompt in prompts_of(3, 8, 2)]
     settings = BeamSettings(width=3, returned=3, max_tokens=6)

@@ -241,7 +241,7 @@ def test_a_text_that_cannot_be_scored_is_named(one_device, model, params, texts,
 # --- meshes and number formats -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("mesh", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
 def test_refilled_rows_rings_and_scores_are_the_same_on_eight_devices(
     on_mesh, tiny_model, random_params, mesh
 ):

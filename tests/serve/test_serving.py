@@ -182,7 +182,9 @@ sys.exit(cli.main(["serve", "runs/tiny", "--port", "0", *sys.argv[1:]]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_server_that_is_told_to_stop_answers_what_it_has_and_ends_well(
     number: signal.Signals, tmp_path: Path
 ) -> None:
