@@ -13,6 +13,7 @@ from gptjax import config, run
 from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import MoeConfig, TokenizerConfig
+from gptjax.finetune import separate
 
 from conftest import labelled  # isort: skip
 
@@ -414,7 +415,7 @@ def test_adapters_go_to_peft_and_come_back(finetune, command_line, base, write, 
     cfg = config.load(str(tmp_path / "back"))
     with run.entered_mesh(cfg):
         (ours, _), (theirs, _), (plain, _) = (
-            run.restore_params(str(folder), config.load(str(folder)))
+            separate.restore_params(str(folder), config.load(str(folder)))
             for folder in (tmp_path / "out", tmp_path / "back", base)
         )
         layers = (p["blocks"]["layer_0"]["attn"] for p in (ours, theirs, plain))
