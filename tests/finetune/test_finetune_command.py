@@ -1,5 +1,6 @@
 """`gptjax finetune` and `gptjax predict`, in process, on a tiny model."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,8 @@ from gptjax import config, run
 from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import MoeConfig, TokenizerConfig
-from gptjax.finetune import separate
+from gptjax.finetune import recipe, separate
+from gptjax.finetune.base import base_of
 
 from conftest import labelled  # isort: skip
 
@@ -103,6 +105,28 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(finetune, write, tmp_path, t
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     changed = json.loads(out)["run"]
     assert changed == str(tmp_path / "cut")
+
+
+def test_the_recipe_takes_the_model_and_not_how_it_was_trained(base) -> None:
+    begun_from = base_of(base)
+    cfg = begun_from.cfg
+    trained = dataclasses.replace(cfg.train, ema_decay=0.99, z_loss=0.1, accumulation=4)
+    optim = dataclasses.replace(cfg.optim, name="muon", lr=0.5, weight_decay=0.3)
+    begun_from = dataclasses.replace(
+        begun_from, cfg=dataclasses.replace(cfg, train=trained, optim=optim)
+    )
+    recipe_of = recipe.begun(begun_from, "classify", "a", "b")
+    train, optim = recipe_of.train, recipe_of.optim
+    assert (train.ema_decay, train.z_loss, train.accumulation) == (0, 0, 1)
+    assert (optim.name, optim.weight_decay) == ("adamw", 0.01)
+    assert recipe_of.model == cfg.model
+    rate = lambda cfg: recipe.resolved(cfg, longest=10, rows=64).optim.lr
+    tune = recipe_of.finetune
+    adapters = dataclasses.replace(tune, lora=dataclasses.replace(tune.lora, rank=4))
+    assert rate(recipe_of) == 6.25e-5
+    assert rate(dataclasses.replace(recipe_of, finetune=adapters)) == pytest.approx(6.25e-4)
+    given = dataclasses.replace(recipe_of, optim=dataclasses.replace(optim, lr=0.0))
+    assert rate(given) == 0
 
 
 @pytest.mark.slow
@@ -410,6 +434,8 @@ def test_adapters_go_to_peft_and_come_back(finetune, command_line, base, write, 
     assert "base_model_name_or_path: nowhere" in out  # whence the base was imported
     words = ("convert", f"peft:{tmp_path / 'adapters'}", tmp_path / "back")
     assert command_line(*words)[0] == 2
+    code, _, err = command_line(*words, "--base", tmp_path / "out")
+    assert (code, "is fine-tuned; give what the adapters began from" in err) == (2, True), err
     code, _, err = command_line(*words, "--base", base)
     assert code == 0, err
     cfg = config.load(str(tmp_path / "back"))
