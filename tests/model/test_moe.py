@@ -128,7 +128,10 @@ def on_one_device(request, on_mesh, tiny_config, random_params):
 
 @pytest.mark.parametrize(
     "mesh",
-    [(1, 2, 2, 2), *(pytest.param(m, marks=pytest.mark.slow) for m in ((8,), (1, 2, 1, 4)))],
+    [
+        (1, 2, 2, 2),
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ((8, 1, 1, 1), (1, 2, 1, 4))),
+    ],
 )
 def test_every_mesh_has_the_loss_the_counts_and_the_gradients_of_one_device(
     on_mesh, random_params, on_one_device, mesh
