@@ -78,6 +78,11 @@ def value_problems(cfg: Any) -> Iterator[str]:
     for name, value in at_least_zero.items():
         if not value >= 0:
             yield f"{name}={value}: must not be negative"
+    if cfg.finetune.task == "none":
+        usual = vars(type(cfg.finetune)())
+        for name, value in vars(cfg.finetune).items():
+            if value != usual[name]:
+                yield f"finetune.{name}={value}: only `gptjax finetune` heeds it; leave it out"
     yield from tune_problems(cfg.finetune, m, "finetune")
     yield from lora_problems(cfg.finetune.lora, "finetune.lora")
     shares = {
