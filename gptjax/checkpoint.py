@@ -258,14 +258,8 @@ class Checkpoints:
         """
         steps, damaged = json.loads(distributed.from_first(json.dumps(self.steps()))), []
         for step in reversed(steps):
-            restored, reason = None, None
-            try:
-                restored = self._restore(step, abstract, partial)
-            except (MismatchError, MemoryError, jax.errors.JaxRuntimeError):
-                raise  # no fault of the checkpoint's
-            except Exception as error:  # Orbax raises many kinds for many kinds of damage
-                reason = str(error).split("\n")[0][:300] or repr(error)
-            if (reason := distributed.first_of(reason)) is not None:
+            restored, reason = self._attempt(step, abstract, partial)
+            if reason is not None:
                 self._say(f"checkpoint {step} failed verification ({reason})")
                 damaged.append(step)
                 continue
@@ -294,13 +288,21 @@ class Checkpoints:
         if step not in (steps := self.steps()):
             have = ", ".join(map(str, steps)) or "none"
             raise CheckpointError(f"{self.folder}: checkpoint {step} is wanted; there is {have}")
+        restored, reason = self._attempt(step, abstract, partial)
+        if reason is not None:
+            raise CheckpointError(f"{self.folder / str(step)}: failed verification ({reason})")
+        return restored
+
+    def _attempt(self, step: int, abstract: Any, partial: bool) -> tuple[Any, str | None]:
+        """The checkpoint of a step, or why it is not whole in some process."""
+        restored, reason = None, None
         try:
-            return self._restore(step, abstract, partial)
+            restored = self._restore(step, abstract, partial)
         except (MismatchError, MemoryError, jax.errors.JaxRuntimeError):
-            raise
-        except Exception as error:
+            raise  # no fault of the checkpoint's
+        except Exception as error:  # Orbax raises many kinds for many kinds of damage
             reason = str(error).split("\n")[0][:300] or repr(error)
-            raise CheckpointError(f"{self.folder / str(step)}: {reason}") from None
+        return restored, distributed.first_of(reason)
 
     def _restore(self, step: int, abstract: Any, partial: bool) -> Any:
         wanted = leaves_by_path(abstract)
