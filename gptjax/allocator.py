@@ -26,7 +26,7 @@ def keep_memory() -> bool:
     settings = (
         (_M_ARENA_MAX, 1),
         (_M_MMAP_MAX, 0),
-        (_M_TRIM_THRESHOLD, 2**31 - 1),
+        (_M_TRIM_THRESHOLD, -1),  # never
         (_M_TOP_PAD, 256 << 20),
     )
     taken = [libc.mallopt(option, value) for option, value in settings]

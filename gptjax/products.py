@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax import sharding
+from gptjax import few_rows, sharding
 
 PRODUCT = "product"  # what a remat policy may keep
 
@@ -48,7 +48,9 @@ def column_parallel(
     x_ND: jax.Array, weights_DF: tuple[jax.Array, ...], axis: str
 ) -> tuple[jax.Array, ...]:
     """x @ w for each weight, [N, F] with the columns on the logical axis `axis`."""
-    if _whole():
+    if _few(x_ND):
+        products = _few_columns(x_ND, weights_DF)
+    elif _whole():
         held = _held(rows_of(x_ND))
         products = (_plain("nd,df->nf", x_ND, w, (held, axis)) for w in weights_DF)
     else:
@@ -58,7 +60,12 @@ def column_parallel(
 
 def row_parallel(h_NF: jax.Array, w_FD: jax.Array, rows: str) -> jax.Array:
     """h @ w, [N, D] with the rows on the logical axis `rows`."""
-    y_ND = _plain("nf,fd->nd", h_NF, w_FD, (rows, "embed")) if _whole() else _row(h_NF, w_FD, rows)
+    if _few(h_NF):
+        y_ND = _few_row(h_NF, w_FD, rows)
+    elif _whole():
+        y_ND = _plain("nf,fd->nd", h_NF, w_FD, (rows, "embed"))
+    else:
+        y_ND = _row(h_NF, w_FD, rows)
     return checkpoint_name(y_ND, PRODUCT)
 
 
@@ -71,6 +78,8 @@ def scores(x_ND: jax.Array, w_VD: jax.Array) -> jax.Array:
     """x @ w.T in float32, [N, V]: every row's score of every token. For inference."""
     held = _held(rows_of(x_ND))
     x_ND = jax.sharding.reshard(x_ND, sharding.spec(held, "embed"))
+    if _few(x_ND):
+        return _few_scores(x_ND, w_VD)
     y_NV = _plain("nd,vd->nv", x_ND, w_VD, (held, "vocab"), sharding.wide(x_ND.dtype))
     return y_NV.astype(jnp.float32)
 
@@ -90,6 +99,45 @@ def _plain(
     return y[:1] if alone else y
 
 
+# --- few rows, on a CPU --------------------------------------------------------------------------
+
+
+def _few(x_ND: jax.Array) -> bool:
+    """Whether these are rows of decoding, which nobody differentiates, and few enough."""
+    return (
+        rows_of(x_ND) == "batch"
+        and len(x_ND) <= few_rows.MOST * sharding.axis_size("batch")
+        and sharding.platform() == "cpu"
+        and few_rows.ready()
+    )
+
+
+def _few_columns(x_ND: jax.Array, weights_DF: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def local(x_nD, weights_df):
+        whole_Df = tuple(gather_weight(w_df, x_nD.dtype, 0) for w_df in weights_df)
+        return few_rows.columns(x_nD, whole_Df)
+
+    columns = jax.P(sharding.entry("batch"), _COLUMNS)
+    return _island(local, (columns,) * len(weights_DF), x_ND, weights_DF)
+
+
+def _few_row(h_NF: jax.Array, w_FD: jax.Array, rows: str) -> jax.Array:
+    dimension = _split_over_fsdp(w_FD)
+
+    def local(h_nf, w_fd):
+        (y_nD,) = few_rows.columns(h_nf, (gather_weight(w_fd, h_nf.dtype, dimension),))
+        return sum_rows(y_nD, rows)
+
+    return _island(local, sharding.spec(rows, "embed"), h_NF, w_FD)
+
+
+def _few_scores(x_ND: jax.Array, w_VD: jax.Array) -> jax.Array:
+    def local(x_nD, w_vd):
+        return few_rows.table(x_nD, gather_weight(w_vd, x_nD.dtype, 1))
+
+    return _island(local, jax.P(sharding.entry("batch"), sharding.entry("vocab")), x_ND, w_VD)
+
+
 # --- collectives, inside an island ---------------------------------------------------------------
 
 
@@ -97,6 +145,8 @@ def gather_weight(w: jax.Array, dtype: Any, dimension: int) -> jax.Array:
     """A weight whole along its width, from its parts over fsdp, ring by ring."""
     w = w.astype(dtype)
     for axis in reversed(_WIDTH):
+        if lax.axis_size(axis) == 1:
+            continue
         w = lax.all_gather(w, axis, axis=dimension, tiled=True)
     return w
 
@@ -118,6 +168,8 @@ def gather_rows(x_nD: jax.Array, rows: str) -> jax.Array:
 
 def sum_rows(y_nD: jax.Array, rows: str) -> jax.Array:
     """The sum over the tensor axis, its rows split over that again where they are to be."""
+    if lax.axis_size(_COLUMNS) == 1:
+        return y_nD
     if rows == "stream":
         return lax.psum_scatter(y_nD, _COLUMNS, scatter_dimension=0, tiled=True)
     return lax.psum(y_nD, _COLUMNS)

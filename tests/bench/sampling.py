@@ -81,17 +81,15 @@ def llama_arm(gguf: str) -> Round:
     import llama_cpp
     import numpy as np
 
-    llama_cpp.llama_log_set(
-        ctypes.cast(llama_cpp.llama_log_callback(lambda *_: None), llama_cpp.llama_log_callback),
-        None,
-    )
+    silent = llama_cpp.llama_log_callback(lambda *_: None)  # must live as long as the library
+    llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(
         gguf.encode(), llama_cpp.llama_model_default_params()
     )
     vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
 
-    def round_of(batch: int) -> tuple[float, float]:
+    def round_of(batch: int, _silent: object = silent) -> tuple[float, float]:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = batch * 256
         params.n_seq_max = batch

@@ -1,0 +1,438 @@
+/* Products of few rows with matrices read once from memory: what a step of decoding is made of.
+ *
+ * Such a product is bound by reading the matrix, and XLA:CPU reads it at a third to a half of the
+ * memory's speed (LOG.md). Here a matrix is read in the order in which it lies, by all threads, the
+ * block after next fetched ahead into the second-level cache; bfloat16 is widened in registers, and
+ * sums are float32. How a product is cut into tasks, and so the order of its sums, depends on shapes
+ * alone, not on how many threads there are or which of them comes first.
+ *
+ * Plain C with the vector extensions of GCC and Clang; few_rows.py compiles it for the processor at
+ * hand and registers the two handlers at the end of this file.
+ *
+ * Shapes: n rows, k summed, f columns.
+ */
+
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "xla/ffi/api/c_api.h"
+
+#define INLINE static inline __attribute__((always_inline))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#if defined(__x86_64__)
+#define PAUSE __builtin_ia32_pause()
+#elif defined(__aarch64__)
+#define PAUSE __asm__ volatile("yield")
+#else
+#define PAUSE ((void)0)
+#endif
+
+typedef float floats __attribute__((vector_size(64), aligned(2), may_alias));
+typedef uint32_t words __attribute__((vector_size(64), aligned(2), may_alias));
+
+enum {
+  LANES = 16,
+  PAIR = 2 * LANES,   /* columns that are read at a time */
+  DEPTH = 8,          /* rows of a matrix that are added up in registers */
+  TABLE_DEPTH = 4,    /* rows of a table that are summed side by side */
+  AHEAD = 8192,       /* bytes between what is fetched and what is used */
+  PARTS = 4,          /* that a sum is cut into */
+  MOST_ROWS = 8,      /* n */
+  MOST_WEIGHTS = 4,   /* matrices of one call */
+  MOST_SUMS = 6144,   /* of a task: they stay in the first-level cache */
+  TABLE_UNIT = 1024,  /* rows of a table of a task */
+  MOST_THREADS = 64,
+  LOOKS = 4096,       /* of an idle helper */
+};
+
+/* --- numbers ------------------------------------------------------------------------------- */
+
+INLINE float widen(uint16_t half) {
+  const uint32_t word = (uint32_t)half << 16;
+  float value;
+  memcpy(&value, &word, sizeof value);
+  return value;
+}
+
+/* To the nearest bfloat16, ties to even, in the upper half of each word; a NaN stays one. */
+INLINE words rounded(words w) {
+  const words nan = (words)((w & 0x7fffffffu) > 0x7f800000u);
+  const words near = w + 0x7fffu + (w >> 16 & 1);
+  return (nan & (w | 0x400000u)) | (~nan & near);
+}
+
+/* PAIR numbers as two vectors: of float32 one after the other, of bfloat16 the even and the odd. */
+INLINE void load(int wide, const char *from, floats *a, floats *b) {
+  if (wide) {
+    *a = *(const floats *)from;
+    *b = *(const floats *)(from + sizeof *a);
+  } else {
+    const words both = *(const words *)from;
+    *a = (floats)(both << 16);
+    *b = (floats)(both & 0xffff0000u);
+  }
+}
+
+/* Where `load` puts number i of a row. */
+INLINE int64_t lane(int wide, int64_t i) {
+  return wide ? i : i / PAIR * PAIR + i % 2 * LANES + i % PAIR / 2;
+}
+
+INLINE float number(int wide, const char *from, int64_t i) {
+  return wide ? ((const float *)from)[i] : widen(((const uint16_t *)from)[i]);
+}
+
+INLINE void put(int wide, char *to, int64_t i, float value) {
+  if (wide)
+    ((float *)to)[i] = value;
+  else
+    ((uint16_t *)to)[i] = (uint16_t)(rounded((words)((floats){0} + value))[0] >> 16);
+}
+
+/* Asks for `size` bytes that will be read. */
+INLINE void fetch(const char *from, int64_t size) {
+  for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
+/* --- a part of a product: x [n, rows] times w [rows, columns], whose rows are `stride` apart ----- */
+
+INLINE void add_rows(int wide, int n, int depth, const float *x, int64_t k, const char *w,
+                     int64_t stride, int64_t columns, float *sums) {
+  const int64_t size = wide ? 4 : 2, whole = columns / PAIR * PAIR;
+  for (int64_t j = 0; j < whole; j += PAIR) {
+    floats a[DEPTH], b[DEPTH];
+    fetch(w + j * depth * size + AHEAD, PAIR * depth * size);
+    for (int d = 0; d < depth; d++) load(wide, w + (d * stride + j) * size, a + d, b + d);
+    for (int r = 0; r < n; r++) {
+      float *to = sums + r * columns + j;
+      floats s = *(floats *)to, t = *(floats *)(to + LANES);
+      for (int d = 0; d < depth; d++) {
+        s += x[r * k + d] * a[d];
+        t += x[r * k + d] * b[d];
+      }
+      *(floats *)to = s;
+      *(floats *)(to + LANES) = t;
+    }
+  }
+  for (int64_t j = whole; j < columns; j++)
+    for (int r = 0; r < n; r++)
+      for (int d = 0; d < depth; d++)
+        sums[r * columns + j] += x[r * k + d] * number(wide, w, d * stride + j);
+}
+
+/* For a row or two, memory is fastest read in one stream; for more, arithmetic counts too. */
+INLINE void add_part(int wide, int n, const float *x, int64_t k, const char *w, int64_t stride,
+                     int64_t rows, int64_t columns, float *sums) {
+  const int depth = n <= 2 ? 1 : DEPTH;
+  const int64_t size = wide ? 4 : 2;
+  fetch(w, AHEAD);
+  memset(sums, 0, n * columns * sizeof(float));
+  int64_t i = 0;
+  for (; i + depth <= rows; i += depth)
+    add_rows(wide, n, depth, x + i, k, w + i * stride * size, stride, columns, sums);
+  for (; i < rows; i++) add_rows(wide, n, 1, x + i, k, w + i * stride * size, stride, columns, sums);
+}
+
+/* One row of a product, from the sums of its parts, which are in the order of `load`. */
+INLINE void join(int wide, const float *sums, int64_t apart, int64_t columns, char *y) {
+  const int64_t size = wide ? 4 : 2, whole = columns / PAIR * PAIR;
+  for (int64_t j = 0; j < whole; j += PAIR) {
+    floats a = {0}, b = {0};
+    for (int part = 0; part < PARTS; part++) {
+      a += *(const floats *)(sums + part * apart + j);
+      b += *(const floats *)(sums + part * apart + j + LANES);
+    }
+    if (wide) {
+      *(floats *)(y + j * size) = a;
+      *(floats *)(y + j * size + sizeof a) = b;
+    } else {
+      *(words *)(y + j * size) = rounded((words)a) >> 16 | (rounded((words)b) & 0xffff0000u);
+    }
+  }
+  for (int64_t j = whole; j < columns; j++) {
+    float sum = 0;
+    for (int part = 0; part < PARTS; part++) sum += sums[part * apart + j];
+    put(wide, y, j, sum);
+  }
+}
+
+/* --- one task: x [n, k] times the transpose of w [rows, k]; x as `load` gives it -------------- */
+
+INLINE void table_rows(int wide, int n, int depth, const float *x, const float *tail, int64_t k,
+                       const char *w, float *y, int64_t apart) {
+  const int64_t size = wide ? 4 : 2, whole = k / PAIR * PAIR, left = k - whole;
+  floats s[MOST_ROWS][TABLE_DEPTH];
+  for (int r = 0; r < n; r++)
+    for (int d = 0; d < depth; d++) s[r][d] = (floats){0};
+  for (int64_t j = 0; j < whole; j += PAIR) {
+    fetch(w + j * depth * size + AHEAD, PAIR * depth * size);
+    for (int d = 0; d < depth; d++) {
+      floats a, b;
+      load(wide, w + (d * k + j) * size, &a, &b);
+      for (int r = 0; r < n; r++) {
+        s[r][d] += *(const floats *)(x + r * whole + j) * a;
+        s[r][d] += *(const floats *)(x + r * whole + j + LANES) * b;
+      }
+    }
+  }
+  for (int r = 0; r < n; r++)
+    for (int d = 0; d < depth; d++) {
+      float sum = 0;
+      for (int l = 0; l < LANES; l++) sum += s[r][d][l];
+      for (int64_t j = 0; j < left; j++)
+        sum += tail[r * left + j] * number(wide, w, d * k + whole + j);
+      y[r * apart + d] = sum;
+    }
+}
+
+INLINE void table_task(int wide, int n, const float *x, const float *tail, int64_t k,
+                       const char *w, int64_t rows, float *y, int64_t apart) {
+  const int depth = n <= 2 ? TABLE_DEPTH : 1;
+  const int64_t size = wide ? 4 : 2;
+  fetch(w, AHEAD);
+  int64_t v = 0;
+  for (; v + depth <= rows; v += depth)
+    table_rows(wide, n, depth, x, tail, k, w + v * k * size, y + v, apart);
+  for (; v < rows; v++) table_rows(wide, n, 1, x, tail, k, w + v * k * size, y + v, apart);
+}
+
+/* Each number of rows, and each format, has code of its own. */
+#define BY_SHAPE(task, ...)                                  \
+  switch (n + (wide ? MOST_ROWS : 0)) {                      \
+    case 1: task(0, 1, __VA_ARGS__); break;                  \
+    case 2: task(0, 2, __VA_ARGS__); break;                  \
+    case 3: task(0, 3, __VA_ARGS__); break;                  \
+    case 4: task(0, 4, __VA_ARGS__); break;                  \
+    case 5: task(0, 5, __VA_ARGS__); break;                  \
+    case 6: task(0, 6, __VA_ARGS__); break;                  \
+    case 7: task(0, 7, __VA_ARGS__); break;                  \
+    case 8: task(0, 8, __VA_ARGS__); break;                  \
+    case 9: task(1, 1, __VA_ARGS__); break;                  \
+    case 10: task(1, 2, __VA_ARGS__); break;                 \
+    case 11: task(1, 3, __VA_ARGS__); break;                 \
+    case 12: task(1, 4, __VA_ARGS__); break;                 \
+    case 13: task(1, 5, __VA_ARGS__); break;                 \
+    case 14: task(1, 6, __VA_ARGS__); break;                 \
+    case 15: task(1, 7, __VA_ARGS__); break;                 \
+    case 16: task(1, 8, __VA_ARGS__); break;                 \
+  }
+
+/* --- a call: its tasks, and who does them ---------------------------------------------------- */
+
+typedef struct Call Call;
+struct Call {
+  void (*task)(Call *, int64_t);
+  int64_t tasks;
+  _Atomic int64_t next, done;
+  atomic_int holders;
+
+  int n, wide;
+  int64_t k;
+  const char *w[MOST_WEIGHTS];
+  int64_t f[MOST_WEIGHTS];
+  int64_t unit; /* columns, or rows of the table, of a task */
+  char *y[MOST_WEIGHTS];
+  float *x, *sums; /* rows, and sums of each task */
+  atomic_int *parts; /* of each block of columns, that are done */
+};
+
+/* One of the parts of a block of columns; the last to be done joins them. */
+static void some_columns(Call *call, int64_t task) {
+  const int n = call->n, wide = call->wide;
+  const int64_t k = call->k, size = wide ? 4 : 2, length = (k + PARTS - 1) / PARTS;
+  const int64_t block = task / PARTS, first = MIN(task % PARTS * length, k);
+  int64_t start = block * call->unit;
+  int i = 0;
+  for (; start >= call->f[i]; i++) start -= (call->f[i] + call->unit - 1) / call->unit * call->unit;
+  const int64_t f = call->f[i], columns = MIN(call->unit, f - start);
+  float *sums = call->sums + block * PARTS * n * call->unit;
+  BY_SHAPE(add_part, call->x + first, k, call->w[i] + (first * f + start) * size, f,
+           MIN(length, k - first), columns, sums + task % PARTS * n * columns)
+  if (atomic_fetch_add(&call->parts[block], 1) < PARTS - 1) return;
+  for (int r = 0; r < n; r++) {
+    char *y = call->y[i] + (r * f + start) * size;
+    if (wide)
+      join(1, sums + r * columns, n * columns, columns, y);
+    else
+      join(0, sums + r * columns, n * columns, columns, y);
+  }
+}
+
+static void some_of_table(Call *call, int64_t task) {
+  const int n = call->n, wide = call->wide;
+  const int64_t k = call->k, f = call->f[0], first = task * call->unit;
+  const char *w = call->w[0] + first * k * (wide ? 4 : 2);
+  const float *tail = call->x + n * (k / PAIR * PAIR);
+  BY_SHAPE(table_task, call->x, tail, k, w, MIN(call->unit, f - first),
+           (float *)call->y[0] + first, f)
+}
+
+static void release(Call *call) {
+  if (atomic_fetch_sub(&call->holders, 1) == 1) free(call);
+}
+
+static void do_tasks(Call *call) {
+  int64_t task;
+  while ((task = atomic_fetch_add(&call->next, 1)) < call->tasks) {
+    call->task(call, task);
+    atomic_fetch_add(&call->done, 1);
+  }
+}
+
+/* Helpers are threads of the runtime. Waking one takes as long as a small product, so one that has
+ * nothing left to do looks out for the next call for a while: `offered` is a call that wants helpers,
+ * `places` how many; both are guarded by `door`. */
+static atomic_flag door = ATOMIC_FLAG_INIT;
+static _Atomic(Call *) offered;
+static int64_t places;
+static _Atomic int64_t waiting;
+
+static void enter(void) {
+  while (atomic_flag_test_and_set(&door)) PAUSE;
+}
+
+static void leave(void) { atomic_flag_clear(&door); }
+
+/* The call that wants helpers, held; NULL if there is none. */
+static Call *accept_offer(void) {
+  enter();
+  Call *call = atomic_load(&offered);
+  if (call) {
+    atomic_fetch_add(&call->holders, 1);
+    if (--places == 0) atomic_store(&offered, NULL);
+  }
+  leave();
+  return call;
+}
+
+static void help(void *data) {
+  Call *call = data;
+  while (call) {
+    do_tasks(call);
+    release(call);
+    call = NULL;
+    atomic_fetch_add(&waiting, 1);
+    for (int looks = 0; !call && looks < LOOKS; looks++) {
+      PAUSE;
+      if (looks % 64 == 63) sched_yield();
+      if (atomic_load_explicit(&offered, memory_order_relaxed)) call = accept_offer();
+    }
+    atomic_fetch_sub(&waiting, 1);
+  }
+}
+
+/* Does all tasks, with the runtime's threads as far as they come in time. */
+static void work(XLA_FFI_CallFrame *frame, Call *call, int64_t threads) {
+  const int64_t wanted = MIN(threads, call->tasks) - 1;
+  int64_t called = 0;
+  enter();
+  if (wanted > 0 && !atomic_load(&offered)) {
+    places = MIN(wanted, atomic_load(&waiting));
+    if (places) atomic_store(&offered, call);
+    called = places;
+  }
+  const int mine = called > 0;
+  leave();
+  if (wanted > called) {
+    atomic_fetch_add(&call->holders, (int)(wanted - called));
+    XLA_FFI_ThreadPool_Schedule_Args schedule = {
+        .struct_size = XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE,
+        .ctx = frame->ctx,
+        .task = help,
+        .data = call};
+    for (; called < wanted; called++) frame->api->XLA_FFI_ThreadPool_Schedule(&schedule);
+  }
+  do_tasks(call);
+  if (mine) {
+    enter();
+    if (atomic_load(&offered) == call) atomic_store(&offered, NULL);
+    leave();
+  }
+  while (atomic_load(&call->done) < call->tasks) PAUSE;
+}
+
+/* Rows in float32, whole ones in the order of `load` if `split`, then what is left of each. */
+static void read_rows(Call *call, const XLA_FFI_Buffer *x, int split) {
+  const int wide = x->dtype == XLA_FFI_DataType_F32;
+  const int64_t k = call->k, whole = k / PAIR * PAIR;
+  for (int r = 0; r < call->n; r++)
+    for (int64_t i = 0; i < k; i++) {
+      const float value = number(wide, x->data, r * k + i);
+      if (!split)
+        call->x[r * k + i] = value;
+      else if (i < whole)
+        call->x[r * whole + lane(call->wide, i)] = value;
+      else
+        call->x[call->n * whole + r * (k - whole) + i - whole] = value;
+    }
+}
+
+static int64_t threads_of(XLA_FFI_CallFrame *frame) {
+  int64_t threads = 1;
+  XLA_FFI_ThreadPool_NumThreads_Args count = {
+      .struct_size = XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE,
+      .ctx = frame->ctx,
+      .num_threads = &threads};
+  frame->api->XLA_FFI_ThreadPool_NumThreads(&count);
+  return MIN(threads, MOST_THREADS);
+}
+
+/* x [n, k] times each w_i [k, f_i], or times the transpose of one table [f, k]; y_i [n, f_i]. */
+static void product(XLA_FFI_CallFrame *frame, int table) {
+  const XLA_FFI_Buffer *x = frame->args.args[0];
+  const int64_t n = x->dims[0], k = x->dims[1], threads = threads_of(frame);
+  const int64_t unit = table ? TABLE_UNIT : MOST_SUMS / n / PAIR * PAIR;
+  int64_t blocks = 0;
+  for (int64_t i = 0; i < frame->rets.size; i++) {
+    const XLA_FFI_Buffer *y = frame->rets.rets[i];
+    blocks += (y->dims[1] + unit - 1) / unit;
+  }
+  const int64_t sums = table ? 0 : blocks * PARTS * n * unit, numbers = (n * k + sums + LANES) * 4;
+  Call *call = malloc(sizeof(Call) + numbers + blocks * sizeof(atomic_int) + 64);
+  memset(call, 0, sizeof *call);
+  call->task = table ? some_of_table : some_columns;
+  call->tasks = table ? blocks : blocks * PARTS;
+  call->unit = unit;
+  call->n = (int)n;
+  call->k = k;
+  call->x = (float *)(((uintptr_t)(call + 1) + 63) / 64 * 64);
+  call->sums = call->x + (n * k + LANES - 1) / LANES * LANES;
+  call->parts = (atomic_int *)((char *)call->x + numbers);
+  for (int64_t i = 0; i < blocks; i++) atomic_init(&call->parts[i], 0);
+  for (int64_t i = 0; i < frame->rets.size; i++) {
+    const XLA_FFI_Buffer *w = frame->args.args[1 + i], *y = frame->rets.rets[i];
+    call->wide = w->dtype == XLA_FFI_DataType_F32;
+    call->w[i] = w->data;
+    call->y[i] = y->data;
+    call->f[i] = y->dims[1];
+  }
+  read_rows(call, x, table);
+  atomic_store(&call->holders, 1);
+  work(frame, call, threads);
+  release(call);
+}
+
+/* --- handlers -------------------------------------------------------------------------------- */
+
+/* XLA asks once for the version that a handler was compiled against. */
+static int is_question(XLA_FFI_CallFrame *frame) {
+  if (!frame->extension_start || frame->extension_start->type != XLA_FFI_Extension_Metadata)
+    return 0;
+  XLA_FFI_Metadata *about = ((XLA_FFI_Metadata_Extension *)frame->extension_start)->metadata;
+  about->api_version.major_version = XLA_FFI_API_MAJOR;
+  about->api_version.minor_version = XLA_FFI_API_MINOR;
+  return 1;
+}
+
+XLA_FFI_Error *gptjax_columns(XLA_FFI_CallFrame *frame) {
+  if (!is_question(frame)) product(frame, 0);
+  return NULL;
+}
+
+XLA_FFI_Error *gptjax_table(XLA_FFI_CallFrame *frame) {
+  if (!is_question(frame)) product(frame, 1);
+  return NULL;
+}
