@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax import few_rows, sharding
+from gptjax import native, sharding
 
 PRODUCT = "product"  # what a remat policy may keep
 
@@ -106,34 +106,42 @@ def _few(x_ND: jax.Array) -> bool:
     """Whether these are rows of decoding, which nobody differentiates, and few enough."""
     return (
         rows_of(x_ND) == "batch"
-        and len(x_ND) <= few_rows.MOST * sharding.axis_size("batch")
+        and len(x_ND) <= native.ROWS * sharding.axis_size("batch")
         and sharding.platform() == "cpu"
-        and few_rows.ready()
+        and native.ready()
     )
 
 
+def _used(w: jax.Array, dtype: Any, dimension: int, whole: bool) -> jax.Array:
+    """A weight as `native` takes it. Even alone, a device would wait for a collective."""
+    return w.astype(dtype) if whole else gather_weight(w, dtype, dimension)
+
+
 def _few_columns(x_ND: jax.Array, weights_DF: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    whole = _whole()
+
     def local(x_nD, weights_df):
-        whole_Df = tuple(gather_weight(w_df, x_nD.dtype, 0) for w_df in weights_df)
-        return few_rows.columns(x_nD, whole_Df)
+        return native.columns(x_nD, tuple(_used(w, x_nD.dtype, 0, whole) for w in weights_df))
 
     columns = jax.P(sharding.entry("batch"), _COLUMNS)
     return _island(local, (columns,) * len(weights_DF), x_ND, weights_DF)
 
 
 def _few_row(h_NF: jax.Array, w_FD: jax.Array, rows: str) -> jax.Array:
-    dimension = _split_over_fsdp(w_FD)
+    whole, dimension = _whole(), _split_over_fsdp(w_FD)
 
     def local(h_nf, w_fd):
-        (y_nD,) = few_rows.columns(h_nf, (gather_weight(w_fd, h_nf.dtype, dimension),))
-        return sum_rows(y_nD, rows)
+        (y_nD,) = native.columns(h_nf, (_used(w_fd, h_nf.dtype, dimension, whole),))
+        return y_nD if whole else sum_rows(y_nD, rows)
 
     return _island(local, sharding.spec(rows, "embed"), h_NF, w_FD)
 
 
 def _few_scores(x_ND: jax.Array, w_VD: jax.Array) -> jax.Array:
+    whole = _whole()
+
     def local(x_nD, w_vd):
-        return few_rows.table(x_nD, gather_weight(w_vd, x_nD.dtype, 1))
+        return native.table(x_nD, _used(w_vd, x_nD.dtype, 1, whole))
 
     return _island(local, jax.P(sharding.entry("batch"), sharding.entry("vocab")), x_ND, w_VD)
 
@@ -145,8 +153,6 @@ def gather_weight(w: jax.Array, dtype: Any, dimension: int) -> jax.Array:
     """A weight whole along its width, from its parts over fsdp, ring by ring."""
     w = w.astype(dtype)
     for axis in reversed(_WIDTH):
-        if lax.axis_size(axis) == 1:
-            continue
         w = lax.all_gather(w, axis, axis=dimension, tiled=True)
     return w
 
@@ -168,8 +174,6 @@ def gather_rows(x_nD: jax.Array, rows: str) -> jax.Array:
 
 def sum_rows(y_nD: jax.Array, rows: str) -> jax.Array:
     """The sum over the tensor axis, its rows split over that again where they are to be."""
-    if lax.axis_size(_COLUMNS) == 1:
-        return y_nD
     if rows == "stream":
         return lax.psum_scatter(y_nD, _COLUMNS, scatter_dimension=0, tiled=True)
     return lax.psum(y_nD, _COLUMNS)

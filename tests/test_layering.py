@@ -22,6 +22,7 @@ LEVELS = [
         "sharding",
         "distributed",
         "compilation",
+        "native",
         "data/__init__",
         "model/__init__",
         "data/order",

@@ -19,7 +19,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from gptjax import sharding
+from gptjax import native, sharding
 from gptjax.config import ModelConfig
 from gptjax.errors import ConfigError
 from gptjax.model import kernels, layers, ring
@@ -512,7 +512,10 @@ class SelfAttention(nn.Module):
             _write(cache.keys_PBKSC, k_BTKC, slots_BT, period),
             _write(cache.values_PBKSC, v_BTKC, slots_BT, period),
         )
-        keys, values = (store[period] for store in (cache.keys_PBKSC, cache.values_PBKSC))
+        stores = (cache.keys_PBKSC, cache.values_PBKSC)
+        keys, values = (store[0] if len(store) == 1 else store[period] for store in stores)
+        if self._natively(q_BTHC, keys):
+            return cache, _attend_natively(q_BTHC, keys, values, positions_BT, self.window)
         # What a slot holds: the last position written to it, below zero where there was none yet.
         last_B1 = positions_BT.max(1, keepdims=True)
         held_BS = last_B1 - (last_B1 - jnp.arange(size)) % size
@@ -526,3 +529,31 @@ class SelfAttention(nn.Module):
         keys, values = keys.astype(q_BTHC.dtype), values.astype(q_BTHC.dtype)
         cap = self.cfg.attention_soft_cap
         return cache, dot_product(q_BTHC, keys, values, mask_BTS, bias, cap)
+
+    def _natively(self, q_BTHC: jax.Array, keys_BKSC: jax.Array) -> bool:
+        """Whether this is one token a row that `native` can attend for."""
+        cfg = self.cfg
+        return (
+            q_BTHC.shape[1] == 1
+            and q_BTHC.dtype == keys_BKSC.dtype
+            and cfg.positions != "alibi"
+            and not cfg.attention_soft_cap
+            and cfg.head % native.WIDTH == 0
+            and sharding.platform() == "cpu"
+            and native.ready()
+        )
+
+
+def _attend_natively(q_BTHC, keys_BKSC, values_BKSC, positions_BT, window):
+    """Attention of one token a row to its cache; each device has its own rows and heads."""
+
+    def local(q_BTHC, keys_BKSC, values_BKSC, positions_BT):
+        out_BHC = native.attention(q_BTHC[:, 0], keys_BKSC, values_BKSC, positions_BT[:, 0], window)
+        return out_BHC[:, None]
+
+    heads = sharding.spec("batch", None, "heads", None)
+    stored = sharding.spec(*CACHE_AXES[1:])
+    rows = sharding.spec("batch", None)
+    return jax.shard_map(
+        local, in_specs=(heads, stored, stored, rows), out_specs=heads, check_vma=False
+    )(q_BTHC, keys_BKSC, values_BKSC, positions_BT)

@@ -1,17 +1,16 @@
-/* Products of few rows with matrices read once from memory: what a step of decoding is made of.
+/* Decoding on a CPU: products of few rows with matrices, and attention of one token to a cache.
  *
- * Such a product is bound by reading the matrix, and XLA:CPU reads it at a third to a half of the
- * memory's speed (LOG.md). Here a matrix is read in the order in which it lies, by all threads, the
- * block after next fetched ahead into the second-level cache; bfloat16 is widened in registers, and
- * sums are float32. How a product is cut into tasks, and so the order of its sums, depends on shapes
+ * Both are bound by reading memory. XLA:CPU reads a float32 matrix at half of the memory's speed for
+ * one row, and has no bfloat16 product of one row (LOG.md). Here a matrix is read in the order in
+ * which it lies, by all threads, what comes next fetched ahead into the second-level cache; bfloat16
+ * is widened in registers, and sums are float32. In what order they are summed depends on shapes
  * alone, not on how many threads there are or which of them comes first.
  *
- * Plain C with the vector extensions of GCC and Clang; few_rows.py compiles it for the processor at
- * hand and registers the two handlers at the end of this file.
- *
- * Shapes: n rows, k summed, f columns.
+ * Plain C with the vector extensions of GCC and Clang; native.py compiles it for the processor at
+ * hand and registers the handlers at the end of this file. Names of sizes: n rows, k summed, f columns.
  */
 
+#include <math.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
@@ -76,6 +75,16 @@ INLINE void load(int wide, const char *from, floats *a, floats *b) {
   }
 }
 
+/* The inverse of `load`. */
+INLINE void save(int wide, floats a, floats b, char *to) {
+  if (wide) {
+    *(floats *)to = a;
+    *(floats *)(to + sizeof a) = b;
+  } else {
+    *(words *)to = rounded((words)a) >> 16 | (rounded((words)b) & 0xffff0000u);
+  }
+}
+
 /* Where `load` puts number i of a row. */
 INLINE int64_t lane(int wide, int64_t i) {
   return wide ? i : i / PAIR * PAIR + i % 2 * LANES + i % PAIR / 2;
@@ -83,6 +92,36 @@ INLINE int64_t lane(int wide, int64_t i) {
 
 INLINE float number(int wide, const char *from, int64_t i) {
   return wide ? ((const float *)from)[i] : widen(((const uint16_t *)from)[i]);
+}
+
+INLINE float sum_of(floats v) {
+  typedef float eight __attribute__((vector_size(32), may_alias));
+  typedef float four __attribute__((vector_size(16), may_alias));
+  const eight *halves = (const eight *)&v;
+  const eight h = halves[0] + halves[1];
+  const four *quarters = (const four *)&h;
+  const four q = quarters[0] + quarters[1];
+  return q[0] + q[1] + (q[2] + q[3]);
+}
+
+/* e^v for v <= 0, to 2 units in the last place: 2^n times a polynomial of what is left (Cody and
+ * Waite 1980). */
+INLINE floats exp_of(floats v) {
+  typedef int32_t ints __attribute__((vector_size(64), may_alias));
+  const ints small = v < -87.0f;
+  v = (floats)((ints)v & ~small);
+  const floats magic = (floats){0} + 12582912.0f; /* 1.5 x 2^23: adding it rounds to an integer */
+  const floats n = (v * 1.44269504f + magic) - magic;
+  const floats r = v - n * 0.693359375f + n * 2.12194440e-4f;
+  floats p = r * (1.0f / 5040) + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const ints scale = (__builtin_convertvector(n, ints) + 127) << 23;
+  return (floats)((ints)(p * (floats)scale) & ~small);
 }
 
 INLINE void put(int wide, char *to, int64_t i, float value) {
@@ -145,12 +184,7 @@ INLINE void join(int wide, const float *sums, int64_t apart, int64_t columns, ch
       a += *(const floats *)(sums + part * apart + j);
       b += *(const floats *)(sums + part * apart + j + LANES);
     }
-    if (wide) {
-      *(floats *)(y + j * size) = a;
-      *(floats *)(y + j * size + sizeof a) = b;
-    } else {
-      *(words *)(y + j * size) = rounded((words)a) >> 16 | (rounded((words)b) & 0xffff0000u);
-    }
+    save(wide, a, b, y + j * size);
   }
   for (int64_t j = whole; j < columns; j++) {
     float sum = 0;
@@ -180,8 +214,7 @@ INLINE void table_rows(int wide, int n, int depth, const float *x, const float *
   }
   for (int r = 0; r < n; r++)
     for (int d = 0; d < depth; d++) {
-      float sum = 0;
-      for (int l = 0; l < LANES; l++) sum += s[r][d][l];
+      float sum = sum_of(s[r][d]);
       for (int64_t j = 0; j < left; j++)
         sum += tail[r * left + j] * number(wide, w, d * k + whole + j);
       y[r * apart + d] = sum;
@@ -197,6 +230,54 @@ INLINE void table_task(int wide, int n, const float *x, const float *tail, int64
   for (; v + depth <= rows; v += depth)
     table_rows(wide, n, depth, x, tail, k, w + v * k * size, y + v, apart);
   for (; v < rows; v++) table_rows(wide, n, 1, x, tail, k, w + v * k * size, y + v, apart);
+}
+
+/* --- attention of the `queries` that share one head of keys, to the tokens of one row's cache ------
+ *
+ * Position p lies in slot p modulo `slots`; `age` 0 is the newest. x: queries, scaled, as `load` gives
+ * them; scores: [queries, ages rounded up to LANES]. */
+
+INLINE void attend(int wide, int64_t queries, int64_t width, const float *x, const char *keys,
+                   const char *values, int64_t slots, int64_t newest, int64_t ages, float *scores,
+                   char *y) {
+  const int64_t size = wide ? 4 : 2, apart = (ages + LANES - 1) / LANES * LANES;
+  for (int64_t age = 0; age < ages; age++) {
+    const int64_t slot = newest >= age ? newest - age : newest - age + slots;
+    const char *key = keys + slot * width * size;
+    for (int64_t r = 0; r < queries; r++) {
+      floats s = {0}, t = {0};
+      for (int64_t j = 0; j < width; j += PAIR) {
+        floats a, b;
+        load(wide, key + j * size, &a, &b);
+        s += *(const floats *)(x + r * width + j) * a;
+        t += *(const floats *)(x + r * width + j + LANES) * b;
+      }
+      scores[r * apart + age] = sum_of(s + t);
+    }
+  }
+  for (int64_t r = 0; r < queries; r++) {
+    float *row = scores + r * apart, most = row[0];
+    for (int64_t age = 1; age < ages; age++) most = row[age] > most ? row[age] : most;
+    for (int64_t age = ages; age < apart; age++) row[age] = -1e30f;
+    floats total = {0};
+    for (int64_t age = 0; age < apart; age += LANES) {
+      const floats e = exp_of(*(const floats *)(row + age) - most);
+      *(floats *)(row + age) = e;
+      total += e;
+    }
+    const float share = 1 / sum_of(total);
+    for (int64_t j = 0; j < width; j += PAIR) {
+      floats s = {0}, t = {0};
+      for (int64_t age = 0; age < ages; age++) {
+        const int64_t slot = newest >= age ? newest - age : newest - age + slots;
+        floats a, b;
+        load(wide, values + (slot * width + j) * size, &a, &b);
+        s += row[age] * a;
+        t += row[age] * b;
+      }
+      save(wide, s * share, t * share, y + (r * width + j) * size);
+    }
+  }
 }
 
 /* Each number of rows, and each format, has code of its own. */
@@ -232,10 +313,12 @@ struct Call {
   int n, wide;
   int64_t k;
   const char *w[MOST_WEIGHTS];
-  int64_t f[MOST_WEIGHTS];
-  int64_t unit; /* columns, or rows of the table, of a task */
+  int64_t f[MOST_WEIGHTS]; /* of attention: heads of keys, slots */
+  int64_t unit; /* columns, rows of the table, or queries, of a task */
   char *y[MOST_WEIGHTS];
   float *x, *sums; /* rows, and sums of each task */
+  int64_t window; /* of attention: the most tokens that are seen */
+  const int32_t *positions;
   atomic_int *parts; /* of each block of columns, that are done */
 };
 
@@ -270,6 +353,25 @@ static void some_of_table(Call *call, int64_t task) {
            (float *)call->y[0] + first, f)
 }
 
+/* The queries of one row that share a head of keys. */
+static void some_queries(Call *call, int64_t task) {
+  const int64_t heads = call->f[0], slots = call->f[1], width = call->k, queries = call->unit;
+  const int64_t size = call->wide ? 4 : 2, position = call->positions[task / heads];
+  char *y = call->y[0] + task * queries * width * size;
+  if (position < 0) {
+    memset(y, 0, queries * width * size);
+    return;
+  }
+  const int64_t ages = MIN(MIN(position + 1, slots), call->window), per = slots * width * size;
+  const float *x = call->x + task * queries * width;
+  float *scores = call->sums + task * queries * ((slots + LANES - 1) / LANES * LANES);
+  const char *keys = call->w[0] + task * per, *values = call->w[1] + task * per;
+  if (call->wide)
+    attend(1, queries, width, x, keys, values, slots, position % slots, ages, scores, y);
+  else
+    attend(0, queries, width, x, keys, values, slots, position % slots, ages, scores, y);
+}
+
 static void release(Call *call) {
   if (atomic_fetch_sub(&call->holders, 1) == 1) free(call);
 }
@@ -296,7 +398,7 @@ static void enter(void) {
 
 static void leave(void) { atomic_flag_clear(&door); }
 
-/* The call that wants helpers, held; NULL if there is none. */
+/* The offered call, held; NULL if there is none. */
 static Call *accept_offer(void) {
   enter();
   Call *call = atomic_load(&offered);
@@ -324,6 +426,26 @@ static void help(void *data) {
   }
 }
 
+static void forget(XLA_FFI_CallFrame *frame, XLA_FFI_Error *error) {
+  XLA_FFI_Error_Destroy_Args gone = {.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE,
+                                     .error = error};
+  frame->api->XLA_FFI_Error_Destroy(&gone);
+}
+
+static int64_t threads_of(XLA_FFI_CallFrame *frame) {
+  int64_t threads = 1;
+  XLA_FFI_ThreadPool_NumThreads_Args count = {
+      .struct_size = XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE,
+      .ctx = frame->ctx,
+      .num_threads = &threads};
+  XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_NumThreads(&count);
+  if (error) {
+    forget(frame, error);
+    return 1;
+  }
+  return MIN(threads, MOST_THREADS);
+}
+
 /* Does all tasks, with the runtime's threads as far as they come in time. */
 static void work(XLA_FFI_CallFrame *frame, Call *call, int64_t threads) {
   const int64_t wanted = MIN(threads, call->tasks) - 1;
@@ -336,14 +458,19 @@ static void work(XLA_FFI_CallFrame *frame, Call *call, int64_t threads) {
   }
   const int mine = called > 0;
   leave();
-  if (wanted > called) {
-    atomic_fetch_add(&call->holders, (int)(wanted - called));
-    XLA_FFI_ThreadPool_Schedule_Args schedule = {
-        .struct_size = XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE,
-        .ctx = frame->ctx,
-        .task = help,
-        .data = call};
-    for (; called < wanted; called++) frame->api->XLA_FFI_ThreadPool_Schedule(&schedule);
+  XLA_FFI_ThreadPool_Schedule_Args schedule = {
+      .struct_size = XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE,
+      .ctx = frame->ctx,
+      .task = help,
+      .data = call};
+  for (; called < wanted; called++) {
+    atomic_fetch_add(&call->holders, 1);
+    XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_Schedule(&schedule);
+    if (error) { /* no threads: the caller does it all */
+      forget(frame, error);
+      release(call);
+      break;
+    }
   }
   do_tasks(call);
   if (mine) {
@@ -370,18 +497,32 @@ static void read_rows(Call *call, const XLA_FFI_Buffer *x, int split) {
     }
 }
 
-static int64_t threads_of(XLA_FFI_CallFrame *frame) {
-  int64_t threads = 1;
-  XLA_FFI_ThreadPool_NumThreads_Args count = {
-      .struct_size = XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE,
-      .ctx = frame->ctx,
-      .num_threads = &threads};
-  frame->api->XLA_FFI_ThreadPool_NumThreads(&count);
-  return MIN(threads, MOST_THREADS);
+/* A call with room behind it for its rows, some sums, and counts of parts; NULL without memory. */
+static Call *new_call(int64_t n, int64_t k, int64_t sums, int64_t blocks) {
+  const int64_t rows = (n * k + LANES - 1) / LANES * LANES;
+  const int64_t size = (rows + sums) * sizeof(float) + blocks * sizeof(atomic_int);
+  Call *call = malloc(sizeof(Call) + size + 64);
+  if (!call) return NULL;
+  memset(call, 0, sizeof *call);
+  call->n = (int)n;
+  call->k = k;
+  call->x = (float *)(((uintptr_t)(call + 1) + 63) / 64 * 64);
+  call->sums = call->x + rows;
+  call->parts = (atomic_int *)(call->sums + sums);
+  for (int64_t i = 0; i < blocks; i++) atomic_init(&call->parts[i], 0);
+  atomic_init(&call->holders, 1);
+  return call;
+}
+
+static XLA_FFI_Error *no_memory(XLA_FFI_CallFrame *frame) {
+  XLA_FFI_Error_Create_Args error = {.struct_size = XLA_FFI_Error_Create_Args_STRUCT_SIZE,
+                                     .message = "gptjax: no memory for a product of few rows",
+                                     .errc = XLA_FFI_Error_Code_RESOURCE_EXHAUSTED};
+  return frame->api->XLA_FFI_Error_Create(&error);
 }
 
 /* x [n, k] times each w_i [k, f_i], or times the transpose of one table [f, k]; y_i [n, f_i]. */
-static void product(XLA_FFI_CallFrame *frame, int table) {
+static XLA_FFI_Error *product(XLA_FFI_CallFrame *frame, int table) {
   const XLA_FFI_Buffer *x = frame->args.args[0];
   const int64_t n = x->dims[0], k = x->dims[1], threads = threads_of(frame);
   const int64_t unit = table ? TABLE_UNIT : MOST_SUMS / n / PAIR * PAIR;
@@ -390,18 +531,11 @@ static void product(XLA_FFI_CallFrame *frame, int table) {
     const XLA_FFI_Buffer *y = frame->rets.rets[i];
     blocks += (y->dims[1] + unit - 1) / unit;
   }
-  const int64_t sums = table ? 0 : blocks * PARTS * n * unit, numbers = (n * k + sums + LANES) * 4;
-  Call *call = malloc(sizeof(Call) + numbers + blocks * sizeof(atomic_int) + 64);
-  memset(call, 0, sizeof *call);
+  Call *call = new_call(n, k, table ? 0 : blocks * PARTS * n * unit, blocks);
+  if (!call) return no_memory(frame);
   call->task = table ? some_of_table : some_columns;
   call->tasks = table ? blocks : blocks * PARTS;
   call->unit = unit;
-  call->n = (int)n;
-  call->k = k;
-  call->x = (float *)(((uintptr_t)(call + 1) + 63) / 64 * 64);
-  call->sums = call->x + (n * k + LANES - 1) / LANES * LANES;
-  call->parts = (atomic_int *)((char *)call->x + numbers);
-  for (int64_t i = 0; i < blocks; i++) atomic_init(&call->parts[i], 0);
   for (int64_t i = 0; i < frame->rets.size; i++) {
     const XLA_FFI_Buffer *w = frame->args.args[1 + i], *y = frame->rets.rets[i];
     call->wide = w->dtype == XLA_FFI_DataType_F32;
@@ -410,9 +544,45 @@ static void product(XLA_FFI_CallFrame *frame, int table) {
     call->f[i] = y->dims[1];
   }
   read_rows(call, x, table);
-  atomic_store(&call->holders, 1);
   work(frame, call, threads);
   release(call);
+  return NULL;
+}
+
+/* The number that an attribute of this name has. */
+static int64_t attribute(const XLA_FFI_CallFrame *frame, const char *name) {
+  for (int64_t i = 0; i < frame->attrs.size; i++) {
+    const XLA_FFI_ByteSpan *known = frame->attrs.names[i];
+    if (known->len == strlen(name) && !memcmp(known->ptr, name, known->len))
+      return *(const int64_t *)((const XLA_FFI_Scalar *)frame->attrs.attrs[i])->value;
+  }
+  return 0;
+}
+
+/* Queries [b, h, c] of one token a row, keys and values [b, k, s, c], positions [b]; y [b, h, c]. */
+static XLA_FFI_Error *attention(XLA_FFI_CallFrame *frame) {
+  const XLA_FFI_Buffer *x = frame->args.args[0], *keys = frame->args.args[1];
+  const int64_t b = x->dims[0], h = x->dims[1], c = x->dims[2];
+  const int64_t k = keys->dims[1], s = keys->dims[2], threads = threads_of(frame);
+  Call *call = new_call(b * h, c, b * h * ((s + LANES - 1) / LANES * LANES), 0);
+  if (!call) return no_memory(frame);
+  call->task = some_queries;
+  call->tasks = b * k;
+  call->unit = h / k;
+  call->wide = keys->dtype == XLA_FFI_DataType_F32;
+  call->f[0] = k;
+  call->f[1] = s;
+  call->window = attribute(frame, "window");
+  call->w[0] = keys->data;
+  call->w[1] = ((const XLA_FFI_Buffer *)frame->args.args[2])->data;
+  call->positions = ((const XLA_FFI_Buffer *)frame->args.args[3])->data;
+  call->y[0] = ((const XLA_FFI_Buffer *)frame->rets.rets[0])->data;
+  read_rows(call, x, 1);
+  const float scale = 1 / sqrtf((float)c);
+  for (int64_t i = 0; i < b * h * c; i++) call->x[i] *= scale;
+  work(frame, call, threads);
+  release(call);
+  return NULL;
 }
 
 /* --- handlers -------------------------------------------------------------------------------- */
@@ -428,11 +598,13 @@ static int is_question(XLA_FFI_CallFrame *frame) {
 }
 
 XLA_FFI_Error *gptjax_columns(XLA_FFI_CallFrame *frame) {
-  if (!is_question(frame)) product(frame, 0);
-  return NULL;
+  return is_question(frame) ? NULL : product(frame, 0);
 }
 
 XLA_FFI_Error *gptjax_table(XLA_FFI_CallFrame *frame) {
-  if (!is_question(frame)) product(frame, 1);
-  return NULL;
+  return is_question(frame) ? NULL : product(frame, 1);
+}
+
+XLA_FFI_Error *gptjax_attention(XLA_FFI_CallFrame *frame) {
+  return is_question(frame) ? NULL : attention(frame);
 }

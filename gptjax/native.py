@@ -1,0 +1,124 @@
+"""Decoding on a CPU by code of our own, `native.c`, where there is a C compiler.
+
+A step of decoding reads every weight, and the cache, for a row or a few, and is as fast as memory
+is read; XLA:CPU gets a third to a half of that (LOG.md). The C file is compiled for the processor
+at hand when it is first needed, in a few seconds, and kept in the user's cache folder. Where that
+cannot be done XLA's own products serve, and `why_not` says what was missing. GPTJAX_NATIVE=0 in the
+environment leaves everything to XLA.
+
+Shapes: N rows, at most ROWS; K summed, F columns, V rows of a table; B rows, H heads, K heads of
+keys, S slots, C head_dim.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+
+ROWS = 8
+"""Most rows of a product: the C file's MOST_ROWS."""
+WIDTH = 32
+"""What head_dim must be a multiple of: the C file's PAIR."""
+_SOURCE = Path(__file__).with_suffix(".c")
+_FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
+_TARGETS = ("gptjax_columns", "gptjax_table", "gptjax_attention")
+
+
+def columns(x_NK: jax.Array, weights_KF: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """x @ w for each of up to four weights, in the dtype of all of them; sums in float32."""
+    outs = tuple(jax.ShapeDtypeStruct((len(x_NK), w.shape[1]), x_NK.dtype) for w in weights_KF)
+    return tuple(jax.ffi.ffi_call("gptjax_columns", outs)(x_NK, *weights_KF))
+
+
+def table(x_NK: jax.Array, w_VK: jax.Array) -> jax.Array:
+    """x @ w.T in float32, of `x` and `w` in one dtype."""
+    out = jax.ShapeDtypeStruct((len(x_NK), len(w_VK)), jnp.float32)
+    return jax.ffi.ffi_call("gptjax_table", out)(x_NK, w_VK)
+
+
+def attention(
+    q_BHC: jax.Array,
+    keys_BKSC: jax.Array,
+    values_BKSC: jax.Array,
+    position_B: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    """Attention of one token a row to its cache, [B, H, C], all in one dtype; sums in float32.
+
+    Position p lies in slot p modulo S. A row's token is at `position_B`, its own keys in their
+    slot; below zero there is none. C is a multiple of WIDTH.
+    """
+    out = jax.ShapeDtypeStruct(q_BHC.shape, q_BHC.dtype)
+    call = jax.ffi.ffi_call("gptjax_attention", out)
+    most = np.int64(2**62 if window is None else window)
+    return call(q_BHC, keys_BKSC, values_BKSC, position_B, window=most)
+
+
+def ready() -> bool:
+    """Whether the functions above can be used in this process; the first call compiles."""
+    return why_not() is None
+
+
+@functools.cache
+def why_not() -> str | None:
+    """Why XLA's products are used instead, or None."""
+    if os.environ.get("GPTJAX_NATIVE") == "0":
+        return "GPTJAX_NATIVE=0"
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc"))), None)
+    if compiler is None:
+        return "no C compiler was found (cc, gcc, or what CC names)"
+    try:
+        library = ctypes.CDLL(str(_built(compiler)))
+    except subprocess.CalledProcessError as error:
+        return f"{compiler} could not compile {_SOURCE}: {error.stderr.strip()[-300:]}"
+    except OSError as error:
+        return f"{_SOURCE} was compiled and could not be kept or loaded: {error}"
+    for name in _TARGETS:
+        capsule = jax.ffi.pycapsule(getattr(library, name))
+        jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+    return None
+
+
+def _built(compiler: str) -> Path:
+    """The compiled file; made for this very source, runtime, compiler and processor."""
+    source = _SOURCE.read_bytes()
+    made_of = (source, jaxlib.__version__, os.path.realpath(compiler), _FLAGS, _processor())
+    name = hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gptjax/native"
+    target = cache / f"{name}.so"
+    if not target.exists():
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            out = Path(scratch, "native.so")
+            command = [
+                compiler,
+                *_FLAGS,
+                f"-I{jax.ffi.include_dir()}",
+                str(_SOURCE),
+                "-o",
+                out,
+                "-lm",
+            ]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            out.replace(target)
+    return target
+
+
+def _processor() -> str:
+    """What -march=native looks at: a home may be shared by machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    kinds = ("flags", "Features", "model name", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(kinds)}))
