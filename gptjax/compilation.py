@@ -34,7 +34,7 @@ def enable_cache(folder: str) -> None:
         print(f"gptjax: log.compile_cache={folder}: not used: {error}", file=sys.stderr)
         return
     jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     jax.monitoring.register_event_listener(_count)
 

@@ -1,7 +1,7 @@
 """The tensors of Hugging Face folders: every one accounted for, read one at a time.
 
 Each device's share of a parameter is filled layer by layer and brought to it before the next, so
-host memory holds one share and one tensor beyond what is on the devices. Files are written of up to
+host memory holds one share and two tensors beyond what is on the devices. Files are written of up to
 4 GB, which are held whole. Pickled checkpoints are refused: loading one runs code from it. What a
 tensor holds is declared in hf.py.
 """
@@ -10,7 +10,9 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ _SINGLE = "model.safetensors"
 _SHARD_BYTES = 4_000_000_000
 _FORMATS: dict[str, Any] = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 FORMATS_BY_NAME = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_ALIGNED = 64  # bytes
+_READERS = 2
 _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "consolidated*.pth")
 
 
@@ -209,6 +213,14 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 # --- import ------------------------------------------------------------------------------------
 
 
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """Float32 in memory that a CPU device takes as it is, where it would copy any other."""
+    size = math.prod(shape)
+    memory = np.empty(size + _ALIGNED // 4, np.float32)
+    start = -memory.ctypes.data % _ALIGNED // 4
+    return memory[start : start + size].reshape(shape)
+
+
 def read_params(source: Source, done: Callable[[int], None] = lambda count: None) -> Params:
     """The parameters in float32, laid out over the ambient mesh; tells how many are done.
 
@@ -230,18 +242,21 @@ def read_params(source: Source, done: Callable[[int], None] = lambda count: None
         ]
         return np.stack(each)
 
-    def share(path: str, layers: int, index: tuple[slice, ...]) -> np.ndarray:
+    def share(path: str, leaf: jax.ShapeDtypeStruct, index: tuple[slice, ...]) -> np.ndarray:
         """One device's part of a parameter, in float32, filled layer by layer."""
+        out = _aligned(leaf.sharding.shard_shape(leaf.shape))
         if not path.startswith("blocks/"):
-            return np.float32(parameter(path, 0, index))
+            out[...] = parameter(path, 0, index)
+            return out
         _, block, inner = path.split("/", 2)
         first = int(block.removeprefix("layer_"))
-        rows = range(layers)[index[0]]
-        values = parameter(inner, rows[0] * period + first, index[1:])
-        out = np.empty((len(rows), *values.shape), np.float32)
-        out[0] = values
-        for at, row in enumerate(rows[1:], 1):
+
+        def fill(at: int, row: int) -> None:
             out[at] = parameter(inner, row * period + first, index[1:])
+
+        rows = range(leaf.shape[0])[index[0]]
+        with ThreadPoolExecutor(_READERS) as pool:  # copies transpose, and leave Python free
+            list(pool.map(fill, range(len(rows)), rows))
         return out
 
     def make(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -250,7 +265,7 @@ def read_params(source: Source, done: Callable[[int], None] = lambda count: None
         before: tuple[Any, np.ndarray] | None = None
         for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
             if before is None or before[0] != index:
-                before = index, share(path, leaf.shape[0], index)
+                before = index, share(path, leaf, index)
             shards.append(jax.device_put(before[1], device))
         return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
 

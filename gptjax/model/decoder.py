@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
@@ -303,8 +304,9 @@ def with_layers_on(params: Params, axis: str | None) -> Params:
     """The same, the blocks' leading axis on a logical axis: "layers", or None to have all."""
 
     def move(w: jax.Array) -> jax.Array:
-        axes = jax.typeof(w).sharding.spec[1:]
-        return jax.sharding.reshard(w, jax.P(*sharding.spec(axis), *axes))
+        axes = jax.typeof(w).sharding.spec
+        moved = jax.P(*sharding.spec(axis), *axes[1:])
+        return w if moved == axes else jax.sharding.reshard(w, moved)
 
     return params | {"blocks": jax.tree.map(move, params["blocks"])}
 
@@ -378,22 +380,29 @@ def unrolled(cfg: ModelConfig) -> ModelConfig:
     return replace(cfg, pattern=cfg.pattern * (cfg.layers // len(cfg.pattern)))
 
 
-@jax.jit
-def _layer(stacked: jax.Array, i: int) -> jax.Array:
-    return lax.dynamic_slice_in_dim(stacked, i, 1)
+def _layers(stacked: jax.Array) -> list[jax.Array]:
+    """The layers of a stacked parameter, which share its memory where they are aligned in it."""
+    shards = [(shard.device, np.asarray(shard.data)) for shard in stacked.addressable_shards]
+
+    def one(i: int) -> jax.Array:
+        parts = [jax.device_put(part[i : i + 1], device) for device, part in shards]
+        shape = (1, *stacked.shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, stacked.sharding, parts)
+
+    return [one(i) for i in range(len(stacked))]
 
 
 def split_layers(params: Params, cfg: ModelConfig) -> Params:
-    """Parameters of `unrolled(cfg)`: each layer's in arrays of their own.
+    """Parameters of `unrolled(cfg)`, on a CPU: each layer's in arrays of their own.
 
     A loop over a stacked parameter copies each layer's out of it on XLA:CPU before it is used,
     which halves the speed of decoding.
     """
     blocks: Params = {}
     for j in range(len(cfg.pattern)):
-        for i in range(cfg.layers // len(cfg.pattern)):
-            layer = functools.partial(_layer, i=i)
-            blocks[f"layer_{i * len(cfg.pattern) + j}"] = jax.tree.map(
-                layer, params["blocks"][f"layer_{j}"]
-            )
+        stacked, structure = jax.tree.flatten(params["blocks"][f"layer_{j}"])
+        layers_of = zip(*map(_layers, stacked), strict=True)
+        for i, leaves in enumerate(layers_of):
+            name = f"layer_{i * len(cfg.pattern) + j}"
+            blocks[name] = jax.tree.unflatten(structure, leaves)
     return params | {"blocks": blocks}

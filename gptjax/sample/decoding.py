@@ -69,16 +69,22 @@ def decoding_params(params: Params, model: ModelConfig, dtype: str) -> tuple[Par
 
     Vectors, positions and routers, which are little and used in float32, stay as they are.
     """
+    params = decoder.with_layers_on(_cast(params, dtype), None)
+    if sharding.platform() != "cpu":
+        return params, model
+    return decoder.split_layers(params, model), decoder.unrolled(model)
+
+
+def _cast(params: Params, dtype: str) -> Params:
     small = ("scale", "bias", "positions", "router")
 
     def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         name = str(path[-1].key)
         return leaf if name.endswith(small) else leaf.astype(dtype)
 
-    params = decoder.with_layers_on(jax.tree_util.tree_map_with_path(cast, params), None)
-    if sharding.platform() != "cpu":
-        return params, model
-    return decoder.split_layers(params, model), decoder.unrolled(model)
+    if all(leaf.dtype == dtype for leaf in jax.tree.leaves(params)):
+        return params
+    return jax.jit(functools.partial(jax.tree_util.tree_map_with_path, cast))(params)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=(2,))
@@ -99,6 +105,12 @@ def prefill(
 @functools.partial(jax.jit, donate_argnums=(0,))
 def take_over(caches: Caches, prompts: Caches, rows_bn: jax.Array) -> Caches:
     """The caches with prompt i in the rows `rows_bn[i]`; a row past the last is none."""
+    return jax.tree.map(lambda store, new: _take_over(store, new, rows_bn), caches, prompts)
+
+
+@jax.jit
+def _take_over(store_PBKSC: jax.Array, new_PbKSC: jax.Array, rows_bn: jax.Array) -> jax.Array:
+    """The same for the keys or values of a layer; of its own, so that like ones are traced once."""
 
     def local(store_PBKSC, new_PbKSC, rows_bn):
         new_PbKSC = lax.all_gather(new_PbKSC, sharding.RULES["batch"], axis=1, tiled=True)
@@ -113,13 +125,9 @@ def take_over(caches: Caches, prompts: Caches, rows_bn: jax.Array) -> Caches:
         return lax.fori_loop(0, rows_bn.shape[1], put, store_PBKSC)
 
     stored = sharding.spec(*CACHE_AXES)
-    return jax.tree.map(
-        lambda store, new: jax.shard_map(
-            local, in_specs=(stored, stored, jax.P()), out_specs=stored, check_vma=False
-        )(store, new, rows_bn),
-        caches,
-        prompts,
-    )
+    return jax.shard_map(
+        local, in_specs=(stored, stored, jax.P()), out_specs=stored, check_vma=False
+    )(store_PBKSC, new_PbKSC, rows_bn)
 
 
 @functools.partial(jax.jit, donate_argnums=(0,))
