@@ -361,7 +361,11 @@ def _sample(args: argparse.Namespace, _: Sequence[str]) -> None:
     file = continuing.File(args.file, args.output, settings) if args.file else None
     from gptjax import opening
 
-    with opening.opened(args.run, dtype=args.dtype, say=Progress().say) as model:
+    prompts, rehearse = args.prompt or [""], None
+    if beams is None and not (args.file or args.interactive or args.bench):
+        rehearse = lambda sampler: sampler.rehearse(prompts, settings)
+    say = Progress().say
+    with opening.opened(args.run, dtype=args.dtype, say=say, rehearse=rehearse) as model:
         if args.bench:
             from gptjax import speed
 
@@ -375,7 +379,6 @@ def _sample(args: argparse.Namespace, _: Sequence[str]) -> None:
         elif args.interactive:
             continuing.converse(sampler, settings)
         else:
-            prompts = args.prompt or [""]
             done = (
                 sampler.generate(prompts, settings)
                 if beams is None

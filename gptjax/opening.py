@@ -1,13 +1,14 @@
 """A run, or a Hugging Face folder, opened to be used and not trained."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 
 import jax
 
-from gptjax import run, weights
+from gptjax import run, sharding, weights
 from gptjax import tokenizer as tokenizers
 from gptjax.config import (
     Config,
@@ -47,11 +48,14 @@ def opened(
     dtype: str | None = None,
     say: Callable[[str], None] = lambda line: None,
     check: Callable[[Config, Tokenizer | None], None] = lambda cfg, tokenizer: None,
+    rehearse: Callable[[Sampler], None] | None = None,
 ) -> Iterator[Opened]:
     """The model of a run folder or a Hugging Face folder, with its mesh as the ambient one.
 
     `dtype` is what to compute in, float32 or bfloat16, otherwise the run's own. `check` is called
-    before the parameters are read, and may raise. Raises what
+    before the parameters are read, and may raise. On a CPU `rehearse` is called while they are
+    read, with a sampler of the same model whose parameters are zero, so that what it runs is
+    compiled when it is wanted; an error in it is left to the real run to meet. Raises what
     `run.open_run`, `separate.restore_params` and `weights.open_source` raise.
     """
     folder = Path(path.removeprefix("hf:"))
@@ -66,11 +70,34 @@ def opened(
         cfg = replace(cfg, compute=replace(cfg.compute, dtype=dtype))  # type: ignore[arg-type]
     check(cfg, tokenizer)
     with run.entered_mesh(cfg):
-        if source is not None:
-            params = weights.read_params(source)
-        else:
-            params, step = separate.restore_params(path, cfg, say)
+        with _rehearsal(cfg, tokenizer, rehearse):
+            if source is not None:
+                params = weights.read_params(source)
+            else:
+                params, step = separate.restore_params(path, cfg, say)
         yield Opened(path, cfg, tokenizer, params, step)
+
+
+@contextmanager
+def _rehearsal(
+    cfg: Config, tokenizer: Tokenizer | None, rehearse: Callable[[Sampler], None] | None
+) -> Iterator[None]:
+    """A thread of its own for `rehearse`, where zeros cost no memory and nobody else waits."""
+    if rehearse is None or sharding.platform() != "cpu" or jax.process_count() > 1:
+        yield
+        return
+    mesh, zeros = jax.sharding.get_mesh(), weights.zeros(cfg.model, cfg.compute.dtype)
+
+    def go() -> None:
+        with suppress(Exception), jax.set_mesh(mesh):
+            rehearse(Sampler(zeros, cfg.model, cfg.compute, tokenizer))
+
+    thread = Thread(target=go, name="rehearsal")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def is_hugging_face(path: str) -> bool:

@@ -1,9 +1,9 @@
 """The tensors of Hugging Face folders: every one accounted for, read one at a time.
 
 Each device's share of a parameter is filled layer by layer and brought to it before the next, so
-host memory holds one share and two tensors beyond what is on the devices. Files are written of up to
-4 GB, which are held whole. Pickled checkpoints are refused: loading one runs code from it. What a
-tensor holds is declared in hf.py.
+host memory holds one share and two tensors beyond what is on the devices. Files are written of up
+to 4 GB, which are held whole. Pickled checkpoints are refused: loading one runs code from it. What
+a tensor holds is declared in hf.py.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 import math
+import mmap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from gptjax.hf import Family, Json
 from gptjax.model import decoder
 from gptjax.model.decoder import Params
 from gptjax.pieces import Piece
+from gptjax.sample import decoding
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -210,6 +212,12 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in leaves_by_path(tree).items()}
 
 
+@functools.lru_cache(maxsize=2)
+def _abstract(model: ModelConfig, _: jax.sharding.Mesh) -> Params:
+    """Shapes and layout of the parameters over the ambient mesh, which is the second argument."""
+    return sharding.abstract(lambda: decoder.init(model, jax.random.key(0)))
+
+
 # --- import ------------------------------------------------------------------------------------
 
 
@@ -219,6 +227,23 @@ def _aligned(shape: tuple[int, ...]) -> np.ndarray:
     memory = np.empty(size + _ALIGNED // 4, np.float32)
     start = -memory.ctypes.data % _ALIGNED // 4
     return memory[start : start + size].reshape(shape)
+
+
+def zeros(model: ModelConfig, dtype: str) -> Params:
+    """Parameters that are zero, as decoding in `dtype` has them, laid out over the ambient mesh.
+
+    On a CPU they take no memory: pages that nothing writes are all the same one.
+    """
+    abstract = _abstract(model, jax.sharding.get_mesh())
+
+    def make(leaf: jax.ShapeDtypeStruct, kind: np.dtype) -> jax.Array:
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        pages = mmap.mmap(-1, math.prod(shape) * kind.itemsize, mmap.MAP_PRIVATE)
+        part = np.frombuffer(pages, kind).reshape(shape)
+        shards = [jax.device_put(part, d) for d in leaf.sharding.addressable_devices]
+        return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+
+    return jax.tree.map(make, abstract, decoding.dtypes(abstract, dtype))
 
 
 def read_params(source: Source, done: Callable[[int], None] = lambda count: None) -> Params:
@@ -269,7 +294,7 @@ def read_params(source: Source, done: Callable[[int], None] = lambda count: None
             shards.append(jax.device_put(before[1], device))
         return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
 
-    abstract = sharding.abstract(lambda: decoder.init(model, jax.random.key(0)))
+    abstract = _abstract(model, jax.sharding.get_mesh())
     leaves = {}
     for path, leaf in leaves_by_path(abstract).items():
         leaves[path] = make(path, leaf)

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax import lax
 
 from gptjax import products, sharding
 from gptjax.config import ComputeConfig, ModelConfig

@@ -2,13 +2,14 @@
 
 A prompt's last token is not prefilled: the first step of decoding reads it, as every step reads the
 token before the one that it draws. So a prefill has no logits, and is shared by all samples of a
-prompt.
+prompt. A short prompt is not prefilled at all: steps of decoding read it token by token, in place
+of what they would draw, which takes no longer and needs no program of its own.
 
 Rows are independent. A row draws from its own stream, keyed by (seed, prompt, sample, position), so
 its continuation does not hang on the rows beside it, nor on how decoding is cut into bursts.
 
 Shapes: B rows, b prompts, T tokens of a chunk, S capacity, V vocabulary, U tokens of a burst,
-m stop tokens, a alternatives.
+m stop tokens, r tokens that are read, a alternatives.
 """
 
 import functools
@@ -27,12 +28,15 @@ from gptjax.sample.filters import Knobs, adjust
 
 BURST = 64
 """Most tokens that a row draws before the host looks at them."""
+READ = 8
+"""Most tokens of a prompt that steps of decoding read, after its first."""
 
 
 class Rows(NamedTuple):
     """What decoding knows of each row. `seen_BV`, `counts_BV` are None where none has penalties."""
 
     token_B: jax.Array  # the last one
+    prompt_Br: jax.Array  # what is read after positions 0, 1, …; below zero where that has ended
     position_B: jax.Array  # its position; below zero for a row with nothing to do
     left_B: jax.Array  # tokens still to draw
     stop_Bm: jax.Array
@@ -54,8 +58,8 @@ class Plan(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Tokens of a burst, [B, U], below zero after a row's end, and their log-probabilities; those
-    of the likeliest tokens, [B, U, a], where asked for.
+    """Tokens of a burst, [B, U], below zero before a row draws and after its end, and their
+    log-probabilities; those of the likeliest tokens, [B, U, a], where asked for.
     """
 
     tokens_BU: jax.Array
@@ -75,16 +79,22 @@ def decoding_params(params: Params, model: ModelConfig, dtype: str) -> tuple[Par
     return decoder.split_layers(params, model), decoder.unrolled(model)
 
 
-def _cast(params: Params, dtype: str) -> Params:
+def dtypes(params: Params, dtype: str) -> Params:
+    """The dtype that decoding in `dtype` has each parameter in."""
     small = ("scale", "bias", "positions", "router")
 
-    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        name = str(path[-1].key)
-        return leaf if name.endswith(small) else leaf.astype(dtype)
+    def of(path: tuple[Any, ...], leaf: jax.Array | jax.ShapeDtypeStruct) -> jnp.dtype:
+        return leaf.dtype if str(path[-1].key).endswith(small) else jnp.dtype(dtype)
 
-    if all(leaf.dtype == dtype for leaf in jax.tree.leaves(params)):
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+def _cast(params: Params, dtype: str) -> Params:
+    wanted = dtypes(params, dtype)
+    if jax.tree.map(lambda leaf: leaf.dtype, params) == wanted:
         return params
-    return jax.jit(functools.partial(jax.tree_util.tree_map_with_path, cast))(params)
+    cast = lambda params: jax.tree.map(lambda leaf, kind: leaf.astype(kind), params, wanted)
+    return jax.jit(cast)(params)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=(2,))
@@ -196,7 +206,7 @@ def burst(
     compute: ComputeConfig,
     plan: Plan,
 ) -> tuple[Rows, Caches, Drawn]:
-    """Draws up to `limit` (at most BURST) tokens for each row.
+    """Reads or draws up to `limit` (at most BURST) tokens for each row.
 
     Ends earlier when every row has ended; with `refill`, as soon as one has. A stop token is among
     a row's tokens, and ends it. What it gives of tokens is whole on every device.
@@ -227,9 +237,13 @@ def burst(
         logits_BV, caches = next_logits(
             params, model, compute, rows.token_B, rows.position_B, caches, vocab_size
         )
-        token_B = _draw(logits_BV, rows, plan)
+        here_Br = jnp.arange(rows.prompt_Br.shape[1]) == rows.position_B[:, None]
+        next_B = jnp.where(here_Br, rows.prompt_Br, -1).max(1)
+        reading_B = next_B >= 0
+        token_B = jnp.where(reading_B, next_B, _draw(logits_BV, rows, plan))
+        drawing_B = going_B & ~reading_B
         put = lambda store, new: store.at[:, step].set(new)
-        drawn = drawn._replace(tokens_BU=put(drawn.tokens_BU, jnp.where(going_B, token_B, -1)))
+        drawn = drawn._replace(tokens_BU=put(drawn.tokens_BU, jnp.where(drawing_B, token_B, -1)))
         if a is not None:
             logprobs_BV = jax.nn.log_softmax(logits_BV, -1)
             chosen_BV = jnp.arange(logits_BV.shape[-1]) == token_B[:, None]
@@ -241,11 +255,12 @@ def burst(
                     top_ids_BUa=put(drawn.top_ids_BUa, ids_Ba),
                     top_logprobs_BUa=put(drawn.top_logprobs_BUa, top_Ba),
                 )
-        left_B = rows.left_B - going_B
+        left_B = rows.left_B - drawing_B
         stopped_B = (token_B[:, None] == rows.stop_Bm).any(-1) | (left_B <= 0)
+        stopped_B &= drawing_B
         seen_BV, counts_BV = rows.seen_BV, rows.counts_BV
         if seen_BV is not None:
-            now_BV = jnp.arange(seen_BV.shape[1]) == token_B[:, None]
+            now_BV = (jnp.arange(seen_BV.shape[1]) == token_B[:, None]) & drawing_B[:, None]
             seen_BV, counts_BV = seen_BV | now_BV, counts_BV + now_BV
         rows = rows._replace(
             token_B=token_B,

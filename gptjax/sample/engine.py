@@ -21,7 +21,7 @@ from gptjax.model import decoder
 from gptjax.model.attention import NEVER
 from gptjax.model.decoder import Params
 from gptjax.sample import decoding
-from gptjax.sample.decoding import BURST, Drawn, Plan, Rows
+from gptjax.sample.decoding import BURST, READ, Drawn, Plan, Rows
 from gptjax.sample.filters import Knobs
 from gptjax.sample.settings import MOST_LOGPROBS, Settings
 
@@ -83,7 +83,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Event:
-    """New tokens of a sample.
+    """New tokens of a sample; none while its prompt is read.
 
     `finish` is None while it goes on, "stop" after a stop token, which is the last of its tokens,
     "length" at its bound.
@@ -266,11 +266,13 @@ class Engine:
         self._rows = self._seat(chosen, new)
 
     def _prefill(self, taken: dict[Request, list[int]]) -> None:
-        """Computes the prompts, all but their last tokens, and puts them into their rows.
+        """Computes the prompts that decoding does not read itself, all but their last tokens, and
+        puts them into their rows.
 
         Short ones together; the last one is kept while samples of it wait.
         """
         kept, self._kept = self._kept, None
+        taken = {r: rows for r, rows in taken.items() if not _is_read(r.prompt)}
         groups = [] if kept is None or kept.request not in taken else [[kept.request]]
         new = sorted(
             (r for r in taken if [r] not in groups), key=lambda request: len(request.prompt)
@@ -301,20 +303,22 @@ class Engine:
         for row, seat in enumerate(self._seats):
             if seat is None:
                 continue
-            request, ids = seat.request, drawn.tokens_BU[row]
-            ids = ids[ids >= 0].tolist()
+            request, places = seat.request, np.flatnonzero(drawn.tokens_BU[row] >= 0)
+            ids = drawn.tokens_BU[row, places].tolist()
             seat.left -= len(ids)
             finish = "length" if seat.left == 0 else None
             if ids and ids[-1] in request.stop_ids:
                 finish = "stop"
             if finish:
                 self._seats[row] = None
-            yield Event(request, seat.sample, list(self._tokens(request, drawn, row, ids)), finish)
+            tokens = list(self._tokens(request, drawn, row, places))
+            yield Event(request, seat.sample, tokens, finish)
 
     @staticmethod
-    def _tokens(request: Request, drawn: Drawn, row: int, ids: list[int]) -> Iterator[Token]:
+    def _tokens(request: Request, drawn: Drawn, row: int, places: np.ndarray) -> Iterator[Token]:
         asked = request.settings.logprobs
-        for i, token in enumerate(ids):
+        for i in places:
+            token = int(drawn.tokens_BU[row, i])
             if asked is None:
                 yield Token(token)
                 continue
@@ -332,8 +336,10 @@ class Engine:
     def _describe(self, rows: Rows, row: int, request: Request, sample: int) -> None:
         """Writes a sample of a request into its row."""
         s, knobs = request.settings, rows.knobs
-        rows.token_B[row] = request.prompt[-1]
-        rows.position_B[row] = len(request.prompt) - 1
+        first = 0 if _is_read(request.prompt) else len(request.prompt) - 1
+        rows.token_B[row], *rest = request.prompt[first:]
+        rows.prompt_Br[row, : len(rest)] = rest
+        rows.position_B[row] = first
         rows.left_B[row] = s.max_tokens
         rows.stop_Bm[row, : len(request.stop_ids)] = request.stop_ids
         rows.stream_B3[row] = s.seed, request.index, sample
@@ -352,6 +358,11 @@ class Engine:
 
     def _seat(self, chosen: np.ndarray, new: Rows) -> Rows:
         return decoding.seat(self._rows, *place_rows((chosen, new)))
+
+
+def _is_read(prompt: Sequence[int]) -> bool:
+    """Whether decoding reads a prompt itself: on a CPU, whose step takes as long for many rows."""
+    return len(prompt) <= 1 + READ and sharding.platform() == "cpu"
 
 
 def prompt_caches(
@@ -406,6 +417,7 @@ def blank_rows(b: int, table: int, room: Room) -> Rows:
     penalties = (b, table)
     return Rows(
         token_B=np.zeros(b, np.int32),
+        prompt_Br=np.full((b, READ), -1, np.int32),
         position_B=np.full(b, -1, np.int32),
         left_B=np.zeros(b, np.int32),
         stop_Bm=np.full((b, room.stops), -1, np.int32),

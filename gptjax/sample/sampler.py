@@ -166,13 +166,29 @@ class Sampler:
 
         One settings for all, or one for each. Raises ConfigError for what makes no sense.
         """
+        done = list(self.complete(self._requests(prompts, settings)))
+        return sorted(done, key=lambda completion: (completion.prompt, completion.sample))
+
+    def rehearse(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        settings: Settings | Sequence[Settings],
+    ) -> None:
+        """Compiles what `generate` will run for these, and draws nothing. Raises as it does."""
+        requests = self._requests(prompts, settings)
+        engine = self.engine_for(requests)
+        engine.submit(*requests)
+        engine.step(0)
+
+    def _requests(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        settings: Settings | Sequence[Settings],
+    ) -> list[Request]:
         each = [settings] * len(prompts) if isinstance(settings, Settings) else list(settings)
         if len(each) != len(prompts):
             raise ConfigError([f"{len(each)} settings for {len(prompts)} prompts: give as many"])
-        ids = [self.ids(prompt) for prompt in prompts]
-        requests = self.requests(ids, each)
-        done = list(self.complete(requests))
-        return sorted(done, key=lambda completion: (completion.prompt, completion.sample))
+        return self.requests([self.ids(prompt) for prompt in prompts], each)
 
     def complete(self, requests: Sequence[Request]) -> Iterator[Completion]:
         """Serves requests side by side, and gives each continuation when it has ended."""
@@ -218,6 +234,8 @@ class Sampler:
         engine, text = self.engine_for([request]), self.continuation(request)
         engine.submit(request)
         for event in engine.run(burst):
+            if not event.tokens:
+                continue
             new, certain = accept(event.tokens, text, event.finish, self.stop_ids)
             yield certain, new
             if text is not None and text.stopped:

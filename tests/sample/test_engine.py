@@ -169,11 +169,53 @@ def test_layers_with_a_window_keep_a_ring_and_no_more(
 
 
 def test_samples_of_a_prompt_share_its_prefill(one_device, model, params, prefills):
-    prompts = prompts_of(20, 9)
+    prompts = prompts_of(20, 12)
     outs = generate(params, model, prompts, replace(DRAWN, samples=3))
     assert prefills == [(2, 32)]
     assert len({tuple(out) for out in outs}) == 6
     assert generate(params, model, prompts, DRAWN) == [outs[0], outs[3]]
+
+
+PENALISED = replace(DRAWN, repetition_penalty=1.3, frequency_penalty=0.4, logprobs=2)
+
+
+@pytest.mark.parametrize("settings", [DRAWN, PENALISED])
+@pytest.mark.parametrize("burst", [1, 3, 64])
+def test_short_prompts_are_read_by_decoding_with_the_results_of_a_prefill(
+    one_device, model, params, prefills, monkeypatch, settings, burst
+):
+    prompts = prompts_of(*range(1, decoding.READ + 3))
+    requests = requests_of(prompts, replace(settings, samples=2))
+
+    def run():
+        rows = engine_of(params, model, 4, Room(penalties=True))
+        rows.submit(*requests)
+        done = {}
+        for event in rows.run(burst):
+            done.setdefault((event.request.index, event.sample), []).extend(event.tokens)
+        return done
+
+    read = run()
+    assert prefills == [(1, 16)]  # of the longest alone
+    monkeypatch.setattr(engine, "_is_read", lambda prompt: False)
+    prefilled = run()
+    assert len(prefills) > 2
+    assert [[t.id for t in tokens] for tokens in read.values()] == [
+        [t.id for t in prefilled[key]] for key in read
+    ]
+    for key, tokens in read.items():
+        for one, other in zip(tokens, prefilled[key], strict=True):
+            assert [i for i, _ in one.top] == [i for i, _ in other.top]
+            if one.logprob is not None:
+                assert abs(one.logprob - other.logprob) < 1e-5
+
+
+def test_a_stop_token_in_a_prompt_that_is_read_ends_nothing(one_device, model, params):
+    rows = engine_of(params, model, 1, Room(stops=2))
+    rows.submit(*requests_of([[7, 9, 7, 4]], GREEDY, stop_ids=(7, 9)))
+    ids, _ = drain(rows)
+    assert ids[0, 0] == generate(params, model, [[7, 9, 7, 4]])[0][: len(ids[0, 0])]
+    assert len(ids[0, 0]) == GREEDY.max_tokens or ids[0, 0][-1] in (7, 9)
 
 
 # --- log-probabilities -------------------------------------------------------------------------
@@ -307,7 +349,7 @@ def test_a_request_beyond_the_capacity_or_the_room_is_refused(one_device, model,
 
 
 def test_samples_that_wait_for_rows_share_the_prefill_too(one_device, model, params, prefills):
-    prompts = prompts_of(20, 3)
+    prompts = prompts_of(20, 13)
     settings = replace(DRAWN, samples=5)
     whole = Sampler(params, model, COMPUTE).generate(prompts, settings)
     prefills.clear()
@@ -345,7 +387,7 @@ def test_long_and_short_prompts_are_prefilled_apart(
     monkeypatch.setattr(engine, "PREFILL_TOKENS", 64)
     model = tiny_model(context=64)
     params = random_params(model)
-    prompts = prompts_of(3, 50, 4, 2, 5)
+    prompts = prompts_of(13, 50, 14, 12, 15)
     outs = generate(params, model, prompts)
     assert prefills == [(4, 16), (1, 64)]
     assert outs == [generate(params, model, [prompt])[0] for prompt in prompts]

@@ -10,7 +10,7 @@ import pytest
 from numpy_filters import distribution
 from scipy import stats
 
-from gptjax import sharding
+from gptjax import sharding, weights
 from gptjax.config import ComputeConfig
 from gptjax.errors import ConfigError
 from gptjax.model import decoder
@@ -266,7 +266,7 @@ def test_a_new_length_seed_or_setting_inside_a_bucket_compiles_nothing(
     params = random_params(model)
     rows = lambda *lengths: [[5] * n for n in lengths]
     settings = Settings(temperature=1.0, top_k=5, top_p=0.9, max_tokens=12)
-    generate(params, model, rows(3, 5, 9), settings)
+    generate(params, model, rows(3, 12, 10, 5), settings)
     known = len(compilations)
     assert known > 0
     changed = Settings(temperature=0.7, top_k=9, top_p=0.8, max_tokens=10, seed=4)
@@ -274,6 +274,22 @@ def test_a_new_length_seed_or_setting_inside_a_bucket_compiles_nothing(
     assert len(compilations) == known
     generate(params, model, rows(18, 12, 2), settings)
     assert len(compilations) > known
+
+
+@pytest.mark.parametrize("lengths", [(3, 5), (3, 12)])
+def test_a_rehearsal_with_zeros_compiles_what_the_real_run_needs(
+    one_device, tiny_model, random_params, compilations, lengths
+):
+    model = tiny_model(vocab_size=110 + lengths[1], layers=1)
+    prompts = [[5] * n for n in lengths]
+    settings = Settings(temperature=1.0, max_tokens=12)
+    params = random_params(model)
+    Sampler(weights.zeros(model, "float32"), model, COMPUTE).rehearse(prompts, settings)
+    known = len(compilations)
+    assert known > 0
+    outs = generate(params, model, prompts, settings)
+    assert len(compilations) == known
+    assert all(len(out) == 12 for out in outs)
 
 
 # --- refusals ----------------------------------------------------------------------------------
