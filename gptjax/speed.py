@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import sharding
+from gptjax import native, sharding
 from gptjax.opening import Opened
 from gptjax.sample import Request, Room, Sampler, Settings
 
@@ -90,6 +90,8 @@ def report(model: Opened, say: Callable[[str], None], rounds: int = 3) -> None:
         f"{model.name}: {cfg.compute.dtype}, {size / 1e6:.0f} MB of weights a step; memory reads "
         f"{read / 1e9:.1f} GB/s, which is {read / size:.1f} steps/s; prompt {prompt}, new {new}"
     )
+    if sharding.platform() == "cpu" and (reason := native.why_not()):
+        say(f"products of few rows by XLA, which is slower: {reason}")
     for batch in BATCHES:
         measure(sampler, batch, prompt, new)
         rates = [measure(sampler, batch, prompt, new) for _ in range(rounds)]
