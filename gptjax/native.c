@@ -95,8 +95,8 @@ INLINE float number(int wide, const char *from, int64_t i) {
 }
 
 INLINE float sum_of(floats v) {
-  typedef float eight __attribute__((vector_size(32), may_alias));
-  typedef float four __attribute__((vector_size(16), may_alias));
+  typedef float eight __attribute__((vector_size(32), aligned(2), may_alias));
+  typedef float four __attribute__((vector_size(16), aligned(2), may_alias));
   const eight *halves = (const eight *)&v;
   const eight h = halves[0] + halves[1];
   const four *quarters = (const four *)&h;
@@ -392,8 +392,14 @@ static _Atomic(Call *) offered;
 static int64_t places;
 static _Atomic int64_t waiting;
 
+/* After look number `look` in vain: lets others run now and then, who may hold what is waited for. */
+static void pause_after(int look) {
+  PAUSE;
+  if (look % 64 == 63) sched_yield();
+}
+
 static void enter(void) {
-  while (atomic_flag_test_and_set(&door)) PAUSE;
+  for (int look = 0; atomic_flag_test_and_set(&door); look++) pause_after(look);
 }
 
 static void leave(void) { atomic_flag_clear(&door); }
@@ -417,9 +423,8 @@ static void help(void *data) {
     release(call);
     call = NULL;
     atomic_fetch_add(&waiting, 1);
-    for (int looks = 0; !call && looks < LOOKS; looks++) {
-      PAUSE;
-      if (looks % 64 == 63) sched_yield();
+    for (int look = 0; !call && look < LOOKS; look++) {
+      pause_after(look);
       if (atomic_load_explicit(&offered, memory_order_relaxed)) call = accept_offer();
     }
     atomic_fetch_sub(&waiting, 1);
@@ -478,7 +483,7 @@ static void work(XLA_FFI_CallFrame *frame, Call *call, int64_t threads) {
     if (atomic_load(&offered) == call) atomic_store(&offered, NULL);
     leave();
   }
-  while (atomic_load(&call->done) < call->tasks) PAUSE;
+  for (int look = 0; atomic_load(&call->done) < call->tasks; look++) pause_after(look);
 }
 
 /* Rows in float32, whole ones in the order of `load` if `split`, then what is left of each. */

@@ -29,19 +29,28 @@ ROWS = 8
 """Most rows of a product: the C file's MOST_ROWS."""
 WIDTH = 32
 """What head_dim must be a multiple of: the C file's PAIR."""
+WEIGHTS = 4
+"""Most weights of one call: the C file's MOST_WEIGHTS."""
 _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
 _TARGETS = ("gptjax_columns", "gptjax_table", "gptjax_attention")
 
 
 def columns(x_NK: jax.Array, weights_KF: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """x @ w for each of up to four weights, in the dtype of all of them; sums in float32."""
+    """x @ w for each of up to WEIGHTS weights, in the dtype of all of them; sums in float32.
+
+    Raises ValueError for more of them or of rows, or for other dtypes.
+    """
+    _check(x_NK, *weights_KF, most=ROWS)
+    if len(weights_KF) > WEIGHTS:
+        raise ValueError(f"{len(weights_KF)} weights; at most {WEIGHTS}")
     outs = tuple(jax.ShapeDtypeStruct((len(x_NK), w.shape[1]), x_NK.dtype) for w in weights_KF)
     return tuple(jax.ffi.ffi_call("gptjax_columns", outs)(x_NK, *weights_KF))
 
 
 def table(x_NK: jax.Array, w_VK: jax.Array) -> jax.Array:
-    """x @ w.T in float32, of `x` and `w` in one dtype."""
+    """x @ w.T in float32, of `x` and `w` in one dtype. Raises ValueError as `columns` does."""
+    _check(x_NK, w_VK, most=ROWS)
     out = jax.ShapeDtypeStruct((len(x_NK), len(w_VK)), jnp.float32)
     return jax.ffi.ffi_call("gptjax_table", out)(x_NK, w_VK)
 
@@ -56,12 +65,25 @@ def attention(
     """Attention of one token a row to its cache, [B, H, C], all in one dtype; sums in float32.
 
     Position p lies in slot p modulo S. A row's token is at `position_B`, its own keys in their
-    slot; below zero there is none. C is a multiple of WIDTH.
+    slot; below zero there is none. Raises ValueError where C is no multiple of WIDTH, or for other
+    dtypes.
     """
+    _check(q_BHC, keys_BKSC, values_BKSC)
+    if q_BHC.shape[-1] % WIDTH:
+        raise ValueError(f"heads of {q_BHC.shape[-1]}; must be a multiple of {WIDTH}")
     out = jax.ShapeDtypeStruct(q_BHC.shape, q_BHC.dtype)
     call = jax.ffi.ffi_call("gptjax_attention", out)
     most = np.int64(2**62 if window is None else window)
     return call(q_BHC, keys_BKSC, values_BKSC, position_B, window=most)
+
+
+def _check(x: jax.Array, *others: jax.Array, most: int | None = None) -> None:
+    """The C file takes its arguments as they are."""
+    dtypes = {str(array.dtype) for array in (x, *others)}
+    if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"}:
+        raise ValueError(f"dtypes {sorted(dtypes)}; must all be float32, or all bfloat16")
+    if most is not None and len(x) > most:
+        raise ValueError(f"{len(x)} rows; at most {most}")
 
 
 def ready() -> bool:
@@ -74,44 +96,56 @@ def why_not() -> str | None:
     """Why XLA's products are used instead, or None."""
     if os.environ.get("GPTJAX_NATIVE") == "0":
         return "GPTJAX_NATIVE=0"
+    if jax.process_count() > 1:
+        return "of several processes, which must run the same programs, some might have no compiler"
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc"))), None)
     if compiler is None:
         return "no C compiler was found (cc, gcc, or what CC names)"
     try:
-        library = ctypes.CDLL(str(_built(compiler)))
+        library = _library(compiler)
+        for name in _TARGETS:
+            capsule = jax.ffi.pycapsule(getattr(library, name))
+            jax.ffi.register_ffi_target(name, capsule, platform="cpu")
     except subprocess.CalledProcessError as error:
         return f"{compiler} could not compile {_SOURCE}: {error.stderr.strip()[-300:]}"
-    except OSError as error:
-        return f"{_SOURCE} was compiled and could not be kept or loaded: {error}"
-    for name in _TARGETS:
-        capsule = jax.ffi.pycapsule(getattr(library, name))
-        jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+    except (OSError, RuntimeError, AttributeError) as error:
+        return f"{_SOURCE} was compiled and could not be kept, loaded or registered: {error}"
     return None
 
 
-def _built(compiler: str) -> Path:
-    """The compiled file; made for this very source, runtime, compiler and processor."""
-    source = _SOURCE.read_bytes()
-    made_of = (source, jaxlib.__version__, os.path.realpath(compiler), _FLAGS, _processor())
+def _library(compiler: str) -> ctypes.CDLL:
+    """The compiled file, loaded; a broken one, as a full disk leaves it, is made anew."""
+    target = _target(compiler)
+    if target.exists():
+        try:
+            return ctypes.CDLL(str(target))
+        except OSError:
+            target.unlink()
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        out = Path(scratch, target.name)
+        command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", out, "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
+        out.replace(target)
+    return ctypes.CDLL(str(target))
+
+
+def _target(compiler: str) -> Path:
+    """Where the file is for this very source, runtime, compiler and processor.
+
+    Raises OSError for a folder that others could put a file of theirs into.
+    """
+    version = subprocess.run(
+        [compiler, "--version"], check=True, capture_output=True, text=True, errors="replace"
+    ).stdout
+    made_of = (_SOURCE.read_bytes(), jaxlib.__version__, version, _FLAGS, _processor())
     name = hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gptjax/native"
-    target = cache / f"{name}.so"
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            out = Path(scratch, "native.so")
-            command = [
-                compiler,
-                *_FLAGS,
-                f"-I{jax.ffi.include_dir()}",
-                str(_SOURCE),
-                "-o",
-                out,
-                "-lm",
-            ]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            out.replace(target)
-    return target
+    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = (caches if caches.is_absolute() else Path("~/.cache").expanduser()) / "gptjax/native"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    about = folder.stat()
+    if about.st_uid != os.geteuid() or about.st_mode & 0o022:
+        raise PermissionError(f"{folder}: must be this user's, and written by nobody else")
+    return folder / f"{name}.so"
 
 
 def _processor() -> str:

@@ -37,7 +37,7 @@ class Opened:
     step: int | None
 
     def sampler(self, *, rows: int = 32) -> Sampler:
-        """A sampler of it, which keeps a copy of the parameters in compute.dtype."""
+        """A sampler of it; see there for what it keeps of the parameters."""
         return Sampler(self.params, self.cfg.model, self.cfg.compute, self.tokenizer, rows=rows)
 
 
@@ -86,18 +86,17 @@ def _rehearsal(
     if rehearse is None or sharding.platform() != "cpu" or jax.process_count() > 1:
         yield
         return
-    mesh, zeros = jax.sharding.get_mesh(), weights.zeros(cfg.model, cfg.compute.dtype)
+    mesh = jax.sharding.get_mesh()
 
     def go() -> None:
         with suppress(Exception), jax.set_mesh(mesh):
+            zeros = weights.zeros(cfg.model, cfg.compute.dtype)
             rehearse(Sampler(zeros, cfg.model, cfg.compute, tokenizer))
 
     thread = Thread(target=go, name="rehearsal")
     thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
+    yield  # an error here is told at once, and the thread's end awaited at the interpreter's
+    thread.join()
 
 
 def is_hugging_face(path: str) -> bool:

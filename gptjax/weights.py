@@ -238,7 +238,8 @@ def zeros(model: ModelConfig, dtype: str) -> Params:
 
     def make(leaf: jax.ShapeDtypeStruct, kind: np.dtype) -> jax.Array:
         shape = leaf.sharding.shard_shape(leaf.shape)
-        pages = mmap.mmap(-1, math.prod(shape) * kind.itemsize, mmap.MAP_PRIVATE)
+        size = math.prod(shape) * kind.itemsize
+        pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ)
         part = np.frombuffer(pages, kind).reshape(shape)
         shards = [jax.device_put(part, d) for d in leaf.sharding.addressable_devices]
         return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)

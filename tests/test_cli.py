@@ -499,6 +499,32 @@ def lines_of(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_prompt_needs_is_rehearsed_with_zeros_and_its_errors_are_nobodys(
+    run, trained, monkeypatch, fails
+) -> None:
+    import jax
+
+    from gptjax.sample import Sampler
+
+    seen, rehearse = [], Sampler.rehearse
+
+    def spy(sampler, prompts, settings):
+        seen.append((prompts, all(not leaf.any() for leaf in jax.tree.leaves(sampler.params))))
+        if fails:
+            raise RuntimeError("nobody is told")
+        rehearse(sampler, prompts, settings)
+
+    words = ["sample", trained, "--prompt", "ab", "--max-tokens", 6, "--temperature", 0]
+    plain = run(*words)
+    monkeypatch.setattr(Sampler, "rehearse", spy)
+    assert run(*words) == plain
+    assert plain[0] == 0
+    assert seen == [(["ab"], True)]
+    run(*words, "--beams", 2)
+    assert len(seen) == 1
+
+
 def test_sample_prints_prompt_and_continuation_and_json_with_log_probabilities(
     run, trained
 ) -> None:

@@ -156,7 +156,7 @@ def test_one_thread_has_the_bits_of_many(tmp_path):
         ({"GPTJAX_NATIVE": "0"}, "GPTJAX_NATIVE=0"),
         ({"PATH": "", "CC": "no-such-compiler"}, "no C compiler was found"),
         ({"CC": "false"}, "could not compile"),
-        ({"HOME": "/proc/nowhere", "XDG_CACHE_HOME": ""}, "could not be kept or loaded"),
+        ({"HOME": "/proc/nowhere", "XDG_CACHE_HOME": ""}, "could not be kept, loaded or reg"),
     ],
 )
 def test_without_it_the_reason_is_told(tmp_path, env, why):
@@ -167,3 +167,53 @@ def test_without_it_the_reason_is_told(tmp_path, env, why):
     )
     assert done.stdout.startswith("False")
     assert why in done.stdout
+
+
+def in_a_process(folder, code="print(native.why_not())"):
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(folder)}
+    command = [sys.executable, "-c", f"from gptjax import native; {code}"]
+    return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+
+
+def test_a_broken_file_is_made_anew(tmp_path):
+    assert in_a_process(tmp_path) == "None\n"
+    (file,) = (tmp_path / "gptjax/native").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+    assert in_a_process(tmp_path) == "None\n"
+    assert len(file.read_bytes()) == len(whole)
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_code_is_not_loaded_from_where_others_can_write(tmp_path):
+    folder = tmp_path / "gptjax/native"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    assert "must be this user's, and written by nobody else" in in_a_process(tmp_path)
+    assert not list(folder.iterdir())
+
+
+def test_no_home_is_a_reason_too(tmp_path, monkeypatch):
+    def fail(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(native.Path, "expanduser", fail)
+    assert "Could not determine home" in native.why_not.__wrapped__()
+
+
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        (lambda: native.columns(jnp.ones((9, 4)), (jnp.ones((4, 4)),)), "9 rows; at most 8"),
+        (lambda: native.columns(jnp.ones((1, 4)), (jnp.ones((4, 4)),) * 5), "5 weights; at most 4"),
+        (lambda: native.table(jnp.ones((1, 4), "float16"), jnp.ones((4, 4))), "dtypes"),
+        (
+            lambda: native.attention(*[jnp.ones((1, 1, 1, 16))] * 3, jnp.ones(1, "int32"), None),
+            "heads of 16; must be a multiple of 32",
+        ),
+    ],
+)
+def test_what_the_code_does_not_take_is_refused(call, problem):
+    with pytest.raises(ValueError, match=problem):
+        call()

@@ -392,7 +392,8 @@ def _layers(stacked: jax.Array) -> list[jax.Array]:
 
 
 def split_layers(params: Params, cfg: ModelConfig) -> Params:
-    """Parameters of `unrolled(cfg)`, on a CPU: each layer's in arrays of their own.
+    """Parameters of `unrolled(cfg)`, on a CPU: arrays for each layer, which share the memory of the
+    stacked ones where they are aligned in it.
 
     A loop over a stacked parameter copies each layer's out of it on XLA:CPU before it is used,
     which halves the speed of decoding.

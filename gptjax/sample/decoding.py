@@ -6,7 +6,8 @@ prompt. A short prompt is not prefilled at all: steps of decoding read it token 
 of what they would draw, which takes no longer and needs no program of its own.
 
 Rows are independent. A row draws from its own stream, keyed by (seed, prompt, sample, position), so
-its continuation does not hang on the rows beside it, nor on how decoding is cut into bursts.
+its continuation does not hang on the rows beside it, nor on how decoding is cut into bursts; but
+for the rounding of products, whose sums may be ordered by how many rows there are.
 
 Shapes: B rows, b prompts, T tokens of a chunk, S capacity, V vocabulary, U tokens of a burst,
 m stop tokens, r tokens that are read, a alternatives.
@@ -73,7 +74,9 @@ def decoding_params(params: Params, model: ModelConfig, dtype: str) -> tuple[Par
 
     Vectors, positions and routers, which are little and used in float32, stay as they are.
     """
-    params = decoder.with_layers_on(_cast(params, dtype), None)
+    if jax.tree.map(lambda leaf: leaf.dtype, params) != dtypes(params, dtype):
+        params = _cast(params, dtype)
+    params = decoder.with_layers_on(params, None)
     if sharding.platform() != "cpu":
         return params, model
     return decoder.split_layers(params, model), decoder.unrolled(model)
@@ -89,12 +92,9 @@ def dtypes(params: Params, dtype: str) -> Params:
     return jax.tree_util.tree_map_with_path(of, params)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _cast(params: Params, dtype: str) -> Params:
-    wanted = dtypes(params, dtype)
-    if jax.tree.map(lambda leaf: leaf.dtype, params) == wanted:
-        return params
-    cast = lambda params: jax.tree.map(lambda leaf, kind: leaf.astype(kind), params, wanted)
-    return jax.jit(cast)(params)
+    return jax.tree.map(lambda leaf, kind: leaf.astype(kind), params, dtypes(params, dtype))
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=(2,))

@@ -202,7 +202,7 @@ class Engine:
             self._waiting += [(request, sample) for sample in range(request.settings.samples)]
 
     def step(self, limit: int = BURST) -> list[Event]:
-        """Fills free rows from the queue and draws up to `limit` tokens for each."""
+        """Fills free rows from the queue and reads or draws up to `limit` tokens for each."""
         self._drop_cancelled()
         self._fill()
         if not self.busy:

@@ -63,9 +63,10 @@ class Completion:
 class Sampler:
     """A model ready to continue, stream and score texts, on the ambient mesh.
 
-    Makes a copy of the parameters in compute.dtype. `tokenizer` may be None for a model without
-    one: then prompts are token ids, and texts are empty. `stop_ids` end a continuation and ids from
-    `vocab_size` on are never drawn; both are the tokenizer's unless given.
+    Makes a copy of the parameters in compute.dtype; on a CPU it shares those that are in it
+    already. `tokenizer` may be None for a model without one: then prompts are token ids, and texts
+    are empty. `stop_ids` end a continuation and ids from `vocab_size` on are never drawn; both are
+    the tokenizer's unless given.
     """
 
     def __init__(

@@ -16,6 +16,7 @@ import jax
 
 from gptjax.errors import GptjaxError
 from gptjax.sample import Engine, Event, Request, Room, Sampler, Settings
+from gptjax.sample.decoding import READ
 from gptjax.sample.sampler import accept
 from gptjax.serve.metrics import Metrics
 from gptjax.serve.spelling import Spelled, Spelling
@@ -219,7 +220,8 @@ class Worker:
         engine = sampler.engine(rows=self._rows, capacity=self._capacity, room=room)
         self._rows = engine.rows  # rounded up to what the mesh divides
         settings = Settings(top_p=0.95, max_tokens=1, logprobs=5)
-        engine.submit(Request([0, 0], settings))
+        prompt = [0] * min(READ + 2, self._capacity - 1)  # longer than what decoding reads itself
+        engine.submit(Request(prompt, settings))
         for _ in engine.run():
             pass
         self._metrics.rows.set(self._rows)

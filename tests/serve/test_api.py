@@ -9,7 +9,9 @@ import openai
 import pytest
 from live_server import CAPACITY, JSON, MAX_BODY, QUEUE, ROWS
 
-from gptjax.sample import Settings
+from gptjax.sample import Settings, decoding
+from gptjax.serve.metrics import Metrics
+from gptjax.serve.worker import Worker
 
 
 def events(body: bytes) -> list[Any]:
@@ -34,6 +36,21 @@ def client(server) -> openai.OpenAI:
     return openai.OpenAI(
         base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0
     )
+
+
+def test_a_prefill_is_compiled_before_the_server_is_ready(
+    make_sampler, on_mesh, monkeypatch
+) -> None:
+    shapes, prefill = [], decoding.prefill
+    spy = lambda p, chunk, *rest: shapes.append(chunk[0].shape) or prefill(p, chunk, *rest)
+    monkeypatch.setattr(decoding, "prefill", spy)
+    with on_mesh():
+        worker = Worker(make_sampler(), Metrics(), rows=1, capacity=CAPACITY, queue=1)
+        worker.start()
+    try:
+        assert len(shapes) == 1
+    finally:
+        worker.stop(30)
 
 
 # --- completions -----------------------------------------------------------------------------
