@@ -213,9 +213,11 @@ def test_short_prompts_are_read_by_decoding_with_the_results_of_a_prefill(
 def test_a_stop_token_in_a_prompt_that_is_read_ends_nothing(one_device, model, params):
     rows = engine_of(params, model, 1, Room(stops=2))
     rows.submit(*requests_of([[7, 9, 7, 4]], GREEDY, stop_ids=(7, 9)))
-    ids, _ = drain(rows)
-    assert ids[0, 0] == generate(params, model, [[7, 9, 7, 4]])[0][: len(ids[0, 0])]
-    assert len(ids[0, 0]) == GREEDY.max_tokens or ids[0, 0][-1] in (7, 9)
+    (event,) = rows.step()
+    drawn = [token.id for token in event.tokens]
+    assert drawn
+    assert drawn == generate(params, model, [[7, 9, 7, 4]])[0][: len(drawn)]
+    assert event.finish == ("stop" if drawn[-1] in (7, 9) else "length")
 
 
 # --- log-probabilities -------------------------------------------------------------------------
