@@ -312,10 +312,10 @@ struct Call {
 
   int n, wide;
   int64_t k;
-  const char *w[MOST_WEIGHTS];
+  const char *w[MOST_WEIGHTS]; /* of attention: the new keys and values */
   int64_t f[MOST_WEIGHTS]; /* of attention: heads of keys, slots */
   int64_t unit; /* columns, rows of the table, or queries, of a task */
-  char *y[MOST_WEIGHTS];
+  char *y[MOST_WEIGHTS]; /* of attention: its result, keys and values of the cache */
   float *x, *sums; /* rows, and sums of each task */
   int64_t window; /* of attention: the most tokens that are seen */
   const int32_t *positions;
@@ -353,7 +353,7 @@ static void some_of_table(Call *call, int64_t task) {
            (float *)call->y[0] + first, f)
 }
 
-/* The queries of one row that share a head of keys. */
+/* The queries of one row that share a head of keys, once the row's new keys are in the cache. */
 static void some_queries(Call *call, int64_t task) {
   const int64_t heads = call->f[0], slots = call->f[1], width = call->k, queries = call->unit;
   const int64_t size = call->wide ? 4 : 2, position = call->positions[task / heads];
@@ -362,14 +362,17 @@ static void some_queries(Call *call, int64_t task) {
     memset(y, 0, queries * width * size);
     return;
   }
-  const int64_t ages = MIN(MIN(position + 1, slots), call->window), per = slots * width * size;
+  const int64_t ages = MIN(MIN(position + 1, slots), call->window), newest = position % slots;
+  char *keys = call->y[1] + task * slots * width * size;
+  char *values = call->y[2] + task * slots * width * size;
+  memcpy(keys + newest * width * size, call->w[0] + task * width * size, width * size);
+  memcpy(values + newest * width * size, call->w[1] + task * width * size, width * size);
   const float *x = call->x + task * queries * width;
   float *scores = call->sums + task * queries * ((slots + LANES - 1) / LANES * LANES);
-  const char *keys = call->w[0] + task * per, *values = call->w[1] + task * per;
   if (call->wide)
-    attend(1, queries, width, x, keys, values, slots, position % slots, ages, scores, y);
+    attend(1, queries, width, x, keys, values, slots, newest, ages, scores, y);
   else
-    attend(0, queries, width, x, keys, values, slots, position % slots, ages, scores, y);
+    attend(0, queries, width, x, keys, values, slots, newest, ages, scores, y);
 }
 
 static void release(Call *call) {
@@ -564,11 +567,13 @@ static int64_t attribute(const XLA_FFI_CallFrame *frame, const char *name) {
   return 0;
 }
 
-/* Queries [b, h, c] of one token a row, keys and values [b, k, s, c], positions [b]; y [b, h, c]. */
+/* Queries [b, h, c], keys and values [b, k, c] of one token a row, keys and values of the caches
+ * [p, b, k, s, c], which are results too, positions [b], and which cache []; y [b, h, c]. */
 static XLA_FFI_Error *attention(XLA_FFI_CallFrame *frame) {
-  const XLA_FFI_Buffer *x = frame->args.args[0], *keys = frame->args.args[1];
+  const XLA_FFI_Buffer *const *args = (const XLA_FFI_Buffer *const *)frame->args.args;
+  const XLA_FFI_Buffer *x = args[0], *keys = args[3];
   const int64_t b = x->dims[0], h = x->dims[1], c = x->dims[2];
-  const int64_t k = keys->dims[1], s = keys->dims[2], threads = threads_of(frame);
+  const int64_t k = keys->dims[2], s = keys->dims[3], threads = threads_of(frame);
   Call *call = new_call(b * h, c, b * h * ((s + LANES - 1) / LANES * LANES), 0);
   if (!call) return no_memory(frame);
   call->task = some_queries;
@@ -578,10 +583,14 @@ static XLA_FFI_Error *attention(XLA_FFI_CallFrame *frame) {
   call->f[0] = k;
   call->f[1] = s;
   call->window = attribute(frame, "window");
-  call->w[0] = keys->data;
-  call->w[1] = ((const XLA_FFI_Buffer *)frame->args.args[2])->data;
-  call->positions = ((const XLA_FFI_Buffer *)frame->args.args[3])->data;
-  call->y[0] = ((const XLA_FFI_Buffer *)frame->rets.rets[0])->data;
+  call->w[0] = args[1]->data;
+  call->w[1] = args[2]->data;
+  call->positions = args[5]->data;
+  const int64_t cache = *(const int32_t *)args[6]->data * b * k * s * c * (call->wide ? 4 : 2);
+  for (int i = 0; i < 3; i++) {
+    const XLA_FFI_Buffer *y = frame->rets.rets[i];
+    call->y[i] = (char *)y->data + (i ? cache : 0);
+  }
   read_rows(call, x, 1);
   const float scale = 1 / sqrtf((float)c);
   for (int64_t i = 0; i < b * h * c; i++) call->x[i] *= scale;

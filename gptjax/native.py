@@ -6,8 +6,8 @@ at hand when it is first needed, in a few seconds, and kept in the user's cache 
 cannot be done XLA's own products serve, and `why_not` says what was missing. GPTJAX_NATIVE=0 in the
 environment leaves everything to XLA.
 
-Shapes: N rows, at most ROWS; K summed, F columns, V rows of a table; B rows, H heads, K heads of
-keys, S slots, C head_dim.
+Shapes: N rows, at most ROWS; K summed, F columns, V rows of a table; P caches, B rows, H
+heads, K heads of keys, S slots, C head_dim.
 """
 
 import ctypes
@@ -57,24 +57,30 @@ def table(x_NK: jax.Array, w_VK: jax.Array) -> jax.Array:
 
 def attention(
     q_BHC: jax.Array,
-    keys_BKSC: jax.Array,
-    values_BKSC: jax.Array,
+    k_BKC: jax.Array,
+    v_BKC: jax.Array,
+    keys_PBKSC: jax.Array,
+    values_PBKSC: jax.Array,
     position_B: jax.Array,
+    cache: jax.Array,
     window: int | None,
-) -> jax.Array:
-    """Attention of one token a row to its cache, [B, H, C], all in one dtype; sums in float32.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of one token a row to a cache, [B, H, C], and keys and values of the caches with
+    that token's in them; all in one dtype, sums in float32.
 
-    Position p lies in slot p modulo S. A row's token is at `position_B`, its own keys in their
-    slot; below zero there is none. Raises ValueError where C is no multiple of WIDTH, or for other
-    dtypes.
+    Position p lies in slot p modulo S of cache number `cache`. A row's token is at `position_B`;
+    below zero there is none. Caches that are not used after are written in place. Raises ValueError
+    where C is no multiple of WIDTH, or for other dtypes.
     """
-    _check(q_BHC, keys_BKSC, values_BKSC)
+    _check(q_BHC, k_BKC, v_BKC, keys_PBKSC, values_PBKSC)
     if q_BHC.shape[-1] % WIDTH:
         raise ValueError(f"heads of {q_BHC.shape[-1]}; must be a multiple of {WIDTH}")
-    out = jax.ShapeDtypeStruct(q_BHC.shape, q_BHC.dtype)
-    call = jax.ffi.ffi_call("gptjax_attention", out)
+    stores = (keys_PBKSC, values_PBKSC)
+    outs = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BHC, *stores))
+    call = jax.ffi.ffi_call("gptjax_attention", outs, input_output_aliases={3: 1, 4: 2})
     most = np.int64(2**62 if window is None else window)
-    return call(q_BHC, keys_BKSC, values_BKSC, position_B, window=most)
+    which = jnp.asarray(cache, jnp.int32)
+    return tuple(call(q_BHC, k_BKC, v_BKC, *stores, position_B, which, window=most))
 
 
 def _check(x: jax.Array, *others: jax.Array, most: int | None = None) -> None:

@@ -64,18 +64,25 @@ def test_a_table_gives_products_in_float32(dtype, rows, length, summed):
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize(("heads", "keys", "width"), [(9, 3, 64), (4, 4, 32), (8, 1, 96)])
 def test_attention_sees_what_the_cache_holds_of_a_rows_past(dtype, window, heads, keys, width):
-    slots = 24
+    slots, which = 24, 1
     positions = [0, 3, slots - 1, slots, 3 * slots + 7, -1]
     rows = len(positions)
     q = normal(0, (rows, heads, width), dtype)
-    k, v = (normal(i, (rows, keys, slots, width), dtype) for i in (1, 2))
+    new = [normal(i, (rows, keys, width), dtype) for i in (1, 2)]
+    caches = [normal(i, (2, rows, keys, slots, width), dtype) for i in (3, 4)]
     # What has not been written yet is not read.
     unwritten = np.arange(slots) > np.array(positions)[:, None]
-    k, v = (jnp.where(unwritten[:, None, :, None], jnp.nan, a) for a in (k, v))
-    found = jax.jit(native.attention, static_argnums=4)(
-        q, k, v, jnp.array(positions, jnp.int32), window
+    caches = [jnp.where(unwritten[:, None, :, None], jnp.nan, cache) for cache in caches]
+    found, *written = jax.jit(native.attention, static_argnums=7)(
+        q, *new, *caches, jnp.array(positions, jnp.int32), which, window
     )
-    q64, k64, v64 = exact(q, k, v)
+    caches, new = exact(*caches), exact(*new)
+    for cache, one in zip(caches, new, strict=True):
+        for row, position in enumerate(positions[:-1]):
+            cache[which, row, :, position % slots] = one[row]
+    for cache, store in zip(caches, exact(*written), strict=True):
+        np.testing.assert_array_equal(cache, store)  # in its slot, and nowhere else
+    (q64,), k64, v64 = exact(q), *(cache[which] for cache in caches)
     wanted = np.zeros((rows, heads, width))
     for row, position in enumerate(positions):
         first = max(0, position - slots + 1, position - (window or slots) + 1)
@@ -93,11 +100,12 @@ def test_softmax_keeps_its_tails():
     width = slots = 64
     scores = np.linspace(0, -86, slots).astype(np.float32)
     q = jnp.zeros((1, 1, width)).at[0, 0, 0].set(width**0.5)
-    k = jnp.zeros((1, 1, slots, width)).at[0, 0, :, 0].set(scores)
-    v = jnp.eye(slots)[None, None]
-    found = native.attention(q, k, v, jnp.array([slots - 1], jnp.int32), None)[0, 0]
+    k = jnp.zeros((1, 1, 1, slots, width)).at[..., 0].set(scores)
+    v = jnp.eye(slots)[None, None, None]
+    last = (cache[0, :, :, -1] for cache in (k, v))
+    found, *_ = native.attention(q, *last, k, v, jnp.array([slots - 1], jnp.int32), 0, None)
     weights = np.exp(scores.astype(np.float64))
-    np.testing.assert_allclose(found, weights / weights.sum(), rtol=1e-6)
+    np.testing.assert_allclose(found[0, 0], weights / weights.sum(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -209,7 +217,9 @@ def test_no_home_is_a_reason_too(tmp_path, monkeypatch):
         (lambda: native.columns(jnp.ones((1, 4)), (jnp.ones((4, 4)),) * 5), "5 weights; at most 4"),
         (lambda: native.table(jnp.ones((1, 4), "float16"), jnp.ones((4, 4))), "dtypes"),
         (
-            lambda: native.attention(*[jnp.ones((1, 1, 1, 16))] * 3, jnp.ones(1, "int32"), None),
+            lambda: native.attention(
+                *[jnp.ones((1, 1, 16))] * 3, *[jnp.ones((1, 1, 1, 1, 16))] * 2, jnp.ones(1), 0, None
+            ),
             "heads of 16; must be a multiple of 32",
         ),
     ],

@@ -506,6 +506,9 @@ class SelfAttention(nn.Module):
 
         A position below zero is no token: it is not written, and its result means nothing.
         """
+        if self._natively(q_BTHC, cache):
+            new = (q_BTHC, k_BTKC, v_BTKC)
+            return _attend_natively(*new, cache, positions_BT, period, self.window)
         size = cache.keys_PBKSC.shape[3]
         slots_BT = jnp.where(positions_BT < 0, size, positions_BT % size)
         cache = Cache(
@@ -514,8 +517,6 @@ class SelfAttention(nn.Module):
         )
         stores = (cache.keys_PBKSC, cache.values_PBKSC)
         keys, values = (store[0] if len(store) == 1 else store[period] for store in stores)
-        if self._natively(q_BTHC, keys):
-            return cache, _attend_natively(q_BTHC, keys, values, positions_BT, self.window)
         # What a slot holds: the last position written to it, below zero where there was none yet.
         last_B1 = positions_BT.max(1, keepdims=True)
         held_BS = last_B1 - (last_B1 - jnp.arange(size)) % size
@@ -530,12 +531,12 @@ class SelfAttention(nn.Module):
         cap = self.cfg.attention_soft_cap
         return cache, dot_product(q_BTHC, keys, values, mask_BTS, bias, cap)
 
-    def _natively(self, q_BTHC: jax.Array, keys_BKSC: jax.Array) -> bool:
+    def _natively(self, q_BTHC: jax.Array, cache: Cache) -> bool:
         """Whether this is one token a row that `native` can attend for."""
         cfg = self.cfg
         return (
             q_BTHC.shape[1] == 1
-            and q_BTHC.dtype == keys_BKSC.dtype
+            and q_BTHC.dtype == cache.keys_PBKSC.dtype
             and cfg.positions != "alibi"
             and not cfg.attention_soft_cap
             and cfg.head % native.WIDTH == 0
@@ -544,16 +545,24 @@ class SelfAttention(nn.Module):
         )
 
 
-def _attend_natively(q_BTHC, keys_BKSC, values_BKSC, positions_BT, window):
-    """Attention of one token a row to its cache; each device has its own rows and heads."""
+def _attend_natively(q_BTHC, k_BTKC, v_BTKC, cache, positions_BT, period, window):
+    """The cache with one token a row in it, and that token's attention; each device has its own
+    rows and heads. XLA, which copies a cache that is both written and read, sees one operation.
+    """
 
-    def local(q_BTHC, keys_BKSC, values_BKSC, positions_BT):
-        out_BHC = native.attention(q_BTHC[:, 0], keys_BKSC, values_BKSC, positions_BT[:, 0], window)
-        return out_BHC[:, None]
+    def local(q_BTHC, k_BTKC, v_BTKC, keys_PBKSC, values_PBKSC, positions_BT, period):
+        one = (x[:, 0] for x in (q_BTHC, k_BTKC, v_BTKC))
+        stores = (keys_PBKSC, values_PBKSC)
+        out_BHC, *stores = native.attention(*one, *stores, positions_BT[:, 0], period, window)
+        return *stores, out_BHC[:, None]
 
     heads = sharding.spec("batch", None, "heads", None)
-    stored = sharding.spec(*CACHE_AXES[1:])
-    rows = sharding.spec("batch", None)
-    return jax.shard_map(
-        local, in_specs=(heads, stored, stored, rows), out_specs=heads, check_vma=False
-    )(q_BTHC, keys_BKSC, values_BKSC, positions_BT)
+    new = sharding.spec("batch", None, "kv_heads", None)
+    stored = sharding.spec(*CACHE_AXES)
+    *stores, out_BTHC = jax.shard_map(
+        local,
+        in_specs=(heads, new, new, stored, stored, sharding.spec("batch", None), jax.P()),
+        out_specs=(stored, stored, heads),
+        check_vma=False,
+    )(q_BTHC, k_BTKC, v_BTKC, cache.keys_PBKSC, cache.values_PBKSC, positions_BT, period)
+    return Cache(*stores), out_BTHC

@@ -1,5 +1,6 @@
 """Rows that are refilled, prompts in chunks, rings, shared prefills, cancellation, scores."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from test_sampler import COMPUTE, GREEDY, full_logits, generate, prompts_of
 
+from gptjax import native
 from gptjax.config import ComputeConfig
 from gptjax.errors import ConfigError
 from gptjax.sample import Request, Room, Sampler, Settings, decoding, engine
@@ -208,6 +210,25 @@ def test_short_prompts_are_read_by_decoding_with_the_results_of_a_prefill(
             assert [i for i, _ in one.top] == [i for i, _ in other.top]
             if one.logprob is not None:
                 assert abs(one.logprob - other.logprob) < 1e-5
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason="XLA writes the caches")
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_step_writes_its_caches_in_place(on_mesh, tiny_model, random_params, monkeypatch, rows):
+    """XLA copied all of them three times a step of one row, a sixth of its time."""
+    model = tiny_model(head_dim=native.WIDTH, context=64)
+    programs, burst = [], decoding.burst
+
+    def spy(*args):
+        programs.append(burst.lower(*args).compile().as_text())
+        return burst(*args)
+
+    monkeypatch.setattr(decoding, "burst", spy)
+    with on_mesh(1, 1, 1):
+        generate(random_params(model), model, prompts_of(*[3] * rows), GREEDY)
+    cache = rf"= f32\[1,\d+,{model.kv},\d+,{native.WIDTH}\]\S* ([\w-]+)"
+    made_by = set(re.findall(cache, programs[0]))
+    assert made_by == {"parameter", "get-tuple-element"}
 
 
 def test_a_stop_token_in_a_prompt_that_is_read_ends_nothing(one_device, model, params):
