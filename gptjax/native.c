@@ -38,6 +38,7 @@ enum {
   DEPTH = 8,          /* rows of a matrix that are added up in registers */
   TABLE_DEPTH = 4,    /* rows of a table that are summed side by side */
   AHEAD = 8192,       /* bytes between what is fetched and what is used */
+  KEYS_AHEAD = 16,    /* as AHEAD, of a cache */
   PARTS = 4,          /* that a sum is cut into */
   MOST_ROWS = 8,      /* n */
   MOST_WEIGHTS = 4,   /* matrices of one call */
@@ -45,6 +46,9 @@ enum {
   TABLE_UNIT = 1024,  /* rows of a table of a task */
   MOST_THREADS = 64,
   LOOKS = 4096,       /* of an idle helper */
+  KNOWN_BITS = 10,
+  KNOWN = 1 << KNOWN_BITS, /* products whose successor is known */
+  MOST_EARLY = 1 << 18,    /* bytes that are fetched before their product is called for */
 };
 
 /* --- numbers ------------------------------------------------------------------------------- */
@@ -244,6 +248,8 @@ INLINE void attend(int wide, int64_t queries, int64_t width, const float *x, con
   for (int64_t age = 0; age < ages; age++) {
     const int64_t slot = newest >= age ? newest - age : newest - age + slots;
     const char *key = keys + slot * width * size;
+    fetch(key - KEYS_AHEAD * width * size, width * size);
+    fetch(values + slot * width * size, width * size);
     for (int64_t r = 0; r < queries; r++) {
       floats s = {0}, t = {0};
       for (int64_t j = 0; j < width; j += PAIR) {
@@ -303,18 +309,23 @@ INLINE void attend(int wide, int64_t queries, int64_t width, const float *x, con
 
 /* --- a call: its tasks, and who does them ---------------------------------------------------- */
 
-typedef struct Call Call;
-struct Call {
-  void (*task)(Call *, int64_t);
-  int64_t tasks;
-  _Atomic int64_t next, done;
-  atomic_int holders;
-
-  int n, wide;
-  int64_t k;
+/* What is read, and how it is cut into tasks. */
+typedef struct {
+  int table, n, wide;
+  int64_t k, tasks;
   const char *w[MOST_WEIGHTS]; /* of attention: the new keys and values */
   int64_t f[MOST_WEIGHTS]; /* of attention: heads of keys, slots */
   int64_t unit; /* columns, rows of the table, or queries, of a task */
+} Cut;
+
+typedef struct Call Call;
+struct Call {
+  Cut cut;
+  void (*task)(Call *, int64_t);
+  _Atomic uint64_t taken; /* tasks from the front, and in the upper half from the back */
+  _Atomic int64_t done;
+  atomic_int holders;
+
   char *y[MOST_WEIGHTS]; /* of attention: its result, keys and values of the cache */
   float *x, *sums; /* rows, and sums of each task */
   int64_t window; /* of attention: the most tokens that are seen */
@@ -322,41 +333,65 @@ struct Call {
   atomic_int *parts; /* of each block of columns, that are done */
 };
 
+/* What a task reads: some rows and columns of one matrix, whose rows are `stride` apart. */
+typedef struct {
+  const char *from;
+  int64_t block, matrix, row, column, rows, columns, stride;
+} Part;
+
+static Part part_of(const Cut *cut, int64_t task) {
+  Part part = {0};
+  if (cut->table) {
+    part.row = task * cut->unit;
+    part.rows = MIN(cut->unit, cut->f[0] - part.row);
+    part.columns = part.stride = cut->k;
+  } else {
+    const int64_t length = (cut->k + PARTS - 1) / PARTS;
+    part.block = task / PARTS;
+    part.column = part.block * cut->unit;
+    for (; part.column >= cut->f[part.matrix]; part.matrix++)
+      part.column -= (cut->f[part.matrix] + cut->unit - 1) / cut->unit * cut->unit;
+    part.stride = cut->f[part.matrix];
+    part.columns = MIN(cut->unit, part.stride - part.column);
+    part.row = MIN(task % PARTS * length, cut->k);
+    part.rows = MIN(length, cut->k - part.row);
+  }
+  const int64_t at = part.row * part.stride + part.column;
+  part.from = cut->w[part.matrix] + at * (cut->wide ? 4 : 2);
+  return part;
+}
+
 /* One of the parts of a block of columns; the last to be done joins them. */
 static void some_columns(Call *call, int64_t task) {
-  const int n = call->n, wide = call->wide;
-  const int64_t k = call->k, size = wide ? 4 : 2, length = (k + PARTS - 1) / PARTS;
-  const int64_t block = task / PARTS, first = MIN(task % PARTS * length, k);
-  int64_t start = block * call->unit;
-  int i = 0;
-  for (; start >= call->f[i]; i++) start -= (call->f[i] + call->unit - 1) / call->unit * call->unit;
-  const int64_t f = call->f[i], columns = MIN(call->unit, f - start);
-  float *sums = call->sums + block * PARTS * n * call->unit;
-  BY_SHAPE(add_part, call->x + first, k, call->w[i] + (first * f + start) * size, f,
-           MIN(length, k - first), columns, sums + task % PARTS * n * columns)
-  if (atomic_fetch_add(&call->parts[block], 1) < PARTS - 1) return;
+  const int n = call->cut.n, wide = call->cut.wide;
+  const Part part = part_of(&call->cut, task);
+  const int64_t k = call->cut.k, columns = part.columns, apart = n * columns;
+  float *sums = call->sums + part.block * PARTS * n * call->cut.unit;
+  BY_SHAPE(add_part, call->x + part.row, k, part.from, part.stride, part.rows, columns,
+           sums + task % PARTS * apart)
+  if (atomic_fetch_add(&call->parts[part.block], 1) < PARTS - 1) return;
   for (int r = 0; r < n; r++) {
-    char *y = call->y[i] + (r * f + start) * size;
+    char *y = call->y[part.matrix] + (r * part.stride + part.column) * (wide ? 4 : 2);
     if (wide)
-      join(1, sums + r * columns, n * columns, columns, y);
+      join(1, sums + r * columns, apart, columns, y);
     else
-      join(0, sums + r * columns, n * columns, columns, y);
+      join(0, sums + r * columns, apart, columns, y);
   }
 }
 
 static void some_of_table(Call *call, int64_t task) {
-  const int n = call->n, wide = call->wide;
-  const int64_t k = call->k, f = call->f[0], first = task * call->unit;
-  const char *w = call->w[0] + first * k * (wide ? 4 : 2);
+  const int n = call->cut.n, wide = call->cut.wide;
+  const Part part = part_of(&call->cut, task);
+  const int64_t k = call->cut.k;
   const float *tail = call->x + n * (k / PAIR * PAIR);
-  BY_SHAPE(table_task, call->x, tail, k, w, MIN(call->unit, f - first),
-           (float *)call->y[0] + first, f)
+  BY_SHAPE(table_task, call->x, tail, k, part.from, part.rows, (float *)call->y[0] + part.row,
+           call->cut.f[0])
 }
 
 /* The queries of one row that share a head of keys, once the row's new keys are in the cache. */
 static void some_queries(Call *call, int64_t task) {
-  const int64_t heads = call->f[0], slots = call->f[1], width = call->k, queries = call->unit;
-  const int64_t size = call->wide ? 4 : 2, position = call->positions[task / heads];
+  const int64_t heads = call->cut.f[0], slots = call->cut.f[1], width = call->cut.k, queries = call->cut.unit;
+  const int64_t size = call->cut.wide ? 4 : 2, position = call->positions[task / heads];
   char *y = call->y[0] + task * queries * width * size;
   if (position < 0) {
     memset(y, 0, queries * width * size);
@@ -365,11 +400,11 @@ static void some_queries(Call *call, int64_t task) {
   const int64_t ages = MIN(MIN(position + 1, slots), call->window), newest = position % slots;
   char *keys = call->y[1] + task * slots * width * size;
   char *values = call->y[2] + task * slots * width * size;
-  memcpy(keys + newest * width * size, call->w[0] + task * width * size, width * size);
-  memcpy(values + newest * width * size, call->w[1] + task * width * size, width * size);
+  memcpy(keys + newest * width * size, call->cut.w[0] + task * width * size, width * size);
+  memcpy(values + newest * width * size, call->cut.w[1] + task * width * size, width * size);
   const float *x = call->x + task * queries * width;
   float *scores = call->sums + task * queries * ((slots + LANES - 1) / LANES * LANES);
-  if (call->wide)
+  if (call->cut.wide)
     attend(1, queries, width, x, keys, values, slots, newest, ages, scores, y);
   else
     attend(0, queries, width, x, keys, values, slots, newest, ages, scores, y);
@@ -379,10 +414,18 @@ static void release(Call *call) {
   if (atomic_fetch_sub(&call->holders, 1) == 1) free(call);
 }
 
-static void do_tasks(Call *call) {
-  int64_t task;
-  while ((task = atomic_fetch_add(&call->next, 1)) < call->tasks) {
-    call->task(call, task);
+static int is_done(Call *call) { return atomic_load(&call->done) >= call->cut.tasks; }
+
+/* From the front or the back, as far as there are; how many others had been taken there before the
+ * first of them, or `none`. */
+static int64_t do_tasks(Call *call, int back, int64_t none) {
+  const uint64_t one = back ? (uint64_t)1 << 32 : 1;
+  for (int64_t first = none;;) {
+    const uint64_t taken = atomic_fetch_add(&call->taken, one);
+    const int64_t before = taken & 0xffffffffu, behind = taken >> 32;
+    if (before + behind >= call->cut.tasks) return first;
+    if (first == none) first = back ? behind : before;
+    call->task(call, back ? call->cut.tasks - 1 - behind : before);
     atomic_fetch_add(&call->done, 1);
   }
 }
@@ -394,6 +437,14 @@ static atomic_flag door = ATOMIC_FLAG_INIT;
 static _Atomic(Call *) offered;
 static int64_t places;
 static _Atomic int64_t waiting;
+
+/* A step's products come in the same order each time. So who has nothing to do has the memory read
+ * that it will probably want next; a wrong guess, even of memory that is gone, costs time alone. */
+static struct {
+  const char *after; /* the first matrix of the product before */
+  Cut cut;
+} known[KNOWN];
+static const char *latest;
 
 /* After look number `look` in vain: lets others run now and then, who may hold what is waited for. */
 static void pause_after(int look) {
@@ -407,6 +458,8 @@ static void enter(void) {
 
 static void leave(void) { atomic_flag_clear(&door); }
 
+static int is_offered(void) { return !!atomic_load_explicit(&offered, memory_order_relaxed); }
+
 /* The offered call, held; NULL if there is none. */
 static Call *accept_offer(void) {
   enter();
@@ -419,16 +472,49 @@ static Call *accept_offer(void) {
   return call;
 }
 
+static int64_t place_of(const char *matrix) {
+  return ((uintptr_t)matrix >> 6) * 0x9e3779b97f4a7c15u >> (64 - KNOWN_BITS);
+}
+
+static void remember(const Cut *cut) {
+  enter();
+  const int64_t place = place_of(latest);
+  known[place].after = latest;
+  known[place].cut = *cut;
+  latest = cut->w[0];
+  leave();
+}
+
+/* The start of a task of the next product, counted from its front or back. */
+static Part expected(int back, int64_t number) {
+  Part part = {0};
+  enter();
+  const int64_t place = place_of(latest);
+  const Cut *cut = &known[place].cut;
+  if (known[place].after == latest && number < cut->tasks) {
+    part = part_of(cut, back ? cut->tasks - 1 - number : number);
+    part.columns *= cut->wide ? 4 : 2; /* in bytes from here on */
+    part.stride *= cut->wide ? 4 : 2;
+    part.rows = part.columns ? MIN(part.rows, MOST_EARLY / part.columns) : 0;
+  }
+  leave();
+  return part;
+}
+
 static void help(void *data) {
   Call *call = data;
+  int64_t number = 0;
   while (call) {
-    do_tasks(call);
+    number = do_tasks(call, 1, number);
     release(call);
     call = NULL;
     atomic_fetch_add(&waiting, 1);
+    const Part next = expected(1, number);
+    for (int64_t i = 0; i < next.rows && !is_offered(); i++)
+      fetch(next.from + i * next.stride, next.columns);
     for (int look = 0; !call && look < LOOKS; look++) {
       pause_after(look);
-      if (atomic_load_explicit(&offered, memory_order_relaxed)) call = accept_offer();
+      if (is_offered()) call = accept_offer();
     }
     atomic_fetch_sub(&waiting, 1);
   }
@@ -456,7 +542,7 @@ static int64_t threads_of(XLA_FFI_CallFrame *frame) {
 
 /* Does all tasks, with the runtime's threads as far as they come in time. */
 static void work(XLA_FFI_CallFrame *frame, Call *call, int64_t threads) {
-  const int64_t wanted = MIN(threads, call->tasks) - 1;
+  const int64_t wanted = MIN(threads, call->cut.tasks) - 1;
   int64_t called = 0;
   enter();
   if (wanted > 0 && !atomic_load(&offered)) {
@@ -480,28 +566,32 @@ static void work(XLA_FFI_CallFrame *frame, Call *call, int64_t threads) {
       break;
     }
   }
-  do_tasks(call);
+  do_tasks(call, 0, 0);
   if (mine) {
     enter();
     if (atomic_load(&offered) == call) atomic_store(&offered, NULL);
     leave();
   }
-  for (int look = 0; atomic_load(&call->done) < call->tasks; look++) pause_after(look);
+  if (is_done(call)) return;
+  const Part next = expected(0, 0);
+  for (int64_t i = 0; i < next.rows && !is_done(call); i++)
+    fetch(next.from + i * next.stride, next.columns);
+  for (int look = 0; !is_done(call); look++) pause_after(look);
 }
 
 /* Rows in float32, whole ones in the order of `load` if `split`, then what is left of each. */
 static void read_rows(Call *call, const XLA_FFI_Buffer *x, int split) {
   const int wide = x->dtype == XLA_FFI_DataType_F32;
-  const int64_t k = call->k, whole = k / PAIR * PAIR;
-  for (int r = 0; r < call->n; r++)
+  const int64_t k = call->cut.k, whole = k / PAIR * PAIR;
+  for (int r = 0; r < call->cut.n; r++)
     for (int64_t i = 0; i < k; i++) {
       const float value = number(wide, x->data, r * k + i);
       if (!split)
         call->x[r * k + i] = value;
       else if (i < whole)
-        call->x[r * whole + lane(call->wide, i)] = value;
+        call->x[r * whole + lane(call->cut.wide, i)] = value;
       else
-        call->x[call->n * whole + r * (k - whole) + i - whole] = value;
+        call->x[call->cut.n * whole + r * (k - whole) + i - whole] = value;
     }
 }
 
@@ -512,8 +602,8 @@ static Call *new_call(int64_t n, int64_t k, int64_t sums, int64_t blocks) {
   Call *call = malloc(sizeof(Call) + size + 64);
   if (!call) return NULL;
   memset(call, 0, sizeof *call);
-  call->n = (int)n;
-  call->k = k;
+  call->cut.n = (int)n;
+  call->cut.k = k;
   call->x = (float *)(((uintptr_t)(call + 1) + 63) / 64 * 64);
   call->sums = call->x + rows;
   call->parts = (atomic_int *)(call->sums + sums);
@@ -542,16 +632,18 @@ static XLA_FFI_Error *product(XLA_FFI_CallFrame *frame, int table) {
   Call *call = new_call(n, k, table ? 0 : blocks * PARTS * n * unit, blocks);
   if (!call) return no_memory(frame);
   call->task = table ? some_of_table : some_columns;
-  call->tasks = table ? blocks : blocks * PARTS;
-  call->unit = unit;
+  call->cut.tasks = table ? blocks : blocks * PARTS;
+  call->cut.unit = unit;
+  call->cut.table = table;
   for (int64_t i = 0; i < frame->rets.size; i++) {
     const XLA_FFI_Buffer *w = frame->args.args[1 + i], *y = frame->rets.rets[i];
-    call->wide = w->dtype == XLA_FFI_DataType_F32;
-    call->w[i] = w->data;
+    call->cut.wide = w->dtype == XLA_FFI_DataType_F32;
+    call->cut.w[i] = w->data;
     call->y[i] = y->data;
-    call->f[i] = y->dims[1];
+    call->cut.f[i] = y->dims[1];
   }
   read_rows(call, x, table);
+  remember(&call->cut);
   work(frame, call, threads);
   release(call);
   return NULL;
@@ -577,16 +669,16 @@ static XLA_FFI_Error *attention(XLA_FFI_CallFrame *frame) {
   Call *call = new_call(b * h, c, b * h * ((s + LANES - 1) / LANES * LANES), 0);
   if (!call) return no_memory(frame);
   call->task = some_queries;
-  call->tasks = b * k;
-  call->unit = h / k;
-  call->wide = keys->dtype == XLA_FFI_DataType_F32;
-  call->f[0] = k;
-  call->f[1] = s;
+  call->cut.tasks = b * k;
+  call->cut.unit = h / k;
+  call->cut.wide = keys->dtype == XLA_FFI_DataType_F32;
+  call->cut.f[0] = k;
+  call->cut.f[1] = s;
   call->window = attribute(frame, "window");
-  call->w[0] = args[1]->data;
-  call->w[1] = args[2]->data;
+  call->cut.w[0] = args[1]->data;
+  call->cut.w[1] = args[2]->data;
   call->positions = args[5]->data;
-  const int64_t cache = *(const int32_t *)args[6]->data * b * k * s * c * (call->wide ? 4 : 2);
+  const int64_t cache = *(const int32_t *)args[6]->data * b * k * s * c * (call->cut.wide ? 4 : 2);
   for (int i = 0; i < 3; i++) {
     const XLA_FFI_Buffer *y = frame->rets.rets[i];
     call->y[i] = (char *)y->data + (i ? cache : 0);
