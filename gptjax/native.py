@@ -32,6 +32,7 @@ WIDTH = 32
 WEIGHTS = 4
 """Most weights of one call: the C file's MOST_WEIGHTS."""
 _SOURCE = Path(__file__).with_suffix(".c")
+_SOURCES = (_SOURCE, _SOURCE.with_name("native_kernels.h"))
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
 _TARGETS = ("gptjax_columns", "gptjax_table", "gptjax_attention")
 
@@ -39,9 +40,11 @@ _TARGETS = ("gptjax_columns", "gptjax_table", "gptjax_attention")
 def columns(x_NK: jax.Array, weights_KF: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """x @ w for each of up to WEIGHTS weights, in the dtype of all of them; sums in float32.
 
-    Raises ValueError for more of them or of rows, or for other dtypes.
+    Raises ValueError for more of them or of rows, other sizes, or other dtypes.
     """
     _check(x_NK, *weights_KF, most=ROWS)
+    if any(w.shape[0] != x_NK.shape[1] for w in weights_KF):
+        raise ValueError(f"{x_NK.shape} times {[w.shape for w in weights_KF]}")
     if len(weights_KF) > WEIGHTS:
         raise ValueError(f"{len(weights_KF)} weights; at most {WEIGHTS}")
     outs = tuple(jax.ShapeDtypeStruct((len(x_NK), w.shape[1]), x_NK.dtype) for w in weights_KF)
@@ -51,6 +54,8 @@ def columns(x_NK: jax.Array, weights_KF: tuple[jax.Array, ...]) -> tuple[jax.Arr
 def table(x_NK: jax.Array, w_VK: jax.Array) -> jax.Array:
     """x @ w.T in float32, of `x` and `w` in one dtype. Raises ValueError as `columns` does."""
     _check(x_NK, w_VK, most=ROWS)
+    if w_VK.shape[1] != x_NK.shape[1]:
+        raise ValueError(f"{x_NK.shape} times the transpose of {w_VK.shape}")
     out = jax.ShapeDtypeStruct((len(x_NK), len(w_VK)), jnp.float32)
     return jax.ffi.ffi_call("gptjax_table", out)(x_NK, w_VK)
 
@@ -68,19 +73,24 @@ def attention(
     """Attention of one token a row to a cache, [B, H, C], and keys and values of the caches with
     that token's in them; all in one dtype, sums in float32.
 
-    Position p lies in slot p modulo S of cache number `cache`. A row's token is at `position_B`;
-    below zero there is none. Caches that are not used after are written in place. Raises ValueError
-    where C is no multiple of WIDTH, or for other dtypes.
+    Position p lies in slot p modulo S of cache number `cache`, which must be below P. A row's token
+    is at `position_B`; below zero there is none. Caches that are not used after are written in
+    place. Raises ValueError where C is no multiple of WIDTH, for other sizes, or other dtypes.
     """
     _check(q_BHC, k_BKC, v_BKC, keys_PBKSC, values_PBKSC)
-    if q_BHC.shape[-1] % WIDTH:
-        raise ValueError(f"heads of {q_BHC.shape[-1]}; must be a multiple of {WIDTH}")
+    (b, h, c), (p, _, k, slots, _) = q_BHC.shape, keys_PBKSC.shape
+    fit = k_BKC.shape == v_BKC.shape == (b, k, c) and h % k == 0
+    fit &= keys_PBKSC.shape == values_PBKSC.shape == (p, b, k, slots, c)
+    if not fit or 0 in (slots, window):
+        raise ValueError(f"{q_BHC.shape}, {k_BKC.shape}, caches {keys_PBKSC.shape}, {window=}")
+    if c % WIDTH:
+        raise ValueError(f"heads of {c}; must be a multiple of {WIDTH}")
     stores = (keys_PBKSC, values_PBKSC)
     outs = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BHC, *stores))
     call = jax.ffi.ffi_call("gptjax_attention", outs, input_output_aliases={3: 1, 4: 2})
     most = np.int64(2**62 if window is None else window)
-    which = jnp.asarray(cache, jnp.int32)
-    return tuple(call(q_BHC, k_BKC, v_BKC, *stores, position_B, which, window=most))
+    numbers = (jnp.asarray(x, jnp.int32) for x in (position_B, cache))
+    return tuple(call(q_BHC, k_BKC, v_BKC, *stores, *numbers, window=most))
 
 
 def _check(x: jax.Array, *others: jax.Array, most: int | None = None) -> None:
@@ -143,7 +153,8 @@ def _target(compiler: str) -> Path:
     version = subprocess.run(
         [compiler, "--version"], check=True, capture_output=True, text=True, errors="replace"
     ).stdout
-    made_of = (_SOURCE.read_bytes(), jaxlib.__version__, version, _FLAGS, _processor())
+    sources = [source.read_bytes() for source in _SOURCES]
+    made_of = (sources, jaxlib.__version__, version, _FLAGS, _processor())
     name = hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]
     caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
     folder = (caches if caches.is_absolute() else Path("~/.cache").expanduser()) / "gptjax/native"

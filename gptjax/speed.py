@@ -1,7 +1,7 @@
 """How fast a model samples on this machine, beside what its memory allows.
 
 At batch 1 a token costs one reading of all weights, so bytes of weights by memory bandwidth is the
-bound. The bandwidth is measured here, not looked up.
+bound. The bandwidth is measured, not looked up.
 """
 
 import os
@@ -30,31 +30,33 @@ class Rate(NamedTuple):
     decode: float
 
 
-def bandwidth(seconds: float = 2.0) -> float:
-    """Bytes/s that this process reads from memory, the best of many readings of 512 MiB.
+def memory_reader() -> Callable[[], float]:
+    """A function that measures the bytes/s that this process reads from memory: the median of half
+    a second of readings of 512 MiB.
 
     On a CPU every core takes the dot product of its share with itself; elsewhere it is one sum on
     the first device.
     """
-    size = 1 << 27
+    values = np.ones(1 << 27, np.float32)
     if sharding.platform() == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        shares = np.array_split(np.ones(size, np.float32), cores or 1)
-        with ThreadPoolExecutor(cores) as pool:
-            return _best(lambda: list(pool.map(lambda x: np.dot(x, x), shares)), 4 * size, seconds)
-    x = jax.device_put(np.ones(size, np.float32), jax.local_devices()[0])
-    total = jax.jit(jnp.sum)
-    return _best(lambda: jax.block_until_ready(total(x)), 4 * size, seconds)
-
-
-def _best(read: Callable[[], object], size: int, seconds: float) -> float:
+        shares = np.array_split(values, cores or 1)
+        pool = ThreadPoolExecutor(cores)
+        read = lambda: list(pool.map(lambda x: np.dot(x, x), shares))
+    else:
+        placed, total = jax.device_put(values, jax.local_devices()[0]), jax.jit(jnp.sum)
+        read = lambda: jax.block_until_ready(total(placed))
     read()
-    times = []
-    while sum(times) < seconds:
-        start = time.perf_counter()
-        read()
-        times.append(time.perf_counter() - start)
-    return size / min(times)
+
+    def measured() -> float:
+        times: list[float] = []
+        while sum(times) < 0.5:
+            start = time.perf_counter()
+            read()
+            times.append(time.perf_counter() - start)
+        return values.nbytes / statistics.median(times)
+
+    return measured
 
 
 def weight_bytes(sampler: Sampler) -> int:
@@ -80,26 +82,34 @@ def measure(sampler: Sampler, batch: int, prompt: int = PROMPT, new: int = NEW) 
     return Rate(first - start, count / (time.perf_counter() - first))
 
 
-def report(model: Opened, say: Callable[[str], None], rounds: int = 3) -> None:
-    """Says medians of `rounds`, and from least to most; the first call of each shape compiles."""
+def report(model: Opened, say: Callable[[str], None], rounds: int = 5) -> None:
+    """Says medians of `rounds`, and from least to most; the first call of each shape compiles.
+
+    Memory is read before each round: on a shared machine its speed changes from second to second.
+    """
     cfg, sampler = model.cfg, model.sampler(rows=max(BATCHES))
     prompt = min(PROMPT, cfg.model.context // 2)
     new = min(NEW, cfg.model.context - prompt)
-    size, read = weight_bytes(sampler), bandwidth()
+    size, memory = weight_bytes(sampler), memory_reader()
     say(
-        f"{model.name}: {cfg.compute.dtype}, {size / 1e6:.0f} MB of weights a step; memory reads "
-        f"{read / 1e9:.1f} GB/s, which is {read / size:.1f} steps/s; prompt {prompt}, new {new}"
+        f"{model.name}: {cfg.compute.dtype}, {size / 1e6:.0f} MB of weights a step; "
+        f"prompt {prompt}, new {new}"
     )
     if sharding.platform() == "cpu" and (reason := native.why_not()):
         say(f"products of few rows by XLA, which is slower: {reason}")
     for batch in BATCHES:
         measure(sampler, batch, prompt, new)
-        rates = [measure(sampler, batch, prompt, new) for _ in range(rounds)]
+        reads, rates = zip(
+            *((memory(), measure(sampler, batch, prompt, new)) for _ in range(rounds)), strict=True
+        )
         decode = [rate.decode for rate in rates]
-        median = statistics.median(decode)
         first = statistics.median(rate.first for rate in rates)
-        share = median / batch * size / read
+        share = statistics.median(
+            rate / batch * size / read for rate, read in zip(decode, reads, strict=True)
+        )
         say(
-            f"batch {batch:2}: {median:7.1f} tokens/s ({min(decode):.1f} to {max(decode):.1f}), "
-            f"first tokens after {1e3 * first:.0f} ms, {share:.0%} of the bandwidth"
+            f"batch {batch:2}: {statistics.median(decode):7.1f} tokens/s "
+            f"({min(decode):.1f} to {max(decode):.1f}), first tokens after {1e3 * first:.0f} ms; "
+            f"weights at {share:.0%} of the {statistics.median(reads) / 1e9:.1f} GB/s "
+            f"({min(reads) / 1e9:.1f} to {max(reads) / 1e9:.1f}) that memory reads"
         )

@@ -25,6 +25,12 @@ def normal(key: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
     return jax.random.normal(jax.random.key(key), shape, dtype)
 
 
+def attend(q_BHC, keys, slots, width, window=None):
+    """Of ones, to an empty cache."""
+    new, cache = jnp.ones((1, keys, width)), jnp.ones((1, 1, keys, slots, width))
+    return native.attention(q_BHC, new, new, cache, cache, jnp.zeros(1, "int32"), 0, window)
+
+
 def exact(*arrays: jax.Array) -> list[np.ndarray]:
     return [np.asarray(a.astype(jnp.float32), np.float64) for a in arrays]
 
@@ -61,10 +67,12 @@ def test_a_table_gives_products_in_float32(dtype, rows, length, summed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("slots", "window"), [(24, None), (24, 5), (600, None), (600, 300)])
 @pytest.mark.parametrize(("heads", "keys", "width"), [(9, 3, 64), (4, 4, 32), (8, 1, 96)])
-def test_attention_sees_what_the_cache_holds_of_a_rows_past(dtype, window, heads, keys, width):
-    slots, which = 24, 1
+def test_attention_sees_what_the_cache_holds_of_a_rows_past(
+    dtype, slots, window, heads, keys, width
+):
+    which = 1
     positions = [0, 3, slots - 1, slots, 3 * slots + 7, -1]
     rows = len(positions)
     q = normal(0, (rows, heads, width), dtype)
@@ -213,15 +221,15 @@ def test_no_home_is_a_reason_too(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("call", "problem"),
     [
+        (lambda: native.columns(jnp.ones((1, 4)), (jnp.ones((5, 4)),)), r"\(1, 4\) times"),
+        (lambda: native.table(jnp.ones((1, 4)), jnp.ones((4, 5))), r"\(1, 4\) times"),
+        (lambda: attend(jnp.ones((1, 3, 32)), 2, 4, 32), "caches"),
+        (lambda: attend(jnp.ones((1, 2, 32)), 2, 0, 32), "caches"),
+        (lambda: attend(jnp.ones((1, 2, 32)), 2, 4, 32, window=0), "window=0"),
+        (lambda: attend(jnp.ones((1, 2, 16)), 2, 4, 16), "heads of 16; must be a multiple of 32"),
         (lambda: native.columns(jnp.ones((9, 4)), (jnp.ones((4, 4)),)), "9 rows; at most 8"),
         (lambda: native.columns(jnp.ones((1, 4)), (jnp.ones((4, 4)),) * 5), "5 weights; at most 4"),
         (lambda: native.table(jnp.ones((1, 4), "float16"), jnp.ones((4, 4))), "dtypes"),
-        (
-            lambda: native.attention(
-                *[jnp.ones((1, 1, 16))] * 3, *[jnp.ones((1, 1, 1, 1, 16))] * 2, jnp.ones(1), 0, None
-            ),
-            "heads of 16; must be a multiple of 32",
-        ),
     ],
 )
 def test_what_the_code_does_not_take_is_refused(call, problem):

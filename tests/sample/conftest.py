@@ -2,6 +2,8 @@
 
 import pytest
 
+from gptjax import native
+
 
 @pytest.fixture
 def one_device(on_mesh):
@@ -11,7 +13,7 @@ def one_device(on_mesh):
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    return tiny_model(context=64, tied_embeddings=False)
+    return tiny_model(context=64, tied_embeddings=False, head_dim=native.WIDTH)
 
 
 @pytest.fixture(scope="module")

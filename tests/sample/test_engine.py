@@ -214,9 +214,8 @@ def test_short_prompts_are_read_by_decoding_with_the_results_of_a_prefill(
 
 @pytest.mark.skipif(native.why_not() is not None, reason="XLA writes the caches")
 @pytest.mark.parametrize("rows", [1, 4])
-def test_a_step_writes_its_caches_in_place(on_mesh, tiny_model, random_params, monkeypatch, rows):
+def test_a_step_writes_its_caches_in_place(one_device, model, params, monkeypatch, rows):
     """XLA copied all of them three times a step of one row, a sixth of its time."""
-    model = tiny_model(head_dim=native.WIDTH, context=64)
     programs, burst = [], decoding.burst
 
     def spy(*args):
@@ -224,11 +223,9 @@ def test_a_step_writes_its_caches_in_place(on_mesh, tiny_model, random_params, m
         return burst(*args)
 
     monkeypatch.setattr(decoding, "burst", spy)
-    with on_mesh(1, 1, 1):
-        generate(random_params(model), model, prompts_of(*[3] * rows), GREEDY)
+    generate(params, model, prompts_of(*[3] * rows))
     cache = rf"= f32\[1,\d+,{model.kv},\d+,{native.WIDTH}\]\S* ([\w-]+)"
-    made_by = set(re.findall(cache, programs[0]))
-    assert made_by == {"parameter", "get-tuple-element"}
+    assert set(re.findall(cache, programs[0])) == {"parameter", "get-tuple-element"}
 
 
 def test_a_stop_token_in_a_prompt_that_is_read_ends_nothing(one_device, model, params):
@@ -310,7 +307,9 @@ def test_a_text_that_cannot_be_scored_is_named(one_device, model, params, texts,
 def test_refilled_rows_rings_and_scores_are_the_same_on_eight_devices(
     on_mesh, tiny_model, random_params, mesh
 ):
-    model = tiny_model(context=64, positions="rope", pattern=("window", "full"), window=5)
+    model = tiny_model(
+        context=64, positions="rope", pattern=("window", "full"), window=5, head_dim=native.WIDTH
+    )
     prompts = prompts_of(3, 20, 1, 9, 30, 2, 2, 11, 8, 6)
     settings = [
         replace(DRAWN, max_tokens=3 + i, repetition_penalty=1.2, top_p=0.9, logprobs=1)
