@@ -143,16 +143,17 @@ static void some_queries(Call *call, int64_t task) {
     memset(y, 0, a->queries * row);
     return;
   }
-  const int64_t ages = MIN(MIN(position + 1, slots), a->window), newest = position % slots;
+  const int64_t tokens = MIN(MIN(position + 1, slots), a->window), newest = position % slots;
+  const int64_t oldest = (position + 1 - tokens) % slots;
   char *keys = a->keys + task * slots * row, *values = a->values + task * slots * row;
   memcpy(keys + newest * row, a->new_keys + task * row, row);
   memcpy(values + newest * row, a->new_values + task * row, row);
   const float *x = call->x + task * a->queries * a->width;
   float *scratch = call->sums + task * attention_scratch(a->queries, a->width);
   if (call->wide)
-    attend(1, a->queries, a->width, x, keys, values, slots, newest, ages, scratch, y);
+    attend(1, a->queries, a->width, x, keys, values, slots, oldest, tokens, scratch, y);
   else
-    attend(0, a->queries, a->width, x, keys, values, slots, newest, ages, scratch, y);
+    attend(0, a->queries, a->width, x, keys, values, slots, oldest, tokens, scratch, y);
 }
 
 static void release(Call *call) {

@@ -20,7 +20,8 @@ enum {
   AHEAD = 8192,     /* bytes between what is fetched and what is used */
   PARTS = 4,        /* that a sum is cut into */
   MOST_ROWS = 8,    /* n */
-  BLOCK = 256,      /* ages of a cache that are attended to at a time; a multiple of LANES */
+  GROUP = 4,        /* queries that are added up in registers */
+  BLOCK = 256,      /* tokens that are attended to at a time; a multiple of LANES */
 };
 
 /* --- numbers ------------------------------------------------------------------------------- */
@@ -112,7 +113,7 @@ INLINE void fetch(const char *from, int64_t size) {
   for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
-/* --- a part of a product: x [n, rows] times w [rows, columns], its rows `stride` apart --------- */
+/* --- a part of a product: x [n, rows] times w [rows, columns], its rows `stride` apart ------- */
 
 INLINE void add_rows(int wide, int n, int depth, const float *x, int64_t k, const char *w,
                      int64_t stride, int64_t columns, float *sums) {
@@ -211,21 +212,71 @@ INLINE void table_task(int wide, int n, const float *x, const float *tail, int64
 
 /* --- attention of the `queries` that share one head of keys, to the tokens of one row's cache ----
  *
- * Position p lies in slot p modulo `slots`; `age` 0 is the newest. x: queries, scaled, as `load`
- * gives them; scratch: `attention_scratch` floats. Keys of BLOCK ages, then their values, with the
- * sums of the blocks before scaled to the largest score so far (Milakov and Gimelshein 2018):
- * values come into the second-level cache with their keys, and are there when they are wanted. */
+ * Position p lies in slot p modulo `slots`; `oldest` is the slot of the first that is seen. x:
+ * queries, scaled, as `load` gives them; scratch: `attention_scratch` floats. Keys of BLOCK tokens,
+ * then their values, the sums of the blocks before scaled to the largest score so far (Milakov and
+ * Gimelshein 2018): values are brought into the second-level cache with their keys, and are still
+ * there when they are wanted. */
 
-INLINE int64_t slot_of(int64_t newest, int64_t age, int64_t slots) {
-  return newest >= age ? newest - age : newest - age + slots;
+/* Of the i-th token that is seen. */
+INLINE int64_t slot_of(int64_t oldest, int64_t i, int64_t slots) {
+  return oldest + i < slots ? oldest + i : oldest + i - slots;
 }
 
 static int64_t attention_scratch(int64_t queries, int64_t width) {
   return queries * (BLOCK + width + LANES);
 }
 
+/* Scores of g queries with a key. */
+INLINE void score(int wide, int g, int64_t width, const float *x, const char *key, float *scores) {
+  floats s[GROUP], t[GROUP];
+  for (int r = 0; r < g; r++) s[r] = t[r] = (floats){0};
+  for (int64_t j = 0; j < width; j += PAIR) {
+    floats a, b;
+    load(wide, key + j * (wide ? 4 : 2), &a, &b);
+    for (int r = 0; r < g; r++) {
+      s[r] += *(const floats *)(x + r * width + j) * a;
+      t[r] += *(const floats *)(x + r * width + j + LANES) * b;
+    }
+  }
+  for (int r = 0; r < g; r++) scores[r * BLOCK] = sum_of(s[r] + t[r]);
+}
+
+/* Adds what g queries see of `count` values, from token `first` on, to their sums. */
+INLINE void see(int wide, int g, int64_t width, const float *weights, const char *values,
+                int64_t slots, int64_t oldest, int64_t first, int64_t count, float *sums) {
+  for (int64_t j = 0; j < width; j += PAIR) {
+    floats s[GROUP], t[GROUP];
+    for (int r = 0; r < g; r++) {
+      s[r] = *(const floats *)(sums + r * width + j);
+      t[r] = *(const floats *)(sums + r * width + j + LANES);
+    }
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t slot = slot_of(oldest, first + i, slots);
+      floats a, b;
+      load(wide, values + (slot * width + j) * (wide ? 4 : 2), &a, &b);
+      for (int r = 0; r < g; r++) {
+        s[r] += weights[r * BLOCK + i] * a;
+        t[r] += weights[r * BLOCK + i] * b;
+      }
+    }
+    for (int r = 0; r < g; r++) {
+      *(floats *)(sums + r * width + j) = s[r];
+      *(floats *)(sums + r * width + j + LANES) = t[r];
+    }
+  }
+}
+
+#define BY_GROUP(function, wide, left, ...)               \
+  switch (MIN(left, GROUP)) {                             \
+    case 1: function(wide, 1, __VA_ARGS__); break;        \
+    case 2: function(wide, 2, __VA_ARGS__); break;        \
+    case 3: function(wide, 3, __VA_ARGS__); break;        \
+    default: function(wide, GROUP, __VA_ARGS__); break;   \
+  }
+
 INLINE void attend(int wide, int64_t queries, int64_t width, const float *x, const char *keys,
-                   const char *values, int64_t slots, int64_t newest, int64_t ages,
+                   const char *values, int64_t slots, int64_t oldest, int64_t tokens,
                    float *scratch, char *y) {
   const int64_t size = wide ? 4 : 2;
   float *scores = scratch, *sums = scores + queries * BLOCK, *so_far = sums + queries * width;
@@ -234,22 +285,14 @@ INLINE void attend(int wide, int64_t queries, int64_t width, const float *x, con
     so_far[r * LANES] = -INFINITY; /* the largest score */
     so_far[r * LANES + 1] = 0;     /* the sum of all weights */
   }
-  for (int64_t first = 0; first < ages; first += BLOCK) {
-    const int64_t count = MIN(BLOCK, ages - first);
+  for (int64_t first = 0; first < tokens; first += BLOCK) {
+    const int64_t count = MIN(BLOCK, tokens - first);
     for (int64_t i = 0; i < count; i++) {
-      const int64_t slot = slot_of(newest, first + i, slots);
+      const int64_t slot = slot_of(oldest, first + i, slots);
       const char *key = keys + slot * width * size;
       fetch(values + slot * width * size, width * size);
-      for (int64_t r = 0; r < queries; r++) {
-        floats s = {0}, t = {0};
-        for (int64_t j = 0; j < width; j += PAIR) {
-          floats a, b;
-          load(wide, key + j * size, &a, &b);
-          s += *(const floats *)(x + r * width + j) * a;
-          t += *(const floats *)(x + r * width + j + LANES) * b;
-        }
-        scores[r * BLOCK + i] = sum_of(s + t);
-      }
+      for (int64_t r = 0; r < queries; r += GROUP)
+        BY_GROUP(score, wide, queries - r, width, x + r * width, key, scores + r * BLOCK + i)
     }
     for (int64_t r = 0; r < queries; r++) {
       float *row = scores + r * BLOCK, *most = so_far + r * LANES, *weight = most + 1, now = *most;
@@ -264,19 +307,11 @@ INLINE void attend(int wide, int64_t queries, int64_t width, const float *x, con
       const float scale = exp_of((floats){0} + (*most - now))[0];
       *weight = *weight * scale + sum_of(total);
       *most = now;
-      for (int64_t j = 0; j < width; j += PAIR) {
-        float *sum = sums + r * width + j;
-        floats s = *(floats *)sum * scale, t = *(floats *)(sum + LANES) * scale;
-        for (int64_t i = 0; i < count; i++) {
-          floats a, b;
-          load(wide, values + (slot_of(newest, first + i, slots) * width + j) * size, &a, &b);
-          s += row[i] * a;
-          t += row[i] * b;
-        }
-        *(floats *)sum = s;
-        *(floats *)(sum + LANES) = t;
-      }
+      for (int64_t j = 0; j < width; j += LANES) *(floats *)(sums + r * width + j) *= scale;
     }
+    for (int64_t r = 0; r < queries; r += GROUP)
+      BY_GROUP(see, wide, queries - r, width, scores + r * BLOCK, values, slots, oldest, first,
+               count, sums + r * width)
   }
   for (int64_t r = 0; r < queries; r++)
     for (int64_t j = 0; j < width; j += PAIR) {
