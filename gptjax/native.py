@@ -26,11 +26,11 @@ import jaxlib
 import numpy as np
 
 ROWS = 8
-"""Most rows of a product: the C file's MOST_ROWS."""
+"""Most rows of a product: MOST_ROWS of native_kernels.h."""
 WIDTH = 32
-"""What head_dim must be a multiple of: the C file's PAIR."""
+"""What head_dim must be a multiple of: PAIR of native_kernels.h."""
 WEIGHTS = 4
-"""Most weights of one call: the C file's MOST_WEIGHTS."""
+"""Most weights of one call: MOST_WEIGHTS of native.c."""
 _SOURCE = Path(__file__).with_suffix(".c")
 _SOURCES = (_SOURCE, _SOURCE.with_name("native_kernels.h"))
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
