@@ -2,7 +2,7 @@
 
 import sys
 
-from gptjax.cli import main
+from gptjax.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

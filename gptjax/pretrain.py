@@ -10,17 +10,22 @@ import jax
 import numpy as np
 from etils import epath
 
-from gptjax import config, distributed, metrics, objective, run, sample, sharding, train
+from gptjax import config, sample
 from gptjax import tokenizer as tokenizers
-from gptjax.checkpoint import Checkpoints, sha256_of
+from gptjax.checkpoint import run_dir
+from gptjax.checkpoint.checkpointer import Checkpoints, sha256_of
 from gptjax.config import Config
-from gptjax.data import pipeline, store
+from gptjax.data import loader, store
 from gptjax.errors import DataError
 from gptjax.evaluate import Evaluator, Scorer, Task, ValidationLoss, named, read_tasks
-from gptjax.model import counts, decoder, stages
+from gptjax.model import decoder, flops
 from gptjax.model.decoder import Params
-from gptjax.progress import Progress
-from gptjax.watch import Watch
+from gptjax.parallel import pipeline as stages
+from gptjax.parallel import sharding
+from gptjax.runtime import distributed
+from gptjax.runtime.progress import Progress
+from gptjax.runtime.watchdog import Watch
+from gptjax.training import metrics, objective, trainer
 
 SAMPLES = "samples"
 
@@ -34,7 +39,7 @@ def pretrain(
     store that does not suit, MismatchError for one that another run was begun with.
     """
     files = read_tasks(cfg.eval.tasks, cfg.eval.task_limit)
-    data = pipeline.TrainData.open(cfg, manifest)
+    data = loader.TrainData.open(cfg, manifest)
     tokenizer = tokenizers.load(epath.Path(cfg.data.store))
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise DataError(
@@ -49,8 +54,8 @@ def pretrain(
         seed=cfg.train.seed,
     )
     sample.check(cfg.model, prompts, settings, tokenizer.vocab_size)
-    distributed.agree({"the store's tokens": manifest.fingerprint(), **run.facts(cfg)})
-    run.record(cfg, tokenizer, manifest)
+    distributed.agree({"the store's tokens": manifest.fingerprint(), **run_dir.facts(cfg)})
+    run_dir.record(cfg, tokenizer, manifest)
     backends = objective.backends(cfg)
     progress.say(f"attention: {', '.join(dict.fromkeys(backends))}")
 
@@ -82,7 +87,7 @@ def pretrain(
     ordered = lambda params, to: params | {"blocks": stages.reordered(params["blocks"], to)}
     in_model_order = lambda params: ordered(params, np.argsort(order))
     checkpoints = Checkpoints(
-        Path(cfg.run) / run.CHECKPOINTS,
+        Path(cfg.run) / run_dir.CHECKPOINTS,
         cfg.checkpoint,
         describe,
         progress.say,
@@ -110,7 +115,7 @@ def pretrain(
         _InModelOrder(Task(file, tokenizer, scorer, name), in_model_order)
         for file, name in zip(files, named(files), strict=True)
     ]
-    _, evaluated = train.fit(
+    _, evaluated = trainer.fit(
         cfg,
         init_fn=lambda key: ordered(decoder.init(cfg.model, key), order),
         loss_fn=objective.training_loss(cfg, manifest.tokenizer["eos_id"]),
@@ -120,9 +125,9 @@ def pretrain(
         tasks=tasks,
         sampler=sampler,
         checkpoints=checkpoints,
-        writers=functools.partial(run.writers, cfg),
+        writers=functools.partial(run_dir.writers, cfg),
         throughput=metrics.Throughput(
-            counts.flops_per_token(cfg.model, cfg.train.seq_len),
+            flops.flops_per_token(cfg.model, cfg.train.seq_len),
             cfg.compute.dtype,
             cfg.log.peak_tflops,
         ),

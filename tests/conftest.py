@@ -18,9 +18,11 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import allocator, cli, sharding
+from gptjax.cli import main
 from gptjax.config import Config, MeshConfig, ModelConfig
 from gptjax.model import decoder
+from gptjax.parallel import sharding
+from gptjax.runtime import malloc
 
 MeshFactory = Callable[..., AbstractContextManager[jax.sharding.Mesh]]
 
@@ -53,12 +55,12 @@ def command_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[int, str, str]]:
     """Runs a command in this process: exit code, standard output, standard error."""
-    monkeypatch.setattr(allocator, "keep_memory", lambda: False)
+    monkeypatch.setattr(malloc, "keep_memory", lambda: False)
 
     def call(*argv: object) -> tuple[int, str, str]:
         capsys.readouterr()
         try:
-            code = cli.main([str(word) for word in argv])
+            code = main.main([str(word) for word in argv])
         except SystemExit as exit:  # argparse and tyro
             code = exit.code or 0
         captured = capsys.readouterr()

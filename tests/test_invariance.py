@@ -16,10 +16,11 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import objective, sharding, train
-from gptjax.checkpoint import leaves_by_path
+from gptjax.checkpoint.checkpointer import leaves_by_path
 from gptjax.config import Config, MoeConfig, validation
-from gptjax.model import decoder, stages
+from gptjax.model import decoder
+from gptjax.parallel import pipeline, sharding
+from gptjax.training import objective, trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
 
@@ -82,8 +83,8 @@ def trained(cfg: Config, start: dict[str, np.ndarray] | None) -> tuple[list, dic
     devices = math.prod(size for size in vars(cfg.mesh).values() if isinstance(size, int))
     assert not list(validation.mesh_problems(cfg, cfg.mesh.shape(devices), 1))
     with jax.set_mesh(sharding.make_mesh(cfg.mesh, jax.devices()[:devices])):
-        order = stages.order(cfg.model.layers // len(cfg.model.pattern), cfg.compute.rounds)
-        create = lambda: train.create_state(cfg, lambda key: decoder.init(cfg.model, key))
+        order = pipeline.order(cfg.model.layers // len(cfg.model.pattern), cfg.compute.rounds)
+        create = lambda: trainer.create_state(cfg, lambda key: decoder.init(cfg.model, key))
         if start is None:
             state = jax.jit(create)()
             start = jax.device_get(leaves_by_path(state.params))
@@ -102,7 +103,7 @@ def trained(cfg: Config, start: dict[str, np.ndarray] | None) -> tuple[list, dic
                 named(place, abstract), params=named(place, abstract.params)
             )
         loss_fn = objective.training_loss(cfg, EOS)
-        step = train.compile_step(cfg, loss_fn, state, objective.abstract_batch(cfg))
+        step = trainer.compile_step(cfg, loss_fn, state, objective.abstract_batch(cfg))
         seen = []
         for batch in batches(cfg):
             state, metrics = step(state, sharding.global_batch(batch, cfg.train.batch))

@@ -7,7 +7,19 @@ against the configuration that a run folder was started with).
 Nothing here imports jax or tensorflow, so a bad flag fails in milliseconds.
 """
 
-from gptjax.config.fields import (
+from gptjax.config.loading import (
+    CONFIG_FILE,
+    flatten,
+    from_dict,
+    load,
+    override,
+    provenance,
+    read_json,
+    resolve,
+    to_dict,
+)
+from gptjax.config.resume import resume_changes, resume_classes
+from gptjax.config.schema import (
     CheckpointConfig,
     ComputeConfig,
     Config,
@@ -26,18 +38,6 @@ from gptjax.config.fields import (
     TuneConfig,
     WatchConfig,
 )
-from gptjax.config.loading import (
-    CONFIG_FILE,
-    flatten,
-    from_dict,
-    load,
-    override,
-    provenance,
-    read_json,
-    resolve,
-    to_dict,
-)
-from gptjax.config.resuming import resume_changes, resume_classes
 from gptjax.config.validation import lora_problems, model_problems, tune_problems
 
 __all__ = [

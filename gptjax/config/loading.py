@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from gptjax.config.fields import Config
+from gptjax.config.schema import Config
 from gptjax.errors import ConfigError
 
 CONFIG_FILE = "config.json"

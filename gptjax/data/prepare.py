@@ -24,13 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from gptjax import lock
 from gptjax import tokenizer as tokenizers
 from gptjax.config import Config
 from gptjax.data import sources, store
 from gptjax.data.sources import Counts, Document
 from gptjax.errors import DataError, MismatchError, OutputError
-from gptjax.progress import Bar, Progress
+from gptjax.runtime import file_lock
+from gptjax.runtime.progress import Bar, Progress
 
 JOURNAL = "journal.json"
 _LOCK = "prepare.lock"
@@ -88,7 +88,7 @@ def prepare(
     folder = Path(cfg.data.store)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with lock.held(folder / _LOCK, f"data.store={cfg.data.store}", say):
+        with file_lock.held(folder / _LOCK, f"data.store={cfg.data.store}", say):
             if (folder / store.MANIFEST).exists():
                 return _made(cfg)  # by the process that held the lock before
             journal = _Journal.load(folder, identity(cfg) | {"files": _files(found + held_out)})

@@ -11,9 +11,9 @@ from gptjax.data import sources
 from gptjax.errors import DataError
 from gptjax.evaluate.bootstrap import Statistic
 from gptjax.evaluate.scoring import Scorer, prefix_id
-from gptjax.metrics import perplexity
 from gptjax.model.decoder import Params
 from gptjax.tokenizer import Tokenizer
+from gptjax.training.metrics import perplexity
 
 Pair = tuple[np.ndarray, np.ndarray]
 

@@ -21,7 +21,7 @@ from gptjax.errors import ConfigError
 from gptjax.evaluate.documents import windows
 from gptjax.evaluate.scoring import Scorer, encode_pair, prefix_id
 from gptjax.model.decoder import Params
-from gptjax.progress import Progress
+from gptjax.runtime.progress import Progress
 from gptjax.sample import Sampler, Settings
 from gptjax.tokenizer import Tokenizer
 

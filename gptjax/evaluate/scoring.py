@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gptjax import sharding
 from gptjax.config import ComputeConfig, ModelConfig
 from gptjax.errors import DataError
 from gptjax.model import decoder
 from gptjax.model.decoder import Params
-from gptjax.progress import Progress
+from gptjax.parallel import sharding
+from gptjax.runtime.progress import Progress
 from gptjax.sample.engine import bucket, place_rows
 from gptjax.tokenizer import Tokenizer
 

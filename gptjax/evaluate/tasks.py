@@ -10,10 +10,10 @@ from gptjax.evaluate import answers
 from gptjax.evaluate.bootstrap import Statistic
 from gptjax.evaluate.formats import Choice, Cloze, Question, TaskFile
 from gptjax.evaluate.scoring import Scorer, encode_pair
-from gptjax.metrics import perplexity
 from gptjax.model.decoder import Params
 from gptjax.sample import Sampler, Settings
 from gptjax.tokenizer import Tokenizer
+from gptjax.training.metrics import perplexity
 
 ANSWER_TOKENS = 64
 """Longest answer that is generated, in tokens; it ends with its line."""

@@ -9,15 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax import sharding
 from gptjax.config import Config
-from gptjax.data import pipeline
+from gptjax.data import loader
 from gptjax.data.store import Manifest, Reader
 from gptjax.evaluate.bootstrap import Statistic
-from gptjax.metrics import perplexity
 from gptjax.model.decoder import Params
-from gptjax.objective import next_token
-from gptjax.progress import Progress
+from gptjax.parallel import sharding
+from gptjax.runtime.progress import Progress
+from gptjax.training.metrics import perplexity
+from gptjax.training.objective import next_token
 
 
 class ValidationLoss:
@@ -48,7 +48,7 @@ class ValidationLoss:
         """The first three of those by batch, for `bootstrap`, and the number of tokens."""
         cfg = self._cfg
         rows = sharding.host_rows(cfg.eval.batch)
-        batches = pipeline.eval_batches(
+        batches = loader.eval_batches(
             self._reader, cfg.train.seq_len, cfg.eval.batch, rows, cfg.data.prefetch
         )
         count = -(-(len(self._reader) - 1) // (cfg.train.seq_len * cfg.eval.batch))

@@ -21,11 +21,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gptjax import parameters, sharding
 from gptjax.config import LoraConfig, ModelConfig, TuneConfig
-from gptjax.finetune import heads
+from gptjax.model import heads
 from gptjax.model.decoder import Params
-from gptjax.parameters import Factors, leaves_by_path, nested, sides
+from gptjax.parallel import sharding
+from gptjax.training import param_groups
+from gptjax.training.param_groups import Factors, leaves_by_path, nested, sides
 
 BASE, ADAPTERS = "base", "adapters"
 
@@ -41,7 +42,7 @@ def targets(params: Params, cfg: LoraConfig) -> list[str]:
         return path.startswith("blocks/") and leaf.ndim > 2 and not vector
 
     candidates = [path for path, leaf in leaves_by_path(params).items() if matrix(path, leaf)]
-    return sorted(parameters.matching(candidates, cfg.targets, "finetune.lora.targets"))
+    return sorted(param_groups.matching(candidates, cfg.targets, "finetune.lora.targets"))
 
 
 def init(params: Params, cfg: LoraConfig, key: jax.Array) -> Params:
@@ -87,7 +88,7 @@ def merged(params: Params, adapters: Params, cfg: LoraConfig) -> Params:
             out_sharding=jax.typeof(w).sharding.spec,
         )
         changed[path] = w + cfg.scale * product
-    return parameters.joined(params, nested(changed))
+    return param_groups.joined(params, nested(changed))
 
 
 # --- training ----------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ def whole(params: Params, cfg: LoraConfig) -> Params:
     paths = {path.rpartition("/")[0] for path in leaves_by_path(params[ADAPTERS])}
     below = nested({path: leaves[path] for path in paths})
     above = jax.jit(merged, static_argnums=2)(below, params[ADAPTERS], cfg)
-    return parameters.joined(params[BASE], above)
+    return param_groups.joined(params[BASE], above)
 
 
 def factors(params: Params, tune: TuneConfig, model: ModelConfig) -> Factors:
@@ -118,5 +119,5 @@ def factors(params: Params, tune: TuneConfig, model: ModelConfig) -> Factors:
         f"{BASE}/{path}": float(path.startswith(f"{heads.NAME}/"))
         for path in leaves_by_path(params[BASE])
     }
-    own = parameters.factors(params[ADAPTERS], tune, model)
+    own = param_groups.factors(params[ADAPTERS], tune, model)
     return base | {f"{ADAPTERS}/{path}": factor for path, factor in own.items()}

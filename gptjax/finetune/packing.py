@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gptjax.finetune.conversations import Exchanges
 from gptjax.finetune.examples import refuse
-from gptjax.finetune.exchanges import Exchanges
 
 
 @dataclass(frozen=True)

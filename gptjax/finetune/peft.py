@@ -20,14 +20,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax import hf, sharding
 from gptjax.config import LoraConfig, ModelConfig
 from gptjax.errors import DataError, MismatchError
 from gptjax.finetune import lora
+from gptjax.hf import families
+from gptjax.hf.mapping import Piece
 from gptjax.model import decoder
 from gptjax.model.decoder import Params
-from gptjax.parameters import leaves_by_path, nested, sides
-from gptjax.pieces import Piece
+from gptjax.parallel import sharding
+from gptjax.training.param_groups import leaves_by_path, nested, sides
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -43,11 +44,11 @@ Halves = dict[str, np.ndarray]  # "a" [in..., R] and "b" [R, out...] of one laye
 
 def _linears(model: ModelConfig, rank: int | None = None) -> Iterator[Piece]:
     """Their linear layers; with `rank`, as if the residual stream were of that width."""
-    kind, _ = hf.family_of(model)
+    kind, _ = families.family_of(model)
     of = model
     if rank is not None:
         of = replace(model, embed=rank, head_dim=model.head, mlp=model.hidden)
-    for piece in hf.FAMILIES[kind].pieces(of):
+    for piece in families.FAMILIES[kind].pieces(of):
         if piece.in_layer and not piece.paths[0].endswith(("scale", "bias")):
             yield piece
 
@@ -158,8 +159,10 @@ def _fused(
 
 def _modules(model: ModelConfig) -> set[str]:
     """All of their modules in layers, norms as well."""
-    kind, _ = hf.family_of(model)
-    names = (p.name for p in hf.FAMILIES[kind].pieces(model) if p.in_layer and "{e}" not in p.name)
+    kind, _ = families.family_of(model)
+    names = (
+        p.name for p in families.FAMILIES[kind].pieces(model) if p.in_layer and "{e}" not in p.name
+    )
     return {name.format(i=i).rpartition(".")[0] for name in names for i in range(model.layers)}
 
 

@@ -16,19 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from gptjax import products, sharding
 from gptjax.config import ComputeConfig, ModelConfig
-from gptjax.model import attention, layers, stages
-from gptjax.model.attention import Cache, SelfAttention
-from gptjax.model.ffn import FeedForward
+from gptjax.model import layers
+from gptjax.model.attention import layer as attention
+from gptjax.model.attention.layer import Cache, SelfAttention
+from gptjax.model.feed_forward import FeedForward
 from gptjax.model.moe import MoE, Routing
+from gptjax.parallel import matmul, pipeline, sharding
 
 Params = dict[str, Any]
 Caches = tuple[Cache, ...]  # one for each place of the attention pattern
 
 _REMAT = {
     "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names(products.PRODUCT),
+    "dots": jax.checkpoint_policies.save_only_these_names(matmul.PRODUCT),
 }
 
 
@@ -167,9 +168,9 @@ class Decoder(nn.Module):
             self, "embed", (cfg.table, cfg.embed), ("vocab", "w_embed"), cfg.init_std
         )
         held = "tokens" if caches is None else "batch"
-        rows = products.stream(b * t) if caches is None else held
+        rows = matmul.stream(b * t) if caches is None else held
         flat = lambda ids_BT: sharding.to_rows(ids_BT, held)
-        x_ND = products.lookup(table_VD, flat(tokens_BT), dtype, rows)
+        x_ND = matmul.lookup(table_VD, flat(tokens_BT), dtype, rows)
         if cfg.positions == "learned":
             places_SD = layers.weight(
                 self, "positions", (cfg.context, cfg.embed), (None, "w_embed"), cfg.init_std
@@ -177,7 +178,7 @@ class Decoder(nn.Module):
             if positions_BT is None:
                 x_ND += _tiled(places_SD[:t].astype(dtype), b, held, rows)
             else:
-                x_ND += products.lookup(places_SD, flat(positions_BT), dtype, rows)
+                x_ND += matmul.lookup(places_SD, flat(positions_BT), dtype, rows)
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(
                 jnp.arange(t), (b, t), out_sharding=sharding.spec("batch", None)
@@ -192,7 +193,7 @@ class Decoder(nn.Module):
         period = (cfg, compute, self.backends, self.training)
         stack = _scan(*period, length=periods, name="blocks")
         if sharding.axis_size("layers") > 1 and caches is None and not self.is_initializing():
-            x_ND, routing = stages.run(
+            x_ND, routing = pipeline.run(
                 functools.partial(_stretch, period),
                 self.variables["params"]["blocks"],
                 x_ND,
@@ -352,7 +353,7 @@ def head(params: Params) -> jax.Array:
 
 def logits(params: Params, cfg: ModelConfig, x_ND: jax.Array) -> jax.Array:
     """Scores of the vocabulary in float32, [N, rows of the table]; rows added to it are NEVER."""
-    y_NV = layers.soft_cap(products.scores(x_ND, head(params)), cfg.logit_soft_cap)
+    y_NV = layers.soft_cap(matmul.scores(x_ND, head(params)), cfg.logit_soft_cap)
     if cfg.table == cfg.vocab_size:
         return y_NV
     ids_V = jnp.arange(cfg.table, out_sharding=sharding.spec("vocab"))

@@ -18,8 +18,8 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from gptjax import sharding
 from gptjax.config import ModelConfig, RopeConfig
+from gptjax.parallel import sharding
 
 NEVER = -1e30  # a score that is masked out: finite, so that a fully masked row stays a number
 

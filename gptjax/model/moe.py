@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from gptjax import sharding
 from gptjax.config import ModelConfig
 from gptjax.model.layers import weight
-from gptjax.products import (
+from gptjax.parallel import sharding
+from gptjax.parallel.matmul import (
     column_parallel,
     gather_rows,
     gather_weight,

@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 
 import jax
 
-from gptjax import sharding
 from gptjax.config import Config
 from gptjax.errors import ConfigError
-from gptjax.model import counts, decoder
-from gptjax.plan import memory, roofline, traffic
-from gptjax.plan.machines import Machine, places
+from gptjax.model import decoder
+from gptjax.model import flops as counts
+from gptjax.parallel import sharding
+from gptjax.plan import collectives, memory, roofline
+from gptjax.plan.hardware import Machine, places
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Plan:
     sizes: Mapping[str, int]
     state: list[memory.Tensor]
     held: Mapping[str, float]
-    sent: list[traffic.Collective]
+    sent: list[collectives.Collective]
     links: Mapping[str, roofline.Link]
     flops: Mapping[str, float]
     times: roofline.Times
@@ -72,7 +73,7 @@ def plan(cfg: Config, machine: Machine, state: list[memory.Tensor] | None = None
     sizes = dict(zip(sharding.AXES, arranged.shape, strict=True))
     held = memory.held(cfg, sizes, state, attention)
     links = roofline.links(machine, arranged)
-    expected = traffic.expected(cfg, sizes, attention)
+    expected = collectives.expected(cfg, sizes, attention)
     sent = [roofline.as_compiled(one, links) for one in expected]
     times = roofline.times(cfg, machine, sizes, links, sent, held["parameters"] / 4)
     model = counts.flops_per_token(cfg.model, cfg.train.seq_len) * cfg.train.batch_tokens

@@ -12,11 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax import sharding, train
-from gptjax.checkpoint import leaves_by_path
+from gptjax.checkpoint.checkpointer import leaves_by_path
 from gptjax.config import Config
 from gptjax.model import decoder
-from gptjax.plan import traffic
+from gptjax.parallel import sharding
+from gptjax.plan import collectives
+from gptjax.training import trainer
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def tensors(cfg: Config) -> list[Tensor]:
     # Only a mesh with stages has the layers split over them.
     with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(stage=cfg.mesh.stage)):
         state = jax.eval_shape(
-            lambda: train.create_state(cfg, lambda key: decoder.init(cfg.model, key))
+            lambda: trainer.create_state(cfg, lambda key: decoder.init(cfg.model, key))
         )
     return [leaf(path, value) for path, value in leaves_by_path(state).items()]
 
@@ -84,7 +85,7 @@ def held(
     tensor_parts = sizes["tensor"]
     all_tokens = cfg.train.batch_tokens / cfg.train.accumulation / parts
     split = tensor_parts > 1 and all_tokens % tensor_parts == 0
-    through = traffic.passes(cfg)
+    through = collectives.passes(cfg)
     tokens = all_tokens * sizes["stage"] / through.parts  # of a microbatch, where there are stages
     stream = tokens / (tensor_parts if split else 1) * m.embed * width
 

@@ -4,12 +4,12 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gptjax import sharding
-from gptjax.model import counts
-from gptjax.plan import compiled as compiling
-from gptjax.plan import roofline, traffic
+from gptjax.model import flops
+from gptjax.parallel import sharding
+from gptjax.plan import aot as compiling
+from gptjax.plan import collectives, roofline
 from gptjax.plan.estimate import Plan
-from gptjax.plan.machines import GIB
+from gptjax.plan.hardware import GIB
 
 BAR = 40  # characters of a device's whole memory
 
@@ -17,7 +17,7 @@ BAR = 40  # characters of a device's whole memory
 def lines(plan: Plan, price: float) -> Iterator[str]:
     """The plan for a terminal. `price` is of a chip-hour, in the user's currency; 0: none."""
     cfg, machine, device = plan.cfg, plan.machine, plan.machine.device
-    parameters = counts.parameters(cfg.model)
+    parameters = flops.parameters(cfg.model)
     active = "" if parameters.active == parameters.total else f", {parameters.active:,} active"
     yield f"{cfg.run}: {parameters.total:,} parameters{active}"
     yield (
@@ -41,7 +41,7 @@ def mesh(plan: Plan) -> str:
     sizes = plan.sizes
     rings = [sizes[axis] for axis in sharding.FSDP if sizes[axis] > 1]
     around = f" (rings of {' x '.join(map(str, rings))})" if len(rings) > 1 else ""
-    stages, through = "", traffic.passes(plan.cfg)
+    stages, through = "", collectives.passes(plan.cfg)
     if sizes["stage"] > 1:
         rounds = plan.cfg.compute.rounds
         stages = f"stage {sizes['stage']} ({rounds} rounds, {through.parts} microbatches), "
@@ -94,10 +94,10 @@ def _step(plan: Plan, price: float) -> Iterator[str]:
     )
 
 
-def _traffic(sent: Sequence[traffic.Collective]) -> Iterator[str]:
+def _traffic(sent: Sequence[collectives.Collective]) -> Iterator[str]:
     yield f"{'sent in a step':15} {'over':22} {'in layers':>10} {'outside':>8} {'GB a device':>12}"
-    inside = traffic.by_axes([one for one in sent if one.where == "layers"])
-    outside = traffic.by_axes([one for one in sent if one.where != "layers"])
+    inside = collectives.by_axes([one for one in sent if one.where == "layers"])
+    outside = collectives.by_axes([one for one in sent if one.where != "layers"])
     for key in sorted(set(inside) | set(outside)):
         (within, wire), (without, more) = inside.get(key, (0, 0)), outside.get(key, (0, 0))
         over, gigabytes = ", ".join(key[1]), (wire + more) / 1e9
@@ -140,11 +140,11 @@ def compiled(plan: Plan, found: compiling.Compiled) -> Iterator[str]:
 
 
 def _beside(
-    sent: Sequence[traffic.Collective], found: Sequence[traffic.Collective]
+    sent: Sequence[collectives.Collective], found: Sequence[collectives.Collective]
 ) -> Iterator[str]:
     """Collectives as predicted and as found, by kind and axes: counts in layers and outside, GB."""
-    within = lambda ones: traffic.by_axes([one for one in ones if one.where == "layers"])
-    guess, seen = traffic.by_axes(sent), traffic.by_axes(found)
+    within = lambda ones: collectives.by_axes([one for one in ones if one.where == "layers"])
+    guess, seen = collectives.by_axes(sent), collectives.by_axes(found)
     inside, counted_inside = within(found), within(sent)
     yield (
         f"  {'':15} {'over':30} {'in layers':>9} {'outside':>8} {'predicted':>13} "
@@ -209,7 +209,9 @@ def compiled_dict(found: compiling.Compiled) -> dict[str, Any]:
         "warnings": found.warnings,
         "collectives": [
             {"kind": kind, "axes": list(axes), "count": count, "wire_bytes": wire}
-            for (kind, axes), (count, wire) in sorted(traffic.by_axes(found.collectives).items())
+            for (kind, axes), (count, wire) in sorted(
+                collectives.by_axes(found.collectives).items()
+            )
         ],
     }
 
@@ -245,6 +247,6 @@ def as_dict(plan: Plan, price: float) -> dict[str, Any]:
         "cost": plan.chip_hours * price if price else None,
         "collectives": [
             {"kind": kind, "axes": list(axes), "count": count, "wire_bytes": wire}
-            for (kind, axes), (count, wire) in sorted(traffic.by_axes(plan.sent).items())
+            for (kind, axes), (count, wire) in sorted(collectives.by_axes(plan.sent).items())
         ],
     }

@@ -6,10 +6,10 @@ are what settings do to logits. Shapes are rounded up to powers of two, so a new
 bucket compiles nothing, and settings are data, so changing them compiles nothing either.
 """
 
+from gptjax.sample.detokenizer import Continuation
 from gptjax.sample.engine import Engine, Event, Request, Room, Token
 from gptjax.sample.sampler import Completion, Sampler
-from gptjax.sample.settings import BeamSettings, Settings, check
-from gptjax.sample.text import Continuation
+from gptjax.sample.sampling_params import BeamSettings, Settings, check
 
 __all__ = [
     "BeamSettings",

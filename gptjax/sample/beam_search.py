@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gptjax import sharding
 from gptjax.config import ComputeConfig, ModelConfig
-from gptjax.model.attention import CACHE_AXES, NEVER
+from gptjax.model.attention.layer import CACHE_AXES, NEVER
 from gptjax.model.decoder import Caches, Params
+from gptjax.parallel import sharding
 from gptjax.sample.decoding import next_logits
 
 

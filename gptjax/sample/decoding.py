@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gptjax import sharding
 from gptjax.config import ComputeConfig, ModelConfig
 from gptjax.model import decoder
-from gptjax.model.attention import CACHE_AXES, NEVER
+from gptjax.model.attention.layer import CACHE_AXES, NEVER
 from gptjax.model.decoder import Caches, Params
-from gptjax.sample.filters import Knobs, adjust
+from gptjax.parallel import sharding
+from gptjax.sample.logits_processors import Knobs, adjust
 
 BURST = 64
 """Most tokens that a row draws before the host looks at them."""

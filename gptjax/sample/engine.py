@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gptjax import sharding
 from gptjax.config import ComputeConfig, ModelConfig
 from gptjax.errors import ConfigError
 from gptjax.model import decoder
-from gptjax.model.attention import NEVER
+from gptjax.model.attention.layer import NEVER
 from gptjax.model.decoder import Params
+from gptjax.parallel import sharding
 from gptjax.sample import decoding
 from gptjax.sample.decoding import BURST, READ, Drawn, Plan, Rows
-from gptjax.sample.filters import Knobs
-from gptjax.sample.settings import MOST_LOGPROBS, Settings
+from gptjax.sample.logits_processors import Knobs
+from gptjax.sample.sampling_params import MOST_LOGPROBS, Settings
 
 CHUNK = 256
 """Most tokens of a prompt that are prefilled at a time."""

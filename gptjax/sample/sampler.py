@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from gptjax import sharding
 from gptjax.config import ComputeConfig, ModelConfig
 from gptjax.errors import ConfigError
-from gptjax.model.attention import NEVER
+from gptjax.model.attention.layer import NEVER
 from gptjax.model.decoder import Params
-from gptjax.sample import beam_search, decoding, scoring
+from gptjax.parallel import sharding
+from gptjax.sample import beam_search, decoding, logprobs
+from gptjax.sample.detokenizer import Continuation
 from gptjax.sample.engine import (
     BURST,
     Engine,
@@ -28,8 +29,7 @@ from gptjax.sample.engine import (
     place_rows,
     prompt_caches,
 )
-from gptjax.sample.settings import MOST_LOGPROBS, BeamSettings, Settings, check
-from gptjax.sample.text import Continuation
+from gptjax.sample.sampling_params import MOST_LOGPROBS, BeamSettings, Settings, check
 from gptjax.tokenizer import Tokenizer
 
 ROWS = 32
@@ -340,7 +340,7 @@ class Sampler:
             padded = np.zeros((rows, length), np.int32)
             for row, i in enumerate(group):
                 padded[row, : len(ids[i])] = ids[i]
-            scored = scoring.score(
+            scored = logprobs.score(
                 self._params,
                 place_rows(padded),
                 np.int32(self.vocab_size),

@@ -15,7 +15,7 @@ from signal import SIGINT, SIGTERM
 from types import FrameType
 
 from gptjax.errors import ConfigError
-from gptjax.serve import listening
+from gptjax.serve import socket as listening
 
 PACKAGES = {
     "starlette": "starlette",
@@ -104,12 +104,12 @@ def _open_and_serve(
 ) -> None:
     import uvicorn
 
-    from gptjax import opening
+    from gptjax import load
     from gptjax.serve.api import Served, make_app
     from gptjax.serve.metrics import Metrics
     from gptjax.serve.worker import Worker
 
-    with opening.opened(path, dtype=options.dtype, say=say) as model:
+    with load.opened(path, dtype=options.dtype, say=say) as model:
         context = model.cfg.model.context
         capacity = options.max_tokens_limit or min(context, CAPACITY)
         if capacity > context:

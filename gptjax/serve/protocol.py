@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from gptjax.errors import ConfigError, GptjaxError
 from gptjax.sample import Request, Sampler, Settings, check
-from gptjax.serve.spelling import Spelled
+from gptjax.serve.token_text import Spelled
 from gptjax.serve.worker import BIASES
 
 STOPS = 4

@@ -19,7 +19,7 @@ from gptjax.sample import Engine, Event, Request, Room, Sampler, Settings
 from gptjax.sample.decoding import READ
 from gptjax.sample.sampler import accept
 from gptjax.serve.metrics import Metrics
-from gptjax.serve.spelling import Spelled, Spelling
+from gptjax.serve.token_text import Spelled, Spelling
 
 BIASES = 300
 """Most tokens with a bias in a request, as in OpenAI's interface."""

@@ -28,8 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import config, run
-from gptjax.checkpoint import Checkpoints
+from gptjax import config
+from gptjax.checkpoint import run_dir
+from gptjax.checkpoint.checkpointer import Checkpoints
 from gptjax.config import CheckpointConfig
 from gptjax.model import decoder
 
@@ -118,10 +119,10 @@ def random_run(base: str, target: Path, seed: int) -> str:
             if file.is_file() and file.name.startswith(("config", "data", "tokenizer")):
                 shutil.copyfile(file, target / file.name)
         cfg = config.load(base)
-        with run.entered_mesh(cfg):
+        with run_dir.entered_mesh(cfg):
             key = jax.random.key(seed)
             params = jax.jit(lambda key: decoder.init(cfg.model, key))(key)
-            checkpoints = Checkpoints(target / run.CHECKPOINTS, CheckpointConfig())
+            checkpoints = Checkpoints(target / run_dir.CHECKPOINTS, CheckpointConfig())
             with checkpoints:
                 checkpoints.save(0, {"step": jnp.int32(0), "params": params})
                 checkpoints.finish()

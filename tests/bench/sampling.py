@@ -32,16 +32,17 @@ Round = Callable[[int], tuple[float, float]]  # batch to seconds of the first to
 
 
 def gptjax_arm(model: str, dtype: str) -> Round:
-    from gptjax import allocator
+    from gptjax.runtime import malloc
 
-    allocator.keep_memory()
-    from gptjax import opening, speed
+    malloc.keep_memory()
+    from gptjax import load
+    from gptjax.cli import benchmark
 
     mesh = contextlib.ExitStack()
-    sampler = mesh.enter_context(opening.opened(model, dtype=dtype)).sampler()
+    sampler = mesh.enter_context(load.opened(model, dtype=dtype)).sampler()
 
     def round_of(batch: int, _entered: contextlib.ExitStack = mesh) -> tuple[float, float]:
-        rate = speed.measure(sampler, batch, PROMPT, NEW)
+        rate = benchmark.measure(sampler, batch, PROMPT, NEW)
         return rate.first, batch * (NEW - 1) / rate.decode
 
     return round_of

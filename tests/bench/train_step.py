@@ -74,17 +74,18 @@ def build_gptjax_step(shape: Shape, dtype: str, without: str = "") -> tuple[Step
     `without` takes one idea out: glibc (its malloc as it is), scan (layers in a loop), reference
     (attention), autodiff (of LayerNorm and GELU), xent (the loss from whole logits).
     """
-    from gptjax import allocator
+    from gptjax.runtime import malloc
 
     if without != "glibc":
-        allocator.keep_memory()  # before anything large is imported, as the command line does
+        malloc.keep_memory()  # before anything large is imported, as the command line does
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    from gptjax import loss, objective, sharding, train
     from gptjax.config import ComputeConfig, Config, ModelConfig, OptimConfig, TrainConfig
-    from gptjax.model import decoder, ffn, layers
+    from gptjax.model import decoder, feed_forward, layers
+    from gptjax.parallel import sharding
+    from gptjax.training import loss, objective, trainer
 
     if without == "autodiff":
 
@@ -92,7 +93,7 @@ def build_gptjax_step(shape: Shape, dtype: str, without: str = "") -> tuple[Step
             x = x - x.mean(-1, keepdims=True)
             return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps) * scale
 
-        layers.layer_norm, ffn._PLAIN["gelu_tanh"] = layer_norm, jax.nn.gelu
+        layers.layer_norm, feed_forward._PLAIN["gelu_tanh"] = layer_norm, jax.nn.gelu
     if without == "xent":
 
         def cross_entropy(x, w, targets, weights, z_loss, chunks):
@@ -124,8 +125,8 @@ def build_gptjax_step(shape: Shape, dtype: str, without: str = "") -> tuple[Step
     )
     jax.set_mesh(sharding.make_mesh(cfg.mesh))
     loss_fn = lambda params, batch, key: objective.next_token(params, cfg, batch, 0, key)
-    state = jax.jit(lambda: train.create_state(cfg, lambda key: decoder.init(cfg.model, key)))()
-    step_fn = jax.jit(lambda s, b: train.train_step(cfg, loss_fn, s, b), donate_argnums=0)
+    state = jax.jit(lambda: trainer.create_state(cfg, lambda key: decoder.init(cfg.model, key)))()
+    step_fn = jax.jit(lambda s, b: trainer.train_step(cfg, loss_fn, s, b), donate_argnums=0)
     batch = {
         "windows_BW": sharding.global_batch(random_tokens(shape).astype(np.int32), shape.batch),
         "lengths_B": sharding.global_batch(

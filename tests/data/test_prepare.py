@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptjax import lock
 from gptjax import tokenizer as tokenizers
 from gptjax.config import Config, DataConfig, ModelConfig, TokenizerConfig, to_dict
 from gptjax.data import prepare, sources, store
 from gptjax.errors import DataError, MismatchError, OutputError
-from gptjax.progress import Progress
+from gptjax.runtime import file_lock
+from gptjax.runtime.progress import Progress
 
 WORDS = [a + b for a in ("ra", "tor", "lu", "mes", "po") for b in ("de", "cha", "bi", "sen", "")]
 SENTENCEPIECE = TokenizerConfig(vocab_size=320)
@@ -426,7 +426,7 @@ def test_while_another_process_makes_the_store_it_is_waited_for(tmp_path, corpus
     folder.mkdir()
     said: queue.Queue[str] = queue.Queue()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        with lock.held(folder / "prepare.lock", "another"):
+        with file_lock.held(folder / "prepare.lock", "another"):
             waiting = pool.submit(prepare.prepare, cfg, say=said.put)
             line = said.get(timeout=60)
             assert line.startswith(f"data.store={folder}: in use by process ")

@@ -3,11 +3,11 @@
 import jax
 import pytest
 
-from gptjax import sharding
 from gptjax.config import ComputeConfig
 from gptjax.evaluate import Scorer
 from gptjax.model import decoder
-from gptjax.progress import Progress
+from gptjax.parallel import sharding
+from gptjax.runtime.progress import Progress
 
 
 @pytest.fixture(scope="module")

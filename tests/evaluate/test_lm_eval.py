@@ -15,11 +15,12 @@ lm_eval = pytest.importorskip("lm_eval")
 
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from gptjax import opening, weights  # noqa: E402
+from gptjax import load  # noqa: E402
 from gptjax.config import Config, EvalConfig  # noqa: E402
 from gptjax.errors import ConfigError  # noqa: E402
 from gptjax.evaluate import LMEvalAdapter, Task, read_tasks  # noqa: E402
-from gptjax.progress import Progress  # noqa: E402
+from gptjax.hf import safetensors  # noqa: E402
+from gptjax.runtime.progress import Progress  # noqa: E402
 from gptjax.tokenizer import ByteTokenizer  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -186,11 +187,11 @@ def test_a_real_model_has_the_numbers_of_the_hf_model(
     except subprocess.CalledProcessError as error:
         pytest.skip(f"the model cannot be fetched here: {error}")
     theirs = harness(HFLM(str(folder), dtype="float32", batch_size=4, max_length=256, device="cpu"))
-    source = weights.open_source(folder)
-    tokenizer = weights.tokenizer_of(source, print)
-    cfg = opening.config_of(source.model, tokenizer, str(folder))
+    source = safetensors.open_source(folder)
+    tokenizer = safetensors.tokenizer_of(source, print)
+    cfg = load.config_of(source.model, tokenizer, str(folder))
     with on_mesh():  # eight virtual devices would take minutes for it
-        params = weights.read_params(source)
+        params = safetensors.read_params(source)
         ours = harness(LMEvalAdapter(params, cfg, tokenizer, batch_size=4, max_length=256))
     print(f"\n{ours[0]}\n{theirs[0]}")
     assert ours[0].keys() == theirs[0].keys()

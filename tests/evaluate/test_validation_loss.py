@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import sharding
 from gptjax.config import Config
 from gptjax.data import store
 from gptjax.data.store import Manifest, Split, Writer
 from gptjax.evaluate import ValidationLoss
 from gptjax.model import decoder
-from gptjax.progress import Progress
+from gptjax.parallel import sharding
+from gptjax.runtime.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

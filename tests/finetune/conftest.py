@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import run
-from gptjax.checkpoint import Checkpoints
+from gptjax.checkpoint import run_dir
+from gptjax.checkpoint.checkpointer import Checkpoints
 from gptjax.config import CheckpointConfig, Config, LogConfig, ModelConfig, TokenizerConfig
 from gptjax.tokenizer import ByteTokenizer, Tokenizer
 
@@ -56,8 +56,11 @@ def make_base(random_params) -> Callable[..., str]:
         )
         folder.mkdir(parents=True)
         source = {"folder": "nowhere", "config": {}, "dtypes": {}}
-        run.record_imported(cfg, tokenizer, source)
-        with run.entered_mesh(cfg), Checkpoints(folder / run.CHECKPOINTS, CheckpointConfig()) as c:
+        run_dir.record_imported(cfg, tokenizer, source)
+        with (
+            run_dir.entered_mesh(cfg),
+            Checkpoints(folder / run_dir.CHECKPOINTS, CheckpointConfig()) as c,
+        ):
             c.save(0, {"step": jnp.int32(0), "params": random_params(cfg.model, 0.1)})
             c.finish()
         return str(folder)

@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import objective, parameters, sharding, train
-from gptjax.checkpoint import Checkpoints, leaves_by_path
+from gptjax.checkpoint.checkpointer import Checkpoints, leaves_by_path
 from gptjax.config import (
     CheckpointConfig,
     ComputeConfig,
@@ -20,8 +19,10 @@ from gptjax.config import (
 )
 from gptjax.errors import ConfigError, MismatchError
 from gptjax.finetune import lora
-from gptjax.finetune.separate import SeparateCheckpoints
+from gptjax.finetune.adapter_checkpoint import SeparateCheckpoints
 from gptjax.model import decoder
+from gptjax.parallel import sharding
+from gptjax.training import objective, param_groups, trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -50,8 +51,8 @@ def fresh(params, cfg, init=lora.init):
 
 def trained(cfg, params, loss_fn, factors, steps=3):
     """The state after some steps of random windows, and each step's (loss, gradient norm)."""
-    state = jax.jit(lambda p: train.state_of(cfg, p, factors))(params)
-    step = train.compile_step(cfg, loss_fn, state, objective.abstract_batch(cfg), factors)
+    state = jax.jit(lambda p: trainer.state_of(cfg, p, factors))(params)
+    step = trainer.compile_step(cfg, loss_fn, state, objective.abstract_batch(cfg), factors)
     return stepped(cfg, step, state, range(steps))
 
 
@@ -212,7 +213,7 @@ def test_adapters_alone_learn_and_have_optimizer_state(on_mesh, tiny, random_par
     assert len(moments) == 2 * len(jax.tree.leaves(before["adapters"]))
     assert all("/adapters/" in path for path in moments)
     assert set(after.ema) == {"adapters"}
-    learning, total = parameters.counts(before, factors)
+    learning, total = param_groups.counts(before, factors)
     assert learning == sum(x.size for x in jax.tree.leaves(before["adapters"]))
     assert total == sum(x.size for x in jax.tree.leaves(before))
 
@@ -228,7 +229,7 @@ def test_the_first_gradient_is_the_full_ones_product_with_the_other_half(
         plain = loss_of(cfg)
         full = jax.jit(jax.grad(lambda p: plain(p, batch, None)[0]))(params["base"])
         over = lambda a, base: adapted(plain, RANK4)(base | {"adapters": a}, batch, None)[0]
-        learning, frozen = parameters.split(params, factors)
+        learning, frozen = param_groups.split(params, factors)
         grads = jax.jit(jax.grad(over))(learning["adapters"], frozen)
     full, grads, halves = (
         jax.device_get(leaves_by_path(t)) for t in (full, grads, params["adapters"])
@@ -291,7 +292,7 @@ def test_what_is_frozen_keeps_its_bits_and_has_no_state(on_mesh, tiny, random_pa
     with on_mesh():
         params = random_params(cfg.model, 0.1)
         params["blocks"]["layer_0"]["norm_mlp"]["bias"] *= -0.0  # whose sign a sum with 0 loses
-        factors = parameters.factors(params, tune, cfg.model)
+        factors = param_groups.factors(params, tune, cfg.model)
         before = jax.device_get(params)
         state, _ = trained(cfg, params, loss_of(cfg), factors)
         after = jax.device_get(state)
@@ -325,7 +326,7 @@ def test_a_frozen_layer_counts_neither_for_clipping_nor_for_the_gradients_norm(
     tune = TuneConfig(freeze=("embed", "positions", "norm_final/.*"), freeze_layers=1)
     with on_mesh():
         params = random_params(cfg.model, 0.1)
-        factors = parameters.factors(params, tune, cfg.model)
+        factors = param_groups.factors(params, tune, cfg.model)
         batch = batch_of(cfg, 0)
         full = jax.jit(jax.grad(lambda p: loss_of(cfg)(p, batch, None)[0] / 512))(params)
         _, ((_, norm),) = trained(cfg, params, loss_of(cfg), factors, steps=1)
@@ -342,7 +343,7 @@ def test_frozen_and_slowed_layers_on_eight_devices_train_as_on_one(on_mesh, tiny
     def run(**sizes):
         with on_mesh(**sizes):
             params = random_params(cfg.model, 0.1)
-            factors = parameters.factors(params, tune, cfg.model)
+            factors = param_groups.factors(params, tune, cfg.model)
             state, seen = trained(cfg, params, loss_of(cfg), factors)
             return seen, jax.device_get(state.params)
 
@@ -358,12 +359,12 @@ def test_patterns_that_match_nothing_and_nothing_left_are_refused(
     with on_mesh():
         params = random_params(model)
     with pytest.raises(ConfigError, match=r"finetune.freeze=head: matches none of .*positions"):
-        parameters.factors(params, TuneConfig(freeze=("head", "embed")), model)
+        param_groups.factors(params, TuneConfig(freeze=("head", "embed")), model)
     with pytest.raises(ConfigError, match="nothing is left to train"):
-        parameters.factors(params, TuneConfig(freeze=(".*",)), model)
-    learning, total = parameters.counts(
+        param_groups.factors(params, TuneConfig(freeze=(".*",)), model)
+    learning, total = param_groups.counts(
         params,
-        parameters.factors(params, TuneConfig(freeze=("[^b].*",), freeze_layers=1), model),
+        param_groups.factors(params, TuneConfig(freeze=("[^b].*",), freeze_layers=1), model),
     )
     blocks = sum(x.size for x in jax.tree.leaves(params["blocks"]))
     assert (learning, total) == (blocks // 2, sum(x.size for x in jax.tree.leaves(params)))
@@ -380,8 +381,8 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(
     with on_mesh(1, 2, 2):
         both, _ = begun(cfg, random_params)
         factors = lora.factors(both, tune, cfg.model)
-        frozen = jax.device_get(parameters.split(both, factors)[1])
-        layout = jax.tree.map(lambda x: x.sharding, parameters.split(both, factors)[1])
+        frozen = jax.device_get(param_groups.split(both, factors)[1])
+        layout = jax.tree.map(lambda x: x.sharding, param_groups.split(both, factors)[1])
         kinds = {
             "whole": lambda: Checkpoints(tmp_path / "whole", CheckpointConfig()),
             "separate": lambda: SeparateCheckpoints(
@@ -391,9 +392,9 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(
                 frozen=lambda: jax.device_put(frozen, layout),
             ),
         }
-        state = jax.jit(lambda p: train.state_of(cfg, p, factors))(both)
+        state = jax.jit(lambda p: trainer.state_of(cfg, p, factors))(both)
         loss_fn = adapted(loss_of(cfg), RANK4)
-        step = train.compile_step(cfg, loss_fn, state, objective.abstract_batch(cfg), factors)
+        step = trainer.compile_step(cfg, loss_fn, state, objective.abstract_batch(cfg), factors)
         half, _ = stepped(cfg, step, state, range(2))
         saved = {}
         for kind, checkpoints in kinds.items():
@@ -403,7 +404,7 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(
                 saved[kind] = one.meta(2)["tree"]
         through, seen = stepped(cfg, step, half, range(2, 4))
         through = jax.device_get(through)
-        abstract = sharding.abstract(lambda: train.state_of(cfg, fresh_abstract(cfg), factors))
+        abstract = sharding.abstract(lambda: trainer.state_of(cfg, fresh_abstract(cfg), factors))
         for checkpoints in kinds.values():
             restored = checkpoints().restore_newest(abstract)
             again, seen_again = stepped(cfg, step, restored, range(2, 4))
@@ -430,11 +431,11 @@ def test_separate_checkpoints_are_not_restored_beside_another_base(
     cfg = tiny()
     with on_mesh():
         both, factors = begun(cfg, random_params)
-        state = train.state_of(cfg, both, factors)
+        state = trainer.state_of(cfg, both, factors)
         make = lambda frozen: SeparateCheckpoints(
             tmp_path, CheckpointConfig(), factors=factors, frozen=lambda: frozen
         )
-        frozen = parameters.split(both, factors)[1]
+        frozen = param_groups.split(both, factors)[1]
         with make(frozen) as one:
             one.save(1, state)
             one.finish()

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gptjax import sharding, weights
-from gptjax.checkpoint import leaves_by_path
+from gptjax.checkpoint.checkpointer import leaves_by_path
 from gptjax.config import ComputeConfig, LoraConfig, ModelConfig, MoeConfig
 from gptjax.errors import DataError, MismatchError
 from gptjax.finetune import lora, peft
+from gptjax.hf import safetensors
 from gptjax.model import decoder
+from gptjax.parallel import sharding
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -181,7 +182,7 @@ def test_exported_adapters_give_peft_the_same_logits(on_mesh, adapters_of, tmp_p
     (tmp_path / "base").mkdir()
     with on_mesh():
         params, adapters = adapters_of(model, cfg)
-        weights.write_folder(tmp_path / "base", params, model)
+        safetensors.write_folder(tmp_path / "base", params, model)
         peft.write_folder(tmp_path, adapters, cfg, model, str(tmp_path / "base"))
         merge = jax.jit(lambda p, a: lora.merged(p, a, cfg))
         base, want = our_logits(params, model), our_logits(merge(params, adapters), model)
@@ -209,7 +210,7 @@ def test_adapters_of_peft_give_the_same_logits_here(on_mesh, random_params, tmp_
     (tmp_path / "base").mkdir()
     with on_mesh():
         params = random_params(model, 0.1)
-        weights.write_folder(tmp_path / "base", params, model)
+        safetensors.write_folder(tmp_path / "base", params, model)
         config = theirs.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **fields)
         adapted = theirs.get_peft_model(their_base(tmp_path / "base"), config)
         torch.manual_seed(0)

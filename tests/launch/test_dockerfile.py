@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gptjax import cli
+from gptjax.cli import main
 
 REPO = Path(__file__).resolve().parents[2]
 TEXT = (REPO / "launch" / "Dockerfile").read_text()
@@ -89,5 +89,5 @@ def test_its_head_shows_commands() -> None:
 def test_a_command_that_it_shows_can_be_parsed(line: str, monkeypatch) -> None:
     monkeypatch.chdir(REPO)
     words = shlex.split(line.replace("CONFIG", "configs/quickstart.py"))
-    args, rest = cli._parser().parse_known_args(words)
-    assert cli._resolve(args, rest)
+    args, rest = main._parser().parse_known_args(words)
+    assert main._resolve(args, rest)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from gptjax import cli, config
-from gptjax.plan import machines
+from gptjax import config
+from gptjax.cli import main
+from gptjax.plan import hardware
 
 yaml = pytest.importorskip("yaml")
 
@@ -32,9 +33,9 @@ def job(objects) -> dict[str, Any]:
 
 def resolved(words: list[str], monkeypatch: pytest.MonkeyPatch) -> config.Config:
     monkeypatch.chdir(REPO)  # as the image's folder has its configs
-    args, rest = cli._parser().parse_known_args(words)
-    assert args.command is cli._train
-    return cli._resolve(args, rest)
+    args, rest = main._parser().parse_known_args(words)
+    assert args.command is main._train
+    return main._resolve(args, rest)
 
 
 def test_its_objects_are_of_the_kinds_that_the_apis_know(objects) -> None:
@@ -88,7 +89,7 @@ def test_its_command_is_one_of_gptjax_for_the_slices_that_it_asks_for(job, monke
     pod = job["template"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     cfg = resolved(container["args"], monkeypatch)
-    machine = machines.parse(cfg.mesh.machine)
+    machine = hardware.parse(cfg.mesh.machine)
     (mount,) = container["volumeMounts"]
     assert cfg.run.startswith(mount["mountPath"] + "/")
     assert cfg.data.store.startswith(mount["mountPath"] + "/")
@@ -113,6 +114,6 @@ def test_the_line_for_xpk_asks_for_the_same(objects, job, monkeypatch) -> None:
     grace = int(options["--termination-grace-period-seconds"])
     assert grace == pod["terminationGracePeriodSeconds"]
     cfg = resolved(shlex.split(options["--command"])[1:], monkeypatch)
-    assert int(options["--num-slices"]) == machines.parse(cfg.mesh.machine).slices
+    assert int(options["--num-slices"]) == hardware.parse(cfg.mesh.machine).slices
     chips = int(options["--tpu-type"].rsplit("-", 1)[1])
-    assert chips == machines.parse(cfg.mesh.machine).chips
+    assert chips == hardware.parse(cfg.mesh.machine).chips

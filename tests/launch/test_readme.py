@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gptjax import cli, errors
+from gptjax import errors
+from gptjax.cli import main
 
 REPO = Path(__file__).resolve().parents[2]
 LAUNCH = REPO / "launch"
@@ -66,8 +67,8 @@ def shown(name: str) -> list[str]:
 )
 def test_what_a_head_shows_can_be_trained(name: str, line: str, monkeypatch) -> None:
     monkeypatch.chdir(REPO)
-    args, rest = cli._parser().parse_known_args(["train", *shlex.split(line)])
-    assert cli._resolve(args, rest)
+    args, rest = main._parser().parse_known_args(["train", *shlex.split(line)])
+    assert main._resolve(args, rest)
 
 
 def test_heads_show_commands() -> None:

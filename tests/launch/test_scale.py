@@ -113,15 +113,15 @@ def test_planned_figures_are_what_the_planner_says(place: int, command_line, mon
 
 @pytest.mark.parametrize("place", range(3))
 def test_given_figures_are_those_of_the_preset_and_the_machine(place: int, monkeypatch) -> None:
-    from gptjax import cli
-    from gptjax.model import counts
-    from gptjax.plan import machines
+    from gptjax.cli import main
+    from gptjax.model import flops
+    from gptjax.plan import hardware
 
     monkeypatch.chdir(REPO)
-    args, rest = cli._parser().parse_known_args(shlex.split(COMMANDS[place])[1:])
-    cfg, column = cli._resolve(args, rest), COLUMNS[place]
-    assert column["P"] == counts.parameters(cfg.model).total
+    args, rest = main._parser().parse_known_args(shlex.split(COMMANDS[place])[1:])
+    cfg, column = main._resolve(args, rest), COLUMNS[place]
+    assert column["P"] == flops.parameters(cfg.model).total
     assert (column["L"], column["D"]) == (cfg.model.layers, cfg.model.embed)
     assert (column["B"], column["a"]) == (cfg.train.batch_tokens, cfg.train.accumulation)
-    assert column["H"] == machines.parse(args.machine).processes
+    assert column["H"] == hardware.parse(args.machine).processes
     assert cfg.model.vocab_size > 1 << 16  # or tokens are two bytes

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import sharding
 from gptjax.config import ModelConfig
-from gptjax.model import attention, layers
-from gptjax.sharding import spec
+from gptjax.model import layers
+from gptjax.model.attention import layer
+from gptjax.parallel import sharding
+from gptjax.parallel.sharding import spec
 
 HEAD = 8
 
@@ -66,7 +67,7 @@ def attend_on(mesh, arrays, backend, segments=None, where=None, seed=None, windo
             keys = placed(jax.device_get(keys)[:, places], "batch", "seq", None)
 
         def attend(q, k, v):
-            return attention.attend(
+            return layer.attend(
                 cfg,
                 q,
                 k,

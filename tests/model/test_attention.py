@@ -9,8 +9,9 @@ import pytest
 from both_passes import HEAD, assert_same, attend_on, both_passes, make, segments_of
 
 from gptjax.errors import ConfigError
-from gptjax.model import attention, kernels, layers
-from gptjax.model.attention import Need, Sizes, choose
+from gptjax.model import layers
+from gptjax.model.attention import layer, vendor
+from gptjax.model.attention.layer import Need, Sizes, choose
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -78,13 +79,13 @@ def test_a_mesh_of_rows_and_heads_equals_one_device(on_mesh, backend):
 
 
 def test_a_window_is_as_many_keys_with_the_querys_own_among_them():
-    mask = np.asarray(attention.causal_mask(6, None, 3))[0]
+    mask = np.asarray(layer.causal_mask(6, None, 3))[0]
     expected = [[max(0, t - 2) <= s <= t for s in range(6)] for t in range(6)]
     np.testing.assert_array_equal(mask, expected)
 
 
 def test_segments_hide_other_documents():
-    mask = np.asarray(attention.causal_mask(4, jnp.array([[0, 0, 1, 1]]), None))[0]
+    mask = np.asarray(layer.causal_mask(4, jnp.array([[0, 0, 1, 1]]), None))[0]
     np.testing.assert_array_equal(mask, [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]])
 
 
@@ -141,10 +142,10 @@ BF16 = Sizes("bfloat16", 256)
 FEATURES = list(Need.__dataclass_fields__)
 
 
-@pytest.mark.parametrize("name", list(attention.BACKENDS))
+@pytest.mark.parametrize("name", list(layer.BACKENDS))
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_named_backend_without_a_feature_is_refused_by_name(name, feature):
-    backend = attention.BACKENDS[name]
+    backend = layer.BACKENDS[name]
     need = Need(**dict.fromkeys(("context", feature) if backend.split else (feature,), True))
     platform = backend.platforms[0]
     if feature in backend.features:
@@ -164,9 +165,7 @@ def test_a_refusal_names_every_missing_feature():
 
 @pytest.mark.parametrize(("name", "platform"), [("splash", "cpu"), ("cudnn", "tpu")])
 def test_a_named_backend_on_another_platform_is_refused(name, platform):
-    with pytest.raises(
-        ConfigError, match=f"{name}: needs a {attention.BACKENDS[name].platforms[0]}"
-    ):
+    with pytest.raises(ConfigError, match=f"{name}: needs a {layer.BACKENDS[name].platforms[0]}"):
         choose(name, Need(), BF16, platform)
 
 
@@ -209,7 +208,7 @@ def test_auto_takes_the_fastest_that_has_every_feature(platform, features, expec
     ],
 )
 def test_what_a_backend_cannot_take_is_refused_by_name_and_passed_over_by_auto(name, sizes, why):
-    platform = attention.BACKENDS[name].platforms[0]
+    platform = layer.BACKENDS[name].platforms[0]
     with pytest.raises(ConfigError, match=f"compute.attention={name}: needs .*{why}"):
         choose(name, Need(), sizes, platform)
     assert choose("auto", Need(), sizes, platform) == "reference"
@@ -228,7 +227,7 @@ def test_cudnns_arguments_mean_what_the_reference_does(on_mesh, monkeypatch, win
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", in_xla)
     arrays = make(40, heads=4, kv_heads=kv_heads)
-    got = both_passes(lambda q, k, v: kernels.cudnn(q, k, v, None, window), *arrays)
+    got = both_passes(lambda q, k, v: vendor.cudnn(q, k, v, None, window), *arrays)
     assert asked == ["cudnn"]
     assert_same(got, attend_on(on_mesh(), arrays, "reference", window=window))
 

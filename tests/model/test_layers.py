@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import sharding
 from gptjax.config import RopeConfig
 from gptjax.model import layers
+from gptjax.parallel import sharding
 
 
 def normal(seed, *shape, dtype=jnp.float32):

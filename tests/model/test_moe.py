@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import objective, sharding
-from gptjax.checkpoint import leaves_by_path
+from gptjax.checkpoint.checkpointer import leaves_by_path
 from gptjax.config import MoeConfig
 from gptjax.model import decoder, moe
+from gptjax.parallel import sharding
+from gptjax.training import objective
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 from shapes import LLAMA
 
-from gptjax import sharding
 from gptjax.config import MeshConfig, MoeConfig
-from gptjax.model import counts
-from gptjax.plan import estimate, machines, roofline
-from gptjax.plan.machines import Machine, parse, places
-from gptjax.plan.traffic import GATHER, Collective
+from gptjax.model import flops
+from gptjax.parallel import sharding
+from gptjax.plan import estimate, hardware, roofline
+from gptjax.plan.collectives import GATHER, Collective
+from gptjax.plan.hardware import Machine, parse, places
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_without_what_is_recomputed_they_are_those_of_the_model(cfg_of, model, r
     cfg = cfg_of(model, compute={"remat": remat})
     parts = roofline.flops(cfg)
     again = parts.pop("recomputed")
-    assert sum(parts.values()) == pytest.approx(counts.flops_per_token(cfg.model, 128) * TOKENS)
+    assert sum(parts.values()) == pytest.approx(flops.flops_per_token(cfg.model, 128) * TOKENS)
     assert all(part > 0 for part in parts.values())
     assert 0 < again < sum(parts.values()) / 2
 
@@ -172,7 +172,7 @@ def test_the_figures_of_a_plan_follow_from_its_step(cfg_of) -> None:
     assert planned.tokens_per_second == pytest.approx(rate)
     assert planned.days == pytest.approx(1e9 / rate / 86400)
     assert planned.chip_hours == pytest.approx(4 * 1e9 / rate / 3600)  # of 8 devices
-    needed = counts.flops_per_token(cfg.model, 128) * rate
+    needed = flops.flops_per_token(cfg.model, 128) * rate
     assert planned.mfu == pytest.approx(needed / (8 * 1153.5e12))
 
 
@@ -189,8 +189,8 @@ def with_figures(monkeypatch):
     """v5e:4x4 with other figures of a device."""
 
     def make(**figures):
-        device = replace(machines.DEVICES["v5e"], **figures)
-        monkeypatch.setitem(machines.DEVICES, "v5e", device)
+        device = replace(hardware.DEVICES["v5e"], **figures)
+        monkeypatch.setitem(hardware.DEVICES, "v5e", device)
         return Machine("v5e:4x4", device, (4, 4))
 
     return make

@@ -11,10 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-from gptjax import cli
-from gptjax.data import pipeline
+from gptjax.cli import main
+from gptjax.data import loader
 
-read = pipeline.TrainData.read
+read = loader.TrainData.read
 process = os.environ.get("JAX_PROCESS_ID", "0")
 kind, step_at, process_at = os.environ.get("FAULT", "none:0:0").split(":")
 
@@ -38,6 +38,6 @@ def watched_read(self, step, rows=None):
     return read(self, step, rows)
 
 
-pipeline.TrainData.read = watched_read
+loader.TrainData.read = watched_read
 if __name__ == "__main__":  # processes that tokenize import this file too
-    sys.exit(cli.main(sys.argv[1:]))
+    sys.exit(main.main(sys.argv[1:]))

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from fetch_smollm2 import fetch
 
-from gptjax import cli, run, weights
+from gptjax.checkpoint import run_dir
+from gptjax.cli import main
 from gptjax.config import ComputeConfig
+from gptjax.hf import safetensors
 from gptjax.sample import BeamSettings, Sampler, Settings
 
 pytestmark = pytest.mark.slow
@@ -34,12 +36,12 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def imported(folder, tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("imported") / "run"
-    assert cli.main(["convert", f"hf:{folder}", str(target)]) == 0
+    assert main.main(["convert", f"hf:{folder}", str(target)]) == 0
     return target
 
 
 def test_the_certificate(imported):
-    certificate = run.certificate_of(str(imported))
+    certificate = run_dir.certificate_of(str(imported))
     compared = certificate["transformers"]
     print(f"\n{certificate}")
     assert certificate["tensors"] == 272
@@ -56,11 +58,11 @@ def test_64_greedy_tokens_are_those_of_transformers(folder, imported):
 
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     their_tokenizer = AutoTokenizer.from_pretrained(folder)
-    cfg, tokenizer, _ = run.open_run(str(imported))
+    cfg, tokenizer, _ = run_dir.open_run(str(imported))
     prompts = [tokenizer.prompt(text) for text in PROMPTS]
     assert prompts == [their_tokenizer(text).input_ids for text in PROMPTS]
-    with run.entered_mesh(cfg):
-        params, _ = run.restore_params(str(imported), cfg)
+    with run_dir.entered_mesh(cfg):
+        params, _ = run_dir.restore_params(str(imported), cfg)
         settings = Settings(temperature=0.0, max_tokens=64)
         sampler = Sampler(params, cfg.model, ComputeConfig())
         got = [one.ids for one in sampler.generate(prompts, settings)]
@@ -87,10 +89,10 @@ def test_beams_are_those_of_transformers(folder, on_mesh, length_penalty):
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     eos = AutoTokenizer.from_pretrained(folder).eos_token_id
     settings = BeamSettings(4, length_penalty, returned=4, max_tokens=24)
-    source = weights.open_source(folder)
+    source = safetensors.open_source(folder)
     with on_mesh():
-        tokenizer = weights.tokenizer_of(source, print)
-        sampler = Sampler(weights.read_params(source), source.model, ComputeConfig(), tokenizer)
+        tokenizer = safetensors.tokenizer_of(source, print)
+        sampler = Sampler(safetensors.read_params(source), source.model, ComputeConfig(), tokenizer)
         prompts = [sampler.ids(text) for text in PROMPTS]
         got = sampler.beam(prompts, settings)
     for i, prompt in enumerate(prompts):

@@ -14,11 +14,15 @@ import numpy as np
 import pytest
 from reference_models import VARIANTS, build
 
-from gptjax import convert, loss, sample, sharding, weights
-from gptjax.checkpoint import leaves_by_path
+from gptjax import sample
+from gptjax.checkpoint.checkpointer import leaves_by_path
+from gptjax.cli import convert
 from gptjax.config import ComputeConfig
+from gptjax.hf import safetensors
 from gptjax.model import decoder
-from gptjax.progress import Progress
+from gptjax.parallel import sharding
+from gptjax.runtime.progress import Progress
+from gptjax.training import loss
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +35,7 @@ def variant(request, tmp_path_factory):
     """The name, the model of `transformers`, and its folder opened."""
     folder = tmp_path_factory.mktemp(request.param)
     theirs = build(request.param, folder)
-    return request.param, theirs, weights.open_source(folder)
+    return request.param, theirs, safetensors.open_source(folder)
 
 
 def tokens(source, length=None) -> np.ndarray:
@@ -69,7 +73,7 @@ def test_logits_and_gradients(on_mesh, variant, tmp_path, record_property):
             parameter.data, parameter.grad = parameter.grad, None
 
     with on_mesh():
-        params = weights.read_params(source)
+        params = safetensors.read_params(source)
 
         @jax.jit
         def ours(params, ids):
@@ -80,7 +84,7 @@ def test_logits_and_gradients(on_mesh, variant, tmp_path, record_property):
         got = np.asarray(ours(params, ids)).reshape(want.shape)
         grads = jax.jit(jax.grad(lambda p, ids: mean_loss(source, p, ids)))(params, ids)
         grads = jax.device_get(grads)
-        want_grads = jax.device_get(weights.read_params(weights.open_source(tmp_path)))
+        want_grads = jax.device_get(safetensors.read_params(safetensors.open_source(tmp_path)))
     difference = float(np.abs(got - want).max())
     relative = {}
     for path, g in leaves_by_path(want_grads).items():
@@ -102,7 +106,7 @@ def test_greedy_generation_token_for_token(on_mesh, variant):
     _, theirs, source = variant
     prompts = [row[: 5 + 6 * i].tolist() for i, row in enumerate(tokens(source))]
     with on_mesh():
-        params = weights.read_params(source)
+        params = safetensors.read_params(source)
         sampler = sample.Sampler(params, source.model, COMPUTE)
         got = sampler.generate(prompts, sample.Settings(temperature=0.0, max_tokens=32))
     for prompt, continuation in zip(prompts, [one.ids for one in got], strict=True):
@@ -120,7 +124,7 @@ def test_greedy_generation_token_for_token(on_mesh, variant):
 def test_the_certificate_compares_far_positions(on_mesh, variant):
     _, _, source = variant
     with on_mesh():
-        params = weights.read_params(source)
+        params = safetensors.read_params(source)
         far = convert.compare(source, params)
     assert far["last_position"] == source.model.context - 1
     assert far["largest_difference"] < 1e-4
@@ -130,9 +134,9 @@ def test_the_certificate_compares_far_positions(on_mesh, variant):
 
 def test_the_certificate_tells_a_wrong_rotary_base(on_mesh, tmp_path):
     build("llama3", tmp_path)
-    source = weights.open_source(tmp_path)
+    source = safetensors.open_source(tmp_path)
     with on_mesh():
-        params = weights.read_params(source)
+        params = safetensors.read_params(source)
         rope = replace(source.model.rope, factor=9.0)
         wrong = replace(source, model=replace(source.model, rope=rope))
         assert convert.compare(wrong, params)["largest_difference"] > 1e-3
@@ -155,7 +159,7 @@ def test_an_exported_folder_is_loaded_by_transformers(on_mesh, variant, tmp_path
 
     _, theirs, source = variant
     with on_mesh():
-        weights.write_folder(tmp_path, weights.read_params(source), source.model)
+        safetensors.write_folder(tmp_path, safetensors.read_params(source), source.model)
     loaded, told = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, output_loading_info=True
     )

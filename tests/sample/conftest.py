@@ -2,7 +2,7 @@
 
 import pytest
 
-from gptjax import native
+from gptjax.kernels import cpu
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def one_device(on_mesh):
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    return tiny_model(context=64, tied_embeddings=False, head_dim=native.WIDTH)
+    return tiny_model(context=64, tied_embeddings=False, head_dim=cpu.WIDTH)
 
 
 @pytest.fixture(scope="module")

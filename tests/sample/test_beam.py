@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from test_sampler import COMPUTE, GREEDY, prompts_of
 
-from gptjax import sharding
 from gptjax.errors import ConfigError
 from gptjax.model import decoder
+from gptjax.parallel import sharding
 from gptjax.sample import BeamSettings, Sampler
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from test_sampler import COMPUTE, GREEDY, full_logits, generate, prompts_of
 
-from gptjax import native
 from gptjax.config import ComputeConfig
 from gptjax.errors import ConfigError
+from gptjax.kernels import cpu
 from gptjax.sample import Request, Room, Sampler, Settings, decoding, engine
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -212,7 +212,7 @@ def test_short_prompts_are_read_by_decoding_with_the_results_of_a_prefill(
                 assert abs(one.logprob - other.logprob) < 1e-5
 
 
-@pytest.mark.skipif(native.why_not() is not None, reason="XLA writes the caches")
+@pytest.mark.skipif(cpu.why_not() is not None, reason="XLA writes the caches")
 @pytest.mark.parametrize("rows", [1, 4])
 def test_a_step_writes_its_caches_in_place(one_device, model, params, monkeypatch, rows):
     """XLA copied all of them three times a step of one row, a sixth of its time."""
@@ -224,7 +224,7 @@ def test_a_step_writes_its_caches_in_place(one_device, model, params, monkeypatc
 
     monkeypatch.setattr(decoding, "burst", spy)
     generate(params, model, prompts_of(*[3] * rows))
-    cache = rf"= f32\[1,\d+,{model.kv},\d+,{native.WIDTH}\]\S* ([\w-]+)"
+    cache = rf"= f32\[1,\d+,{model.kv},\d+,{cpu.WIDTH}\]\S* ([\w-]+)"
     assert set(re.findall(cache, programs[0])) == {"parameter", "get-tuple-element"}
 
 
@@ -271,15 +271,15 @@ def test_given_texts_are_scored_as_the_forward_pass_scores_them(one_device, mode
 
 
 def test_texts_are_scored_in_slices_and_in_groups(one_device, model, params, monkeypatch):
-    from gptjax.sample import sampler, scoring
+    from gptjax.sample import logprobs, sampler
 
     texts = prompts_of(40, 12, 33)
     whole = Sampler(params, model, COMPUTE).score(texts)
-    monkeypatch.setattr(scoring, "SLICE", 21)
+    monkeypatch.setattr(logprobs, "SLICE", 21)
     monkeypatch.setattr(sampler, "SCORED_TOKENS", 64)
-    scoring.score.clear_cache()
+    logprobs.score.clear_cache()
     parts = Sampler(params, model, COMPUTE).score(texts)
-    scoring.score.clear_cache()
+    logprobs.score.clear_cache()
     for one, other in zip(whole, parts, strict=True):
         np.testing.assert_allclose(
             [t.logprob for t in one[1:]], [t.logprob for t in other[1:]], atol=1e-5
@@ -308,7 +308,7 @@ def test_refilled_rows_rings_and_scores_are_the_same_on_eight_devices(
     on_mesh, tiny_model, random_params, mesh
 ):
     model = tiny_model(
-        context=64, positions="rope", pattern=("window", "full"), window=5, head_dim=native.WIDTH
+        context=64, positions="rope", pattern=("window", "full"), window=5, head_dim=cpu.WIDTH
     )
     prompts = prompts_of(3, 20, 1, 9, 30, 2, 2, 11, 8, 6)
     settings = [

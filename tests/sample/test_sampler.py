@@ -10,10 +10,11 @@ import pytest
 from numpy_filters import distribution
 from scipy import stats
 
-from gptjax import sharding, weights
 from gptjax.config import ComputeConfig
 from gptjax.errors import ConfigError
+from gptjax.hf import safetensors
 from gptjax.model import decoder
+from gptjax.parallel import sharding
 from gptjax.sample import Sampler, Settings
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -284,7 +285,7 @@ def test_a_rehearsal_with_zeros_compiles_what_the_real_run_needs(
     prompts = [[5] * n for n in lengths]
     settings = Settings(temperature=1.0, max_tokens=12)
     params = random_params(model)
-    Sampler(weights.zeros(model, "float32"), model, COMPUTE).rehearse(prompts, settings)
+    Sampler(safetensors.zeros(model, "float32"), model, COMPUTE).rehearse(prompts, settings)
     known = len(compilations)
     assert known > 0
     outs = generate(params, model, prompts, settings)

@@ -12,7 +12,7 @@ from live_server import CAPACITY, MAX_BODY, QUEUE, ROWS, Server, Throttle
 
 from gptjax.config import ComputeConfig
 from gptjax.sample import Sampler
-from gptjax.serve import listening
+from gptjax.serve import socket
 from gptjax.serve.api import Served, make_app
 from gptjax.serve.metrics import Metrics
 from gptjax.serve.worker import Worker
@@ -55,8 +55,8 @@ def start(make_sampler, on_mesh) -> Callable[..., Any]:
         server = uvicorn.Server(
             uvicorn.Config(app, log_config=None, lifespan="off", ws="none", access_log=False)
         )
-        bound = listening.bind("127.0.0.1", 0)
-        listening.listen(bound)
+        bound = socket.bind("127.0.0.1", 0)
+        socket.listen(bound)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         try:

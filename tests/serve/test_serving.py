@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from gptjax import allocator, cli
-from gptjax.serve import PACKAGES, listening
+from gptjax.cli import main
+from gptjax.runtime import malloc
+from gptjax.serve import PACKAGES
+from gptjax.serve import socket as listening
 
 PROBE = """
 import atexit, sys
@@ -30,11 +32,11 @@ Run = Callable[..., tuple[int, str]]
 @pytest.fixture
 def run(capsys, monkeypatch) -> Run:
     """Exit code, and the one sentence, of a command that does not get to open its model."""
-    monkeypatch.setattr(allocator, "keep_memory", lambda: False)
+    monkeypatch.setattr(malloc, "keep_memory", lambda: False)
     monkeypatch.delenv(listening.TOKEN_VARIABLE, raising=False)
 
     def call(*argv: object) -> tuple[int, str]:
-        code = cli.main(["serve", "no-such-run", *map(str, argv)])
+        code = main.main(["serve", "no-such-run", *map(str, argv)])
         out, err = capsys.readouterr()
         assert out == ""
         assert err.startswith("gptjax: ")

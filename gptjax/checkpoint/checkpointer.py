@@ -1,0 +1,369 @@
+"""Checkpoints: Orbax writes and reads the arrays; what is here makes them trustworthy.
+
+    RUN/checkpoints/<step>/state    the arrays, by path, whatever the mesh
+    RUN/checkpoints/<step>/meta     JSON: what they are, and a fingerprint of each
+
+A checkpoint exists when Orbax has renamed its folder into place. Saving is asynchronous; a thread
+waits for each save, so its failure is known without blocking the loop and without waiting for the
+next one. Restoring checks every array against its fingerprint: one that does not agree is set aside
+(`<step>.corrupt-<n>`) and the next older one is taken.
+
+Of several processes each writes and reads its own parts of the arrays, in one folder; what happens
+to that folder besides is process 0's doing, and which checkpoint is whole is found by all together.
+"""
+
+import concurrent.futures
+import functools
+import hashlib
+import importlib
+import json
+import logging
+import math
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import gptjax
+from gptjax.config import CheckpointConfig
+from gptjax.errors import CheckpointError, MismatchError, OutputError
+from gptjax.runtime import distributed
+from gptjax.training.param_groups import Leaves, leaves_by_path, nested
+
+FORMAT = 1
+_UNFINISHED = ".orbax-checkpoint-tmp"
+_COMMITTED = "_CHECKPOINT_METADATA"
+_FAILED_SAVES_LIMIT = 3
+_PATIENCE_S = 24 * 3600
+_BARRIERS = (
+    "orbax.checkpoint._src.multihost.multihost",
+    "orbax.checkpoint.experimental.v1._src.synchronization.multihost",
+)
+_SURGE_BYTES = 1 << 27  # that a save may hold beyond the arrays, unless one alone is larger
+
+
+# --- fingerprints ------------------------------------------------------------------------------
+
+
+@jax.jit  # leaf by leaf: compiling all of a large tree at once takes many times as long
+def _fingerprint(x: jax.Array) -> jax.Array:
+    """Two 32-bit sums over all elements' bits, each weighted by an odd function of its index.
+
+    Integer sums do not depend on order, so neither on how the array is laid out; an odd weight
+    makes any single flipped bit change the sum.
+    """
+    bits = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
+    width = bits.dtype.itemsize * 8
+    bits = lax.bitcast_convert_type(bits, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
+    strides = [math.prod(x.shape[d + 1 :]) % 2**32 for d in range(x.ndim)]
+    iota = functools.partial(
+        lax.broadcasted_iota, jnp.uint32, x.shape, out_sharding=jax.typeof(x).sharding
+    )
+    index = sum((iota(d) * jnp.uint32(s) for d, s in enumerate(strides)), jnp.uint32(0))
+    first = jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+    second = jnp.sum(bits * ((index * jnp.uint32(2654435761)) | 1), dtype=jnp.uint32)
+    return jnp.stack([first, second])
+
+
+def fingerprints(leaves: Leaves) -> dict[str, list[int]]:
+    """Fingerprint of each leaf, the same on every mesh."""
+    sums = {path: _fingerprint(leaf) for path, leaf in leaves.items()}
+    return {path: value.tolist() for path, value in jax.device_get(sums).items()}
+
+
+# --- saving and restoring ----------------------------------------------------------------------
+
+
+def _orbax() -> Any:
+    """Orbax's own module, imported when first needed, and silent: failures are told here."""
+    from orbax.checkpoint import v1
+
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Of several processes who is slow is for the watch to say; after Orbax's 300 s at a barrier, a
+    # checkpoint that is whole would look damaged.
+    for module in _BARRIERS:
+        importlib.import_module(module)._DEFAULT_BARRIER_TIMEOUT = _PATIENCE_S
+    return v1
+
+
+def _context(*, partial: bool = False, write_bytes: int | None = None) -> Any:
+    ocp = _orbax()
+    registry = ocp.handlers.local_registry()
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
+    context = ocp.Context()
+    context.checkpointables.registry = registry
+    context.pytree.loading.partial_load = partial
+    context.memory.write_concurrent_bytes = write_bytes
+    # Created in the background, a folder that cannot be made hangs the process at its end.
+    context.asynchronous.timeout_secs = _PATIENCE_S
+    context.asynchronous.create_directories_asynchronously = False
+    return context
+
+
+class Checkpoints:
+    """The checkpoints of one run. `describe(step)` gives the run's own part of the metadata.
+
+    `order` is that of the layers in the blocks' stacked arrays, where a pipeline has another than
+    the model's; it is saved with them, and what is restored is put into the order wanted here.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        cfg: CheckpointConfig | None = None,
+        describe: Callable[[int], Mapping[str, Any]] = lambda step: {},
+        say: Callable[[str], None] = lambda line: None,
+        order: Sequence[int] | None = None,
+    ) -> None:
+        """With `cfg`, for saving: clears away what an interrupted save has left."""
+        self.folder, self._cfg, self._describe, self._say = folder.absolute(), cfg, describe, say
+        self._order = None if order is None else list(order)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
+        self._failures: list[str] = []
+        self._failed_in_a_row = 0
+        if cfg is not None and distributed.first() and self.folder.is_dir():
+            for path in self.folder.glob(f"*{_UNFINISHED}*"):
+                say(f"discarded unfinished checkpoint {path.name.split('.')[0]}")
+                shutil.rmtree(path, ignore_errors=True)
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, ascending."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(
+            int(path.name)
+            for path in self.folder.iterdir()
+            if path.name.isdecimal() and (path / _COMMITTED).exists()
+        )
+
+    def save(self, step: int, state: Any) -> None:
+        """Begins to save; returns when the arrays have been copied off the devices.
+
+        What the save before did is settled first. Raises OutputError after three failures in a row.
+        """
+        self._settle()
+        leaves = leaves_by_path(state)
+        meta = {
+            "format": FORMAT,
+            "step": step,
+            **self._describe(step),
+            "versions": {
+                "gptjax": gptjax.__version__,
+                "python": platform.python_version(),
+                "jax": jax.__version__,
+                "flax": flax.__version__,
+            },
+            "devices": jax.device_count(),
+            "processes": jax.process_count(),
+            **({} if self._order is None else {"layers": self._order}),
+            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "tree": {path: [list(x.shape), str(x.dtype)] for path, x in leaves.items()},
+            "fingerprints": fingerprints(leaves),
+        }
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            surge = max(_SURGE_BYTES, *map(_own_bytes, leaves.values()))
+            with _context(write_bytes=surge):
+                response = _orbax().save_checkpointables_async(
+                    self.folder / str(step),
+                    {"state": nested(leaves), "meta": meta},
+                    overwrite=True,
+                )
+        except (OSError, ValueError) as error:
+            self._failed(step, error)
+            return
+        self._saving = step, self._thread.submit(self._finish, step, response)
+
+    def _finish(self, step: int, response: Any) -> None:
+        """In the thread: waits for the commit, then lets go of what is no longer to be kept."""
+        assert self._cfg is not None
+        try:
+            response.result()
+        except BaseException:
+            if distributed.first():
+                for path in self.folder.glob(f"{step}{_UNFINISHED}*"):
+                    shutil.rmtree(path, ignore_errors=True)  # gives the disk back
+            raise
+        if not distributed.first():
+            return
+        forever = self._cfg.keep_every
+        for old in self.steps()[: -self._cfg.keep]:
+            if not (forever and old % forever == 0):
+                (self.folder / str(old) / _COMMITTED).unlink(missing_ok=True)  # a half is none
+                shutil.rmtree(self.folder / str(old), ignore_errors=True)
+
+    def failures(self) -> list[str]:
+        """Saves that are now known to have failed, each told once. Does not wait."""
+        if self._saving is not None and self._saving[1].done():
+            self._settle()
+        told, self._failures = self._failures, []
+        return told
+
+    def _settle(self) -> None:
+        """Waits for the save under way, if any."""
+        if self._saving is None:
+            return
+        (step, future), self._saving = self._saving, None
+        error = future.exception()
+        if error is None:
+            self._failed_in_a_row = 0
+        else:
+            self._failed(step, error)
+
+    def _failed(self, step: int, error: BaseException) -> None:
+        self._failed_in_a_row += 1
+        reason = str(error).split("\n")[0][:300]
+        self._failures.append(f"checkpoint {step} was not written: {reason}")
+        if self._failed_in_a_row >= _FAILED_SAVES_LIMIT:
+            raise OutputError(
+                f"{self._failed_in_a_row} checkpoints in a row were not written to {self.folder}, "
+                f"the last of them {step}: {reason}"
+            )
+
+    def finish(self) -> None:
+        """Waits until the last save is safe. Raises OutputError if it failed."""
+        self._settle()
+        distributed.barrier()  # process 0 may still be letting go of old ones
+        if self._failed_in_a_row:
+            raise OutputError("; ".join(self._failures) or f"{self.folder}: the last save failed")
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Waits for the save under way: leaving the interpreter before it is done would lose it."""
+        if self._saving is not None:
+            concurrent.futures.wait([self._saving[1]])
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """A checkpoint's metadata. Raises whatever reading raises."""
+        with _context():
+            return _orbax().load_checkpointables(self.folder / str(step), {"meta": None})["meta"]
+
+    def restore_newest(self, abstract: Any, *, partial: bool = False) -> Any | None:
+        """The newest checkpoint that is whole, laid out as `abstract` says, or None if none exists.
+
+        With `partial`, `abstract` holds some of the checkpoint's subtrees, and only they are read.
+        Raises MismatchError where the arrays are of other shapes, CheckpointError where there are
+        checkpoints and none is whole: a run never begins anew by itself.
+        """
+        steps, damaged = json.loads(distributed.from_first(json.dumps(self.steps()))), []
+        for step in reversed(steps):
+            restored, reason = self._attempt(step, abstract, partial)
+            if reason is not None:
+                self._say(f"checkpoint {step} failed verification ({reason})")
+                damaged.append(step)
+                continue
+            # Only now: had none been readable, the disk were to blame.
+            if self._cfg is not None and distributed.first():
+                for bad in damaged:
+                    self._set_aside(bad)
+            return restored
+        if steps:
+            raise CheckpointError(
+                f"{self.folder}: none of the checkpoints {', '.join(map(str, steps))} can be read; "
+                "nothing was changed. To begin anew, remove the folder"
+            )
+        if self.folder.is_dir() and any(self.folder.glob("*.corrupt-*")):
+            raise CheckpointError(
+                f"{self.folder}: only checkpoints that were set aside as damaged are left; to "
+                "begin anew, remove the folder"
+            )
+        return None
+
+    def restore(self, step: int, abstract: Any, *, partial: bool = False) -> Any:
+        """The checkpoint of a step, as `restore_newest` gives the newest.
+
+        Raises CheckpointError where it is not there or not whole.
+        """
+        if step not in (steps := self.steps()):
+            have = ", ".join(map(str, steps)) or "none"
+            raise CheckpointError(f"{self.folder}: checkpoint {step} is wanted; there is {have}")
+        restored, reason = self._attempt(step, abstract, partial)
+        if reason is not None:
+            raise CheckpointError(f"{self.folder / str(step)}: failed verification ({reason})")
+        return restored
+
+    def _attempt(self, step: int, abstract: Any, partial: bool) -> tuple[Any, str | None]:
+        """The checkpoint of a step, or why it is not whole in some process."""
+        restored, reason = None, None
+        try:
+            restored = self._restore(step, abstract, partial)
+        except (MismatchError, MemoryError, jax.errors.JaxRuntimeError):
+            raise  # no fault of the checkpoint's
+        except Exception as error:  # Orbax raises many kinds for many kinds of damage
+            reason = str(error).split("\n")[0][:300] or repr(error)
+        return restored, distributed.first_of(reason)
+
+    def _restore(self, step: int, abstract: Any, partial: bool) -> Any:
+        wanted = leaves_by_path(abstract)
+        meta = self.meta(step)
+        if meta["format"] != FORMAT:
+            raise MismatchError(
+                f"{self.folder / str(step)}: is of format {meta['format']}; this gptjax reads "
+                f"{FORMAT}"
+            )
+        roots = {path.split("/")[0] for path in wanted}
+        saved = {p: x for p, x in meta["tree"].items() if not partial or p.split("/")[0] in roots}
+        _check_tree(self.folder / str(step), saved, wanted)
+        with _context(partial=partial):
+            tree = _orbax().load(
+                self.folder / str(step), nested(wanted), checkpointable_name="state"
+            )
+        leaves = leaves_by_path(tree)
+        for path, value in fingerprints(leaves).items():
+            if value != meta["fingerprints"][path]:
+                raise ValueError(f"{path}: its fingerprint is not the one saved")
+        if (saved_order := meta.get("layers")) != self._order:
+            count = len(saved_order or self._order or ())
+            have, want = (np.arange(count) if o is None else o for o in (saved_order, self._order))
+            places = np.argsort(have)[want]
+            for path in leaves:
+                if "/blocks/" in path:
+                    leaves[path] = _moved(leaves[path], tuple(places.tolist()))
+        return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[path] for path in wanted])
+
+    def _set_aside(self, step: int) -> None:
+        names = (self.folder / f"{step}.corrupt-{n}" for n in range(1, 1000))
+        free = next(name for name in names if not name.exists())
+        (self.folder / str(step)).rename(free)
+        self._say(f"checkpoint {step} is set aside as {free.name}")
+
+
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
+def _moved(stacked: jax.Array, places: tuple[int, ...]) -> jax.Array:
+    """Layers of a stacked array in another order, laid out as before."""
+    return stacked.at[np.array(places)].get(out_sharding=jax.typeof(stacked).sharding)
+
+
+def _own_bytes(leaf: jax.Array) -> int:
+    """Bytes of an array that this process writes."""
+    return sum(s.data.nbytes for s in leaf.addressable_shards if s.replica_id == 0)
+
+
+def _check_tree(checkpoint: Path, saved: Mapping[str, Any], wanted: Leaves) -> None:
+    """Raises MismatchError with a line for each path that differs."""
+    have = {path: (tuple(shape), dtype) for path, (shape, dtype) in saved.items()}
+    want = {path: (tuple(x.shape), str(x.dtype)) for path, x in wanted.items()}
+    show = lambda entry: "absent" if entry is None else f"{entry[1]}{list(entry[0])}"
+    differences = [
+        f"{path}: {show(have.get(path))} in the checkpoint, {show(want.get(path))} in the model"
+        for path in sorted(have.keys() | want.keys())
+        if have.get(path) != want.get(path)
+    ]
+    if differences:
+        raise MismatchError(f"{checkpoint} is of another model", differences)
+
+
+def sha256_of(values: Any) -> str:
+    """SHA-256 of JSON values, key order aside."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

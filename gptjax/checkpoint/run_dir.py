@@ -1,0 +1,325 @@
+"""The run folder: what a run is, on disk, and who may write to it.
+
+RUN/config.json        the resolved configuration, itself a CONFIG
+RUN/tokenizer.*        the tokenizer, with the files that declare its special tokens
+RUN/data.json          the manifest of the store that it learns from
+RUN/source.json        of an imported model, instead: where it came from (see convert.py)
+RUN/finetune.json      of a fine-tuned one, instead: the examples that it learns from
+RUN/checkpoints/       see checkpoint.py
+RUN/metrics.jsonl, RUN/tensorboard/, RUN/samples/, RUN/profile/
+RUN/run.lock           held while a process trains here
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gptjax import config
+from gptjax import tokenizer as tokenizers
+from gptjax.checkpoint.checkpointer import Checkpoints
+from gptjax.config import CONFIG_FILE, Config, MeshConfig
+from gptjax.data import store
+from gptjax.data.store import Manifest
+from gptjax.errors import CheckpointError, ConfigError, DataError, MismatchError, OutputError
+from gptjax.model import decoder, heads
+from gptjax.model.decoder import Params
+from gptjax.parallel import sharding
+from gptjax.runtime import compilation_cache, distributed, file_lock
+from gptjax.tokenizer import Tokenizer
+from gptjax.training import metrics
+
+CHECKPOINTS = "checkpoints"
+CERTIFICATE = "certificate.json"
+_LOCK = "run.lock"
+_PROBE = ".probe"
+_LEASE_S = 180
+_DATA = "data.json"
+_SOURCE = "source.json"
+_EXAMPLES = "finetune.json"
+
+
+@contextmanager
+def claim(cfg: Config, say: Callable[[str], None] = lambda line: None) -> Iterator[list[str]]:
+    """Holds the run folder for training; gives the changes since the run was begun, a line each.
+
+    Creates the folder if need be and tries a write, before anything costly. Of several processes
+    the first holds it for all, and the others see that they have the same folder before them.
+
+    Raises MismatchError if the folder holds another run, OutputError if it cannot be written or
+    another job holds it, or if a process has another folder.
+    """
+    folder = Path(cfg.run)
+    with contextlib.ExitStack() as stack:
+        with distributed.first_before_others():
+            if distributed.first():
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    # Over NFS, the lock of a machine that has vanished lasts for a lease.
+                    patience = _LEASE_S if distributed.several() else 0
+                    name = f"run={cfg.run}"
+                    stack.enter_context(file_lock.held(folder / _LOCK, name, say, patience))
+                    with (folder / _PROBE).open("w") as stream:
+                        stream.write(secrets.token_hex())
+                        os.fsync(stream.fileno())
+                except OSError as error:
+                    raise OutputError(f"run={cfg.run}: cannot be written: {error}") from None
+        _check_shared(folder)
+        changes: list[str] = []
+        if (folder / _SOURCE).exists():
+            raise MismatchError(f"{folder} holds an imported model; give another --run")
+        if (folder / CONFIG_FILE).exists():
+            changes = config.resume_changes(config.read_json(folder / CONFIG_FILE), cfg)
+        elif Checkpoints(folder / CHECKPOINTS).steps():
+            raise MismatchError(f"{folder} has checkpoints but no {CONFIG_FILE}; use another --run")
+        yield changes
+
+
+def _check_shared(folder: Path) -> None:
+    """Raises OutputError where this process sees another folder than process 0."""
+    probe = folder / _PROBE
+    own = probe.read_text() if probe.exists() else ""
+    if own != distributed.from_first(own):
+        raise OutputError(
+            f"run={folder}: {distributed.name()} does not have the folder of process 0 there; put "
+            "it on a path that all processes share"
+        )
+    distributed.barrier()
+    if distributed.first():
+        probe.unlink()
+
+
+def record(cfg: Config, tokenizer: Tokenizer, manifest: Manifest) -> None:
+    """Writes configuration, tokenizer and the store's manifest into the run folder.
+
+    Raises MismatchError if a tokenizer or a manifest is there already and is another.
+    """
+    folder = Path(cfg.run)
+    check_tokenizer(
+        manifest.tokenizer["sha256"], tokenizer.fingerprint, "the manifest", "the store"
+    )
+    known = folder / _DATA
+    if known.exists():
+        begun_with = store.parse_manifest(known.read_text())
+        check_tokenizer(
+            begun_with.tokenizer["sha256"], tokenizer.fingerprint, cfg.run, cfg.data.store
+        )
+        _check_tokens(cfg, begun_with, manifest)
+    distributed.barrier()  # nobody looks at what is written now
+    if distributed.first():
+        tokenizer.save(folder)
+        write_json(known, asdict(manifest))
+        write_json(folder / CONFIG_FILE, config.to_dict(cfg))
+
+
+def _check_tokens(cfg: Config, of_run: Manifest, of_store: Manifest) -> None:
+    if of_run.fingerprint() != of_store.fingerprint():
+        raise MismatchError(
+            f"data.store={cfg.data.store}: its tokens are not those that {cfg.run} was begun "
+            "with; give that store, or another --run"
+        )
+
+
+def check_store(cfg: Config, manifest: Manifest) -> None:
+    """Raises DataError where a run's store is not there, MismatchError where it is another."""
+    _check_tokens(cfg, manifest, store.read_manifest(cfg.data.store))
+
+
+def record_imported(cfg: Config, tokenizer: Tokenizer | None, source: dict[str, Any]) -> None:
+    """Writes configuration and tokenizer of an imported model, and where it came from."""
+    folder = Path(cfg.run)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+        source = source | {"tokenizer": tokenizer.fingerprint}
+    write_json(folder / _SOURCE, source)
+    write_json(folder / CONFIG_FILE, config.to_dict(cfg))
+
+
+def record_tuned(cfg: Config, tokenizer: Tokenizer, examples: dict[str, Any]) -> None:
+    """Writes configuration and tokenizer of a fine-tuned run, and what its examples are.
+
+    Raises MismatchError where it was begun with others.
+    """
+    folder = Path(cfg.run)
+    facts = {"tokenizer": tokenizer.fingerprint, **examples}
+    begun_with = _read_json(folder / _EXAMPLES)
+    if begun_with is not None and begun_with != facts:
+        differences = [
+            f"{name}: {begun_with.get(name)} in the run, {value} now"
+            for name, value in facts.items()
+            if begun_with.get(name) != value
+        ]
+        raise MismatchError(
+            f"{cfg.run} was begun with other examples; give those, or another --run", differences
+        )
+    distributed.barrier()  # nobody looks at what is written now
+    if distributed.first():
+        tokenizer.save(folder)
+        write_json(folder / _EXAMPLES, facts)
+        write_json(folder / CONFIG_FILE, config.to_dict(cfg))
+
+
+def examples_of(folder: str) -> dict[str, Any]:
+    """What a fine-tuned run's examples are, its special tokens among it. Raises DataError."""
+    return _read_json(Path(folder) / _EXAMPLES) or {}
+
+
+def facts(cfg: Config) -> dict[str, str]:
+    """What all processes of a job must have alike: versions and configuration."""
+    packages = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    versions = {f"{name}'s version": importlib.metadata.version(name) for name in packages}
+    return versions | {name: repr(value) for name, value in config.flatten(cfg).items()}
+
+
+def writers(cfg: Config, step: int) -> metrics.Writers:
+    """The sinks of the metrics of a run that goes on after a step; of the first process alone."""
+    kinds: list[Any] = [metrics.JsonlWriter]
+    if cfg.log.tensorboard:
+        kinds.append(metrics.TensorBoardWriter)
+    if not distributed.first():
+        kinds = []
+    return metrics.Writers([kind(Path(cfg.run), step) for kind in kinds])
+
+
+def source_of(folder: str) -> dict[str, Any] | None:
+    """Where an imported run came from; None for one that was trained here. Raises DataError."""
+    return _read_json(Path(folder) / _SOURCE)
+
+
+def certificate_of(folder: str) -> dict[str, Any] | None:
+    """How the run's conversion was checked; None for one that was trained. Raises DataError."""
+    return _read_json(Path(folder) / CERTIFICATE)
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    """The object in a file, or None where there is no such file."""
+    if not file.exists():
+        return None
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{file}: cannot be read as JSON: {error}") from None
+
+
+def write_json(file: Path, values: Any) -> None:
+    """Writes JSON, whole or not at all."""
+    _write(file, json.dumps(values, indent=2))
+
+
+def _write(file: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text + "\n")
+    partial.replace(file)
+
+
+def check_tokenizer(one: str, other: str, one_place: str, other_place: str) -> None:
+    """Raises MismatchError unless two tokenizers' fingerprints agree."""
+    if one != other:
+        raise MismatchError(
+            f"the tokenizer of {one_place} ({one[:12]}) is not that of {other_place} ({other[:12]})"
+        )
+
+
+def open_run(folder: str) -> tuple[Config, Tokenizer | None, Manifest | None]:
+    """Configuration, tokenizer and data manifest of a run, to be used and not trained.
+
+    An imported or fine-tuned model has no manifest; an imported one has no tokenizer if its source
+    had none.
+
+    It may be on another machine than it was trained on: where its mesh does not suit the devices
+    here they all take rows, and attention is computed by what runs here.
+
+    Raises ConfigError, DataError, or MismatchError if the tokenizer is not the run's own.
+    """
+    cfg, source = config.load(folder), source_of(folder)
+    tokenizer = None
+    if source is None or "tokenizer" in source:
+        tokenizer = tokenizers.load(Path(folder))
+    # Parameters are restored with the layers in the model's order, which is that of one round.
+    compute = replace(cfg.compute, attention="auto", rounds=1, microbatches=0)
+    cfg = replace(cfg, run=folder, compute=compute)
+    devices = jax.device_count()
+    try:
+        cfg.check(devices, jax.process_count())
+    except ConfigError:
+        rows = -(-cfg.eval.batch // devices) * devices
+        cfg = replace(cfg, mesh=MeshConfig(), eval=replace(cfg.eval, batch=rows))
+    file = Path(folder) / _DATA
+    if source is not None:
+        if tokenizer is not None:
+            check_tokenizer(
+                source["tokenizer"], tokenizer.fingerprint, f"{folder}/{_SOURCE}", folder
+            )
+        return cfg, tokenizer, None
+    assert tokenizer is not None
+    if cfg.finetune.task != "none":
+        examples = _read_json(Path(folder) / _EXAMPLES)
+        if examples is None:
+            raise DataError(f"{folder}: this run has no {_EXAMPLES}, so nothing was trained in it")
+        place = f"{folder}/{_EXAMPLES}"
+        check_tokenizer(examples["tokenizer"], tokenizer.fingerprint, place, folder)
+        return cfg, tokenizer, None
+    if not file.exists():
+        raise DataError(f"{folder}: this run has no {_DATA}, so nothing was trained in it")
+    manifest = store.parse_manifest(file.read_text())
+    check_tokenizer(
+        manifest.tokenizer["sha256"], tokenizer.fingerprint, f"{folder}/{_DATA}", folder
+    )
+    return cfg, tokenizer, manifest
+
+
+@contextmanager
+def entered_mesh(cfg: Config) -> Iterator[None]:
+    """The configured mesh over all devices as the ambient one, and the compilation cache on.
+
+    With compute.dtype=float32, matrix products are float32 on accelerators too, whose default is
+    less.
+    """
+    compilation_cache.enable_cache(cfg.log.compile_cache)
+    exact = cfg.compute.dtype == "float32"
+    jax.config.update("jax_default_matmul_precision", "float32" if exact else None)
+    with jax.set_mesh(sharding.make_mesh(cfg.mesh)):
+        yield
+
+
+def init_and_dropout_keys(cfg: Config) -> jax.Array:
+    """The two keys that all of a run's randomness in parameters and steps comes from."""
+    return jax.random.split(jax.random.key(cfg.train.seed))
+
+
+def init_params(cfg: Config, key: jax.Array) -> Params:
+    """Fresh parameters of a run: the decoder's, and its task's layer where it has one."""
+    return decoder.init(cfg.model, key) | heads.init(cfg, key)
+
+
+def restore_params(
+    folder: str,
+    cfg: Config,
+    say: Callable[[str], None] = lambda line: None,
+    step: int | None = None,
+) -> tuple[Params, int]:
+    """Parameters of a run's newest whole checkpoint on the ambient mesh, and their step; with
+    `step`, of that one.
+
+    The moving average where the run keeps one. Raises CheckpointError if there is none.
+    """
+    checkpoints = Checkpoints(Path(folder) / CHECKPOINTS, say=say)
+    abstract = sharding.abstract(lambda: init_params(cfg, jax.random.key(0)))
+    part = "ema" if cfg.train.ema_decay else "params"
+    wanted = {"step": sharding.abstract(lambda: jax.numpy.int32(0)), part: abstract}
+    if step is not None:
+        restored = checkpoints.restore(step, wanted, partial=True)
+    else:
+        restored = checkpoints.restore_newest(wanted, partial=True)
+    if restored is None:
+        raise CheckpointError(f"{folder}: this run has no checkpoint yet")
+    return restored[part], int(restored["step"])

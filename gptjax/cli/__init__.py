@@ -1,0 +1,1 @@
+"""The `gptjax` command: its arguments, and a module for each subcommand."""

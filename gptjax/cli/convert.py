@@ -1,0 +1,481 @@
+"""Conversions between Hugging Face folders and runs, and the certificate of each.
+
+RUN/source.json         where an imported model came from: its config.json, its tensors' formats
+RUN/certificate.json    how the conversion was checked
+
+The certificate says whether the model, converted back, is its source byte for byte, and how far its
+logits are from those of `transformers` on the same weights, in float32, at positions that reach to
+the end of the context, where a mistake in the rotary frequencies shows.
+"""
+
+import importlib.util
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import config, load
+from gptjax.checkpoint import run_dir
+from gptjax.checkpoint.checkpointer import Checkpoints
+from gptjax.config import CheckpointConfig, ComputeConfig, Config, LoraConfig
+from gptjax.errors import ConfigError, MismatchError, OutputError
+from gptjax.finetune import adapter_checkpoint, lora, peft
+from gptjax.hf import families, safetensors
+from gptjax.hf.safetensors import Source
+from gptjax.model import decoder, heads
+from gptjax.model.decoder import Params
+from gptjax.parallel import sharding
+from gptjax.runtime.progress import Progress
+from gptjax.tokenizer import Tokenizer
+
+_COMPARED_TOKENS = 1024
+_COMPARED_POSITIONS = 64
+_TOLERATED = 1e-2  # of the largest logit, and of the positions
+
+Json = dict[str, Any]
+
+
+def import_run(folder: str, target: str, progress: Progress, *, compare: bool = True) -> Json:
+    """Makes a run of a Hugging Face folder; returns its certificate.
+
+    Raises DataError and MismatchError as `weights.open_source` does, before anything is written;
+    OutputError where the target exists and is not empty, or cannot be written; MismatchError, with
+    the run and its certificate in place, where the conversion turns out not to agree.
+    """
+    _one_process()
+    source = safetensors.open_source(Path(folder))
+    tokenizer = safetensors.tokenizer_of(source, progress.say)
+    cfg = load.config_of(source.model, tokenizer, target)
+    cfg.check(jax.device_count(), jax.process_count())
+    path = Path(target)
+    _new_folder(path)
+    with run_dir.entered_mesh(cfg):
+        with progress.bar(
+            "read", len(safetensors.parameter_shapes(source.model)), unit="tensor"
+        ) as bar:
+            params = safetensors.read_params(source, bar.update)
+        _carry(source.folder, path / _CARRIED)
+        run_dir.record_imported(cfg, tokenizer, _provenance(source, folder))
+        _save(path, 0, params, {"imported": folder})
+        certificate = {
+            "source": folder,
+            "tensors": len(source.names),
+            "keys of config.json not read": list(source.unread),
+        }
+        _check_bytes(certificate, source, params, progress, path)
+        if compare:
+            _check_logits(certificate, source, params, progress, path)
+        return certificate
+
+
+def merge_run(folder: str, target: str, progress: Progress) -> Json:
+    """Makes a run with the adapters of another merged into their base, which it needs no more.
+
+    Returns where they came from. To be used, not trained further. Raises ConfigError for a run
+    without adapters, OutputError where the target exists and is not empty, or cannot be written.
+    """
+    _one_process()
+    begun = config.load(folder)
+    tune = begun.finetune
+    if not tune.lora.rank:
+        raise ConfigError([f"{folder}: finetune.lora.rank=0, so it has no adapters to merge"])
+    cfg, tokenizer, _ = run_dir.open_run(folder)
+    assert tokenizer is not None
+    path = Path(target)
+    _new_folder(path)
+    with run_dir.entered_mesh(cfg):
+        params, step = adapter_checkpoint.restore_params(folder, cfg, progress.say)
+        _save(path, step, params, {"merged": folder})
+    plain = replace(tune, lora=LoraConfig())
+    begun = replace(begun, run=target, finetune=plain, train=replace(begun.train, ema_decay=0.0))
+    run_dir.record_tuned(begun, tokenizer, run_dir.examples_of(folder) | {"merged": folder})
+    return {"source": folder, "step": step, "base": tune.base}
+
+
+def export_adapters(folder: str, target: str, progress: Progress) -> Json:
+    """Writes a run's adapters as PEFT has them; returns what they are.
+
+    Raises ConfigError for a run without adapters, or with a layer of its task beside them, for
+    which PEFT has no place; MismatchError as `peft.write_folder` does.
+    """
+    _one_process()
+    cfg, _, _ = run_dir.open_run(folder)
+    tune = cfg.finetune
+    if not tune.lora.rank:
+        raise ConfigError([f"{folder}: finetune.lora.rank=0, so it has no adapters"])
+    if tune.outputs:
+        raise ConfigError(
+            [
+                f"{folder}: finetune.task={tune.task} has a layer and tokens of its own, which "
+                "adapters alone do not carry; convert to hf:FOLDER, where all is merged"
+            ]
+        )
+    path = Path(target)
+    _new_folder(path)
+    with run_dir.entered_mesh(replace(cfg, compute=ComputeConfig())):
+        learnt, step = adapter_checkpoint.restore(folder, cfg, progress.say)
+        adapters, base = learnt[lora.ADAPTERS], tune.base.removeprefix("hf:")
+        if base == tune.base:  # a run, which PEFT cannot load: where it came from, if anywhere
+            base = (run_dir.source_of(base) or {}).get("folder", "")
+        peft.write_folder(path, adapters, tune.lora, cfg.model, base)
+    count = sum(leaf.size for leaf in jax.tree.leaves(adapters))
+    return {
+        "source": folder,
+        "step": step,
+        "base": tune.base,
+        "base_model_name_or_path": base or f"none: export it, gptjax convert {tune.base} hf:FOLDER",
+        "parameters": count,
+    }
+
+
+def import_adapters(folder: str, base: str, target: str, progress: Progress) -> Json:
+    """Makes a run of PEFT's adapters merged into their base, a run or hf:FOLDER.
+
+    Returns what they are. Before anything is written raises ConfigError for a base that is itself
+    fine-tuned, and what opening the base and `peft.read_folder` raise; OutputError where the target
+    exists and is not empty.
+    """
+    _one_process()
+    path = Path(target)
+
+    def check(cfg: Config, _: Tokenizer | None) -> None:
+        if cfg.finetune.task != "none":
+            raise ConfigError([f"--base={base}: is fine-tuned; give what the adapters began from"])
+
+    with load.opened(base, say=progress.say, check=check) as model:
+        adapters, lora_cfg = peft.read_folder(Path(folder), model.cfg.model)
+        _new_folder(path)
+        whole = lora.whole({lora.BASE: model.params, lora.ADAPTERS: adapters}, lora_cfg)
+        _save(path, model.step or 0, whole, {"imported": folder})
+        beside, settings = Path(base.removeprefix("hf:")), {}
+        if load.is_hugging_face(base):
+            settings = safetensors.open_source(beside).config
+        elif provenance := run_dir.source_of(base):
+            beside, settings = beside / _CARRIED, provenance["config"]
+        if settings:
+            _carry(beside, path / _CARRIED)
+        train = replace(model.cfg.train, ema_decay=0.0)
+        cfg = replace(model.cfg, run=target, train=train)
+        source = {"folder": folder, "base": base, "config": settings, "dtypes": {}}
+        run_dir.record_imported(cfg, model.tokenizer, source)
+    return {"source": folder, "base": base, "rank": lora_cfg.rank, "scale": lora_cfg.scale}
+
+
+def _save(folder: Path, step: int, params: Params, meta: Json) -> None:
+    """The only checkpoint of a run that is not trained."""
+    checkpoints = Checkpoints(folder / run_dir.CHECKPOINTS, CheckpointConfig(), lambda step: meta)
+    with checkpoints:
+        checkpoints.save(step, {"step": jnp.int32(step), "params": params})
+        checkpoints.finish()
+
+
+def export_run(
+    folder: str, target: str, progress: Progress, *, dtype: str | None, compare: bool = True
+) -> Json:
+    """Writes a run's newest checkpoint as a Hugging Face folder; returns its certificate.
+
+    Tensors have the formats of the source where the run was imported and float32 otherwise, or
+    `dtype`. A run of labels or choices becomes a model for sequence classification, whose scores
+    are compared. Raises MismatchError where no Hugging Face architecture has this model, and where
+    the folder, written, turns out not to agree.
+    """
+    _one_process()
+    cfg, tokenizer, _ = run_dir.open_run(folder)
+    families.family_of(cfg.model)  # refuses before anything is read
+    provenance = run_dir.source_of(folder)
+    path = Path(target)
+    _new_folder(path)
+    formats = {} if dtype or provenance is None else provenance["dtypes"]
+    with run_dir.entered_mesh(replace(cfg, compute=ComputeConfig())):  # compared in float32
+        params, step = adapter_checkpoint.restore_params(folder, cfg, progress.say)
+        extra = {} if provenance is None else provenance["config"]
+        extra = {key: value for key, value in extra.items() if key != "torch_dtype"}
+        if (Path(folder) / _CARRIED).is_dir():
+            _carry(Path(folder) / _CARRIED, path)
+        elif tokenizer is not None:
+            extra |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+            tokenizer.save(path)
+        common = (
+            safetensors.FORMATS_BY_NAME[dtype]
+            if dtype
+            else (Counter(formats.values()).most_common(1) or [("F32", 0)])[0][0]
+        )
+        beside, instead = _task_layer(folder, cfg, params, tokenizer)
+        safetensors.write_folder(
+            path,
+            params,
+            cfg.model,
+            dtype=common,
+            dtypes=formats,
+            extra=extra,
+            beside=beside,
+            instead=instead,
+        )
+        source = safetensors.open_source(path, beside)
+        certificate = {
+            "source": folder,
+            "step": step,
+            "tensors": len(source.names),
+            "format": common,
+        }
+        _check_bytes(certificate, source, params, progress, path)
+        del params
+        if compare and beside:
+            _check_scores(certificate, source, progress, path)
+        elif compare:  # as they were written: a narrower format is not a mistake
+            _check_logits(certificate, source, safetensors.read_params(source), progress, path)
+        return certificate
+
+
+_SCORE = "score.weight"
+
+
+def _task_layer(
+    folder: str, cfg: Config, params: Params, tokenizer: Tokenizer | None
+) -> tuple[dict[str, np.ndarray], Json]:
+    """The tensor of a task's layer, by its name there, and what config.json says of it.
+
+    The layer sees the last token that is not padding, which so may be any but the extract token.
+    """
+    if not cfg.finetune.outputs:
+        return {}, {}
+    assert tokenizer is not None
+    kind, _ = families.family_of(cfg.model)
+    names = dict(enumerate(cfg.finetune.labels or ("score",)))
+    several = len(names) > 1
+    return {_SCORE: np.ascontiguousarray(np.asarray(params[heads.NAME]["score"]).T)}, {
+        "architectures": [families.FAMILIES[kind].classifier],
+        "id2label": {str(i): name for i, name in names.items()},
+        "label2id": {name: i for i, name in names.items()},
+        "problem_type": "single_label_classification" if several else None,
+        "pad_token_id": tokenizer.eos_id,
+        "task_specific_params": {cfg.finetune.task: run_dir.examples_of(folder)["special"]},
+    }
+
+
+def _one_process() -> None:
+    if jax.process_count() > 1:
+        raise ConfigError([f"convert: runs in one process, not in {jax.process_count()}"])
+
+
+_CARRIED = "source"
+_BESIDE = (  # what goes along as it is: tokenizers' files in every form, and generation's settings
+    *("tokenizer*.json", "tokenizer.model", "vocab.*", "merges.txt", "added_tokens.json"),
+    *("special_tokens_map.json", "chat_template*", "generation_config.json"),
+)
+
+
+def _carry(source: Path, target: Path) -> None:
+    """Copies the small files beside the weights."""
+    target.mkdir(exist_ok=True)
+    for pattern in _BESIDE:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, target / file.name)
+
+
+def _new_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise OutputError(f"{path}: is not empty; give a new folder")
+        probe = path / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error}") from None
+
+
+def _provenance(source: Source, folder: str) -> Json:
+    return {
+        "folder": folder,
+        "config": source.config,
+        "dtypes": {name: source.dtype(name) for name in source.names},
+    }
+
+
+# --- the certificate ---------------------------------------------------------------------------
+
+
+def _check_bytes(
+    certificate: Json, source: Source, params: Params, progress: Progress, folder: Path
+) -> None:
+    """Adds whether the parameters give the folder's tensors, byte for byte, and writes it.
+
+    Raises MismatchError where they do not.
+    """
+    differ = _differing(source, params, progress)
+    certificate["round trip"] = {"differ": differ} if differ else "byte-equal"
+    certificate["transformers"] = "not compared"
+    run_dir.write_json(folder / run_dir.CERTIFICATE, certificate)
+    if differ:
+        raise _disagreement(source, folder)
+
+
+def _check_logits(
+    certificate: Json, source: Source, params: Params, progress: Progress, folder: Path
+) -> None:
+    """Adds how far the logits are from those of `transformers`, and writes it.
+
+    Raises MismatchError where they are far.
+    """
+    certificate["transformers"] = logits = _compared(source, params, progress)
+    run_dir.write_json(folder / run_dir.CERTIFICATE, certificate)
+    if isinstance(logits, dict) and (
+        logits["largest_difference"] > _TOLERATED * logits["largest_logit"]
+        or logits["argmax_agreement"] < 1 - _TOLERATED
+    ):
+        raise _disagreement(source, folder)
+
+
+def _disagreement(source: Source, folder: Path) -> MismatchError:
+    return MismatchError(
+        f"{source.folder} and the run do not agree; see {folder / run_dir.CERTIFICATE}"
+    )
+
+
+def _differing(source: Source, params: Params, progress: Progress) -> list[str]:
+    """Tensors that, made of the parameters, have not the bytes that they have in the folder."""
+    differ = []
+    with progress.bar("compare bytes", len(source.names), unit="tensor") as bar:
+        made = safetensors.tensors(params, source.model, source.family)
+        for count, (name, value) in enumerate(made, 1):
+            made_again, original = safetensors.cast(value, source.dtype(name)), source.tensor(name)
+            bits = f"u{original.itemsize}"  # as integers: a NaN is no number, and has its bits
+            if not np.array_equal(made_again.view(bits), original.view(bits)):
+                differ.append(name)
+            bar.update(count)
+    return differ
+
+
+def _check_scores(certificate: Json, source: Source, progress: Progress, folder: Path) -> None:
+    """The same of a task's scores."""
+    certificate["transformers"] = scores = _compared(source, {}, progress)
+    run_dir.write_json(folder / run_dir.CERTIFICATE, certificate)
+    if isinstance(scores, dict) and (
+        scores["largest_difference"] > _TOLERATED * scores["largest_score"]
+    ):
+        raise _disagreement(source, folder)
+
+
+def _compared(source: Source, params: Params, progress: Progress) -> Json | str:
+    """Logits against those of `transformers`, where it is installed and loads the folder."""
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"not compared: {' and '.join(missing)} not installed"
+    progress.say("comparing with transformers")
+    try:
+        return compare_scores(source) if _SCORE in source.names else compare(source, params)
+    except (ImportError, OSError, ValueError, RuntimeError, MemoryError) as error:
+        return f"not compared: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+
+
+def compare(source: Source, params: Params) -> Json:
+    """How far the logits are from those of `transformers` on the folder's weights, in float32.
+
+    Two sequences of random tokens, as long as the context up to 1024: one at positions 0, 1, 2, …,
+    one spread over the whole context (not with ALiBi, whose place `transformers` takes from the
+    sequence: there one sequence of up to 4096 tokens). Logits of 64 tokens of each are compared:
+    the largest difference, how often the likeliest token agrees, and the Kullback-Leibler
+    divergence (summed over the vocabulary, in nats, a token).
+    """
+    import torch
+    import transformers
+    from scipy.special import log_softmax
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        source.folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    ).eval()
+    model = source.model
+    alibi = model.positions == "alibi"
+    length = min(model.context, 4 * _COMPARED_TOKENS if alibi else _COMPARED_TOKENS)
+    ids = np.random.default_rng(0).integers(0, model.vocab_size, (1, length)).astype(np.int32)
+    chosen = np.unique(np.linspace(0, length - 1, _COMPARED_POSITIONS).round().astype(int))
+    starts = {"near": np.arange(length)}
+    if model.context > length and not alibi:
+        starts["far"] = np.linspace(0, model.context - 1, length).round().astype(int)
+
+    @jax.jit
+    def ours(params: Params, ids_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        x_ND = decoder.apply(params, model, ComputeConfig(), ids_BT, positions_BT=positions_BT).x_ND
+        rows = sharding.spec(None, None)
+        x_ND = jax.sharding.reshard(x_ND, rows)[:length]
+        picked = x_ND.at[jnp.asarray(chosen)].get(out_sharding=rows)
+        return decoder.logits(params, model, picked)[:, : model.vocab_size]
+
+    result: Json = {
+        "version": transformers.__version__,
+        "tokens": length,
+        "largest_logit": 0.0,
+        "largest_difference": 0.0,
+        "argmax_agreement": 1.0,
+        "kl_nats_per_token": 0.0,
+    }
+    rows = sharding.axis_size("batch")
+    place = lambda row: sharding.global_batch(np.repeat(row[None], rows, 0).astype(np.int32), rows)
+    for name, positions in starts.items():
+        kwargs = {} if name == "near" else {"position_ids": torch.tensor(positions)[None]}
+        with torch.no_grad():
+            given = torch.tensor(ids, dtype=torch.long)
+            hidden = theirs.base_model(given, attention_mask=torch.ones_like(given), **kwargs)[0]
+            want = theirs.get_output_embeddings()(hidden[0, chosen]).numpy()
+        got = np.asarray(ours(params, place(ids[0]), place(positions)))
+        p, q = (log_softmax(np.float64(x), -1) for x in (want, got))
+        divergence = float((np.exp(p) * (p - q)).sum(-1).mean())
+        agreement = float((want.argmax(-1) == got.argmax(-1)).mean())
+        result["largest_logit"] = max(result["largest_logit"], float(np.abs(want).max()))
+        result["argmax_agreement"] = min(result["argmax_agreement"], agreement)
+        difference = float(np.abs(want - got).max())
+        result["largest_difference"] = max(result["largest_difference"], difference)
+        result["kl_nats_per_token"] = max(result["kl_nats_per_token"], divergence)
+        result["last_position"] = int(positions[-1])
+    return result
+
+
+def compare_scores(source: Source) -> Json:
+    """How far a classifier's scores are from those of `transformers` on the folder's weights, in
+    float32: of rows of random tokens, of several lengths and filled up with padding.
+    """
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        source.folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    ).eval()
+    model, fill = source.model, source.config["pad_token_id"]
+    rows, length = 4 * sharding.axis_size("batch"), min(model.context, 64)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, model.vocab_size, (rows, length)).astype(np.int32)
+    lengths = rng.integers(2, length + 1, rows).astype(np.int32)
+    given = np.arange(length) < lengths[:, None]
+    ids = np.where(given, np.where(ids == fill, fill - 1, ids), fill)
+    (extract,) = {one["extract"] for one in source.config["task_specific_params"].values()}
+    ids[np.arange(rows), lengths - 1] = extract
+
+    @jax.jit
+    def ours(params: Params, ids_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
+        x_ND = decoder.apply(params, model, ComputeConfig(), ids_BT).x_ND
+        y_BK = heads.scores(params, heads.last(x_ND, lengths_B), rows)
+        return jax.sharding.reshard(y_BK, jax.P(None, None))
+
+    score_DO = jnp.asarray(np.float32(source.tensor(_SCORE)).T)
+    params = safetensors.read_params(source) | {heads.NAME: {"score": score_DO}}
+    got = np.asarray(ours(params, *sharding.global_batch((ids, lengths), rows)))
+    with torch.no_grad():
+        mask = torch.tensor(given, dtype=torch.long)
+        want = theirs(torch.tensor(ids, dtype=torch.long), attention_mask=mask).logits.numpy()
+    return {
+        "version": transformers.__version__,
+        "architecture": type(theirs).__name__,
+        "rows": rows,
+        "largest_score": float(np.abs(want).max()),
+        "largest_difference": float(np.abs(want - got).max()),
+    }

@@ -1,0 +1,61 @@
+"""`gptjax finetune`: files and values that are wrong are told before a device is touched."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gptjax.config import Config
+from gptjax.errors import ConfigError
+from gptjax.finetune import conversations, defaults, examples
+from gptjax.finetune.base_model import Base, base_of
+
+
+def fit(
+    path: str,
+    task: str,
+    data: str,
+    valid: str,
+    override: Callable[[Config], Config],
+    resolved: Callable[[Config], None],
+) -> tuple[Config, dict[str, float]]:
+    """Fine-tunes a base in its run folder, from where it stands; the last evaluation.
+
+    `override` changes the recipe's configuration, `resolved` is told what became of it.
+    """
+    base = base_of(path)
+    cfg, given, rows = _read(override(defaults.begun(base, task, data, valid)), base, task)
+    cfg.check()
+    resolved(cfg)
+    from gptjax.checkpoint import run_dir
+    from gptjax.runtime import distributed, watchdog
+    from gptjax.runtime.progress import Progress
+
+    distributed.join(cfg.watch.lost, Progress().say)
+    progress = Progress(shown=distributed.first())
+    with watchdog.Watch(cfg.watch) as watched, run_dir.claim(cfg) as changes:
+        for change in changes:
+            progress.say(f"changed since the run was begun: {change}")
+        import jax
+
+        from gptjax.finetune import train
+
+        cfg.check(jax.device_count(), jax.process_count())
+        with run_dir.entered_mesh(cfg):
+            return cfg, train.tune(cfg, base, given, rows, watched, progress)
+
+
+def _read(
+    cfg: Config, base: Base, task: str
+) -> tuple[Config, Mapping[str, Any], Mapping[str, Any]]:
+    """The whole configuration, and the examples and the rows of "train" and "valid"."""
+    if (cfg.finetune.base, cfg.finetune.task) != (base.path, task):
+        raise ConfigError(["finetune.base, finetune.task: give them as RUN and as --task"])
+    defaults.check_model(base.cfg.model, cfg.model)
+    files = {"train": (cfg.finetune.data, "--data"), "valid": (cfg.finetune.valid, "--valid")}
+    given: dict[str, Any]
+    if task == "answer":
+        given = {name: conversations.read(*file, base.tokenizer) for name, file in files.items()}
+        cfg, *rows = defaults.answered(cfg, base, given["train"], given["valid"])
+    else:
+        given = {name: examples.read(file, task, o) for name, (file, o) in files.items()}
+        cfg, *rows = defaults.labelled(cfg, base.tokenizer, given["train"], given["valid"])
+    return cfg, given, dict(zip(given, rows, strict=True))

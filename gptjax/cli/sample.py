@@ -1,0 +1,277 @@
+"""What `gptjax sample` does with a sampler: prompts, a file of them, a conversation.
+
+A file's lines are objects: "prompt", a text or token ids, and any of the settings. Each result is a
+line of the output, {"line": of the file, from 0, "sample", "text", "finish", …}, written as soon as
+it is there. Started again, it leaves out the lines whose results are all there. The draws of a line
+depend on its number and its seed, so a continued file has the results of an undisturbed one.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from gptjax.errors import ConfigError, DataError, OutputError
+from gptjax.runtime.progress import Progress
+from gptjax.sample import Completion, Sampler, Settings
+
+PLAIN = (
+    *("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+    *("presence_penalty", "frequency_penalty", "samples", "seed", "logprobs"),
+)
+"""Settings that are one number."""
+
+
+def to_json(completion: Completion, sampler: Sampler) -> dict[str, Any]:
+    """A result as an object; tokens only where their log-probabilities were asked for."""
+    result: dict[str, Any] = {"text": completion.text, "finish": completion.finish}
+    if sampler.tokenizer is None:
+        result["ids"] = completion.ids
+    if completion.score is not None:
+        result["score"] = completion.score
+    if any(token.logprob is not None for token in completion.tokens):
+        piece = sampler.piece
+        result["tokens"] = [
+            {
+                "id": token.id,
+                "piece": piece(token.id),
+                "logprob": token.logprob,
+                "top": [{"id": i, "piece": piece(i), "logprob": p} for i, p in token.top],
+            }
+            for token in completion.tokens
+        ]
+    return result
+
+
+def show(
+    done: Sequence[Completion],
+    prompts: Sequence[str],
+    sampler: Sampler,
+    *,
+    as_json: bool,
+    many: bool,
+) -> None:
+    """Prints results: prompt and continuation, or JSON lines."""
+    for one in done:
+        if as_json:
+            place = {"prompt": one.prompt, "sample": one.sample}
+            print(json.dumps(place | to_json(one, sampler), ensure_ascii=False))
+            continue
+        if many:
+            score = "" if one.score is None else f", score {one.score:.4f}"
+            print(f"--- sample {one.sample}{score}")
+        print(f"{prompts[one.prompt]}{one.text}")
+        for token in one.tokens:
+            if token.logprob is not None:
+                others = "  ".join(f"{sampler.piece(i)!r} {p:.3f}" for i, p in token.top)
+                print(f"  {sampler.piece(token.id)!r:20} {token.logprob:8.3f}   {others}")
+
+
+def converse(sampler: Sampler, settings: Settings) -> None:
+    """Asks for prompts until the input ends; streams each continuation token by token."""
+    print("a prompt a line; Ctrl-C ends a continuation, Ctrl-D ends this", file=sys.stderr)
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            return
+        try:
+            for text, _ in sampler.stream(prompt, settings):
+                print(text, end="", flush=True)
+        except ConfigError as error:
+            print(f"gptjax: {error}", end="", file=sys.stderr)
+        except KeyboardInterrupt:
+            pass
+        print()
+
+
+class File:
+    """A file of prompts and the file of their results.
+
+    Reads and checks both at once, before a model is opened. Raises DataError for lines that cannot
+    be used and for results of other lines, OutputError where results cannot be written.
+    """
+
+    def __init__(self, source: str, target: str, settings: Settings) -> None:
+        self._source, self._target = Path(source), Path(target)
+        self._lines = dict(_requests(self._source, settings))
+        if self._target.exists() and self._target.samefile(self._source):
+            raise OutputError(f"{target}: is the file of prompts; give another --output")
+        self._have = _results(self._target)
+        for line, mark in self._have.values():
+            if line not in self._lines or mark != _mark(*self._lines[line]):
+                raise DataError(
+                    f"{target}: has results of line {line + 1} with another prompt or other "
+                    f"settings than {source}; give another --output"
+                )
+
+    def fill(self, sampler: Sampler, progress: Progress) -> None:
+        """Serves the lines that are left, and appends their results.
+
+        Raises DataError with every line whose prompt the model cannot take.
+        """
+        requests, problems = [], []
+        for line, (prompt, one) in self._lines.items():
+            missing = [s for s in range(one.samples) if (line, s) not in self._have]
+            if not missing:
+                continue
+            try:
+                requests.append(sampler.request(prompt, one, line))
+            except ConfigError as error:
+                problems.append(f"{self._source}, line {line + 1}: {error}")
+        if problems:
+            raise DataError("\n  ".join(problems))
+        total = sum(request.settings.samples for request in requests)
+        known = len(self._lines) - len(requests)
+        progress.say(f"{known} of {len(self._lines)} lines are done; {total} results to make")
+        waiting: dict[int, list[Completion]] = {}
+        try:
+            with (
+                self._target.open("a", encoding="utf-8") as out,
+                progress.bar("sample", total, unit="result") as bar,
+            ):
+                for count, one in enumerate(sampler.complete(requests), 1):
+                    waiting.setdefault(one.prompt, []).append(one)
+                    if len(waiting[one.prompt]) == self._lines[one.prompt][1].samples:
+                        out.write(self._written(waiting.pop(one.prompt), sampler))
+                        out.flush()
+                    bar.update(count)
+        except OSError as error:
+            raise OutputError(f"{self._target}: cannot be written: {error}") from None
+
+    def _written(self, done: list[Completion], sampler: Sampler) -> str:
+        """The results of a line that are not there yet."""
+        lines = []
+        for one in sorted(done, key=lambda completion: completion.sample):
+            if (one.prompt, one.sample) not in self._have:
+                mark = _mark(*self._lines[one.prompt])
+                place = {"line": one.prompt, "sample": one.sample, "request": mark}
+                lines.append(json.dumps(place | to_json(one, sampler), ensure_ascii=False) + "\n")
+        return "".join(lines)
+
+
+def _mark(prompt: str | list[int], settings: Settings) -> str:
+    """What tells a prompt and its settings from others."""
+    whole = json.dumps([prompt, {k: v for k, v in vars(settings).items() if k != "samples"}])
+    return hashlib.sha256(whole.encode()).hexdigest()[:12]
+
+
+def _requests(
+    source: Path, settings: Settings
+) -> Iterator[tuple[int, tuple[str | list[int], Settings]]]:
+    """Number, prompt and settings of each line. Raises DataError with all that have mistakes."""
+    names = {field.name for field in fields(Settings)}
+    problems = []
+    for number, line in _objects(source):
+        place = f"{source}, line {number + 1}"
+        prompt = line.pop("prompt", None)
+        ids = isinstance(prompt, list) and all(type(i) is int for i in prompt)
+        if not isinstance(prompt, str) and not ids:
+            problems.append(f'{place}: needs "prompt", a text or a list of token ids')
+            continue
+        if unknown := sorted(set(line) - names):
+            problems.append(
+                f"{place}: {unknown[0]!r} is no setting; known: {', '.join(sorted(names))}"
+            )
+            continue
+        try:
+            given = settings_from(line)
+            one = replace(settings, **given)
+            one.check()
+        except ConfigError as error:
+            problems.append(f"{place}: {error}")
+            continue
+        yield number, (prompt, one)
+    if problems:
+        raise DataError("\n  ".join(problems))
+
+
+def settings_from(values: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `Settings` from JSON values. Raises ConfigError for one of another type."""
+    kinds: dict[str, Any] = {field.name: field.default for field in fields(Settings)}
+    made, problems = {}, []
+    for name, value in values.items():
+        default = kinds[name]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name == "logit_bias" and isinstance(value, dict):
+            try:
+                made[name] = tuple((int(token), float(bias)) for token, bias in value.items())
+                continue
+            except (TypeError, ValueError, OverflowError):
+                pass
+        elif name == "stop" and isinstance(value, str):
+            made[name] = (value,)
+            continue
+        elif name in ("stop", "banned") and isinstance(value, list):
+            kind = str if name == "stop" else int
+            if all(type(one) is kind for one in value):
+                made[name] = tuple(value)
+                continue
+        elif (
+            (isinstance(default, float) and number)
+            or (type(value) is int and name in PLAIN)
+            or (name == "logprobs" and value is None)
+        ):
+            made[name] = value
+            continue
+        problems.append(f"{name}={value!r}: {_KINDS.get(name, 'must be a number')}")
+    if problems:
+        raise ConfigError(problems)
+    return made
+
+
+_KINDS = {
+    "logit_bias": "must be an object of token ids and numbers",
+    "stop": "must be a text or a list of texts",
+    "banned": "must be a list of token ids",
+    **dict.fromkeys(("max_tokens", "top_k", "samples", "seed"), "must be a whole number"),
+    "logprobs": "must be a whole number or null",
+}
+
+
+def _objects(source: Path, contents: bytes | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The object of each line, and its number from 0; blank lines are none."""
+    try:
+        text = (source.read_bytes() if contents is None else contents).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{source}: cannot be read: {error}") from None
+    for number, line in enumerate(text.split("\n")):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{source}, line {number + 1}: is not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise DataError(f"{source}, line {number + 1}: must be an object")
+        yield number, value
+
+
+def _results(target: Path) -> dict[tuple[int, int], tuple[int, str]]:
+    """Line and request of each result, by line and sample.
+
+    A last one that was cut off is taken away; a file of anything else is left as it is.
+    """
+    try:
+        if not target.exists():
+            target.touch()
+        whole = target.read_bytes()
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error}") from None
+    foreign = DataError(f"{target}: holds lines that are no results; give another --output")
+    end = whole.rfind(b"\n") + 1
+    found = {}
+    for _, value in _objects(target, whole[:end]):
+        line, sample, mark = (value.get(name) for name in ("line", "sample", "request"))
+        if type(line) is not int or type(sample) is not int or not isinstance(mark, str):
+            raise foreign
+        found[line, sample] = line, mark
+    if end < len(whole):
+        if not found and not whole.startswith(b'{"line": '):
+            raise foreign
+        os.truncate(target, end)
+    return found

@@ -1,0 +1,39 @@
+"""What a changed configuration means to a run that resumes."""
+
+import dataclasses
+import typing
+
+from gptjax.config.loading import flatten
+from gptjax.config.schema import Config
+from gptjax.errors import MismatchError
+
+
+def resume_classes(cls: type = Config, prefix: str = "") -> dict[str, str]:
+    """Class of each leaf (identity, schedule or free), by dotted name."""
+    classes: dict[str, str] = {}
+    for f in dataclasses.fields(cls):
+        inner = typing.get_type_hints(cls)[f.name]
+        if dataclasses.is_dataclass(inner):
+            classes |= resume_classes(inner, f"{prefix}{f.name}.")
+        else:
+            classes[prefix + f.name] = f.metadata["resume"]
+    return classes
+
+
+def resume_changes(saved: Config, given: Config) -> list[str]:
+    """What a resume with `given` changes of the run that `saved` started, a line each.
+
+    Raises MismatchError with all changes of identity fields, which make it another run.
+    """
+    classes, old, new = resume_classes(), flatten(saved), flatten(given)
+    changed = [name for name in old if old[name] != new[name] and name != "run"]
+    refused = [
+        f"{name}: {old[name]!r} in the run, {new[name]!r} given"
+        for name in changed
+        if classes[name] == "identity"
+    ]
+    if refused:
+        raise MismatchError(
+            f"{given.run} holds another run; give its values, or another --run", refused
+        )
+    return [f"{name}: {old[name]!r} -> {new[name]!r} ({classes[name]})" for name in changed]

@@ -1,0 +1,137 @@
+"""The input pipeline: window ids from `order`, tokens from `store`, read ahead by tf.data.
+
+tf.data holds no state worth saving: it is told at which step to begin. TensorFlow is imported here
+only, when a pipeline is built, and never sees an accelerator.
+
+Shapes: B rows of this process, T sequence.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from gptjax.config import Config
+from gptjax.data.permutation import Order
+from gptjax.data.store import Manifest, Reader
+from gptjax.errors import DataError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows of tokens: position t predicts t + 1.
+
+    windows_BW: int32 [B, T+1]; lengths_B: int32 [B], how many of a row's T targets count.
+    """
+
+    windows_BW: np.ndarray
+    lengths_B: np.ndarray
+
+
+def training_windows(tokens: int, seq_len: int) -> int:
+    """Windows of a split for training: whole ones, each sharing one token with the next."""
+    return (tokens - 1) // seq_len
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """The training windows of a store in an order."""
+
+    reader: Reader
+    order: Order
+    seq_len: int
+
+    @classmethod
+    def open(cls, cfg: Config, manifest: Manifest) -> "TrainData":
+        """As configured. Raises DataError where the store has no whole window."""
+        reader = Reader(cfg.data.store, "train", manifest)
+        windows = training_windows(len(reader), cfg.train.seq_len)
+        if windows < 1:
+            raise DataError(
+                f"data.store={cfg.data.store}: {len(reader)} training tokens are no window of "
+                f"train.seq_len={cfg.train.seq_len}; give more text"
+            )
+        return cls(reader, Order(windows, cfg.train.batch, cfg.train.seed), cfg.train.seq_len)
+
+    def ids(self, step: int, rows: np.ndarray | None = None) -> np.ndarray:
+        """Window ids of these rows of the batch of a step, counted from 0 (all rows by default)."""
+        return self.order.ids(step, rows)
+
+    def read(self, step: int, rows: np.ndarray | None = None) -> np.ndarray:
+        """The windows of those ids, int32 [B, T+1]."""
+        return self.reader.windows(self.ids(step, rows) * self.seq_len, self.seq_len + 1)
+
+    def batches(self, first: int, last: int, rows: np.ndarray, prefetch: int) -> Iterator[Batch]:
+        """These rows of the batches of steps first..last-1, read ahead by tf.data."""
+        full_B = np.full(len(rows), self.seq_len, np.int32)
+        read = lambda step: self.read(step, rows)
+        for windows_BW in _stream(read, first, last, prefetch):
+            yield Batch(windows_BW, full_B)
+
+
+def eval_batches(
+    reader: Reader, seq_len: int, batch: int, rows: np.ndarray, prefetch: int
+) -> Iterator[Batch]:
+    """This process's rows of the split from end to end: every target exactly once.
+
+    The last batch is filled up with rows of length 0.
+    """
+    targets = len(reader) - 1
+    count = -(-targets // seq_len)
+
+    def read(step: int) -> np.ndarray:
+        starts = (step * batch + rows) * seq_len
+        return reader.windows(np.minimum(starts, targets), seq_len + 1)
+
+    for step, windows_BW in enumerate(_stream(read, 0, -(-count // batch), prefetch)):
+        left = targets - (step * batch + rows) * seq_len
+        yield Batch(windows_BW, np.clip(left, 0, seq_len).astype(np.int32))
+
+
+def bench(cfg: Config, manifest: Manifest, seconds: float) -> tuple[float, float, float]:
+    """Lowest, median and highest tokens per second of training batches, over nine stretches."""
+    rows = np.arange(cfg.train.batch)
+    stream = TrainData.open(cfg, manifest).batches(0, 1 << 40, rows, cfg.data.prefetch)
+    rates = []
+    for stretch in range(10):
+        began, tokens = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds / 10:
+            tokens += next(stream).windows_BW[:, 1:].size
+        if stretch:  # the first warms up
+            rates.append(tokens / (time.perf_counter() - began))
+    return min(rates), statistics.median(rates), max(rates)
+
+
+def _stream(
+    read: Callable[[int], np.ndarray], first: int, last: int, prefetch: int
+) -> Iterator[np.ndarray]:
+    """read(first), ..., read(last - 1), read ahead by tf.data in another thread.
+
+    A call of tf.data costs a quarter of a millisecond whatever it carries, so one carries several
+    steps.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # unused here, and it announces itself
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")
+    tf.config.set_visible_devices([], "TPU")
+    count = -(-prefetch // 2)
+
+    def read_block(start: np.ndarray) -> np.ndarray:
+        return np.stack([read(step) for step in range(int(start), min(int(start) + count, last))])
+
+    @tf.autograph.experimental.do_not_convert
+    def block(start: tf.Tensor) -> tf.Tensor:
+        return tf.numpy_function(read_block, [start], tf.int32, stateful=False)
+
+    options = tf.data.Options()
+    # Its thread sleeps for ever longer, and the end of a stream waits for it: 20 to 40 s were seen.
+    options.autotune.enabled = False
+    blocks = tf.data.Dataset.range(first, last, count).map(block).prefetch(2)
+    blocks = blocks.with_options(options)
+    for steps in blocks.as_numpy_iterator():
+        yield from steps

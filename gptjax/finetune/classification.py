@@ -1,0 +1,187 @@
+"""Labels of texts, and the right one of several choices: the objective, and how well it is met.
+
+The loss is the cross-entropy of the label, and lm_weight times that of the examples' own tokens, a
+mean over each example's, so that a long text weighs no more than a short one.
+
+Shapes: B examples, C sequences of each, S = B*C, T tokens, N = S*T, D embed, K scores.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from gptjax.config import Config
+from gptjax.finetune.tokenize import Rows
+from gptjax.model import decoder, heads, layers
+from gptjax.model.decoder import Params
+from gptjax.parallel import sharding
+from gptjax.runtime.progress import Progress
+from gptjax.sample.engine import place_rows
+from gptjax.training import loss, objective
+from gptjax.training.objective import DeviceBatch, Sums
+
+
+def task_loss(
+    params: Params,
+    cfg: Config,
+    batch: DeviceBatch,
+    keys_B2: jax.Array | None = None,
+    *,
+    training: bool = False,
+) -> tuple[jax.Array, Sums, jax.Array]:
+    """The loss to differentiate, the sums of `train.LossFn`, and the scores [B, K].
+
+    Targets are the examples; those of label -1 count for nothing.
+    """
+    b, c, t = batch["tokens_BCT"].shape
+    flat = lambda a_BC: lax.reshape(
+        a_BC,
+        (b * c, *a_BC.shape[2:]),
+        out_sharding=sharding.spec("batch", *[None] * (a_BC.ndim - 2)),
+    )
+    tokens_ST, lengths_S = flat(batch["tokens_BCT"]), flat(batch["lengths_BC"])
+    keys_S2 = None if keys_B2 is None else flat(layers.place_keys(keys_B2, c))
+    out = decoder.apply(
+        params, cfg.model, cfg.compute, tokens_ST, keys_B2=keys_S2, training=training
+    )
+    x_SD = heads.last(out.x_ND, lengths_S)
+    site = 3 * cfg.model.layers + 1  # after those of the decoder
+    x_SD = layers.dropout(x_SD, cfg.finetune.dropout, keys_S2, site)
+    scores_BK = heads.scores(params, x_SD, b)
+    if cfg.finetune.task == "choose":
+        scores_BK = jnp.where(batch["lengths_BC"] > 0, scores_BK, heads.NEVER)
+    nats_B, right_B = heads.losses(scores_BK, batch["labels_B"])
+    counts_B = batch["labels_B"] >= 0
+    task = jnp.where(counts_B, nats_B, 0).sum()
+    targets = counts_B.sum().astype(jnp.float32)
+    sums = {"loss": task, "targets": targets, "accuracy": (counts_B & right_B).sum() * 1.0}
+    total = task
+    if cfg.finetune.lm_weight and training:
+        ce, z = _own_tokens(params, cfg, out.x_ND, tokens_ST, lengths_S, batch)
+        total, sums["lm_loss"] = total + cfg.finetune.lm_weight * (ce + z), ce
+    if out.routing is not None:
+        extra, more = objective.routing(cfg, out.routing, targets / (b * c * t))
+        total, sums = total + extra, sums | more
+    return total, sums, scores_BK
+
+
+def _own_tokens(
+    params: Params,
+    cfg: Config,
+    x_ND: jax.Array,
+    tokens_ST: jax.Array,
+    lengths_S: jax.Array,
+    batch: DeviceBatch,
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy and z-loss of the next tokens, means over each example's sequences' tokens."""
+    t = tokens_ST.shape[1]
+    next_ST = jnp.concatenate([tokens_ST[:, 1:], tokens_ST[:, :1]], 1)
+    given_B1 = (batch["lengths_BC"] > 0).sum(1, keepdims=True)
+    share_BC = 1 / jnp.maximum(given_B1 * (batch["lengths_BC"] - 1), 1)
+    share_S = lax.reshape(share_BC, (len(tokens_ST),), out_sharding=sharding.spec("batch"))
+    counts_ST = jnp.arange(t)[None] < lengths_S[:, None] - 1
+    return loss.cross_entropy(
+        x_ND,
+        decoder.head(params),
+        sharding.to_rows(next_ST),
+        sharding.to_rows(jnp.where(counts_ST, share_S[:, None], 0).astype(jnp.float32)),
+        cfg.train.z_loss,
+        cfg.compute.loss_chunks,
+        cfg.model.vocab_size,
+        cfg.model.logit_soft_cap,
+    )
+
+
+def training_loss(cfg: Config) -> Any:
+    """The loss, as `train.fit` takes it."""
+    return lambda params, batch, keys_B2: task_loss(params, cfg, batch, keys_B2, training=True)[:2]
+
+
+class Classifier:
+    """Scores rows in batches of eval.batch, on the ambient mesh."""
+
+    def __init__(self, cfg: Config, progress: Progress) -> None:
+        self._cfg, self._progress = cfg, progress
+        whole = lambda a_BK: jax.sharding.reshard(a_BK, jax.P(None, None))
+        self._scores = jax.jit(lambda p, batch: whole(task_loss(p, cfg, batch)[2]))
+
+    def scores(self, params: Params, rows: Rows, name: str) -> np.ndarray:
+        """Scores of each example's labels or choices, float32 [E, K]; NEVER where there is none."""
+        shards, count = sharding.axis_size("batch"), len(rows)
+        size = -(-self._cfg.eval.batch // shards) * shards
+        done = []
+        with self._progress.bar(name, count, unit="example") as bar:
+            for start in range(0, count, size):
+                ids = np.minimum(np.arange(start, start + size), count - 1)
+                done.append(jax.device_get(self._scores(params, place_rows(rows.take(ids)))))
+                bar.update(min(start + size, count))
+        return np.concatenate(done)[:count]
+
+
+def probabilities(scores_EK: np.ndarray) -> np.ndarray:
+    """Softmax over the last axis, float64."""
+    e_EK = np.exp(np.float64(scores_EK) - scores_EK.max(-1, keepdims=True))
+    return e_EK / e_EK.sum(-1, keepdims=True)
+
+
+class LabelQuality:
+    """An evaluator on labelled rows: valid_loss, valid_accuracy and, of labels, valid_f1.
+
+    `report` is of the last evaluation: beside those, per label, and the confusion matrix.
+    """
+
+    def __init__(self, cfg: Config, rows: Rows, progress: Progress) -> None:
+        self._labels, self._rows = cfg.finetune.labels, rows
+        self._classifier = Classifier(cfg, progress)
+        self.report: dict[str, Any] = {}
+
+    def run(self, params: Params) -> dict[str, float]:
+        """Their values."""
+        scores_EK = self._classifier.scores(params, self._rows, "evaluate")
+        self.report = quality(scores_EK, self._rows.labels_E, self._labels)
+        return {f"valid_{k}": v for k, v in self.report.items() if isinstance(v, float)}
+
+
+def quality(scores_EK: np.ndarray, labels_E: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """loss (nats), accuracy; of labels with names f1, the mean of theirs, and for each precision,
+    recall and f1; confusion, a row for each true label, a column for each predicted one.
+
+    A label that is neither there nor predicted has an f1 of 0, as scikit-learn has it.
+    """
+    chances_EK = probabilities(scores_EK)
+    given_E = scores_EK.argmax(-1)
+    own_E = chances_EK[np.arange(len(labels_E)), labels_E]
+    result: dict[str, Any] = {
+        "loss": float(-np.log(np.maximum(own_E, 1e-300)).mean()),
+        "accuracy": float((given_E == labels_E).mean()),
+    }
+    if not names:
+        return result
+    confusion_KK = np.zeros((len(names), len(names)), int)
+    np.add.at(confusion_KK, (labels_E, given_E), 1)
+    hits, there, told = confusion_KK.diagonal(), confusion_KK.sum(1), confusion_KK.sum(0)
+    share = lambda a, b: [float(x) for x in a / np.maximum(b, 1)]
+    f1 = share(2 * hits, there + told)
+    columns = share(hits, told), share(hits, there), f1, there.tolist()
+    each = [
+        dict(zip(("precision", "recall", "f1", "examples"), row, strict=True))
+        for row in zip(*columns, strict=True)
+    ]
+    return result | {
+        "f1": float(np.mean(f1)),
+        "labels": dict(zip(names, each, strict=True)),
+        "confusion": confusion_KK.tolist(),
+    }
+
+
+def table(names: Sequence[str], confusion_KK: Sequence[Sequence[int]]) -> str:
+    """A confusion matrix for people to read."""
+    widths = [max(len(name), 5) for name in names]
+    side = max(map(len, names))
+    line = lambda cells: "  ".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))
+    rows = [f"{name:>{side}}  {line(row)}" for name, row in zip(names, confusion_KK, strict=True)]
+    return "\n".join([f"{'':>{side}}  {line(names)}", *rows])

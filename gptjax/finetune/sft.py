@@ -1,0 +1,94 @@
+"""Answers in words: the objective, the loss on others, and how many of them are right."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from gptjax.config import Config
+from gptjax.evaluate import answers
+from gptjax.finetune.conversations import UNANSWERABLE, Exchanges
+from gptjax.finetune.packing import PackedRows
+from gptjax.model.decoder import Params
+from gptjax.parallel import sharding
+from gptjax.runtime.progress import Progress
+from gptjax.sample import Sampler, Settings
+from gptjax.sample.engine import place_rows
+from gptjax.tokenizer import Tokenizer
+from gptjax.training import objective
+from gptjax.training.metrics import perplexity
+from gptjax.training.objective import DeviceBatch, Given, Sums
+
+
+def answer_loss(
+    params: Params,
+    cfg: Config,
+    batch: DeviceBatch,
+    keys_B2: jax.Array | None = None,
+    *,
+    training: bool = False,
+) -> tuple[jax.Array, Sums]:
+    """The loss to differentiate and the sums of `train.LossFn`; targets are the answers' tokens."""
+    names = ("tokens", "targets", "counts", "segments", "positions")
+    given = Given(*(batch[f"{name}_BT"] for name in names))
+    return objective.predicted(params, cfg, given, keys_B2, training=training)
+
+
+def training_loss(cfg: Config) -> Any:
+    """The loss, as `train.fit` takes it."""
+    return lambda params, batch, keys_B2: answer_loss(params, cfg, batch, keys_B2, training=True)
+
+
+class AnswerLoss:
+    """An evaluator: valid_loss, in nats a token of the answers, and valid_perplexity."""
+
+    def __init__(self, cfg: Config, rows: PackedRows, progress: Progress) -> None:
+        self._size, self._rows, self._progress = cfg.eval.batch, rows, progress
+
+        def sums(params: Params, batch: DeviceBatch) -> tuple[jax.Array, jax.Array]:
+            parts = answer_loss(params, cfg, batch)[1]
+            return parts["loss"], parts["targets"]
+
+        self._sums = jax.jit(sums)
+
+    def run(self, params: Params) -> dict[str, float]:
+        """Their values."""
+        shards, count = sharding.axis_size("batch"), len(self._rows)
+        size, done = -(-self._size // shards) * shards, []
+        with self._progress.bar("evaluate", count, unit="row") as bar:
+            for start in range(0, count, size):
+                ids = np.arange(start, start + size)
+                batch = self._rows.take(np.minimum(ids, count - 1))
+                batch["counts_BT"] = batch["counts_BT"] * (ids < count)[:, None]
+                done.append(jax.device_get(self._sums(params, place_rows(batch))))
+                bar.update(min(start + size, count))
+        nats, targets = np.float64(done).sum(0)
+        loss = float(nats / targets)
+        return {"valid_loss": loss, "valid_perplexity": perplexity(loss)}
+
+
+class AnswersRight:
+    """An evaluator: exact match and F1 of greedy answers, as SQuAD defines them (see
+    evaluate/answers.py); `cut` prompts were too long and lost their beginning.
+    """
+
+    def __init__(self, cfg: Config, given: Exchanges, tokenizer: Tokenizer) -> None:
+        self._cfg, self._given, self._tokenizer = cfg, given, tokenizer
+
+    def run(self, params: Params) -> dict[str, float]:
+        """valid_exact_match, valid_f1, valid_cut."""
+        cfg, all_given = self._cfg, self._given.all
+        rows = cfg.eval.batch
+        sampler = Sampler(params, cfg.model, cfg.compute, self._tokenizer, rows=rows)
+        longest = max(len(one.ids) - len(one.prompt) for one in all_given)
+        longest = min(longest, cfg.model.context - 1)
+        room = cfg.model.context - longest
+        settings = Settings(temperature=0.0, max_tokens=longest)
+        given = sampler.generate([one.prompt[-room:] for one in all_given], settings)
+        said = ["" if g.text.strip() == UNANSWERABLE else g.text for g in given]
+        pairs = [(text, one.answers) for text, one in zip(said, all_given, strict=True)]
+        return {
+            "valid_exact_match": float(np.mean([answers.exact_match(*pair) for pair in pairs])),
+            "valid_f1": float(np.mean([answers.f1(*pair) for pair in pairs])),
+            "valid_cut": float(sum(len(one.prompt) > room for one in all_given)),
+        }

@@ -1,0 +1,1 @@
+"""Hugging Face folders: families, the mapping of their tensors, and their files."""

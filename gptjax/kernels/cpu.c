@@ -1,0 +1,463 @@
+/* Decoding on a CPU: products of few rows with matrices, and attention of one token to a cache.
+ *
+ * Both are bound by reading memory. XLA:CPU reads a float32 matrix at half of the memory's speed
+ * for one row, and has no bfloat16 product of one row (LOG.md). Here a matrix is read in the order
+ * in which it lies, by all threads, what comes next fetched ahead into the second-level cache;
+ * bfloat16 is widened in registers, and sums are float32. In what order they are summed depends on
+ * shapes alone, not on how many threads there are or which of them comes first.
+ *
+ * A call is cut into tasks. The caller takes them from the front, helpers from the back, so that
+ * who has nothing to do can guess what it will read next, and fetch it.
+ *
+ * Plain C with the vector extensions of GCC and Clang; cpu.py compiles it for the processor at
+ * hand and registers the handlers at the end of this file. Names of sizes: n rows, k summed, f
+ * columns.
+ */
+
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#include "cpu_kernels.h"
+#include "xla/ffi/api/c_api.h"
+
+#if defined(__x86_64__)
+#define PAUSE __builtin_ia32_pause()
+#elif defined(__aarch64__)
+#define PAUSE __asm__ volatile("yield")
+#else
+#define PAUSE ((void)0)
+#endif
+
+enum {
+  MOST_WEIGHTS = 4,  /* matrices of one call */
+  MOST_SUMS = 6144,  /* of a task: they stay in the first-level cache */
+  TABLE_UNIT = 1024, /* rows of a table of a task */
+  MOST_THREADS = 64,
+  LOOKS = 4096, /* of an idle helper */
+  KNOWN_BITS = 10,
+  KNOWN = 1 << KNOWN_BITS, /* products whose successor is known */
+  MOST_EARLY = 1 << 18,    /* bytes that are fetched before their product is called for */
+};
+
+/* --- a call: its tasks, and who does them ---------------------------------------------------- */
+
+/* The matrices of a product, and how they are cut into tasks. */
+typedef struct {
+  int table, wide;
+  int64_t k, tasks;
+  int64_t unit; /* columns, or rows of the table, of a task */
+  const char *w[MOST_WEIGHTS];
+  int64_t f[MOST_WEIGHTS];
+} Product;
+
+/* A row's queries that share a head of keys are a task. */
+typedef struct {
+  int64_t heads, queries, width, slots; /* heads of keys, queries of each */
+  int64_t window;                       /* the most tokens that are seen */
+  const int32_t *positions;
+  const char *new_keys, *new_values;
+  char *keys, *values, *y;
+} Attention;
+
+typedef struct Call Call;
+struct Call {
+  void (*task)(Call *, int64_t);
+  int64_t tasks;
+  /* How many were taken from the front, and in the upper half from the back; every claim adds one
+   * to their sum, and holds if the sum was below `tasks`: so the two never meet. */
+  _Atomic uint64_t taken;
+  _Atomic int64_t done;
+  atomic_int holders;
+
+  int n, wide;
+  Product product;
+  Attention attention;
+  char *y[MOST_WEIGHTS];
+  float *x, *sums;   /* rows, and sums of each task */
+  atomic_int *parts; /* of each block of columns, that are done */
+};
+
+/* What a task reads: some rows and columns of one matrix, whose rows are `stride` apart. */
+typedef struct {
+  const char *from;
+  int64_t block, matrix, row, column, rows, columns, stride;
+} Part;
+
+static Part part_of(const Product *of, int64_t task) {
+  Part part = {0};
+  if (of->table) {
+    part.row = task * of->unit;
+    part.rows = MIN(of->unit, of->f[0] - part.row);
+    part.columns = part.stride = of->k;
+  } else {
+    const int64_t length = (of->k + PARTS - 1) / PARTS;
+    part.block = task / PARTS;
+    part.column = part.block * of->unit;
+    for (; part.column >= of->f[part.matrix]; part.matrix++)
+      part.column -= (of->f[part.matrix] + of->unit - 1) / of->unit * of->unit;
+    part.stride = of->f[part.matrix];
+    part.columns = MIN(of->unit, part.stride - part.column);
+    part.row = MIN(task % PARTS * length, of->k);
+    part.rows = MIN(length, of->k - part.row);
+  }
+  const int64_t at = part.row * part.stride + part.column;
+  part.from = of->w[part.matrix] + at * (of->wide ? 4 : 2);
+  return part;
+}
+
+/* One of the parts of a block of columns; the last to be done joins them. */
+static void some_columns(Call *call, int64_t task) {
+  const int n = call->n, wide = call->wide;
+  const Part part = part_of(&call->product, task);
+  const int64_t k = call->product.k, columns = part.columns, apart = n * columns;
+  float *sums = call->sums + part.block * PARTS * n * call->product.unit;
+  BY_SHAPE(add_part, call->x + part.row, k, part.from, part.stride, part.rows, columns,
+           sums + task % PARTS * apart)
+  if (atomic_fetch_add(&call->parts[part.block], 1) < PARTS - 1) return;
+  for (int r = 0; r < n; r++) {
+    char *y = call->y[part.matrix] + (r * part.stride + part.column) * (wide ? 4 : 2);
+    if (wide)
+      join(1, sums + r * columns, apart, columns, y);
+    else
+      join(0, sums + r * columns, apart, columns, y);
+  }
+}
+
+static void some_of_table(Call *call, int64_t task) {
+  const int n = call->n, wide = call->wide;
+  const Part part = part_of(&call->product, task);
+  const int64_t k = call->product.k;
+  const float *tail = call->x + n * (k / PAIR * PAIR);
+  BY_SHAPE(table_task, call->x, tail, k, part.from, part.rows, (float *)call->y[0] + part.row,
+           call->product.f[0])
+}
+
+/* The queries of one row that share a head of keys, once the row's new keys are in the cache. */
+static void some_queries(Call *call, int64_t task) {
+  const Attention *a = &call->attention;
+  const int64_t size = call->wide ? 4 : 2, row = a->width * size, slots = a->slots;
+  const int64_t position = a->positions[task / a->heads];
+  char *y = a->y + task * a->queries * row;
+  if (position < 0) {
+    memset(y, 0, a->queries * row);
+    return;
+  }
+  const int64_t tokens = MIN(MIN(position + 1, slots), a->window), newest = position % slots;
+  const int64_t oldest = (position + 1 - tokens) % slots;
+  char *keys = a->keys + task * slots * row, *values = a->values + task * slots * row;
+  memcpy(keys + newest * row, a->new_keys + task * row, row);
+  memcpy(values + newest * row, a->new_values + task * row, row);
+  const float *x = call->x + task * a->queries * a->width;
+  float *scratch = call->sums + task * attention_scratch(a->queries, a->width);
+  if (call->wide)
+    attend(1, a->queries, a->width, x, keys, values, slots, oldest, tokens, scratch, y);
+  else
+    attend(0, a->queries, a->width, x, keys, values, slots, oldest, tokens, scratch, y);
+}
+
+static void release(Call *call) {
+  if (atomic_fetch_sub(&call->holders, 1) == 1) free(call);
+}
+
+static int is_done(Call *call) { return atomic_load(&call->done) >= call->tasks; }
+
+/* From the front or the back, as far as there are; how many had been taken there before the first
+ * of them, or `none`. */
+static int64_t do_tasks(Call *call, int back, int64_t none) {
+  const uint64_t one = back ? (uint64_t)1 << 32 : 1;
+  int64_t first = none;
+  for (int mine = 0;; mine++) {
+    const uint64_t taken = atomic_fetch_add(&call->taken, one);
+    const int64_t before = taken & 0xffffffffu, behind = taken >> 32;
+    if (before + behind >= call->tasks) return first;
+    if (!mine) first = back ? behind : before;
+    call->task(call, back ? call->tasks - 1 - behind : before);
+    atomic_fetch_add(&call->done, 1);
+  }
+}
+
+/* Helpers are threads of the runtime. Waking one takes as long as a small product, so one that has
+ * nothing left to do looks out for the next call for a while: `offered` is a call that wants
+ * helpers, `places` how many; both are guarded by `door`. */
+static atomic_flag door = ATOMIC_FLAG_INIT;
+static _Atomic(Call *) offered;
+static int64_t places;
+static _Atomic int64_t waiting;
+
+/* A step's products come in the same order each time. So who has nothing to do has the memory read
+ * that it will probably want next; a wrong guess, even of memory that is gone, costs time alone. */
+static struct {
+  const char *after; /* the first matrix of the product before */
+  Product product;
+} known[KNOWN];
+static const char *latest;
+
+/* After look number `look` in vain. Others run now and then, who may hold what is waited for. */
+static void pause_after(int look) {
+  PAUSE;
+  if (look % 64 == 63) sched_yield();
+}
+
+static void enter(void) {
+  for (int look = 0; atomic_flag_test_and_set(&door); look++) pause_after(look);
+}
+
+static void leave(void) { atomic_flag_clear(&door); }
+
+static int is_offered(void) { return !!atomic_load_explicit(&offered, memory_order_relaxed); }
+
+/* The offered call, held; NULL if there is none. */
+static Call *accept_offer(void) {
+  enter();
+  Call *call = atomic_load(&offered);
+  if (call) {
+    atomic_fetch_add(&call->holders, 1);
+    if (--places == 0) atomic_store(&offered, NULL);
+  }
+  leave();
+  return call;
+}
+
+static int64_t place_of(const char *matrix) {
+  return ((uintptr_t)matrix >> 6) * 0x9e3779b97f4a7c15u >> (64 - KNOWN_BITS);
+}
+
+static void remember(const Product *product) {
+  enter();
+  const int64_t place = place_of(latest);
+  known[place].after = latest;
+  known[place].product = *product;
+  latest = product->w[0];
+  leave();
+}
+
+/* Fetches the start of the next product's task `number`, from its front or back, until `call` is
+ * done, or without one until there is another. */
+static void look_ahead(Call *call, int back, int64_t number) {
+  Part part = {0};
+  enter();
+  const int64_t place = place_of(latest);
+  const Product *next = &known[place].product;
+  const int64_t size = next->wide ? 4 : 2;
+  if (known[place].after == latest && number < next->tasks)
+    part = part_of(next, back ? next->tasks - 1 - number : number);
+  leave();
+  const int64_t row = part.columns * size, rows = row ? MIN(part.rows, MOST_EARLY / row) : 0;
+  for (int64_t i = 0; i < rows && !(call ? is_done(call) : is_offered()); i++)
+    fetch(part.from + i * part.stride * size, row);
+}
+
+static void help(void *data) {
+  Call *call = data;
+  int64_t mine = 0;
+  while (call) {
+    mine = do_tasks(call, 1, mine);
+    release(call);
+    call = NULL;
+    atomic_fetch_add(&waiting, 1);
+    look_ahead(NULL, 1, mine);
+    for (int look = 0; !call && look < LOOKS; look++) {
+      pause_after(look);
+      if (is_offered()) call = accept_offer();
+    }
+    atomic_fetch_sub(&waiting, 1);
+  }
+}
+
+static void forget(XLA_FFI_CallFrame *frame, XLA_FFI_Error *error) {
+  XLA_FFI_Error_Destroy_Args gone = {.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE,
+                                     .error = error};
+  frame->api->XLA_FFI_Error_Destroy(&gone);
+}
+
+static int64_t threads_of(XLA_FFI_CallFrame *frame) {
+  int64_t threads = 1;
+  XLA_FFI_ThreadPool_NumThreads_Args count = {
+      .struct_size = XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE,
+      .ctx = frame->ctx,
+      .num_threads = &threads};
+  XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_NumThreads(&count);
+  if (error) {
+    forget(frame, error);
+    return 1;
+  }
+  return MIN(threads, MOST_THREADS);
+}
+
+/* Does all tasks, with the runtime's threads as far as they come in time. */
+static void work(XLA_FFI_CallFrame *frame, Call *call, int64_t threads) {
+  const int64_t wanted = MIN(threads, call->tasks) - 1;
+  int64_t called = 0;
+  enter();
+  if (wanted > 0 && !atomic_load(&offered)) {
+    places = MIN(wanted, atomic_load(&waiting));
+    if (places) atomic_store(&offered, call);
+    called = places;
+  }
+  const int mine = called > 0;
+  leave();
+  XLA_FFI_ThreadPool_Schedule_Args schedule = {
+      .struct_size = XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE,
+      .ctx = frame->ctx,
+      .task = help,
+      .data = call};
+  for (; called < wanted; called++) {
+    atomic_fetch_add(&call->holders, 1);
+    XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_Schedule(&schedule);
+    if (error) { /* no threads: the caller does it all */
+      forget(frame, error);
+      release(call);
+      break;
+    }
+  }
+  do_tasks(call, 0, 0);
+  if (mine) {
+    enter();
+    if (atomic_load(&offered) == call) atomic_store(&offered, NULL);
+    leave();
+  }
+  if (is_done(call)) return;
+  look_ahead(call, 0, 0);
+  for (int look = 0; !is_done(call); look++) pause_after(look);
+}
+
+/* Rows [n, k] in float32; if `split`, in the order of `load`, then what is left of each. */
+static void read_rows(Call *call, const XLA_FFI_Buffer *x, int64_t k, int split) {
+  const int wide = x->dtype == XLA_FFI_DataType_F32;
+  const int64_t whole = k / PAIR * PAIR;
+  for (int r = 0; r < call->n; r++)
+    for (int64_t i = 0; i < k; i++) {
+      const float value = number(wide, x->data, r * k + i);
+      if (!split)
+        call->x[r * k + i] = value;
+      else if (i < whole)
+        call->x[r * whole + lane(wide, i)] = value;
+      else
+        call->x[call->n * whole + r * (k - whole) + i - whole] = value;
+    }
+}
+
+/* A call with room behind it for its rows, some sums, and counts of parts; NULL without memory. */
+static Call *new_call(int64_t n, int64_t k, int64_t sums, int64_t blocks) {
+  const int64_t rows = (n * k + LANES - 1) / LANES * LANES;
+  const int64_t size = (rows + sums) * sizeof(float) + blocks * sizeof(atomic_int);
+  Call *call = malloc(sizeof(Call) + size + 64);
+  if (!call) return NULL;
+  memset(call, 0, sizeof *call);
+  call->n = (int)n;
+  call->x = (float *)(((uintptr_t)(call + 1) + 63) / 64 * 64);
+  call->sums = call->x + rows;
+  call->parts = (atomic_int *)(call->sums + sums);
+  for (int64_t i = 0; i < blocks; i++) atomic_init(&call->parts[i], 0);
+  atomic_init(&call->holders, 1);
+  return call;
+}
+
+static XLA_FFI_Error *no_memory(XLA_FFI_CallFrame *frame) {
+  XLA_FFI_Error_Create_Args error = {.struct_size = XLA_FFI_Error_Create_Args_STRUCT_SIZE,
+                                     .message = "gptjax: no memory for a step of decoding",
+                                     .errc = XLA_FFI_Error_Code_RESOURCE_EXHAUSTED};
+  return frame->api->XLA_FFI_Error_Create(&error);
+}
+
+/* x [n, k] times each w_i [k, f_i], or times the transpose of one table [f, k]; y_i [n, f_i]. */
+static XLA_FFI_Error *product(XLA_FFI_CallFrame *frame, int table) {
+  const XLA_FFI_Buffer *x = frame->args.args[0];
+  const int64_t n = x->dims[0], k = x->dims[1], threads = threads_of(frame);
+  const int64_t unit = table ? TABLE_UNIT : MOST_SUMS / n / PAIR * PAIR;
+  int64_t blocks = 0;
+  for (int64_t i = 0; i < frame->rets.size; i++) {
+    const XLA_FFI_Buffer *y = frame->rets.rets[i];
+    blocks += (y->dims[1] + unit - 1) / unit;
+  }
+  Call *call = new_call(n, k, table ? 0 : blocks * PARTS * n * unit, blocks);
+  if (!call) return no_memory(frame);
+  Product *product = &call->product;
+  call->task = table ? some_of_table : some_columns;
+  call->tasks = product->tasks = table ? blocks : blocks * PARTS;
+  call->wide = product->wide = x->dtype == XLA_FFI_DataType_F32;
+  product->table = table;
+  product->k = k;
+  product->unit = unit;
+  for (int64_t i = 0; i < frame->rets.size; i++) {
+    const XLA_FFI_Buffer *w = frame->args.args[1 + i], *y = frame->rets.rets[i];
+    product->w[i] = w->data;
+    product->f[i] = y->dims[1];
+    call->y[i] = y->data;
+  }
+  read_rows(call, x, k, table);
+  remember(product);
+  work(frame, call, threads);
+  release(call);
+  return NULL;
+}
+
+/* The number that an attribute of this name has. */
+static int64_t attribute(const XLA_FFI_CallFrame *frame, const char *name) {
+  for (int64_t i = 0; i < frame->attrs.size; i++) {
+    const XLA_FFI_ByteSpan *its = frame->attrs.names[i];
+    if (its->len == strlen(name) && !memcmp(its->ptr, name, its->len))
+      return *(const int64_t *)((const XLA_FFI_Scalar *)frame->attrs.attrs[i])->value;
+  }
+  return 0;
+}
+
+/* Queries [b, h, c], keys and values [b, k, c] of one token a row, keys and values of the caches
+ * [p, b, k, s, c], which are results too, positions [b], and which cache []; y [b, h, c]. */
+static XLA_FFI_Error *attention(XLA_FFI_CallFrame *frame) {
+  const XLA_FFI_Buffer *const *args = (const XLA_FFI_Buffer *const *)frame->args.args;
+  const XLA_FFI_Buffer *const *rets = (const XLA_FFI_Buffer *const *)frame->rets.rets;
+  const XLA_FFI_Buffer *x = args[0], *keys = args[3];
+  const int64_t b = x->dims[0], h = x->dims[1], c = x->dims[2];
+  const int64_t k = keys->dims[2], s = keys->dims[3], threads = threads_of(frame);
+  Call *call = new_call(b * h, c, b * k * attention_scratch(h / k, c), 0);
+  if (!call) return no_memory(frame);
+  call->task = some_queries;
+  call->tasks = b * k;
+  call->wide = x->dtype == XLA_FFI_DataType_F32;
+  const int64_t cache = *(const int32_t *)args[6]->data * b * k * s * c * (call->wide ? 4 : 2);
+  call->attention = (Attention){
+      .heads = k,
+      .queries = h / k,
+      .width = c,
+      .slots = s,
+      .window = attribute(frame, "window"),
+      .positions = args[5]->data,
+      .new_keys = args[1]->data,
+      .new_values = args[2]->data,
+      .keys = (char *)rets[1]->data + cache,
+      .values = (char *)rets[2]->data + cache,
+      .y = rets[0]->data,
+  };
+  read_rows(call, x, c, 1);
+  const float scale = 1 / sqrtf((float)c);
+  for (int64_t i = 0; i < b * h * c; i++) call->x[i] *= scale;
+  work(frame, call, threads);
+  release(call);
+  return NULL;
+}
+
+/* --- handlers -------------------------------------------------------------------------------- */
+
+/* XLA asks once for the version that a handler was compiled against. */
+static int is_question(XLA_FFI_CallFrame *frame) {
+  if (!frame->extension_start || frame->extension_start->type != XLA_FFI_Extension_Metadata)
+    return 0;
+  XLA_FFI_Metadata *about = ((XLA_FFI_Metadata_Extension *)frame->extension_start)->metadata;
+  about->api_version.major_version = XLA_FFI_API_MAJOR;
+  about->api_version.minor_version = XLA_FFI_API_MINOR;
+  return 1;
+}
+
+XLA_FFI_Error *gptjax_columns(XLA_FFI_CallFrame *frame) {
+  return is_question(frame) ? NULL : product(frame, 0);
+}
+
+XLA_FFI_Error *gptjax_table(XLA_FFI_CallFrame *frame) {
+  return is_question(frame) ? NULL : product(frame, 1);
+}
+
+XLA_FFI_Error *gptjax_attention(XLA_FFI_CallFrame *frame) {
+  return is_question(frame) ? NULL : attention(frame);
+}

@@ -1,0 +1,1 @@
+"""Attention: the layer and its backends."""

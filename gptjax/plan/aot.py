@@ -1,0 +1,336 @@
+"""The real step, compiled ahead of time by the TPU's compiler, and what its program says.
+
+`libtpu` compiles for any topology with no TPU there (the extra `tpu-plan`). Read from the compiled
+program: its memory by XLA's own account, its collectives with the mesh axes that they run over, how
+often the loops around them turn, and which of them run beside arithmetic.
+"""
+
+import contextlib
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from gptjax.config import Config
+from gptjax.errors import ConfigError
+from gptjax.model import decoder
+from gptjax.parallel import sharding
+from gptjax.plan.collectives import EXCHANGE, GATHER, SCATTER, SHIFT, SUM, Collective
+from gptjax.plan.hardware import Machine
+from gptjax.sample import decoding, engine
+from gptjax.training import objective, trainer
+
+
+@dataclass
+class Compiled:
+    """What a compiled program says of itself; bytes and counts are of one device.
+
+    peak: most bytes at once, arguments included. out_of_memory: why it cannot run, if so, and the
+    bytes that it wanted.
+    """
+
+    seconds: float
+    peak: float = 0.0
+    arguments: float = 0.0
+    collectives: list[Collective] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    out_of_memory: str | None = None
+
+
+def devices(machine: Machine) -> list[Any]:
+    """Descriptions of a machine's devices, for which programs can be compiled.
+
+    Raises ConfigError where there is no compiler for it.
+    """
+    if machine.device.platform != "tpu":
+        raise ConfigError(
+            [f"--compile, --sampling: {machine.name}: only TPUs have a compiler without devices"]
+        )
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            ["--compile: needs the TPU's compiler: pip install 'gptjax[tpu-plan]'"]
+        ) from None
+    from jax.experimental import topologies
+
+    name = {"v7x": "tpu7x"}.get(machine.generation, machine.generation)
+    name += ":" + "x".join(map(str, machine.shape))
+    more = {"num_slices": machine.slices} if machine.slices > 1 else {}
+    with _quiet():
+        try:
+            found = list(topologies.get_topology_desc(name, "tpu", **more).devices)
+        except jax.errors.JaxRuntimeError as error:
+            why = f"libtpu knows no such slice: {str(error).splitlines()[0]}"
+            raise ConfigError([f"--compile: {machine.name}: {why}"]) from None
+    if len(found) != machine.devices:
+        why = f"libtpu describes {len(found)} devices there, where a run has {machine.devices}"
+        raise ConfigError([f"--compile: {machine.name}: {why}; leave --compile away"])
+    return found
+
+
+def train_step(cfg: Config, machine: Machine) -> Compiled:
+    """The train step of a configuration, compiled for a machine."""
+    mesh = sharding.make_mesh(cfg.mesh, devices(machine))
+    with jax.set_mesh(mesh):
+        state = sharding.abstract(
+            lambda: trainer.create_state(cfg, lambda key: decoder.init(cfg.model, key))
+        )
+        loss_fn = objective.training_loss(cfg, eos_id=0)
+        batch = objective.abstract_batch(cfg)
+        return _compile(lambda: trainer.compile_step(cfg, loss_fn, state, batch), mesh)
+
+
+def sampling(cfg: Config, machine: Machine, prompt: int = 2048) -> Iterator[tuple[str, Compiled]]:
+    """The sampling module's programs on the same mesh: a chunk's prefill, and decoding.
+
+    One row a device of the batch's axes, in the compute dtype, with caches of the prompt and as
+    many new tokens.
+    """
+    mesh = sharding.make_mesh(cfg.mesh, devices(machine))
+    with jax.set_mesh(mesh):
+        rows, capacity = sharding.axis_size("batch"), min(2 * prompt, cfg.model.context)
+        params, model = (
+            sharding.abstract(
+                lambda: decoding.decoding_params(
+                    decoder.init(cfg.model, jax.random.key(0)), cfg.model, cfg.compute.dtype
+                )[0]
+            ),
+            cfg.model,
+        )
+        caches = sharding.abstract(
+            lambda: decoder.empty_caches(model, rows, capacity, cfg.compute.dtype, engine.CHUNK)
+        )
+        chunk = (_rows((rows, engine.CHUNK)),) * 2
+        prefill = decoding.prefill.lower(params, chunk, caches, model, cfg.compute)
+        yield (
+            f"prefill {rows} x {engine.CHUNK} tokens",
+            _compile(lambda: prefill.compile(), mesh),
+        )
+        blank = engine.blank_rows(rows, model.table, engine.Room())
+        scalar = jax.ShapeDtypeStruct((), np.int32)
+        burst = decoding.burst.lower(
+            params,
+            jax.tree.map(lambda a: _rows(a.shape, a.dtype), blank),
+            caches,
+            scalar,
+            jax.ShapeDtypeStruct((), np.bool_),
+            scalar,
+            model,
+            cfg.compute,
+            decoding.Plan(drawn=True, filtered=True, logprobs=None),
+        )
+        yield (
+            f"decode {rows} rows, {capacity} tokens",
+            _compile(lambda: burst.compile(), mesh),
+        )
+
+
+def _rows(shape: tuple[int, ...], dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+    spec = sharding.spec("batch", *[None] * (len(shape) - 1))
+    mesh = jax.sharding.get_mesh()
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+
+
+def _compile(compile_: Callable[[], Any], mesh: jax.sharding.Mesh) -> Compiled:
+    began = time.monotonic()
+    with _quiet() as log:
+        try:
+            program = compile_()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return Compiled(time.monotonic() - began, out_of_memory=str(error))
+    seconds = time.monotonic() - began
+    memory = program.memory_analysis()
+    return Compiled(
+        seconds,
+        peak=memory.peak_memory_in_bytes,
+        arguments=memory.argument_size_in_bytes,
+        collectives=list(collectives(program.as_text(), dict(mesh.shape))),
+        warnings=_warnings(log()),
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[Callable[[], str]]:
+    """Keeps what native code writes to the standard error; gives a function that returns it."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+
+        def read() -> str:
+            file.seek(0)
+            return file.read().decode(errors="replace")
+
+        text: list[str] = []
+        try:
+            yield lambda: text[0] if text else read()
+        finally:
+            text.append(read())
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def _warnings(log: str) -> list[str]:
+    """What the compiler warned of, as advice."""
+    advice = []
+    if "nvoluntary full rematerialization" in log:
+        names = sorted(set(re.findall(r"op_name=\"([^\"]+)\"", log)))
+        advice.append(
+            "an array is gathered whole to be laid out anew (involuntary full rematerialization): "
+            + (", ".join(names) or "no name given")
+            + "; choose mesh sizes that divide the batch's rows and the heads"
+        )
+    return advice
+
+
+def wanted(message: str) -> float:
+    """GiB that an out-of-memory message of XLA names; 0 if it names none."""
+    match = re.search(r"\(([\d.]+)([GM])\) exceeds", message)
+    return float(match[1]) / (1 if match[2] == "G" else 1024) if match else 0.0
+
+
+# --- reading a program ----------------------------------------------------------------------------
+
+_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_OP = re.compile(
+    r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|"
+    r"collective-permute)(-start)?\("
+)
+# Between slices: a transfer through the hosts, whose attributes say what it is.
+_BETWEEN_SLICES = re.compile(
+    r"^\s+(?:ROOT )?%?([\w.\-]+) = \((\w+\[[\d,]*\]).* send\(.*"
+    r'_xla_megascale_transfer_type="(ALL_REDUCE|ALL_GATHER|REDUCE_SCATTER|ALL_TO_ALL)"'
+)
+_TRANSFERS = {
+    "ALL_REDUCE": SUM,
+    "ALL_GATHER": GATHER,
+    "REDUCE_SCATTER": SCATTER,
+    "ALL_TO_ALL": EXCHANGE,
+}
+_CALLEE = re.compile(
+    r"(?:calls|body|to_apply|called_computations|branch_computations)=\{?%?([\w.\-]+)"
+)
+_WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "pred": 1, "f64": 8}
+
+
+def collectives(text: str, shape: Mapping[str, int]) -> Iterator[Collective]:
+    """Every collective of a program in its text form, with the mesh axes of its groups."""
+    bodies: dict[str, list[str]] = {}
+    entry, name = "", None
+    for line in text.splitlines():
+        if match := _HEADER.match(line):
+            name = match[1]
+            bodies[name] = []
+            entry = name if line.startswith("ENTRY") else entry
+        elif name is not None:
+            bodies[name].append(line)
+    found: dict[Any, Collective] = {}
+
+    def visit(computation: str, times: float, depth: int, aside: bool) -> None:
+        for line in bodies.get(computation, ()):
+            if loop := _WHILE.search(line):
+                visit(loop[2], times * _turns(bodies[loop[1]]), depth + 1, aside)
+                continue
+            if match := _OP.match(line):
+                one = _collective(match, line, shape, times, depth, aside, computation)
+                # A gather fused into several fusions appears in each; its chain names it once.
+                chain = re.search(r'chain_id="(\d+)"', line)
+                key = ("chain", chain[1]) if chain else (computation, match[1])
+                found.setdefault(key, one)
+                continue
+            if match := _BETWEEN_SLICES.match(line):
+                name, type_, transfer = match.groups()
+                parts, kind = shape["data"], _TRANSFERS[transfer]
+                where = "layers" if depth else "outside"
+                size = _size(type_) * (1 if kind == SUM else parts)
+                one = Collective(kind, ("data",), parts, size, times, "between slices", where)
+                found.setdefault((computation, name), one)
+                continue
+            beside = aside or "async_execution_thread" in line or "async-collective" in line
+            for callee in _CALLEE.findall(line):
+                if callee in bodies:
+                    visit(callee, times, depth, beside)
+
+    visit(entry, 1.0, 0, False)
+    return (one for one in found.values() if one.parts > 1)
+
+
+def _turns(condition: list[str]) -> int:
+    """How often a loop turns: what its counter is compared with."""
+    bounds = [
+        int(n) for line in condition for n in re.findall(r" s32\[\]\S* constant\((\d+)\)", line)
+    ]
+    return max(bounds, default=1)
+
+
+def _collective(
+    match: re.Match[str],
+    line: str,
+    shape: Mapping[str, int],
+    times: float,
+    depth: int,
+    aside: bool,
+    computation: str,
+) -> Collective:
+    _, type_, kind, start = match.groups()
+    axes = _axes(line, shape)
+    parts = math.prod(shape[axis] for axis in axes)
+    bytes_ = _size(type_)
+    if start and kind == GATHER:  # the operands stand beside the results
+        bytes_ *= parts / (parts + 1)
+    elif start and kind in (SCATTER, SHIFT):
+        bytes_ *= 1 / (parts + 1) if kind == SCATTER else 1 / 2
+    if kind == SCATTER:
+        bytes_ *= parts
+    if kind == SUM and computation.startswith("all-reduce-scatter"):
+        kind = SCATTER
+    hidden = aside or bool(start) or "chain_id" in line or computation.startswith("async_coll")
+    op = re.search(r'op_name="([^"]*)"', line)
+    where = "layers" if depth else "outside"
+    return Collective(kind, axes, parts, bytes_, times, op[1] if op else "", where, hidden)
+
+
+def _size(type_: str) -> float:
+    """Bytes of a type, or of all of a tuple's."""
+    arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", type_)
+    count = lambda dims: math.prod(map(int, dims.split(","))) if dims else 1
+    return float(sum(count(dims) * _BYTES.get(dtype, 4) for dtype, dims in arrays))
+
+
+def _axes(line: str, shape: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes along which a collective's groups run."""
+    sizes = tuple(shape.values())
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        # Of this mesh or of one that XLA has made of it: devices are numbered alike in both.
+        dims = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        along = re.findall(r"'(\w+)'", named[2])
+        ids = np.arange(math.prod(dims.values())).reshape(tuple(dims.values()))
+        first = tuple(slice(None) if axis in along else 0 for axis in dims)
+        group = ids[first].reshape(-1).tolist()
+    elif listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        group = [int(n) for n in listed[1].split(",")]
+    elif iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        dims = [int(n) for n in iota[3].split(",")]
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        if iota[4]:
+            ids = ids.transpose([int(n) for n in iota[4].split(",")])
+        group = ids.reshape(int(iota[1]), int(iota[2]))[0].tolist()
+    elif pair := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line):
+        group = [int(pair[1]), int(pair[2])]
+    else:
+        group = list(range(math.prod(sizes)))
+    coordinates = np.array(np.unravel_index(group, sizes))
+    moving = (coordinates != coordinates[:, :1]).any(1)
+    return tuple(axis for axis, moves in zip(shape, moving, strict=True) if moves)

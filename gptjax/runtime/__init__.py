@@ -1,0 +1,1 @@
+"""The process and its job: other processes, signals, locks, caches, progress."""

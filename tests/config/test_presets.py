@@ -1,0 +1,81 @@
+"""Every preset is whole, and every command that a page or a preset shows can be parsed."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptjax import config
+from gptjax.cli import main
+from gptjax.plan import hardware
+
+REPO = Path(__file__).resolve().parents[2]
+PRESETS = [
+    f"configs/{file.name}:{name}"
+    for file in sorted((REPO / "configs").glob("*.py"))
+    for name in re.findall(r"^def ([a-z]\w*)\(\) -> Config:", file.read_text(), re.M)
+]
+COMMANDS = "train|plan|eval|sample|serve|data|tokenizer|config|convert|inspect"
+SHOWN = [
+    line.split("#")[0].strip().removeprefix(".venv/bin/")
+    for page in [REPO / "README.md", *sorted((REPO / "configs").glob("*.py"))]
+    for line in page.read_text().splitlines()
+    if re.match(rf"\s*(\.venv/bin/)?gptjax ({COMMANDS}) ", line)
+]
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+
+
+def test_pages_and_presets_show_commands() -> None:
+    assert len(PRESETS) >= 6
+    assert len(SHOWN) >= 8
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_valid_on_its_machine_or_on_one_device_and_on_eight(preset: str) -> None:
+    cfg = config.load(preset)
+    if machine := cfg.mesh.machine:
+        cfg.check(hardware.parse(machine).devices, hardware.parse(machine).processes)
+    else:
+        cfg.check(1)
+        cfg.check(8)
+
+
+@pytest.mark.parametrize("line", SHOWN)
+def test_a_command_that_is_shown_can_be_parsed(line: str) -> None:
+    args, rest = main._parser().parse_known_args(shlex.split(line)[1:])
+    if args.takes_overrides:
+        main._resolve(args, rest)
+    else:
+        assert rest == []
+
+
+@pytest.mark.slow
+def test_the_quickstart_learns_and_can_be_sampled_evaluated_and_resumed(tmp_path: Path) -> None:
+    def gptjax(*words: str) -> str:
+        command = [sys.executable, "-m", "gptjax", *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    short = ["--train.tokens", "120000", "--optim.warmup-tokens", "20000"]
+    train = ["train", str(REPO / "configs" / "quickstart.py"), *short]
+    first = gptjax(*train)
+    bits = float(re.findall(r'"valid_bits_per_byte": ([\d.]+)', first)[-1])
+    assert bits < 3.3  # an untrained model of 4096 pieces needs about 3.9
+    assert "samples at step" in first
+    again = gptjax(*train)
+    assert "resumed after step 59 of 59" in again
+    assert f'"valid_bits_per_byte": {bits}' in again
+    assert f"valid_bits_per_byte      {bits:.6g}" in gptjax("eval", "runs/quickstart")
+    sample = ["sample", "runs/quickstart", "--prompt", "def ", "--prompt", "class ", "--seed", "3"]
+    text = gptjax(*sample, "--max-tokens", "20")
+    assert text.startswith("def ")
+    assert "\nclass " in text
+    assert gptjax(*sample, "--max-tokens", "20") == text

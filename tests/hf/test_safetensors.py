@@ -1,0 +1,292 @@
+"""Hugging Face folders: every family there and back, and everything that is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from gptjax.checkpoint.checkpointer import leaves_by_path
+from gptjax.config import ModelConfig, MoeConfig, RopeConfig
+from gptjax.errors import DataError, MismatchError
+from gptjax.hf import families, safetensors
+
+LLAMA = ModelConfig(
+    vocab_size=99,
+    context=64,
+    layers=2,
+    embed=32,
+    heads=8,
+    mlp=48,
+    activation="swiglu",
+    norm="rmsnorm",
+    positions="rope",
+    linear_bias=False,
+    tied_embeddings=False,
+)
+FALCON = replace(LLAMA, activation="gelu", norm="layernorm", residual="parallel")
+GPT = ModelConfig(vocab_size=99, context=64, layers=2, embed=32, heads=8)
+MODELS = {
+    "openai-gpt": replace(GPT, norm_position="post"),
+    "gpt2": replace(GPT, mlp=80),
+    "llama": replace(
+        LLAMA,
+        kv_heads=2,
+        head_dim=16,
+        rope=RopeConfig(5e5, scaling="low_frequency", factor=8.0, original_context=32),
+    ),
+    "mistral": replace(LLAMA, kv_heads=2, window=7, pattern=("window",)),
+    "qwen3": replace(
+        LLAMA,
+        layers=4,
+        kv_heads=4,
+        qk_norm=True,
+        tied_embeddings=True,
+        window=7,
+        pattern=("full", "window"),
+    ),
+    "mixtral": replace(LLAMA, kv_heads=2, moe=MoeConfig(experts=4, balance_loss=0.02)),
+    "qwen3_moe": replace(
+        LLAMA, qk_norm=True, moe=MoeConfig(experts=6, top_k=3, hidden=24, normalize=False)
+    ),
+    "falcon": replace(FALCON, kv_heads=1, shared_norm=True, tied_embeddings=True),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(on_mesh, random_params, tmp_path_factory):
+    """A folder of each family, and the parameters in it."""
+    made = {}
+    with on_mesh():
+        for name, model in MODELS.items():
+            folder = tmp_path_factory.mktemp(name)
+            params = random_params(model)
+            # Rows that fill up the table are not in the folder, and come back as zeros.
+            rows = np.arange(model.table)[:, None] < model.vocab_size
+            for table in {"embed", "head"} & set(params):
+                params[table] = params[table] * rows
+            safetensors.write_folder(folder, params, model)
+            made[name] = folder, jax.device_get(params)
+    return made
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_family_comes_back_bit_for_bit_on_one_device_and_on_eight(on_mesh, folders, name):
+    folder, params = folders[name]
+    assert json.loads((folder / "config.json").read_text())["model_type"] == name
+    source = safetensors.open_source(folder)
+    assert source.unread == ()
+    for mesh in ((1, 1, 1), (4, 2, 1) if source.model.kv == 1 else (2, 2, 2)):
+        with on_mesh(*mesh):
+            back = safetensors.read_params(source)
+            shards = {str(s.index) for s in back["embed"].addressable_shards}
+            assert len(shards) == mesh[1] * mesh[2]
+        for path, value in leaves_by_path(jax.device_get(back)).items():
+            np.testing.assert_array_equal(value, leaves_by_path(params)[path], err_msg=path)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_narrow_formats_come_back_byte_for_byte(on_mesh, folders, tmp_path, name, dtype):
+    with on_mesh():
+        params = safetensors.read_params(safetensors.open_source(folders[name][0]))
+        safetensors.write_folder(tmp_path, params, MODELS[name], dtype=dtype)
+        narrow = safetensors.open_source(tmp_path)
+        made = safetensors.tensors(safetensors.read_params(narrow), narrow.model, narrow.family)
+        for key, value in made:
+            assert narrow.dtype(key) == dtype
+            assert safetensors.cast(value, dtype).tobytes() == narrow.tensor(key).tobytes(), key
+
+
+def edited(folder: Path, target: Path, tensors=lambda t: t, **changes) -> Path:
+    """A copy of a folder with some of its tensors or of its config.json changed."""
+    with safe_open(folder / "model.safetensors", "np") as file:
+        all_of_it = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file(tensors(all_of_it), target / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def test_a_missing_a_left_over_and_a_misshapen_tensor_are_all_named(folders, tmp_path):
+    def change(tensors):
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        tensors["model.extra.weight"] = np.zeros(3, np.float32)
+        tensors["model.norm.weight"] = np.zeros(7, np.float32)
+        return tensors
+
+    with pytest.raises(MismatchError) as error:
+        safetensors.open_source(edited(folders["llama"][0], tmp_path, change))
+    assert sorted(error.value.differences) == [
+        "model.extra.weight: stored, and has no place in the model",
+        "model.layers.1.mlp.up_proj.weight: missing",
+        "model.norm.weight: [7] stored, [32] by config.json",
+    ]
+
+
+def test_a_tied_head_that_is_stored_must_be_the_embedding(folders, tmp_path, on_mesh):
+    folder = folders["qwen3"][0]
+    (tmp_path / "same").mkdir()
+    (tmp_path / "other").mkdir()
+    tie = lambda by: lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + by}
+    safetensors.open_source(edited(folder, tmp_path / "same", tie(np.float32(0))))
+    with pytest.raises(MismatchError, match=r"lm_head\.weight: stored, and has no place"):
+        safetensors.open_source(edited(folder, tmp_path / "other", tie(np.float32(1))))
+
+
+def test_names_without_the_prefix_and_buffers_are_understood(folders, tmp_path):
+    def change(tensors):
+        tensors = {k.removeprefix("transformer."): v for k, v in tensors.items()}
+        return tensors | {"h.0.attn.bias": np.ones((1, 1, 64, 64), np.float32)}
+
+    source = safetensors.open_source(edited(folders["gpt2"][0], tmp_path, change))
+    assert source.tensor("transformer.wpe.weight").shape == (64, 32)
+
+
+def test_several_files_have_an_index(folders, tmp_path, on_mesh, monkeypatch):
+    monkeypatch.setattr(safetensors, "_SHARD_BYTES", 20_000)
+    folder, params = folders["mixtral"]
+    with on_mesh():
+        safetensors.write_folder(
+            tmp_path, safetensors.read_params(safetensors.open_source(folder)), MODELS["mixtral"]
+        )
+        files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+        assert len(files) > 3
+        assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == sum(
+            t.nbytes
+            for _, t in safetensors.tensors(params, MODELS["mixtral"], families.FAMILIES["mixtral"])
+        )
+        back = safetensors.read_params(safetensors.open_source(tmp_path))
+    assert jax.tree.all(jax.tree.map(np.array_equal, jax.device_get(back), params))
+    index["weight_map"]["model.norm.weight"] = "../model.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match="outside its folder"):
+        safetensors.open_source(tmp_path)
+
+
+def test_pickled_weights_are_refused_with_the_way_out(folders, tmp_path):
+    (tmp_path / "config.json").write_text((folders["gpt2"][0] / "config.json").read_text())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02")
+    with pytest.raises(DataError, match=r"pickle runs code.*save_pretrained"):
+        safetensors.open_source(tmp_path)
+
+
+def test_a_folder_without_a_model_is_told(tmp_path):
+    with pytest.raises(DataError, match=r"no config\.json"):
+        safetensors.open_source(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(DataError, match="cannot be read as JSON"):
+        safetensors.open_source(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(MismatchError, match="model_type='bert' is not known"):
+        safetensors.open_source(tmp_path)
+
+
+def test_a_damaged_file_is_named(folders, tmp_path):
+    folder = edited(folders["llama"][0], tmp_path)
+    raw = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(DataError, match=r"model\.safetensors: cannot be read as safetensors"):
+        safetensors.open_source(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "told"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type"),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "has no factor"),
+        ("llama", {"attention_bias": True}, "attention_bias and mlp_bias differ"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("gpt2", {"activation_function": "relu"}, "activation_function='relu'"),
+        ("gpt2", {"n_embd": "wide"}, "makes no sense"),
+        ("gpt2", {"n_layer": 0}, "model.layers=0: must be at least 1"),
+        ("llama", {"head_dim": 15}, "even width"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ("mistral", {"attention_bias": True}, "attention_bias=True"),
+        ("mixtral", {"rms_norm_eps": None}, "has no rms_norm_eps"),
+        ("mixtral", {"rope_parameters": None, "rope_theta": None}, "has no rope_theta"),
+        ("llama", {"model_type": ["llama"]}, "is not known"),
+        ("llama", {"num_hidden_layers": None}, "has no num_hidden_layers"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
+        ("falcon", {"activation": "relu"}, "activation='relu'"),
+    ],
+)
+def test_a_configuration_with_no_counterpart_is_refused_by_its_key(
+    folders, tmp_path, family, changes, told
+):
+    with pytest.raises((DataError, MismatchError), match=told):
+        safetensors.open_source(edited(folders[family][0], tmp_path, **changes))
+
+
+def test_keys_that_nobody_reads_are_told(folders, tmp_path):
+    rope = {"rope_type": "default", "rope_theta": 1e4, "twist": 1}
+    changes = {"new_trick": True, "rope_parameters": rope}
+    source = safetensors.open_source(edited(folders["llama"][0], tmp_path, **changes))
+    assert source.unread == ("new_trick", "rope_parameters.twist")
+
+
+def test_layers_with_windows_are_read_however_they_are_told(folders, tmp_path):
+    folder = folders["qwen3"][0]
+    assert safetensors.open_source(folder).model.pattern == ("full", "window")
+    changes = {"layer_types": None, "max_window_layers": 3}
+    source = safetensors.open_source(edited(folder, tmp_path, **changes))
+    assert source.model.pattern == ("full", "full", "full", "window")
+    source = safetensors.open_source(edited(folder, tmp_path, use_sliding_window=False))
+    assert source.model.pattern == ("full",)
+
+
+def test_an_absent_window_is_asked_for_where_it_stands_for_a_number(folders, tmp_path):
+    config = folders["mistral"][0] / "config.json"
+    values = {k: v for k, v in json.loads(config.read_text()).items() if k != "sliding_window"}
+    with pytest.raises(DataError, match="has no sliding_window"):
+        families.read_config(values, "config.json")
+    _, model, _ = families.read_config(values | {"sliding_window": None}, "config.json")
+    assert model.pattern == ("full",)
+
+
+def test_the_weight_of_the_balance_loss_is_theirs_times_top_k(folders):
+    config = json.loads((folders["mixtral"][0] / "config.json").read_text())
+    assert config["router_aux_loss_coef"] == pytest.approx(0.01)
+    _, model, _ = families.read_config(config | {"router_aux_loss_coef": 0.03}, "config.json")
+    assert model.moe.balance_loss == pytest.approx(0.06)
+
+
+def test_the_nearest_family_is_one_that_could_be_read():
+    with pytest.raises(MismatchError, match="nearest, llama, differs"):
+        families.family_of(replace(LLAMA, logit_soft_cap=30.0))
+
+
+def test_the_older_way_to_write_rope_is_read_the_same(folders, tmp_path):
+    new = json.loads((folders["llama"][0] / "config.json").read_text())["rope_parameters"]
+    old = {k: v for k, v in new.items() if k not in ("rope_theta", "rope_type")}
+    changes = {
+        "rope_parameters": None,
+        "rope_theta": new["rope_theta"],
+        "rope_scaling": old | {"type": "llama3"},
+    }
+    source = safetensors.open_source(edited(folders["llama"][0], tmp_path, **changes))
+    assert source.model.rope == MODELS["llama"].rope
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rope": RopeConfig(fraction=0.5)}, "fraction=0.5"),
+        ({"linear_bias": True, "qk_norm": True}, "qk_norm"),
+        ({"logit_soft_cap": 30.0}, "logit_soft_cap"),
+        ({"positions": "none"}, "positions"),
+        ({"pattern": ("window", "full"), "window": 4}, "pattern"),
+        ({"moe": MoeConfig(experts=4, shared=1)}, "shared=1"),
+    ],
+)
+def test_a_model_that_no_family_has_is_refused_with_what_differs(changes, told):
+    with pytest.raises(MismatchError, match="no Hugging Face architecture") as error:
+        families.family_of(replace(LLAMA, **changes))
+    assert any(told in line for line in error.value.differences)

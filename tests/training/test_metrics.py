@@ -1,0 +1,147 @@
+"""Writers that survive, and the arithmetic of MFU."""
+
+import json
+import math
+
+import jax
+import pytest
+
+from gptjax.training import metrics
+from gptjax.training.metrics import JsonlWriter, Throughput, Writers
+
+
+class Recorder:
+    def __init__(self):
+        self.written, self.closed = [], False
+
+    def write(self, step, values):
+        self.written.append((step, dict(values)))
+
+    def close(self):
+        self.closed = True
+
+
+class FailingWrite(Recorder):
+    def write(self, step, values):
+        super().write(step, values)
+        raise OSError("disk full")
+
+
+class FailingClose(Recorder):
+    def close(self):
+        raise OSError("disk full")
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / metrics.METRICS_FILE).read_text().splitlines()]
+
+
+def test_jsonl_writes_an_object_a_line_at_once(tmp_path):
+    writer = JsonlWriter(tmp_path, 0)
+    writer.write(1, {"loss": 2.5})
+    writer.write(2, {"loss": 2.25, "lr": 1e-3})
+    assert lines(tmp_path) == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25, "lr": 1e-3}]
+    writer.close()
+
+
+def test_jsonl_resume_drops_lines_after_its_step_and_goes_on(tmp_path):
+    writer = JsonlWriter(tmp_path, 0)
+    for step in (10, 20, 30):
+        writer.write(step, {"loss": float(step)})
+    writer.close()
+    writer = JsonlWriter(tmp_path, 20)
+    assert [line["step"] for line in lines(tmp_path)] == [10, 20]
+    writer.write(30, {"loss": -1.0})
+    writer.close()
+    assert lines(tmp_path)[-1] == {"step": 30, "loss": -1.0}
+
+
+def test_jsonl_resume_drops_what_is_measured_again_at_its_step(tmp_path):
+    writer = JsonlWriter(tmp_path, 0)
+    for step in (10, 20):
+        writer.write(step, {"loss": 1.0})
+        writer.write(step, {"valid_loss": 2.0})
+    writer.close()
+    JsonlWriter(tmp_path, 20).close()
+    kept = [(line["step"], "valid_loss" in line) for line in lines(tmp_path)]
+    assert kept == [(10, False), (10, True), (20, False)]
+
+
+@pytest.mark.parametrize("cut", ['{"step": 2', '{"step": 2, "loss": 1.0}', '{"st'])
+def test_jsonl_resume_drops_a_last_line_that_a_kill_has_cut(tmp_path, cut):
+    (tmp_path / metrics.METRICS_FILE).write_text('{"step": 1, "loss": 2.0}\n' + cut)
+    writer = JsonlWriter(tmp_path, 5)
+    writer.write(6, {"loss": 1.5})
+    writer.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 6]
+
+
+def test_jsonl_keeps_numbers_that_are_not_finite(tmp_path):
+    writer = JsonlWriter(tmp_path, 0)
+    writer.write(1, {"loss": math.nan, "perplexity": math.inf})
+    writer.close()
+    JsonlWriter(tmp_path, 1).close()
+    (line,) = lines(tmp_path)
+    assert math.isnan(line["loss"])
+    assert line["perplexity"] == math.inf
+
+
+def test_a_writer_that_raises_is_dropped_with_one_warning_and_the_others_go_on(capsys):
+    before, failing, after = Recorder(), FailingWrite(), Recorder()
+    writers = Writers([before, failing, after])
+    for step in (1, 2, 3):
+        writers.write(step, {"loss": 1.0})
+    writers.close()
+    assert [step for step, _ in before.written] == [step for step, _ in after.written] == [1, 2, 3]
+    assert [step for step, _ in failing.written] == [1]
+    assert before.closed
+    assert after.closed
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 1
+    assert "FailingWrite" in warnings[0]
+    assert "disk full" in warnings[0]
+
+
+def test_a_writer_that_raises_when_closed_leaves_the_others_closed_and_training_ended_well(capsys):
+    failing, after = FailingClose(), Recorder()
+    Writers([failing, after]).close()
+    assert after.closed
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_tensorboard_writes_event_files_into_the_run_folder(tmp_path):
+    writer = metrics.TensorBoardWriter(tmp_path, 0)
+    writer.write(1, {"loss": 2.5})
+    writer.close()
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_unknown_device_has_no_peak_and_no_mfu(dtype):
+    throughput = Throughput(1e6, dtype, 0.0)
+    assert throughput.of(1000.0) == {"tokens_per_second": 1000.0}
+    assert throughput.description.startswith("no peak known")
+    assert "log.peak_tflops" in throughput.description
+
+
+def test_mfu_is_the_models_flops_over_the_peak_of_all_devices():
+    throughput = Throughput(2e9, "float32", 0.5)
+    rate = 100.0
+    expected = rate * 2e9 / (jax.device_count() * 0.5e12)
+    assert throughput.of(rate)["mfu"] == pytest.approx(expected, rel=1e-12)
+    assert f"{jax.device_count()} x 0.5 TFLOP/s" in throughput.description
+
+
+def test_the_table_of_peaks_is_for_bfloat16_alone(monkeypatch):
+    monkeypatch.setitem(metrics.PEAK_TFLOPS_BF16, jax.devices()[0].device_kind, 2.0)
+    rate = 1000.0
+    expected = rate * 1e9 / (jax.device_count() * 2e12)
+    assert Throughput(1e9, "bfloat16", 0.0).of(rate)["mfu"] == pytest.approx(expected)
+    assert "mfu" not in Throughput(1e9, "float32", 0.0).of(rate)
+    given = Throughput(1e9, "bfloat16", 4.0).of(rate)["mfu"]
+    assert given == pytest.approx(expected / 2)  # the configured peak goes before the table
+
+
+def test_perplexity_is_exp_of_the_loss_and_infinite_beyond_floats():
+    assert metrics.perplexity(2.0) == pytest.approx(math.exp(2.0))
+    assert metrics.perplexity(1e4) == math.inf

@@ -1,0 +1,321 @@
+"""The step and the loop, in process, on a tiny model."""
+
+import dataclasses
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.checkpoint.checkpointer import Checkpoints, fingerprints, leaves_by_path
+from gptjax.config import (
+    CheckpointConfig,
+    Config,
+    EvalConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from gptjax.errors import NumericError, Preempted
+from gptjax.model import decoder
+from gptjax.parallel import sharding
+from gptjax.runtime.progress import Progress
+from gptjax.runtime.watchdog import Watch
+from gptjax.training import objective, trainer
+from gptjax.training.metrics import Throughput, Writers
+
+EOS = 0
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def tiny(**train_fields) -> Config:
+    fields = {"tokens": 8 * 512, "batch_tokens": 512, "seq_len": 32} | train_fields
+    return Config(
+        model=ModelConfig(vocab_size=128, context=32, layers=2, embed=32, heads=4),
+        optim=OptimConfig(lr=1e-2, warmup_tokens=1024),
+        train=TrainConfig(**fields),
+        eval=EvalConfig(every=0),
+        checkpoint=CheckpointConfig(every=2),
+    )
+
+
+def rows_of(cfg: Config, step: int, lengths: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    rows, seq_len = cfg.train.batch, cfg.train.seq_len
+    tokens = np.random.default_rng(step).integers(0, 128, (rows, seq_len + 1), dtype=np.int32)
+    lengths = np.full(rows, seq_len, np.int32) if lengths is None else lengths
+    return {"windows_BW": tokens, "lengths_B": lengths}
+
+
+def batch_of(cfg: Config, step: int, lengths: np.ndarray | None = None) -> dict[str, jax.Array]:
+    return sharding.global_batch(rows_of(cfg, step, lengths), cfg.train.batch)
+
+
+def fresh(cfg: Config) -> trainer.TrainState:
+    init = lambda key: decoder.init(cfg.model, key)
+    return jax.jit(lambda: trainer.create_state(cfg, init))()
+
+
+def loss_fn(cfg: Config):
+    return lambda params, batch, key: objective.next_token(params, cfg, batch, EOS, key)
+
+
+def one_device():
+    return jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+def test_accumulated_gradients_weigh_tokens_not_parts() -> None:
+    lengths = np.array([32] * 8 + [3] * 8, np.int32)  # parts of very different numbers of targets
+    results = {}
+    for parts in (1, 2, 4):
+        cfg = tiny(accumulation=parts)
+        with one_device():
+            params = fresh(cfg).params
+            grads, sums = jax.jit(
+                lambda p, b, cfg=cfg: trainer.gradients(cfg, loss_fn(cfg), p, b, None)
+            )(params, batch_of(cfg, 0, lengths))
+            assert sums["targets"] == lengths.sum()
+            results[parts] = jax.device_get(grads)
+    for parts in (2, 4):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
+            results[parts],
+            results[1],
+        )
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counters() -> None:
+    cfg = tiny(ema_decay=0.9)
+
+    def poisoned(params, batch, key):
+        loss, sums = loss_fn(cfg)(params, batch, key)
+        return loss * jnp.nan, sums
+
+    with one_device():
+        state = fresh(cfg)
+        before = fingerprints(leaves_by_path(state))
+        step = jax.jit(lambda s, b: trainer.train_step(cfg, poisoned, s, b))
+        state, metrics = step(state, batch_of(cfg, 0))
+        after = fingerprints(leaves_by_path(state))
+    changed = {path for path in before if before[path] != after[path]}
+    assert changed == {"step", "nonfinite", "opt_state/rate/count"}
+    assert (int(state.step), int(metrics["nonfinite"])) == (1, 1)
+
+
+def test_ema_follows_the_parameters() -> None:
+    cfg = tiny(ema_decay=0.75)
+    with one_device():
+        state = fresh(cfg)
+        step = jax.jit(lambda s, b: trainer.train_step(cfg, loss_fn(cfg), s, b))
+        new, _ = step(state, batch_of(cfg, 0))
+    expected = 0.75 * np.asarray(state.params["embed"]) + 0.25 * np.asarray(new.params["embed"])
+    np.testing.assert_allclose(new.ema["embed"], expected, rtol=1e-6, atol=1e-9)
+    assert not np.array_equal(new.ema["embed"], new.params["embed"])
+
+
+class Keep:
+    """A sink that keeps what it is given."""
+
+    def __init__(self):
+        self.written: list[tuple[int, dict]] = []
+
+    def write(self, step, metrics):
+        self.written.append((step, dict(metrics)))
+
+    def close(self):
+        pass
+
+
+def fit(cfg: Config, folder, *, loss=None, batches=None, evaluators=(), tasks=(), sampler=None):
+    """Runs the loop; returns the last state and the metrics it wrote."""
+    keep = Keep()
+    with one_device():
+        state, _ = trainer.fit(
+            cfg,
+            init_fn=lambda key: decoder.init(cfg.model, key),
+            loss_fn=loss or loss_fn(cfg),
+            abstract_batch=objective.abstract_batch(cfg),
+            batches=batches or (lambda first, last: (rows_of(cfg, s) for s in range(first, last))),
+            evaluators=evaluators,
+            tasks=tasks,
+            sampler=sampler or (lambda step, params: None),
+            checkpoints=Checkpoints(folder / "checkpoints", cfg.checkpoint),
+            writers=lambda step: Writers([keep]),
+            throughput=Throughput(1.0, "float32", 0.0),
+            watch=Watch(cfg.watch),
+            progress=Progress(shown=False),
+        )
+    return state, keep.written
+
+
+class Killed(Exception):
+    pass
+
+
+def death_at(cfg: Config, step: int):
+    """Batches until a step, where reading fails."""
+
+    def batches(first, last):
+        yield from (rows_of(cfg, s) for s in range(first, step))
+        raise Killed
+
+    return batches
+
+
+def test_a_run_continued_from_a_checkpoint_is_the_run_never_interrupted(tmp_path) -> None:
+    cfg = tiny(accumulation=2, ema_decay=0.9)
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dropout=0.1))
+    whole, _ = fit(cfg, tmp_path / "whole")
+    with pytest.raises(Killed):
+        fit(cfg, tmp_path / "cut", batches=death_at(cfg, 5))
+    assert Checkpoints(tmp_path / "cut" / "checkpoints").steps()[-1] == 4
+    resumed, _ = fit(cfg, tmp_path / "cut")
+    with one_device():
+        assert fingerprints(leaves_by_path(resumed)) == fingerprints(leaves_by_path(whole))
+
+
+class Counted:
+    """An evaluator that says how often it was asked."""
+
+    def __init__(self, then=lambda: None, name="asked"):
+        self.asked, self.then, self.name = 0, then, name
+
+    def run(self, params):
+        self.asked += 1
+        self.then()
+        return {self.name: self.asked}
+
+
+def test_evaluation_is_due_at_its_steps_and_again_where_a_run_goes_on(tmp_path) -> None:
+    cfg = dataclasses.replace(tiny(), eval=EvalConfig(every=2, sample_every=4))
+    sampled: list[int] = []
+    sampler = lambda step, params: sampled.append(step)
+    with pytest.raises(Killed):
+        fit(cfg, tmp_path, batches=death_at(cfg, 5), evaluators=[Counted()], sampler=sampler)
+    assert sampled == [4]
+    _, written = fit(cfg, tmp_path, evaluators=[Counted()], sampler=sampler)
+    assert [step for step, metrics in written if "asked" in metrics] == [4, 6, 8]
+    assert sampled == [4, 4, 8]
+
+
+def test_tasks_have_a_period_of_their_own_and_are_written_when_they_were_measured(tmp_path) -> None:
+    cfg = dataclasses.replace(tiny(), eval=EvalConfig(every=2, tasks_every=3))
+    tasks = [Counted(name="task"), Counted(name="other")]
+    _, written = fit(cfg, tmp_path, evaluators=[Counted()], tasks=tasks)
+    measured = [(step, m) for step, m in written if {"asked", "task"} & set(m)]
+    assert measured == [
+        (2, {"asked": 1}),
+        (3, {"task": 1, "other": 1}),
+        (4, {"asked": 2}),
+        (6, {"asked": 3, "task": 2, "other": 2}),
+        (8, {"asked": 4, "task": 3, "other": 3}),
+    ]
+
+
+def test_told_to_stop_while_it_evaluates_it_leaves_and_saves(tmp_path) -> None:
+    cfg = dataclasses.replace(tiny(), eval=EvalConfig(every=3))
+    stop = Counted(then=lambda: signal.raise_signal(signal.SIGTERM))
+    never = Counted()
+    with pytest.raises(Preempted, match="told to stop by SIGTERM; saved step 3"):
+        fit(cfg, tmp_path, evaluators=[stop, never])
+    assert (stop.asked, never.asked) == (1, 0)
+    assert Checkpoints(tmp_path / "checkpoints").steps()[-1] == 3
+    _, written = fit(cfg, tmp_path, evaluators=[never])
+    assert [step for step, metrics in written if "asked" in metrics] == [3, 6, 8]
+
+
+def test_told_to_stop_before_the_first_step_it_says_so(tmp_path) -> None:
+    cfg = tiny()
+
+    def batches(first, last):
+        signal.raise_signal(signal.SIGTERM)
+        yield from (rows_of(cfg, s) for s in range(first, last))
+
+    with pytest.raises(Preempted, match="told to stop by SIGTERM"):
+        fit(cfg, tmp_path, batches=batches)
+
+
+def test_a_budget_lowered_below_the_resumed_step_ends_at_that_step(tmp_path) -> None:
+    cfg = tiny()
+    fit(cfg, tmp_path)
+    less = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, tokens=4 * 512))
+    _, written = fit(less, tmp_path, evaluators=[Counted()])
+    assert written == [(8, {"asked": 1})]
+
+
+@pytest.mark.parametrize(("first", "steps", "traced"), [(3, 2, True), (8, 5, True), (9, 1, False)])
+def test_a_profile_of_the_configured_steps_lies_in_the_run(tmp_path, first, steps, traced) -> None:
+    log = dataclasses.replace(Config().log, profile_start=first, profile_steps=steps)
+    fit(dataclasses.replace(tiny(), log=log), tmp_path)
+    assert bool(list(tmp_path.glob("profile/**/*.xplane.pb"))) == traced
+
+
+def test_a_run_that_goes_on_within_the_window_of_a_profile_makes_none(tmp_path) -> None:
+    log = dataclasses.replace(Config().log, profile_start=4, profile_steps=4)
+    cfg = dataclasses.replace(tiny(), log=log)
+    with pytest.raises(Killed):
+        fit(tiny(), tmp_path, batches=death_at(cfg, 5))
+    fit(cfg, tmp_path)
+    assert not (tmp_path / "profile").exists()
+
+
+def test_a_step_left_out_does_not_put_the_schedule_behind(tmp_path) -> None:
+    cfg = tiny()
+    with one_device():
+        skipped = dataclasses.replace(fresh(cfg), step=jnp.int32(0))
+        poisoned = lambda p, b, k: (loss_fn(cfg)(p, b, k)[0] * jnp.nan, loss_fn(cfg)(p, b, k)[1])
+        skip = jax.jit(lambda s, b: trainer.train_step(cfg, poisoned, s, b))
+        for _ in range(3):
+            skipped, _ = skip(skipped, batch_of(cfg, 0))
+        # Adam from the same moments: the whole update is the rate times the same direction.
+        step = jax.jit(lambda s, b: trainer.train_step(cfg, loss_fn(cfg), s, b))
+        late, metrics = step(skipped, batch_of(cfg, 1))
+        moved = np.asarray(late.params["positions"] - skipped.params["positions"])
+        start = fresh(cfg)
+        early, first = step(start, batch_of(cfg, 1))
+        reference = np.asarray(early.params["positions"] - start.params["positions"])
+    assert metrics["lr"] != first["lr"]
+    ratio = float(metrics["lr"] / first["lr"])
+    np.testing.assert_allclose(moved, ratio * reference, rtol=1e-3, atol=1e-6)
+
+
+def test_dropout_depends_on_the_step(tmp_path) -> None:
+    cfg = tiny()
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dropout=0.5))
+    with one_device():
+        state = fresh(cfg)
+        step = jax.jit(lambda s, b: trainer.train_step(cfg, loss_fn(cfg), s, b)[1]["loss"])
+        later = dataclasses.replace(state, step=jnp.int32(1))
+        batch = batch_of(cfg, 0)
+        assert step(state, batch) == step(state, batch)
+        assert step(state, batch) != step(later, batch)
+
+
+def test_the_run_ends_after_the_limit_of_steps_that_are_not_finite(tmp_path) -> None:
+    cfg = tiny(nonfinite_limit=2)
+
+    def poisoned(params, batch, key):
+        loss, sums = loss_fn(cfg)(params, batch, key)
+        return loss * jnp.nan, sums
+
+    with pytest.raises(NumericError, match="2 steps in a row, the last of them step 2"):
+        fit(cfg, tmp_path, loss=poisoned)
+
+
+def test_metrics_are_those_of_their_own_step(tmp_path) -> None:
+    cfg = dataclasses.replace(tiny(), log=dataclasses.replace(Config().log, every=3))
+    _, written = fit(cfg, tmp_path)
+    assert [step for step, metrics in written if metrics] == [3, 6, 8]
+    metrics = dict(written)[3]
+    with one_device():
+        state = fresh(cfg)
+        step = jax.jit(lambda s, b: trainer.train_step(cfg, loss_fn(cfg), s, b))
+        for s in range(3):
+            state, expected = step(state, batch_of(cfg, s))
+    for name in ("loss", "grad_norm", "param_norm", "lr"):
+        assert metrics[name] == pytest.approx(float(expected[name]), rel=1e-6)
+    assert metrics["perplexity"] == pytest.approx(np.exp(metrics["loss"]))
+    assert metrics["tokens_per_second"] > 0
+    assert 0 <= metrics["data_wait"] < 1
