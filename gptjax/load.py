@@ -22,6 +22,7 @@ from gptjax.finetune import adapter_checkpoint
 from gptjax.hf import safetensors
 from gptjax.model.decoder import Params
 from gptjax.parallel import sharding
+from gptjax.parallel.mesh import entered_mesh
 from gptjax.sample import Sampler
 from gptjax.tokenizer import Tokenizer
 
@@ -71,7 +72,7 @@ def opened(
     if dtype is not None:
         cfg = replace(cfg, compute=replace(cfg.compute, dtype=dtype))  # type: ignore[arg-type]
     check(cfg, tokenizer)
-    with run_dir.entered_mesh(cfg):
+    with entered_mesh(cfg):
         with _rehearsal(cfg, tokenizer, rehearse):
             if source is not None:
                 params = safetensors.read_params(source)

@@ -17,15 +17,16 @@ from gptjax.checkpoint.checkpointer import Checkpoints, sha256_of
 from gptjax.config import Config
 from gptjax.data import loader, store
 from gptjax.errors import DataError
-from gptjax.evaluate import Evaluator, Scorer, Task, ValidationLoss, named, read_tasks
+from gptjax.evaluate import Scorer, Task, ValidationLoss, named, read_tasks
 from gptjax.model import decoder, flops
 from gptjax.model.decoder import Params
+from gptjax.parallel import arrays
 from gptjax.parallel import pipeline as stages
-from gptjax.parallel import sharding
 from gptjax.runtime import distributed
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watch
 from gptjax.training import metrics, objective, trainer
+from gptjax.training.trainer import Evaluator
 
 SAMPLES = "samples"
 
@@ -60,7 +61,7 @@ def pretrain(
     progress.say(f"attention: {', '.join(dict.fromkeys(backends))}")
 
     def batches(first: int, last: int) -> Iterator[Any]:
-        rows = sharding.host_rows(cfg.train.batch)
+        rows = arrays.host_rows(cfg.train.batch)
         return (vars(batch) for batch in data.batches(first, last, rows, cfg.data.prefetch))
 
     def describe(step: int) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def pretrain(
         tasks=tasks,
         sampler=sampler,
         checkpoints=checkpoints,
-        writers=functools.partial(run_dir.writers, cfg),
+        writers=functools.partial(metrics.writers, cfg),
         throughput=metrics.Throughput(
             flops.flops_per_token(cfg.model, cfg.train.seq_len),
             cfg.compute.dtype,

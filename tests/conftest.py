@@ -22,6 +22,7 @@ from gptjax.cli import main
 from gptjax.config import Config, MeshConfig, ModelConfig
 from gptjax.model import decoder
 from gptjax.parallel import sharding
+from gptjax.parallel.mesh import make_mesh
 from gptjax.runtime import malloc
 
 MeshFactory = Callable[..., AbstractContextManager[jax.sharding.Mesh]]
@@ -43,7 +44,7 @@ def on_mesh() -> MeshFactory:
     ) -> Iterator[jax.sharding.Mesh]:
         cfg = MeshConfig(data, fsdp, expert, tensor, context, stage)
         devices = jax.devices()[: math.prod((data, fsdp, tensor, expert, context, stage))]
-        mesh = sharding.make_mesh(cfg, devices)
+        mesh = make_mesh(cfg, devices)
         with jax.set_mesh(mesh):
             yield mesh
 

@@ -19,8 +19,10 @@ import pytest
 from gptjax.checkpoint.checkpointer import leaves_by_path
 from gptjax.config import Config, MoeConfig, validation
 from gptjax.model import decoder
-from gptjax.parallel import pipeline, sharding
-from gptjax.training import objective, trainer
+from gptjax.parallel import arrays, pipeline, sharding
+from gptjax.parallel.mesh import make_mesh
+from gptjax.training import objective
+from gptjax.training.step import compile_step, create_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
 
@@ -82,9 +84,9 @@ def trained(cfg: Config, start: dict[str, np.ndarray] | None) -> tuple[list, dic
     """
     devices = math.prod(size for size in vars(cfg.mesh).values() if isinstance(size, int))
     assert not list(validation.mesh_problems(cfg, cfg.mesh.shape(devices), 1))
-    with jax.set_mesh(sharding.make_mesh(cfg.mesh, jax.devices()[:devices])):
+    with jax.set_mesh(make_mesh(cfg.mesh, jax.devices()[:devices])):
         order = pipeline.order(cfg.model.layers // len(cfg.model.pattern), cfg.compute.rounds)
-        create = lambda: trainer.create_state(cfg, lambda key: decoder.init(cfg.model, key))
+        create = lambda: create_state(cfg, lambda key: decoder.init(cfg.model, key))
         if start is None:
             state = jax.jit(create)()
             start = jax.device_get(leaves_by_path(state.params))
@@ -103,10 +105,10 @@ def trained(cfg: Config, start: dict[str, np.ndarray] | None) -> tuple[list, dic
                 named(place, abstract), params=named(place, abstract.params)
             )
         loss_fn = objective.training_loss(cfg, EOS)
-        step = trainer.compile_step(cfg, loss_fn, state, objective.abstract_batch(cfg))
+        step = compile_step(cfg, loss_fn, state, objective.abstract_batch(cfg))
         seen = []
         for batch in batches(cfg):
-            state, metrics = step(state, sharding.global_batch(batch, cfg.train.batch))
+            state, metrics = step(state, arrays.global_batch(batch, cfg.train.batch))
             seen.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     return seen, start
 

@@ -35,8 +35,8 @@ from jax import lax
 import gptjax
 from gptjax.config import CheckpointConfig
 from gptjax.errors import CheckpointError, MismatchError, OutputError
+from gptjax.param_tree import Leaves, leaves_by_path, nested
 from gptjax.runtime import distributed
-from gptjax.training.param_groups import Leaves, leaves_by_path, nested
 
 FORMAT = 1
 _UNFINISHED = ".orbax-checkpoint-tmp"

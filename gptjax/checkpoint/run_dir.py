@@ -30,12 +30,11 @@ from gptjax.config import CONFIG_FILE, Config, MeshConfig
 from gptjax.data import store
 from gptjax.data.store import Manifest
 from gptjax.errors import CheckpointError, ConfigError, DataError, MismatchError, OutputError
-from gptjax.model import decoder, heads
 from gptjax.model.decoder import Params
+from gptjax.model.heads import init_params
 from gptjax.parallel import sharding
-from gptjax.runtime import compilation_cache, distributed, file_lock
+from gptjax.runtime import distributed, file_lock
 from gptjax.tokenizer import Tokenizer
-from gptjax.training import metrics
 
 CHECKPOINTS = "checkpoints"
 CERTIFICATE = "certificate.json"
@@ -179,16 +178,6 @@ def facts(cfg: Config) -> dict[str, str]:
     return versions | {name: repr(value) for name, value in config.flatten(cfg).items()}
 
 
-def writers(cfg: Config, step: int) -> metrics.Writers:
-    """The sinks of the metrics of a run that goes on after a step; of the first process alone."""
-    kinds: list[Any] = [metrics.JsonlWriter]
-    if cfg.log.tensorboard:
-        kinds.append(metrics.TensorBoardWriter)
-    if not distributed.first():
-        kinds = []
-    return metrics.Writers([kind(Path(cfg.run), step) for kind in kinds])
-
-
 def source_of(folder: str) -> dict[str, Any] | None:
     """Where an imported run came from; None for one that was trained here. Raises DataError."""
     return _read_json(Path(folder) / _SOURCE)
@@ -275,30 +264,6 @@ def open_run(folder: str) -> tuple[Config, Tokenizer | None, Manifest | None]:
         manifest.tokenizer["sha256"], tokenizer.fingerprint, f"{folder}/{_DATA}", folder
     )
     return cfg, tokenizer, manifest
-
-
-@contextmanager
-def entered_mesh(cfg: Config) -> Iterator[None]:
-    """The configured mesh over all devices as the ambient one, and the compilation cache on.
-
-    With compute.dtype=float32, matrix products are float32 on accelerators too, whose default is
-    less.
-    """
-    compilation_cache.enable_cache(cfg.log.compile_cache)
-    exact = cfg.compute.dtype == "float32"
-    jax.config.update("jax_default_matmul_precision", "float32" if exact else None)
-    with jax.set_mesh(sharding.make_mesh(cfg.mesh)):
-        yield
-
-
-def init_and_dropout_keys(cfg: Config) -> jax.Array:
-    """The two keys that all of a run's randomness in parameters and steps comes from."""
-    return jax.random.split(jax.random.key(cfg.train.seed))
-
-
-def init_params(cfg: Config, key: jax.Array) -> Params:
-    """Fresh parameters of a run: the decoder's, and its task's layer where it has one."""
-    return decoder.init(cfg.model, key) | heads.init(cfg, key)
 
 
 def restore_params(

@@ -26,6 +26,7 @@ def fit(
     cfg.check()
     resolved(cfg)
     from gptjax.checkpoint import run_dir
+    from gptjax.parallel import mesh
     from gptjax.runtime import distributed, watchdog
     from gptjax.runtime.progress import Progress
 
@@ -39,7 +40,7 @@ def fit(
         from gptjax.finetune import train
 
         cfg.check(jax.device_count(), jax.process_count())
-        with run_dir.entered_mesh(cfg):
+        with mesh.entered_mesh(cfg):
             return cfg, train.tune(cfg, base, given, rows, watched, progress)
 
 

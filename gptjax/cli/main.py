@@ -252,6 +252,7 @@ def _train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         raise ConfigError([what])
     from gptjax import evaluate
     from gptjax.checkpoint import run_dir
+    from gptjax.parallel import mesh
     from gptjax.runtime import distributed, watchdog
 
     evaluate.read_tasks(cfg.eval.tasks)  # so that a bad line is told before text is prepared
@@ -269,7 +270,7 @@ def _train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         with distributed.first_before_others():
             manifest = _prepare(cfg, progress)
         watched.at("restore", 0)
-        with run_dir.entered_mesh(cfg):
+        with mesh.entered_mesh(cfg):
             result = pretrain(cfg, manifest, watched, progress)
     if distributed.first():
         print(json.dumps({"run": cfg.run, **result}))

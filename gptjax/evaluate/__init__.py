@@ -5,8 +5,7 @@ Below the last two, `Scorer` gives the log-probability of continuations, and `bo
 far an average over examples can be trusted. `LMEvalAdapter` is a model of lm_eval, which it needs.
 """
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from gptjax.evaluate.bootstrap import Statistic
 from gptjax.evaluate.documents import TextLoss
@@ -14,10 +13,8 @@ from gptjax.evaluate.formats import TaskFile, read_tasks
 from gptjax.evaluate.scoring import Score, Scorer
 from gptjax.evaluate.tasks import Task, named
 from gptjax.evaluate.validation import ValidationLoss
-from gptjax.model.decoder import Params
 
 __all__ = [
-    "Evaluator",
     "LMEvalAdapter",
     "Score",
     "Scorer",
@@ -29,13 +26,6 @@ __all__ = [
     "named",
     "read_tasks",
 ]
-
-
-class Evaluator(Protocol):
-    """Anything that measures parameters."""
-
-    def run(self, params: Params) -> Mapping[str, float]:
-        """Names and values of what was measured."""
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from gptjax.data import loader
 from gptjax.data.store import Manifest, Reader
 from gptjax.evaluate.bootstrap import Statistic
 from gptjax.model.decoder import Params
-from gptjax.parallel import sharding
+from gptjax.parallel import arrays
 from gptjax.runtime.progress import Progress
 from gptjax.training.metrics import perplexity
 from gptjax.training.objective import next_token
@@ -47,7 +47,7 @@ class ValidationLoss:
     def measure(self, params: Params) -> tuple[list[Statistic], float]:
         """The first three of those by batch, for `bootstrap`, and the number of tokens."""
         cfg = self._cfg
-        rows = sharding.host_rows(cfg.eval.batch)
+        rows = arrays.host_rows(cfg.eval.batch)
         batches = loader.eval_batches(
             self._reader, cfg.train.seq_len, cfg.eval.batch, rows, cfg.data.prefetch
         )
@@ -55,7 +55,7 @@ class ValidationLoss:
         done: list[tuple[jax.Array, jax.Array]] = []
         with self._progress.bar("evaluate", count, unit="batch") as bar:
             for batch in batches:
-                on_devices = sharding.global_batch(vars(batch), cfg.eval.batch)
+                on_devices = arrays.global_batch(vars(batch), cfg.eval.batch)
                 done.append(self._sums(params, on_devices))
                 if len(done) > 1:
                     jax.block_until_ready(done[-2])  # keeps the queue of batches short

@@ -19,8 +19,9 @@ from gptjax.finetune import params as base_params
 from gptjax.finetune.base_model import Base, base_of, pinned
 from gptjax.model.decoder import Params
 from gptjax.parallel import sharding
+from gptjax.param_tree import Tree
 from gptjax.training import param_groups
-from gptjax.training.param_groups import Factors, Tree
+from gptjax.training.param_groups import Factors
 
 BASE_STEP = "base step"  # in RUN/finetune.json: the checkpoint of the base that adapters go with
 

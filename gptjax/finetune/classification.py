@@ -18,7 +18,7 @@ from gptjax.config import Config
 from gptjax.finetune.tokenize import Rows
 from gptjax.model import decoder, heads, layers
 from gptjax.model.decoder import Params
-from gptjax.parallel import sharding
+from gptjax.parallel import sequence, sharding
 from gptjax.runtime.progress import Progress
 from gptjax.sample.engine import place_rows
 from gptjax.training import loss, objective
@@ -87,8 +87,8 @@ def _own_tokens(
     return loss.cross_entropy(
         x_ND,
         decoder.head(params),
-        sharding.to_rows(next_ST),
-        sharding.to_rows(jnp.where(counts_ST, share_S[:, None], 0).astype(jnp.float32)),
+        sequence.to_rows(next_ST),
+        sequence.to_rows(jnp.where(counts_ST, share_S[:, None], 0).astype(jnp.float32)),
         cfg.train.z_loss,
         cfg.compute.loss_chunks,
         cfg.model.vocab_size,

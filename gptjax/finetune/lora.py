@@ -21,12 +21,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gptjax import param_tree
 from gptjax.config import LoraConfig, ModelConfig, TuneConfig
 from gptjax.model import heads
 from gptjax.model.decoder import Params
-from gptjax.parallel import sharding
+from gptjax.model.init import uniform
+from gptjax.param_tree import leaves_by_path, nested, sides
 from gptjax.training import param_groups
-from gptjax.training.param_groups import Factors, leaves_by_path, nested, sides
+from gptjax.training.param_groups import Factors
 
 BASE, ADAPTERS = "base", "adapters"
 
@@ -42,7 +44,7 @@ def targets(params: Params, cfg: LoraConfig) -> list[str]:
         return path.startswith("blocks/") and leaf.ndim > 2 and not vector
 
     candidates = [path for path, leaf in leaves_by_path(params).items() if matrix(path, leaf)]
-    return sorted(param_groups.matching(candidates, cfg.targets, "finetune.lora.targets"))
+    return sorted(param_tree.matching(candidates, cfg.targets, "finetune.lora.targets"))
 
 
 def init(params: Params, cfg: LoraConfig, key: jax.Array) -> Params:
@@ -60,7 +62,7 @@ def init(params: Params, cfg: LoraConfig, key: jax.Array) -> Params:
         pick = lambda values, *dims: tuple(values[d] for group in dims for d in group)
         bound = 1 / math.sqrt(math.prod(pick(shape, inputs)))
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        a = sharding.uniform(
+        a = uniform(
             own, (*pick(shape, stack, inputs), cfg.rank), bound, jax.P(*pick(axes, stack, inputs))
         )
         b = jnp.zeros(

@@ -19,8 +19,10 @@ from gptjax.hf import safetensors
 from gptjax.model import heads
 from gptjax.model.decoder import Params
 from gptjax.parallel import sharding
+from gptjax.param_tree import Tree
 from gptjax.training import param_groups
-from gptjax.training.param_groups import Factors, Tree
+from gptjax.training.param_groups import Factors
+from gptjax.training.step import init_and_dropout_keys
 
 
 def params(cfg: Config, base: Base, say: Callable[[str], None]) -> Params:
@@ -42,7 +44,7 @@ def params(cfg: Config, base: Base, say: Callable[[str], None]) -> Params:
 
 def extended(cfg: Config, base: Params, special: Special) -> Params:
     """A base's parameters with random rows for the special tokens, and a fresh task's layer."""
-    fresh = run_dir.init_params(cfg, run_dir.init_and_dropout_keys(cfg)[0])
+    fresh = heads.init_params(cfg, init_and_dropout_keys(cfg)[0])
     tables = {
         name: _with_rows(base[name], fresh[name], special)
         for name in ("embed", "head")
@@ -68,9 +70,7 @@ def tree(cfg: Config, given: Params) -> Tree:
     """The tree that training takes, of the model's parameters."""
     if not cfg.finetune.lora.rank:
         return given
-    return lora.both(
-        given, cfg.finetune.lora, jax.random.fold_in(run_dir.init_and_dropout_keys(cfg)[0], 2)
-    )
+    return lora.both(given, cfg.finetune.lora, jax.random.fold_in(init_and_dropout_keys(cfg)[0], 2))
 
 
 def plain(cfg: Config, learnt: Tree) -> Params:
@@ -93,4 +93,4 @@ def factors(cfg: Config) -> Factors | None:
 def abstract(cfg: Config) -> Tree:
     """Shapes and layouts of the tree that training takes."""
     key = jax.random.key(0)
-    return sharding.abstract(lambda: tree(cfg, run_dir.init_params(cfg, key)))
+    return sharding.abstract(lambda: tree(cfg, heads.init_params(cfg, key)))

@@ -28,7 +28,7 @@ from gptjax.hf.mapping import Piece
 from gptjax.model import decoder
 from gptjax.model.decoder import Params
 from gptjax.parallel import sharding
-from gptjax.training.param_groups import leaves_by_path, nested, sides
+from gptjax.param_tree import leaves_by_path, nested, sides
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

@@ -19,7 +19,6 @@ from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import Checkpoints, sha256_of
 from gptjax.config import Config
 from gptjax.data.permutation import Order
-from gptjax.evaluate import Evaluator
 from gptjax.finetune import adapter_checkpoint, classification, sft
 from gptjax.finetune import params as base_params
 from gptjax.finetune.adapter_checkpoint import BASE_STEP, SeparateCheckpoints
@@ -27,14 +26,16 @@ from gptjax.finetune.base_model import Base, pinned
 from gptjax.finetune.conversations import Exchanges
 from gptjax.finetune.examples import Examples
 from gptjax.finetune.tokenize import Special
-from gptjax.model import decoder, flops
-from gptjax.parallel import sharding
+from gptjax.model import decoder, flops, heads
+from gptjax.parallel import arrays, sharding
+from gptjax.param_tree import Tree
 from gptjax.runtime import distributed
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watch
 from gptjax.training import metrics, param_groups, trainer
-from gptjax.training.param_groups import Factors, Tree
-from gptjax.training.trainer import TrainState
+from gptjax.training.param_groups import Factors
+from gptjax.training.step import TrainState, state_of
+from gptjax.training.trainer import Evaluator
 
 REPORT = "classification.json"
 
@@ -70,12 +71,12 @@ def tune(
     order = Order(len(rows["train"]), cfg.train.batch, cfg.train.seed)
 
     def batches(first: int, last: int) -> Iterator[Any]:
-        own = sharding.host_rows(cfg.train.batch)
+        own = arrays.host_rows(cfg.train.batch)
         return (rows["train"].take(order.ids(step, own)) for step in range(first, last))
 
     def begin() -> TrainState:
         tree = base_params.tree(cfg, base_params.params(cfg, base, progress.say))
-        return jax.jit(lambda t: trainer.state_of(cfg, t, factors), donate_argnums=0)(tree)
+        return jax.jit(lambda t: state_of(cfg, t, factors), donate_argnums=0)(tree)
 
     def plain(evaluator: Evaluator) -> Evaluator:
         return _Plain(cfg, evaluator) if cfg.finetune.lora.rank else evaluator
@@ -85,7 +86,7 @@ def tune(
     loss = (sft if answers else classification).training_loss(cfg)
     _, evaluated = trainer.fit(
         cfg,
-        init_fn=lambda key: base_params.tree(cfg, run_dir.init_params(cfg, key)),
+        init_fn=lambda key: base_params.tree(cfg, heads.init_params(cfg, key)),
         start=begin,
         factors=factors,
         loss_fn=lambda tree, batch, keys_B2: loss(base_params.plain(cfg, tree), batch, keys_B2),
@@ -95,7 +96,7 @@ def tune(
         tasks=[plain(right)] if right else [],
         sampler=lambda step, params: None,
         checkpoints=_checkpoints(cfg, base, backends, factors, progress.say),
-        writers=functools.partial(run_dir.writers, cfg),
+        writers=functools.partial(metrics.writers, cfg),
         throughput=metrics.Throughput(
             flops.flops_per_token(cfg.model, cfg.train.seq_len),
             cfg.compute.dtype,

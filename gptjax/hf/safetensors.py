@@ -27,11 +27,11 @@ from gptjax.checkpoint.checkpointer import leaves_by_path
 from gptjax.config import ModelConfig, TokenizerConfig
 from gptjax.errors import DataError, MismatchError
 from gptjax.hf import families
-from gptjax.hf.families import Family, Json
 from gptjax.hf.mapping import Piece
+from gptjax.hf.reader import Family, Json
 from gptjax.model import decoder
 from gptjax.model.decoder import Params
-from gptjax.parallel import sharding
+from gptjax.parallel import mesh, sharding
 from gptjax.sample import decoding
 
 _INDEX = "model.safetensors.index.json"
@@ -207,7 +207,7 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter, by path."""
     # Any mesh will do, and one that is entered already cannot be left for a smaller one.
     entered = not jax.sharding.get_abstract_mesh().empty
-    alone = jax.sharding.use_abstract_mesh(sharding.abstract_mesh())
+    alone = jax.sharding.use_abstract_mesh(mesh.abstract_mesh())
     with contextlib.nullcontext() if entered else alone:
         tree = jax.eval_shape(lambda: decoder.init(model, jax.random.key(0)))
     return {path: leaf.shape for path, leaf in leaves_by_path(tree).items()}

@@ -19,10 +19,11 @@ from flax import linen as nn
 from gptjax.config import ComputeConfig, ModelConfig
 from gptjax.model import layers
 from gptjax.model.attention import layer as attention
+from gptjax.model.attention.backends import Need, Sizes, choose
 from gptjax.model.attention.layer import Cache, SelfAttention
 from gptjax.model.feed_forward import FeedForward
 from gptjax.model.moe import MoE, Routing
-from gptjax.parallel import matmul, pipeline, sharding
+from gptjax.parallel import matmul, pipeline, sequence, sharding
 
 Params = dict[str, Any]
 Caches = tuple[Cache, ...]  # one for each place of the attention pattern
@@ -58,7 +59,7 @@ class Tokens(NamedTuple):
         """The keys by row."""
         if self.keys_BT2 is None:
             return None
-        return sharding.rows_of_sequences(self.keys_BT2, None)
+        return sequence.rows_of_sequences(self.keys_BT2, None)
 
 
 class Block(nn.Module):
@@ -169,7 +170,7 @@ class Decoder(nn.Module):
         )
         held = "tokens" if caches is None else "batch"
         rows = matmul.stream(b * t) if caches is None else held
-        flat = lambda ids_BT: sharding.to_rows(ids_BT, held)
+        flat = lambda ids_BT: sequence.to_rows(ids_BT, held)
         x_ND = matmul.lookup(table_VD, flat(tokens_BT), dtype, rows)
         if cfg.positions == "learned":
             places_SD = layers.weight(
@@ -244,7 +245,7 @@ def _stretch(period, blocks, x_ND, first, tokens):
 def _placed(a_BT: jax.Array) -> jax.Array:
     """[B, T, ...] in the order of `sharding.places`, split over the context axis."""
     axes = sharding.spec("batch", "seq", *[None] * (a_BT.ndim - 2))
-    return jax.sharding.reshard(sharding.placed(a_BT), axes)
+    return jax.sharding.reshard(sequence.placed(a_BT), axes)
 
 
 def _tiled(places_TD: jax.Array, b: int, held: str, rows: str) -> jax.Array:
@@ -252,7 +253,7 @@ def _tiled(places_TD: jax.Array, b: int, held: str, rows: str) -> jax.Array:
     t, d = places_TD.shape
     places_TD = jax.sharding.reshard(places_TD, sharding.spec(None, "embed"))
     x_BTD = jnp.broadcast_to(places_TD, (b, t, d), out_sharding=sharding.spec("batch", None, None))
-    x_ND = sharding.to_rows(x_BTD, held)
+    x_ND = sequence.to_rows(x_BTD, held)
     return jax.sharding.reshard(x_ND, sharding.spec(rows, "embed"))
 
 
@@ -270,11 +271,11 @@ def attention_backends(
     Raises ConfigError, see `attention.choose`.
     """
     parts = sharding.axis_size("seq")
-    sizes = attention.Sizes(compute.dtype, length // parts, cfg.head)
+    sizes = Sizes(compute.dtype, length // parts, cfg.head)
     return tuple(
-        attention.choose(
+        choose(
             compute.attention,
-            attention.Need(
+            Need(
                 segments=segments,
                 window=kind == "window",
                 grouped=cfg.kv != cfg.heads,
@@ -357,7 +358,7 @@ def logits(params: Params, cfg: ModelConfig, x_ND: jax.Array) -> jax.Array:
     if cfg.table == cfg.vocab_size:
         return y_NV
     ids_V = jnp.arange(cfg.table, out_sharding=sharding.spec("vocab"))
-    return jnp.where(ids_V < cfg.vocab_size, y_NV, attention.NEVER)
+    return jnp.where(ids_V < cfg.vocab_size, y_NV, layers.NEVER)
 
 
 def empty_caches(cfg: ModelConfig, rows: int, capacity: int, dtype: str, chunk: int = 1) -> Caches:

@@ -6,7 +6,7 @@ import jax
 
 from gptjax.config import ModelConfig
 from gptjax.model import decoder
-from gptjax.parallel import sharding
+from gptjax.parallel import mesh
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def parameters(cfg: ModelConfig) -> Parameters:
 
     Rows that fill up the embedding table are left out: they are no part of the model.
     """
-    with jax.sharding.use_abstract_mesh(sharding.abstract_mesh()):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh()):
         shapes = jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))
     parts: dict[str, int] = {}
     idle = 0

@@ -14,7 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from gptjax.config import Config
-from gptjax.parallel import sharding
+from gptjax.model import decoder
+from gptjax.model.decoder import Params
+from gptjax.model.init import normal
+from gptjax.parallel import sequence, sharding
 
 NAME = "head_task"
 NEVER = -1e30  # the score of a choice that there is not
@@ -25,7 +28,7 @@ def init(cfg: Config, key: jax.Array) -> dict[str, Any]:
     outputs = cfg.finetune.outputs
     if not outputs:
         return {}
-    draw = sharding.normal(cfg.model.init_std)
+    draw = normal(cfg.model.init_std)
     shape = (cfg.model.embed, outputs)
     return {NAME: {"score": draw(jax.random.fold_in(key, 1), shape, (None, None))}}
 
@@ -34,7 +37,7 @@ def last(x_ND: jax.Array, lengths_S: jax.Array) -> jax.Array:
     """What the decoder gives at each sequence's last token, [S, D]; zeros where it has none."""
     s = len(lengths_S)
     held_ND = jax.sharding.reshard(x_ND, sharding.spec("tokens", "embed"))
-    x_STD = sharding.natural(sharding.sequences(held_ND, s, (x_ND.shape[-1],), ("embed",)))
+    x_STD = sequence.natural(sequence.sequences(held_ND, s, (x_ND.shape[-1],), ("embed",)))
     last_ST = jnp.arange(x_STD.shape[1])[None] == lengths_S[:, None] - 1
     return jnp.where(last_ST[..., None], x_STD, 0).sum(1)
 
@@ -56,3 +59,8 @@ def losses(scores_BK: jax.Array, labels_B: jax.Array) -> tuple[jax.Array, jax.Ar
     top_B1 = lax.stop_gradient(scores_BK.max(1, keepdims=True))
     log_total_B = jnp.log(jnp.exp(scores_BK - top_B1).sum(1)) + top_B1[:, 0]
     return log_total_B - own_B, own_B >= top_B1[:, 0]
+
+
+def init_params(cfg: Config, key: jax.Array) -> Params:
+    """Fresh parameters of a run: the decoder's, and its task's layer where it has one."""
+    return decoder.init(cfg.model, key) | init(cfg, key)

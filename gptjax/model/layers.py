@@ -19,6 +19,7 @@ from flax import linen as nn
 from jax import lax
 
 from gptjax.config import ModelConfig, RopeConfig
+from gptjax.model import init
 from gptjax.parallel import sharding
 
 NEVER = -1e30  # a score that is masked out: finite, so that a fully masked row stays a number
@@ -224,14 +225,14 @@ def weight(
     module: nn.Module, name: str, shape: Sequence[int], axes: Sequence[str | None], std: float
 ) -> jax.Array:
     """A float32 parameter drawn from N(0, std**2), laid out by its logical axes."""
-    return module.param(name, sharding.normal(std), tuple(shape), tuple(axes))
+    return module.param(name, init.normal(std), tuple(shape), tuple(axes))
 
 
 def vector(
     module: nn.Module, name: str, shape: Sequence[int], axes: Sequence[str | None], value: float
 ) -> jax.Array:
     """A float32 parameter that starts at one value, laid out by its logical axes."""
-    return module.param(name, sharding.constant(value), tuple(shape), tuple(axes))
+    return module.param(name, init.constant(value), tuple(shape), tuple(axes))
 
 
 class Norm(nn.Module):

@@ -21,7 +21,7 @@ from jax import lax
 
 from gptjax.config import ModelConfig
 from gptjax.model.layers import weight
-from gptjax.parallel import sharding
+from gptjax.parallel import sequence, sharding
 from gptjax.parallel.matmul import (
     column_parallel,
     gather_rows,
@@ -61,7 +61,7 @@ def route(
     if moe.normalize:
         weights_Nk = weights_Nk / weights_Nk.sum(-1, keepdims=True)
     chosen_NE = (ids_Nk[..., None] == jnp.arange(e)).sum(1).astype(jnp.float32)
-    by_row = lambda a_NE: sharding.sequences(a_NE, rows, (e,), (None,), rows_of(a_NE))
+    by_row = lambda a_NE: sequence.sequences(a_NE, rows, (e,), (None,), rows_of(a_NE))
     share_BE = by_row(chosen_NE).mean(1) / moe.top_k
     balance_B = e * (lax.stop_gradient(share_BE) * by_row(p_NE).mean(1)).sum(-1)
     routing = Routing(

@@ -23,7 +23,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.kernels import cpu
-from gptjax.parallel import sharding
+from gptjax.parallel import mesh, sharding
 
 PRODUCT = "product"  # what a remat policy may keep
 
@@ -180,7 +180,7 @@ def sum_rows(y_nD: jax.Array, rows: str) -> jax.Array:
     return lax.psum(y_nD, _COLUMNS)
 
 
-_WIDTH, _COLUMNS = sharding.FSDP, sharding.RULES["mlp"]
+_WIDTH, _COLUMNS = mesh.FSDP, sharding.RULES["mlp"]
 
 
 def copies() -> tuple[str, ...]:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gptjax.parallel import sharding
+from gptjax.parallel import sequence, sharding
 from gptjax.parallel.matmul import rows_of
 
 _AXIS = "stage"
@@ -73,7 +73,7 @@ def run(
     periods = len(jax.tree.leaves(blocks)[0])
 
     x_ND = jax.sharding.reshard(x_ND, sharding.spec("tokens", "embed"))
-    x_BTD = sharding.sequences(x_ND, b, (d,), ("embed",))
+    x_BTD = sequence.sequences(x_ND, b, (d,), ("embed",))
     inputs = jax.tree.map(lambda a: _by_stage(a, stages), (x_BTD, sequences))
     local = functools.partial(
         _stages, stretch, rows=rows, stages=stages, rounds=rounds, groups=microbatches // stages
@@ -86,7 +86,7 @@ def run(
         check_vma=False,
     )(blocks, inputs)
     x_BTD = lax.reshape(x_SBTD, x_BTD.shape, out_sharding=sharding.spec("batch", "seq", "embed"))
-    x_ND = sharding.rows_of_sequences(x_BTD, "embed")
+    x_ND = sequence.rows_of_sequences(x_BTD, "embed")
     back = np.argsort(order(periods, rounds))
     sums = jax.tree.map(lambda a: jax.sharding.reshard(a, jax.P())[back], sums)
     return jax.sharding.reshard(x_ND, sharding.spec(rows, "embed")), sums
@@ -165,14 +165,14 @@ def _from_groups(a_GbT: jax.Array) -> jax.Array:
 
 
 def _rows(x_bTD: jax.Array, rows: str) -> jax.Array:
-    x_nD = sharding.rows_of_sequences(x_bTD, "embed")
+    x_nD = sequence.rows_of_sequences(x_bTD, "embed")
     return jax.sharding.reshard(x_nD, sharding.spec(rows, "embed"))
 
 
 def _sequences(x_nD: jax.Array, like_bTD: jax.Array) -> jax.Array:
     b, _, d = like_bTD.shape
     x_nD = jax.sharding.reshard(x_nD, sharding.spec("tokens", "embed"))
-    return sharding.sequences(x_nD, b, (d,), ("embed",))
+    return sequence.sequences(x_nD, b, (d,), ("embed",))
 
 
 # --- collectives over the stages ---------------------------------------------------------------

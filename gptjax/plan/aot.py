@@ -23,10 +23,11 @@ from gptjax.config import Config
 from gptjax.errors import ConfigError
 from gptjax.model import decoder
 from gptjax.parallel import sharding
+from gptjax.parallel.mesh import make_mesh
 from gptjax.plan.collectives import EXCHANGE, GATHER, SCATTER, SHIFT, SUM, Collective
 from gptjax.plan.hardware import Machine
 from gptjax.sample import decoding, engine
-from gptjax.training import objective, trainer
+from gptjax.training import objective, step
 
 
 @dataclass
@@ -79,14 +80,14 @@ def devices(machine: Machine) -> list[Any]:
 
 def train_step(cfg: Config, machine: Machine) -> Compiled:
     """The train step of a configuration, compiled for a machine."""
-    mesh = sharding.make_mesh(cfg.mesh, devices(machine))
+    mesh = make_mesh(cfg.mesh, devices(machine))
     with jax.set_mesh(mesh):
         state = sharding.abstract(
-            lambda: trainer.create_state(cfg, lambda key: decoder.init(cfg.model, key))
+            lambda: step.create_state(cfg, lambda key: decoder.init(cfg.model, key))
         )
         loss_fn = objective.training_loss(cfg, eos_id=0)
         batch = objective.abstract_batch(cfg)
-        return _compile(lambda: trainer.compile_step(cfg, loss_fn, state, batch), mesh)
+        return _compile(lambda: step.compile_step(cfg, loss_fn, state, batch), mesh)
 
 
 def sampling(cfg: Config, machine: Machine, prompt: int = 2048) -> Iterator[tuple[str, Compiled]]:
@@ -95,7 +96,7 @@ def sampling(cfg: Config, machine: Machine, prompt: int = 2048) -> Iterator[tupl
     One row a device of the batch's axes, in the compute dtype, with caches of the prompt and as
     many new tokens.
     """
-    mesh = sharding.make_mesh(cfg.mesh, devices(machine))
+    mesh = make_mesh(cfg.mesh, devices(machine))
     with jax.set_mesh(mesh):
         rows, capacity = sharding.axis_size("batch"), min(2 * prompt, cfg.model.context)
         params, model = (

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from gptjax.config import Config, ModelConfig
-from gptjax.parallel import sharding
+from gptjax.parallel import mesh, sharding
 
 GATHER, SCATTER, SUM = "all-gather", "reduce-scatter", "all-reduce"
 EXCHANGE, SHIFT = "all-to-all", "collective-permute"
@@ -52,7 +52,7 @@ def by_axes(
     """(count, wire bytes) of a step by (kind, mesh axes)."""
     table: dict[tuple[str, tuple[str, ...]], tuple[float, float]] = {}
     for one in collectives:
-        key = one.kind, tuple(axis for axis in sharding.AXES if axis in one.axes)
+        key = one.kind, tuple(axis for axis in mesh.AXES if axis in one.axes)
         count, wire = table.get(key, (0.0, 0.0))
         table[key] = count + one.count, wire + one.wire
     return table
@@ -193,7 +193,7 @@ def _all(cfg: Config, sizes: Mapping[str, int], attention: Sequence[str]) -> Ite
     for name in ("embedding",) if m.tied_embeddings else ("embedding", "output layer"):
         yield from _gathers(table * width, steps, sizes, name, **outside)
     # Its gradient is scattered for each use, but where there is nothing to scatter summed once.
-    once = m.tied_embeddings and all(sizes[axis] == 1 for axis in sharding.FSDP)
+    once = m.tied_embeddings and all(sizes[axis] == 1 for axis in mesh.FSDP)
     for name in ("embedding",) if once else ("embedding", "output layer"):
         yield from _scatters(table * 4, steps, sizes, ("stage", *_COPIES), name, **outside)
     if tensor > 1:
@@ -210,7 +210,7 @@ def _all(cfg: Config, sizes: Mapping[str, int], attention: Sequence[str]) -> Ite
     parts = math.prod(sizes[a] for a in axes)
     if m.positions == "learned":
         places = cfg.train.seq_len * m.embed
-        over = tuple(axis for axis in sharding.FSDP if sizes[axis] > 1)
+        over = tuple(axis for axis in mesh.FSDP if sizes[axis] > 1)
         n = math.prod(sizes[axis] for axis in over)
         yield Collective(GATHER, over, n, places * width, steps, "positions", **outside)
         yield Collective(SUM, axes, parts, places * 4, steps, "positions' gradient", **outside)
@@ -250,7 +250,7 @@ def _gathers(
     whole: float, count: float, sizes: Mapping[str, int], what: str, **more: str
 ) -> Iterator[Collective]:
     """Ring by ring: over the innermost ring a part, over the outermost the whole."""
-    for axis in sharding.FSDP:
+    for axis in mesh.FSDP:
         yield Collective(GATHER, (axis,), sizes[axis], whole, count, what, **more)
         whole /= sizes[axis]
 
@@ -263,7 +263,7 @@ def _scatters(
     what: str,
     **more: str,
 ) -> Iterator[Collective]:
-    for axis in sharding.FSDP:
+    for axis in mesh.FSDP:
         yield Collective(SCATTER, (axis,), sizes[axis], whole, count, f"{what}'s gradient", **more)
         whole /= sizes[axis]
     axes = tuple(axis for axis in copies if sizes[axis] > 1)

@@ -9,7 +9,7 @@ from gptjax.config import Config
 from gptjax.errors import ConfigError
 from gptjax.model import decoder
 from gptjax.model import flops as counts
-from gptjax.parallel import sharding
+from gptjax.parallel.mesh import AXES, abstract_mesh, arrange
 from gptjax.plan import collectives, memory, roofline
 from gptjax.plan.hardware import Machine, places
 
@@ -69,8 +69,8 @@ def plan(cfg: Config, machine: Machine, state: list[memory.Tensor] | None = None
     cfg = check(cfg, machine)
     attention = _attention(cfg, machine)
     state = memory.tensors(cfg) if state is None else state
-    arranged = sharding.arrange(cfg.mesh, places(machine))
-    sizes = dict(zip(sharding.AXES, arranged.shape, strict=True))
+    arranged = arrange(cfg.mesh, places(machine))
+    sizes = dict(zip(AXES, arranged.shape, strict=True))
     held = memory.held(cfg, sizes, state, attention)
     links = roofline.links(machine, arranged)
     expected = collectives.expected(cfg, sizes, attention)
@@ -99,7 +99,7 @@ def check(cfg: Config, machine: Machine) -> Config:
 
 def _attention(cfg: Config, machine: Machine) -> tuple[str, ...]:
     """The attention backends that training would use there. Raises ConfigError."""
-    mesh = sharding.abstract_mesh(context=cfg.mesh.context)
+    mesh = abstract_mesh(context=cfg.mesh.context)
     with jax.sharding.use_abstract_mesh(mesh):
         chosen = decoder.attention_backends(
             cfg.model,

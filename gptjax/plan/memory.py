@@ -15,9 +15,9 @@ import numpy as np
 from gptjax.checkpoint.checkpointer import leaves_by_path
 from gptjax.config import Config
 from gptjax.model import decoder
-from gptjax.parallel import sharding
+from gptjax.parallel import mesh, sharding
 from gptjax.plan import collectives
-from gptjax.training import trainer
+from gptjax.training import step
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ def tensors(cfg: Config) -> list[Tensor]:
         return Tensor(path, group, value.shape, np.dtype(value.dtype).itemsize, axes)
 
     # Only a mesh with stages has the layers split over them.
-    with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(stage=cfg.mesh.stage)):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh(stage=cfg.mesh.stage)):
         state = jax.eval_shape(
-            lambda: trainer.create_state(cfg, lambda key: decoder.init(cfg.model, key))
+            lambda: step.create_state(cfg, lambda key: decoder.init(cfg.model, key))
         )
     return [leaf(path, value) for path, value in leaves_by_path(state).items()]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gptjax.model import flops
-from gptjax.parallel import sharding
+from gptjax.parallel.mesh import FSDP
 from gptjax.plan import aot as compiling
 from gptjax.plan import collectives, roofline
 from gptjax.plan.estimate import Plan
@@ -39,7 +39,7 @@ def lines(plan: Plan, price: float) -> Iterator[str]:
 def mesh(plan: Plan) -> str:
     """The mesh in words, with the rings that fsdp runs through."""
     sizes = plan.sizes
-    rings = [sizes[axis] for axis in sharding.FSDP if sizes[axis] > 1]
+    rings = [sizes[axis] for axis in FSDP if sizes[axis] > 1]
     around = f" (rings of {' x '.join(map(str, rings))})" if len(rings) > 1 else ""
     stages, through = "", collectives.passes(plan.cfg)
     if sizes["stage"] > 1:

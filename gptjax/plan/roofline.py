@@ -14,7 +14,7 @@ import numpy as np
 
 from gptjax.config import Config
 from gptjax.model import flops as counts
-from gptjax.parallel import sharding
+from gptjax.parallel import mesh, sharding
 from gptjax.plan.collectives import EXCHANGE, GATHER, SCATTER, SHIFT, SUM, Collective, passes
 from gptjax.plan.hardware import Machine
 
@@ -69,7 +69,7 @@ class Times:
 def links(machine: Machine, arranged: np.ndarray) -> dict[str, Link]:
     """What each mesh axis runs over; `arranged` are the devices by their places along AXES."""
     found = {}
-    for number, axis in enumerate(sharding.AXES):
+    for number, axis in enumerate(mesh.AXES):
         index: list[Any] = [0] * arranged.ndim
         index[number] = slice(None)
         found[axis] = _link(machine, list(arranged[tuple(index)]))

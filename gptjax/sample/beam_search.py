@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from gptjax.config import ComputeConfig, ModelConfig
-from gptjax.model.attention.layer import CACHE_AXES, NEVER
+from gptjax.model.attention.layer import CACHE_AXES
 from gptjax.model.decoder import Caches, Params
+from gptjax.model.layers import NEVER
 from gptjax.parallel import sharding
 from gptjax.sample.decoding import next_logits
 

@@ -17,9 +17,9 @@ import numpy as np
 from gptjax.config import ComputeConfig, ModelConfig
 from gptjax.errors import ConfigError
 from gptjax.model import decoder
-from gptjax.model.attention.layer import NEVER
 from gptjax.model.decoder import Params
-from gptjax.parallel import sharding
+from gptjax.model.layers import NEVER
+from gptjax.parallel import arrays, sharding
 from gptjax.sample import decoding
 from gptjax.sample.decoding import BURST, READ, Drawn, Plan, Rows
 from gptjax.sample.logits_processors import Knobs
@@ -218,7 +218,7 @@ class Engine:
             self._compute,
             self._plan,
         )
-        return list(self._events(sharding.to_host(drawn)))
+        return list(self._events(arrays.to_host(drawn)))
 
     def run(self, limit: int = BURST) -> Iterator[Event]:
         """Steps until nothing waits and every row has ended."""

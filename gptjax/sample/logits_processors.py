@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gptjax.model.attention.layer import NEVER
+from gptjax.model.layers import NEVER
 
 
 class Knobs(NamedTuple):

@@ -12,9 +12,9 @@ import numpy as np
 
 from gptjax.config import ComputeConfig, ModelConfig
 from gptjax.errors import ConfigError
-from gptjax.model.attention.layer import NEVER
 from gptjax.model.decoder import Params
-from gptjax.parallel import sharding
+from gptjax.model.layers import NEVER
+from gptjax.parallel import arrays, sharding
 from gptjax.sample import beam_search, decoding, logprobs
 from gptjax.sample.detokenizer import Continuation
 from gptjax.sample.engine import (
@@ -289,7 +289,7 @@ class Sampler:
             width,
             bucket(settings.max_tokens),
         )
-        return self._beams(ids, sharding.to_host(found), settings.returned)
+        return self._beams(ids, arrays.to_host(found), settings.returned)
 
     def _beams(
         self, prompts: list[list[int]], found: beam_search.Beams, returned: int
@@ -348,7 +348,7 @@ class Sampler:
                 self.compute,
                 alternatives,
             )
-            own, top_ids, top = sharding.to_host(scored)
+            own, top_ids, top = arrays.to_host(scored)
             for row, i in enumerate(group):
                 results[i] = [Token(ids[i][0])]
                 for at, token in enumerate(ids[i][1:]):

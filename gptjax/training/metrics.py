@@ -9,9 +9,12 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
+
+from gptjax.config import Config
+from gptjax.runtime import distributed
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -150,3 +153,13 @@ class Writers:
                 self._writers.remove(writer)
                 name = type(writer).__name__
                 print(f"gptjax: {name} failed and is left out: {error}", file=sys.stderr)
+
+
+def writers(cfg: Config, step: int) -> Writers:
+    """The sinks of the metrics of a run that goes on after a step; of the first process alone."""
+    kinds: list[Any] = [JsonlWriter]
+    if cfg.log.tensorboard:
+        kinds.append(TensorBoardWriter)
+    if not distributed.first():
+        kinds = []
+    return Writers([kind(Path(cfg.run), step) for kind in kinds])

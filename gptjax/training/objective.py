@@ -15,7 +15,7 @@ from gptjax.config import Config
 from gptjax.model import decoder
 from gptjax.model.decoder import Params
 from gptjax.model.moe import Routing
-from gptjax.parallel import sharding
+from gptjax.parallel import sequence, sharding
 from gptjax.training import loss
 
 DeviceBatch = dict[str, jax.Array]
@@ -115,11 +115,11 @@ def predicted(
         keys_B2=keys_B2,
         training=training,
     )
-    weights_N = sharding.to_rows(given.counts_BT.astype(jnp.float32))
+    weights_N = sequence.to_rows(given.counts_BT.astype(jnp.float32))
     ce, z = loss.cross_entropy(
         out.x_ND,
         decoder.head(params),
-        sharding.to_rows(given.targets_BT),
+        sequence.to_rows(given.targets_BT),
         weights_N,
         cfg.train.z_loss,
         cfg.compute.loss_chunks,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gptjax import param_tree
 from gptjax.config import Config
 from gptjax.training import param_groups
 from gptjax.training.param_groups import Factors
@@ -91,7 +92,7 @@ def _muon(cfg: Config) -> optax.GradientTransformation:
 
     def dimensions(path: tuple[Any, ...], leaf: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return optax.contrib.MuonDimensionNumbers(*param_groups.sides(name, leaf.ndim))
+        return optax.contrib.MuonDimensionNumbers(*param_tree.sides(name, leaf.ndim))
 
     with_path = jax.tree_util.tree_map_with_path
     muon = optax.contrib.muon(

@@ -33,6 +33,7 @@ from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import Checkpoints
 from gptjax.config import CheckpointConfig
 from gptjax.model import decoder
+from gptjax.parallel import mesh
 
 PACKAGES = ("flax", "jax", "keras", "numpy", "orbax", "tensorflow_datasets")
 LINES, LONGEST, EVERY = 4, 240, 12
@@ -119,7 +120,7 @@ def random_run(base: str, target: Path, seed: int) -> str:
             if file.is_file() and file.name.startswith(("config", "data", "tokenizer")):
                 shutil.copyfile(file, target / file.name)
         cfg = config.load(base)
-        with run_dir.entered_mesh(cfg):
+        with mesh.entered_mesh(cfg):
             key = jax.random.key(seed)
             params = jax.jit(lambda key: decoder.init(cfg.model, key))(key)
             checkpoints = Checkpoints(target / run_dir.CHECKPOINTS, CheckpointConfig())

@@ -84,8 +84,9 @@ def build_gptjax_step(shape: Shape, dtype: str, without: str = "") -> tuple[Step
 
     from gptjax.config import ComputeConfig, Config, ModelConfig, OptimConfig, TrainConfig
     from gptjax.model import decoder, feed_forward, layers
-    from gptjax.parallel import sharding
-    from gptjax.training import loss, objective, trainer
+    from gptjax.parallel import arrays, mesh
+    from gptjax.training import loss, objective
+    from gptjax.training.step import create_state, train_step
 
     if without == "autodiff":
 
@@ -123,13 +124,13 @@ def build_gptjax_step(shape: Shape, dtype: str, without: str = "") -> tuple[Step
         optim=OptimConfig(lr=3e-4, lr_schedule="constant"),
         train=TrainConfig(seq_len=shape.context, batch_tokens=tokens, tokens=tokens * 1000),
     )
-    jax.set_mesh(sharding.make_mesh(cfg.mesh))
+    jax.set_mesh(mesh.make_mesh(cfg.mesh))
     loss_fn = lambda params, batch, key: objective.next_token(params, cfg, batch, 0, key)
-    state = jax.jit(lambda: trainer.create_state(cfg, lambda key: decoder.init(cfg.model, key)))()
-    step_fn = jax.jit(lambda s, b: trainer.train_step(cfg, loss_fn, s, b), donate_argnums=0)
+    state = jax.jit(lambda: create_state(cfg, lambda key: decoder.init(cfg.model, key)))()
+    step_fn = jax.jit(lambda s, b: train_step(cfg, loss_fn, s, b), donate_argnums=0)
     batch = {
-        "windows_BW": sharding.global_batch(random_tokens(shape).astype(np.int32), shape.batch),
-        "lengths_B": sharding.global_batch(
+        "windows_BW": arrays.global_batch(random_tokens(shape).astype(np.int32), shape.batch),
+        "lengths_B": arrays.global_batch(
             np.full(shape.batch, shape.context, np.int32), shape.batch
         ),
     }

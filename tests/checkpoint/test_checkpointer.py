@@ -16,7 +16,7 @@ from gptjax.checkpoint import checkpointer
 from gptjax.checkpoint.checkpointer import Checkpoints, fingerprints, leaves_by_path
 from gptjax.config import CheckpointConfig, MeshConfig
 from gptjax.errors import CheckpointError, MismatchError, OutputError
-from gptjax.parallel import sharding
+from gptjax.parallel.mesh import make_mesh
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
 
@@ -24,7 +24,7 @@ MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
 def enter(shape=(2, 2, 2)):
     sizes = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
     count = int(np.prod(shape))
-    return jax.set_mesh(sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:count]))
+    return jax.set_mesh(make_mesh(MeshConfig(**sizes), jax.devices()[:count]))
 
 
 def state(seed: int = 0, rows: int = 64):

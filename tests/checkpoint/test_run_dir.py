@@ -17,7 +17,7 @@ from gptjax.data import store
 from gptjax.data.store import Manifest, Split
 from gptjax.errors import CheckpointError, ConfigError, DataError, MismatchError, OutputError
 from gptjax.model import decoder
-from gptjax.parallel import sharding
+from gptjax.parallel import mesh, sharding
 from gptjax.tokenizer import ByteTokenizer, train_sentencepiece
 
 
@@ -267,7 +267,7 @@ def test_the_store_of_a_run_is_there_and_is_its_own(cfg: Config, tmp_path: Path)
 
 
 def save(cfg: Config, step: int, **parts) -> None:
-    with jax.set_mesh(sharding.make_mesh(cfg.mesh)):
+    with jax.set_mesh(mesh.make_mesh(cfg.mesh)):
         checkpoints = checkpointer.Checkpoints(Path(cfg.run) / run_dir.CHECKPOINTS, cfg.checkpoint)
         everywhere = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
         checkpoints.save(step, {"step": jax.device_put(np.int32(step), everywhere), **parts})
@@ -275,7 +275,7 @@ def save(cfg: Config, step: int, **parts) -> None:
 
 
 def params_of(cfg: Config, value: float) -> decoder.Params:
-    with jax.set_mesh(sharding.make_mesh(cfg.mesh)):
+    with jax.set_mesh(mesh.make_mesh(cfg.mesh)):
         abstract = sharding.abstract(lambda: decoder.init(cfg.model, jax.random.key(0)))
         fill = lambda x: jax.device_put(np.full(x.shape, value, x.dtype), x.sharding)
         return jax.tree.map(fill, abstract)
@@ -287,7 +287,7 @@ def test_the_newest_parameters_are_restored_averaged_ones_if_so_trained(cfg: Con
         save(cfg, step, params=params_of(cfg, value), ema=params_of(cfg, -value))
     for decay, wanted in ((0.0, 2.0), (0.9, -2.0)):
         averaged = changed(cfg, "train", ema_decay=decay)
-        with run_dir.entered_mesh(averaged):
+        with mesh.entered_mesh(averaged):
             params, step = run_dir.restore_params(cfg.run, averaged)
         assert step == 9
         assert {float(x) for leaf in jax.tree.leaves(params) for x in np.unique(leaf)} == {wanted}
@@ -296,7 +296,7 @@ def test_the_newest_parameters_are_restored_averaged_ones_if_so_trained(cfg: Con
 
 def test_a_run_without_a_checkpoint_has_no_parameters(cfg: Config) -> None:
     with (
-        run_dir.entered_mesh(cfg),
+        mesh.entered_mesh(cfg),
         pytest.raises(CheckpointError, match=f"{cfg.run}: .*no checkpoint"),
     ):
         run_dir.restore_params(cfg.run, cfg)
@@ -304,7 +304,7 @@ def test_a_run_without_a_checkpoint_has_no_parameters(cfg: Config) -> None:
 
 def test_the_mesh_of_the_configuration_is_the_ambient_one_within(cfg: Config) -> None:
     cfg = changed(cfg, "mesh", fsdp=2, tensor=2)
-    with run_dir.entered_mesh(cfg):
+    with mesh.entered_mesh(cfg):
         shape = jax.sharding.get_mesh().shape
         assert {axis: n for axis, n in shape.items() if n > 1} == dict.fromkeys(
             ("data", "fsdp", "tensor"), 2
@@ -316,7 +316,7 @@ def test_the_mesh_of_the_configuration_is_the_ambient_one_within(cfg: Config) ->
 def test_float32_is_computed_in_float32_on_accelerators_too(cfg, dtype, wanted) -> None:
     before = jax.config.jax_default_matmul_precision
     try:
-        with run_dir.entered_mesh(changed(cfg, "compute", dtype=dtype)):
+        with mesh.entered_mesh(changed(cfg, "compute", dtype=dtype)):
             assert jax.config.jax_default_matmul_precision == wanted
     finally:
         jax.config.update("jax_default_matmul_precision", before)

@@ -13,6 +13,7 @@ from gptjax import config
 from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import Checkpoints
 from gptjax.config import CheckpointConfig, Config, EvalConfig, TokenizerConfig
+from gptjax.parallel import mesh
 from gptjax.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -28,7 +29,7 @@ def folder(tmp_path_factory, byte_model, byte_params, put) -> str:
     made = Config(run=str(path), model=byte_model, tokenizer=TokenizerConfig(kind="bytes"))
     made = replace(made, train=replace(made.train, seq_len=32), eval=EvalConfig(batch=8))
     made = replace(made, log=replace(made.log, compile_cache=""))
-    with run_dir.entered_mesh(made):
+    with mesh.entered_mesh(made):
         params = put(byte_params, byte_model)
         run_dir.record_imported(made, ByteTokenizer(), {"folder": "nowhere"})
         with Checkpoints(path / run_dir.CHECKPOINTS, CheckpointConfig(), lambda step: {}) as saver:

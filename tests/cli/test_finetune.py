@@ -17,6 +17,7 @@ from gptjax.checkpoint.checkpointer import Checkpoints
 from gptjax.config import MoeConfig, TokenizerConfig
 from gptjax.finetune import adapter_checkpoint, defaults
 from gptjax.finetune.base_model import base_of
+from gptjax.parallel.mesh import entered_mesh
 
 from conftest import labelled  # isort: skip
 
@@ -196,7 +197,7 @@ def test_the_table_grows_where_the_special_tokens_have_no_room(
     assert code == 0, err
     cfg = config.load(str(tmp_path / "out"))
     assert cfg.model.table == 261
-    with run_dir.entered_mesh(cfg):
+    with entered_mesh(cfg):
         before, _ = run_dir.restore_params(tight, config.load(tight))
         after, _ = run_dir.restore_params(str(tmp_path / "out"), cfg)
         for name in ("embed", "head"):
@@ -412,7 +413,7 @@ def test_adapters_go_with_the_step_of_the_base_that_they_began_from(
     # The base learns on: its newest parameters are others, and those of step 0 are still there.
     cfg = config.load(start)
     with (
-        run_dir.entered_mesh(cfg),
+        entered_mesh(cfg),
         Checkpoints(Path(start) / run_dir.CHECKPOINTS, cfg.checkpoint) as c,
     ):
         params, _ = run_dir.restore_params(start, cfg)
@@ -443,7 +444,7 @@ def test_adapters_go_to_peft_and_come_back(finetune, command_line, base, write, 
     code, _, err = command_line(*words, "--base", base)
     assert code == 0, err
     cfg = config.load(str(tmp_path / "back"))
-    with run_dir.entered_mesh(cfg):
+    with entered_mesh(cfg):
         (ours, _), (theirs, _), (plain, _) = (
             adapter_checkpoint.restore_params(str(folder), config.load(str(folder)))
             for folder in (tmp_path / "out", tmp_path / "back", base)
@@ -477,7 +478,7 @@ def test_what_is_frozen_stays(finetune, base, tmp_path) -> None:
     code, _, err = finetune("out", *frozen, "--finetune.layer-decay", 0.5)
     assert code == 0, err
     cfg = config.load(str(tmp_path / "out"))
-    with run_dir.entered_mesh(cfg):
+    with entered_mesh(cfg):
         before, _ = run_dir.restore_params(base, config.load(base))
         after, _ = run_dir.restore_params(str(tmp_path / "out"), cfg)
         np.testing.assert_array_equal(after["embed"][:258], before["embed"][:258])

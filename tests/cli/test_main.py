@@ -480,6 +480,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> str:
     from gptjax.checkpoint.checkpointer import Checkpoints
     from gptjax.config import CheckpointConfig
     from gptjax.model import decoder
+    from gptjax.parallel import mesh
     from gptjax.tokenizer import ByteTokenizer
 
     folder = tmp_path_factory.mktemp("sampled") / "run"
@@ -487,7 +488,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> str:
     model = ModelConfig(vocab_size=264, context=64, layers=1, embed=16, heads=8, init_std=0.5)
     made = Config(run=str(folder), model=model, tokenizer=TokenizerConfig(kind="bytes"))
     made = replace(made, log=replace(made.log, compile_cache=""))
-    with runs.entered_mesh(made):
+    with mesh.entered_mesh(made):
         params = decoder.init(model, jax.random.key(0))
         runs.record_imported(made, ByteTokenizer(), {"folder": "nowhere"})
         with Checkpoints(folder / runs.CHECKPOINTS, CheckpointConfig(), lambda step: {}) as saver:
@@ -732,10 +733,11 @@ def test_a_conversation_streams_a_continuation_for_each_line(
 def test_a_hugging_face_folder_is_sampled_as_it_is(run, trained, tmp_path: Path) -> None:
     from gptjax.checkpoint import run_dir as runs
     from gptjax.hf import safetensors
+    from gptjax.parallel import mesh
 
     cfg, folder = config.load(trained), tmp_path / "hf"
     folder.mkdir()
-    with runs.entered_mesh(cfg):
+    with mesh.entered_mesh(cfg):
         params, _ = runs.restore_params(trained, cfg)
         safetensors.write_folder(folder, params, cfg.model, dtype="F32", dtypes={}, extra={})
     words = ["--temperature", 0, "--max-tokens", 5]

@@ -13,7 +13,7 @@ from gptjax.data import store
 from gptjax.data.store import Manifest, Split, Writer
 from gptjax.evaluate import ValidationLoss
 from gptjax.model import decoder
-from gptjax.parallel import sharding
+from gptjax.parallel.mesh import make_mesh
 from gptjax.runtime.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -43,7 +43,7 @@ def nats_by_hand(params: decoder.Params, cfg: Config, tokens: np.ndarray) -> lis
     rows, t = -(-(len(tokens) - 1) // 32), 32
     padded = np.zeros(rows * t, int)
     padded[: len(tokens) - 1] = tokens[:-1]
-    with jax.set_mesh(sharding.make_mesh(cfg.mesh, jax.devices()[:1])):
+    with jax.set_mesh(make_mesh(cfg.mesh, jax.devices()[:1])):
         apply = jax.jit(
             lambda p, x: decoder.logits(
                 p, cfg.model, decoder.apply(p, cfg.model, cfg.compute, x)[0]

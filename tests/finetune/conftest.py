@@ -13,6 +13,7 @@ import pytest
 from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import Checkpoints
 from gptjax.config import CheckpointConfig, Config, LogConfig, ModelConfig, TokenizerConfig
+from gptjax.parallel import mesh
 from gptjax.tokenizer import ByteTokenizer, Tokenizer
 
 Write = Callable[[str, Sequence[Any]], Path]
@@ -58,7 +59,7 @@ def make_base(random_params) -> Callable[..., str]:
         source = {"folder": "nowhere", "config": {}, "dtypes": {}}
         run_dir.record_imported(cfg, tokenizer, source)
         with (
-            run_dir.entered_mesh(cfg),
+            mesh.entered_mesh(cfg),
             Checkpoints(folder / run_dir.CHECKPOINTS, CheckpointConfig()) as c,
         ):
             c.save(0, {"step": jnp.int32(0), "params": random_params(cfg.model, 0.1)})

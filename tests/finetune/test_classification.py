@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.checkpoint import run_dir
 from gptjax.config import FinetuneConfig
 from gptjax.finetune import classification
 from gptjax.model import decoder, heads
-from gptjax.parallel import sharding
+from gptjax.parallel import arrays, sharding
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -82,7 +81,7 @@ def test_loss_and_gradients_are_the_plain_ones_on_every_mesh(make, on_mesh, task
     for mesh in MESHES:
         with on_mesh(*mesh):
             params = make_params()
-            on_devices = sharding.global_batch(batch, 8)
+            on_devices = arrays.global_batch(batch, 8)
             step = jax.jit(jax.value_and_grad(classification.training_loss(cfg), has_aux=True))
             (total, sums), grads[mesh] = step(params, on_devices, None)
             if mesh == (1,):
@@ -109,7 +108,7 @@ def test_what_lies_behind_the_last_token_counts_for_nothing(make, on_mesh) -> No
         params, results = make_params(), []
         for one in (batch, other):
             loss = classification.training_loss(cfg)
-            results.append(jax.device_get(loss(params, sharding.global_batch(one, 8), None)[0]))
+            results.append(jax.device_get(loss(params, arrays.global_batch(one, 8), None)[0]))
     assert results[0] == results[1]
 
 
@@ -118,7 +117,7 @@ def test_the_heads_dropout_is_on_in_training_only_and_by_example(make, on_mesh) 
     batch = batch_of(1, np.random.default_rng(0))
     assert cfg.drops
     with on_mesh():
-        params, on_devices = make_params(), sharding.global_batch(batch, 8)
+        params, on_devices = make_params(), arrays.global_batch(batch, 8)
         keys_B2 = jax.random.key_data(jax.random.split(jax.random.key(0), 8))
         loss = lambda keys: float(classification.training_loss(cfg)(params, on_devices, keys)[0])
         assert loss(keys_B2) == loss(keys_B2) != loss(None) != loss(keys_B2 + 1)
@@ -136,10 +135,10 @@ def test_only_tasks_with_a_layer_of_their_own_drop_before_it(tiny_config) -> Non
 def test_a_run_without_a_task_has_the_decoders_parameters_alone(tiny_config, on_mesh) -> None:
     cfg = tiny_config()
     with on_mesh():
-        shapes = sharding.abstract(lambda: run_dir.init_params(cfg, jax.random.key(0)))
+        shapes = sharding.abstract(lambda: heads.init_params(cfg, jax.random.key(0)))
         assert heads.NAME not in shapes
         cfg = replace(cfg, finetune=FinetuneConfig(task="classify", labels=("a", "b", "c")))
-        shapes = sharding.abstract(lambda: run_dir.init_params(cfg, jax.random.key(0)))
+        shapes = sharding.abstract(lambda: heads.init_params(cfg, jax.random.key(0)))
         assert shapes[heads.NAME]["score"].shape == (32, 3)
 
 

@@ -11,7 +11,7 @@ from gptjax.config import TokenizerConfig
 from gptjax.errors import DataError
 from gptjax.finetune import conversations, packing, sft
 from gptjax.finetune.conversations import Exchange, Exchanges
-from gptjax.parallel import sharding
+from gptjax.parallel import arrays
 from gptjax.tokenizer import ByteTokenizer, HuggingFaceTokenizer, train_huggingface
 
 BYTES = ByteTokenizer()
@@ -145,7 +145,7 @@ def test_packed_exchanges_have_the_losses_that_each_has_alone(
         with on_mesh(*mesh):
             params = random_params(cfg.model)
             loss = jax.jit(lambda p, b: sft.answer_loss(p, cfg, b)[1])
-            sums = [loss(params, sharding.global_batch(one, 8)) for one in filled]
+            sums = [loss(params, arrays.global_batch(one, 8)) for one in filled]
         whole, *parts = [(float(one["loss"]), float(one["targets"])) for one in sums]
         assert whole[1] == 19
         np.testing.assert_allclose(whole, np.sum(parts, 0), rtol=1e-5)

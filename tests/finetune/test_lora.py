@@ -21,8 +21,9 @@ from gptjax.errors import ConfigError, MismatchError
 from gptjax.finetune import lora
 from gptjax.finetune.adapter_checkpoint import SeparateCheckpoints
 from gptjax.model import decoder
-from gptjax.parallel import sharding
-from gptjax.training import objective, param_groups, trainer
+from gptjax.parallel import arrays, sharding
+from gptjax.training import objective, param_groups
+from gptjax.training.step import compile_step, state_of
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -51,8 +52,8 @@ def fresh(params, cfg, init=lora.init):
 
 def trained(cfg, params, loss_fn, factors, steps=3):
     """The state after some steps of random windows, and each step's (loss, gradient norm)."""
-    state = jax.jit(lambda p: trainer.state_of(cfg, p, factors))(params)
-    step = trainer.compile_step(cfg, loss_fn, state, objective.abstract_batch(cfg), factors)
+    state = jax.jit(lambda p: state_of(cfg, p, factors))(params)
+    step = compile_step(cfg, loss_fn, state, objective.abstract_batch(cfg), factors)
     return stepped(cfg, step, state, range(steps))
 
 
@@ -68,7 +69,7 @@ def batch_of(cfg, at):
     rows, length = cfg.train.batch, cfg.train.seq_len
     windows = np.random.default_rng(at).integers(1, 128, (rows, length + 1), dtype=np.int32)
     batch = {"windows_BW": windows, "lengths_B": np.full(rows, length, np.int32)}
-    return sharding.global_batch(batch, rows)
+    return arrays.global_batch(batch, rows)
 
 
 def loss_of(cfg):
@@ -392,9 +393,9 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(
                 frozen=lambda: jax.device_put(frozen, layout),
             ),
         }
-        state = jax.jit(lambda p: trainer.state_of(cfg, p, factors))(both)
+        state = jax.jit(lambda p: state_of(cfg, p, factors))(both)
         loss_fn = adapted(loss_of(cfg), RANK4)
-        step = trainer.compile_step(cfg, loss_fn, state, objective.abstract_batch(cfg), factors)
+        step = compile_step(cfg, loss_fn, state, objective.abstract_batch(cfg), factors)
         half, _ = stepped(cfg, step, state, range(2))
         saved = {}
         for kind, checkpoints in kinds.items():
@@ -404,7 +405,7 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(
                 saved[kind] = one.meta(2)["tree"]
         through, seen = stepped(cfg, step, half, range(2, 4))
         through = jax.device_get(through)
-        abstract = sharding.abstract(lambda: trainer.state_of(cfg, fresh_abstract(cfg), factors))
+        abstract = sharding.abstract(lambda: state_of(cfg, fresh_abstract(cfg), factors))
         for checkpoints in kinds.values():
             restored = checkpoints().restore_newest(abstract)
             again, seen_again = stepped(cfg, step, restored, range(2, 4))
@@ -431,7 +432,7 @@ def test_separate_checkpoints_are_not_restored_beside_another_base(
     cfg = tiny()
     with on_mesh():
         both, factors = begun(cfg, random_params)
-        state = trainer.state_of(cfg, both, factors)
+        state = state_of(cfg, both, factors)
         make = lambda frozen: SeparateCheckpoints(
             tmp_path, CheckpointConfig(), factors=factors, frozen=lambda: frozen
         )
@@ -461,13 +462,13 @@ def test_a_merged_models_logits_are_those_of_separate_adapters(on_mesh, tiny, ra
         both, _ = begun(cfg, random_params)
         both["adapters"] = drawn(both["adapters"])
         plain = jax.device_get(jax.jit(lambda p: lora.whole(p, RANK4))(both))
-        rows = sharding.global_batch(tokens, 8)
+        rows = arrays.global_batch(tokens, 8)
         want, base = (jax.device_get(jax.jit(logits)(p, rows)) for p in (plain, both["base"]))
         host = jax.device_get(both)
     with on_mesh(2, 2, 2):
         both, _ = begun(cfg, random_params)
         both = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), host, both)
         whole = jax.jit(lambda p, rows: logits(lora.whole(p, RANK4), rows))
-        got = jax.device_get(whole(both, sharding.global_batch(tokens, 8)))
+        got = jax.device_get(whole(both, arrays.global_batch(tokens, 8)))
     assert np.abs(base - want).max() > 0.1
     np.testing.assert_allclose(got, want, atol=1e-5)

@@ -6,8 +6,8 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.model import layers
-from gptjax.model.attention import layer
-from gptjax.parallel import sharding
+from gptjax.model.attention import backends
+from gptjax.parallel import sequence
 from gptjax.parallel.sharding import spec
 
 HEAD = 8
@@ -52,7 +52,7 @@ def attend_on(mesh, arrays, backend, segments=None, where=None, seed=None, windo
     batch, length, heads, head = arrays[0].shape
     cfg = ModelConfig(heads=heads, kv_heads=arrays[1].shape[2], head_dim=head, **fields)
     with mesh as entered:
-        places = sharding.places(length)  # in which sequences lie over the context axis
+        places = sequence.places(length)  # in which sequences lie over the context axis
         arrays = [placed(a[:, places], "batch", "seq", "heads", None) for a in arrays]
         if segments is not None:
             segments = placed(segments[:, places], "batch", "seq")
@@ -67,7 +67,7 @@ def attend_on(mesh, arrays, backend, segments=None, where=None, seed=None, windo
             keys = placed(jax.device_get(keys)[:, places], "batch", "seq", None)
 
         def attend(q, k, v):
-            return layer.attend(
+            return backends.attend(
                 cfg,
                 q,
                 k,

@@ -10,8 +10,8 @@ from both_passes import HEAD, assert_same, attend_on, both_passes, make, segment
 
 from gptjax.errors import ConfigError
 from gptjax.model import layers
-from gptjax.model.attention import layer, vendor
-from gptjax.model.attention.layer import Need, Sizes, choose
+from gptjax.model.attention import backends, reference, vendor
+from gptjax.model.attention.backends import Need, Sizes, choose
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -79,13 +79,13 @@ def test_a_mesh_of_rows_and_heads_equals_one_device(on_mesh, backend):
 
 
 def test_a_window_is_as_many_keys_with_the_querys_own_among_them():
-    mask = np.asarray(layer.causal_mask(6, None, 3))[0]
+    mask = np.asarray(reference.causal_mask(6, None, 3))[0]
     expected = [[max(0, t - 2) <= s <= t for s in range(6)] for t in range(6)]
     np.testing.assert_array_equal(mask, expected)
 
 
 def test_segments_hide_other_documents():
-    mask = np.asarray(layer.causal_mask(4, jnp.array([[0, 0, 1, 1]]), None))[0]
+    mask = np.asarray(reference.causal_mask(4, jnp.array([[0, 0, 1, 1]]), None))[0]
     np.testing.assert_array_equal(mask, [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]])
 
 
@@ -142,10 +142,10 @@ BF16 = Sizes("bfloat16", 256)
 FEATURES = list(Need.__dataclass_fields__)
 
 
-@pytest.mark.parametrize("name", list(layer.BACKENDS))
+@pytest.mark.parametrize("name", list(backends.BACKENDS))
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_named_backend_without_a_feature_is_refused_by_name(name, feature):
-    backend = layer.BACKENDS[name]
+    backend = backends.BACKENDS[name]
     need = Need(**dict.fromkeys(("context", feature) if backend.split else (feature,), True))
     platform = backend.platforms[0]
     if feature in backend.features:
@@ -165,7 +165,9 @@ def test_a_refusal_names_every_missing_feature():
 
 @pytest.mark.parametrize(("name", "platform"), [("splash", "cpu"), ("cudnn", "tpu")])
 def test_a_named_backend_on_another_platform_is_refused(name, platform):
-    with pytest.raises(ConfigError, match=f"{name}: needs a {layer.BACKENDS[name].platforms[0]}"):
+    with pytest.raises(
+        ConfigError, match=f"{name}: needs a {backends.BACKENDS[name].platforms[0]}"
+    ):
         choose(name, Need(), BF16, platform)
 
 
@@ -208,7 +210,7 @@ def test_auto_takes_the_fastest_that_has_every_feature(platform, features, expec
     ],
 )
 def test_what_a_backend_cannot_take_is_refused_by_name_and_passed_over_by_auto(name, sizes, why):
-    platform = layer.BACKENDS[name].platforms[0]
+    platform = backends.BACKENDS[name].platforms[0]
     with pytest.raises(ConfigError, match=f"compute.attention={name}: needs .*{why}"):
         choose(name, Need(), sizes, platform)
     assert choose("auto", Need(), sizes, platform) == "reference"

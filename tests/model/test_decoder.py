@@ -12,8 +12,9 @@ from gptjax.checkpoint.checkpointer import leaves_by_path
 from gptjax.config import ComputeConfig, ModelConfig, MoeConfig, RopeConfig
 from gptjax.errors import ConfigError
 from gptjax.model import decoder, flops
+from gptjax.model.attention import backends
 from gptjax.model.attention import layer as attention
-from gptjax.parallel import sharding
+from gptjax.parallel import arrays, sharding
 from gptjax.training import objective
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -84,7 +85,7 @@ def batch_of(cfg):
     """The windows on the ambient mesh."""
     lengths = np.full(ROWS, cfg.model.context, np.int32)
     batch = {"windows_BW": windows(cfg), "lengths_B": lengths}
-    return {name: sharding.global_batch(a, ROWS) for name, a in batch.items()}
+    return {name: arrays.global_batch(a, ROWS) for name, a in batch.items()}
 
 
 def lowered_loss(cfg, params, batch, key=None):
@@ -397,7 +398,7 @@ def test_a_later_token_does_not_change_what_was_before_it(
         params = random_params(cfg)
         forward = jax.jit(lambda t: decoder.apply(params, cfg, ComputeConfig(), t)[0])
         before, after = (
-            np.asarray(forward(sharding.global_batch(t, 2))).reshape(2, 32, -1)
+            np.asarray(forward(arrays.global_batch(t, 2))).reshape(2, 32, -1)
             for t in (tokens, changed)
         )
     np.testing.assert_array_equal(before[:, :20], after[:, :20])
@@ -491,7 +492,7 @@ def test_auto_trains_with_blockwise_here_and_dropout_with_the_reference(
     on_mesh, tiny_config, monkeypatch
 ):
     asked = []
-    attend = attention.attend
+    attend = backends.attend
 
     def spy(*args, backend, **rest):
         asked.append(backend)

@@ -10,7 +10,7 @@ import pytest
 from gptjax.checkpoint.checkpointer import leaves_by_path
 from gptjax.config import MoeConfig
 from gptjax.model import decoder, moe
-from gptjax.parallel import sharding
+from gptjax.parallel import arrays, sharding
 from gptjax.training import objective
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -27,7 +27,7 @@ def mixture(tiny_config, **fields):
 def batch(cfg):
     windows = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (ROWS, T + 1), np.int32)
     local = {"windows_BW": windows, "lengths_B": np.full(ROWS, T, np.int32)}
-    return sharding.global_batch(local, ROWS)
+    return arrays.global_batch(local, ROWS)
 
 
 def loss_sums_and_grads(cfg, params, training=True):
@@ -176,7 +176,7 @@ def test_what_finds_no_place_is_dropped_second_choices_first_and_counted(
         sums, _ = loss_sums_and_grads(cfg, params)
         evaluated, _ = loss_sums_and_grads(cfg, params, training=False)
         layer = jax.tree.map(lambda a: a[0], params["blocks"]["layer_0"])["mlp"]
-        x = sharding.global_batch(
+        x = arrays.global_batch(
             np.random.default_rng(1).normal(size=(ROWS * T, 32)).astype(np.float32), ROWS * T
         )
         run = jax.jit(
@@ -260,7 +260,7 @@ def test_a_mixture_decodes_as_it_reads(on_mesh, tiny_config, random_params):
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, 9), np.int32)
     with on_mesh():
         params = random_params(cfg)
-        place = lambda a: sharding.global_batch(np.asarray(a, np.int32), 2)
+        place = lambda a: arrays.global_batch(np.asarray(a, np.int32), 2)
         whole = jax.jit(lambda t: decoder.apply(params, cfg, compute, t).x_ND)(place(tokens))
         step = jax.jit(
             lambda t, at, cache: decoder.apply(

@@ -9,8 +9,7 @@ import pytest
 from both_passes import assert_same, attend_on, make, placed, segments_of
 
 from gptjax.config import ModelConfig
-from gptjax.model.attention import layer as attention
-from gptjax.model.attention import ring
+from gptjax.model.attention import backends, ring
 from gptjax.plan import aot, collectives
 from gptjax.plan.collectives import SHIFT
 
@@ -154,7 +153,7 @@ def traced(mesh, name, *, backward):
     segments = rows[1] if "segments" in options(name) else None
 
     def forward(q, k, v):
-        return attention.attend(cfg, q, k, v, rows[0], backend="ring", segments_BT=segments)
+        return backends.attend(cfg, q, k, v, rows[0], backend="ring", segments_BT=segments)
 
     def both(q, k, v, do):
         out, pull = jax.vjp(forward, q, k, v)
@@ -200,7 +199,7 @@ def test_layers_in_a_loop_do_not_have_the_masks_of_all_blocks_made_beforehand(on
         rows = placed(np.zeros(q.shape[:2], np.int32), "batch", "seq")
 
         def layer(x, scale):
-            return attention.attend(cfg, x, x * scale, x, rows, backend="ring"), None
+            return backends.attend(cfg, x, x * scale, x, rows, backend="ring"), None
 
         layer = jax.checkpoint(layer, prevent_cse=False)
         loss = lambda x, scales: jax.lax.scan(layer, x, scales)[0].sum()

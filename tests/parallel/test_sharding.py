@@ -12,10 +12,13 @@ import pytest
 from gptjax.checkpoint.checkpointer import leaves_by_path
 from gptjax.config import MeshConfig
 from gptjax.errors import ConfigError
-from gptjax.model import decoder
-from gptjax.parallel import sharding
+from gptjax.model import decoder, init
+from gptjax.parallel import arrays, sequence, sharding
+from gptjax.parallel.mesh import AXES as MESH_AXES
+from gptjax.parallel.mesh import arrange, make_mesh, rings
 from gptjax.parallel.sharding import spec
-from gptjax.training import objective, trainer
+from gptjax.training import objective
+from gptjax.training.step import create_state, train_step
 
 MESHES = {"1": (1, 1, 1), "8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "2x2x2": (2, 2, 2)}
 STEPS = 20
@@ -60,17 +63,17 @@ def runs(on_mesh, tiny_config):
 
     def run(*mesh):
         with on_mesh(*mesh):
-            state = jax.jit(lambda: trainer.create_state(cfg, init_fn))()
+            state = jax.jit(lambda: create_state(cfg, init_fn))()
             params = leaves_by_path(state.params)
             initial = jax.device_get(params)
             pieces = {path: x.addressable_shards[0].data.shape for path, x in params.items()}
             moments = leaves_by_path(state.opt_state)
             moments = {path: x.addressable_shards[0].data.shape for path, x in moments.items()}
-            step = jax.jit(lambda s, b: trainer.train_step(cfg, loss_fn, s, b), donate_argnums=0)
+            step = jax.jit(lambda s, b: train_step(cfg, loss_fn, s, b), donate_argnums=0)
             losses = []
             for rows in windows:
                 batch = {"windows_BW": rows, "lengths_B": lengths}
-                batch = {k: sharding.global_batch(v, cfg.train.batch) for k, v in batch.items()}
+                batch = {k: arrays.global_batch(v, cfg.train.batch) for k, v in batch.items()}
                 state, metrics = step(state, batch)
                 losses.append(float(metrics["loss"]))
             last = leaves_by_path(state.params)
@@ -145,7 +148,7 @@ def test_an_unknown_logical_axis_is_an_error():
 
 
 def test_a_mesh_axis_of_minus_one_takes_the_devices_that_are_left():
-    mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2))
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2))
     assert {axis: n for axis, n in mesh.shape.items() if n > 1} == dict.fromkeys(
         ("data", "fsdp", "tensor"), 2
     )
@@ -154,7 +157,7 @@ def test_a_mesh_axis_of_minus_one_takes_the_devices_that_are_left():
 @pytest.mark.parametrize("sizes", [(-1, 3, 1), (2, 2, 1)])
 def test_a_mesh_that_does_not_multiply_out_is_refused(sizes):
     with pytest.raises(ConfigError, match=r"mesh.*8"):
-        sharding.make_mesh(MeshConfig(*sizes))
+        make_mesh(MeshConfig(*sizes))
 
 
 @pytest.mark.parametrize("name", list(MESHES))
@@ -165,8 +168,8 @@ def test_the_only_process_has_all_rows_and_a_global_batch_is_what_it_was(on_mesh
         assert sharding.axis_size("batch") == data * fsdp
         assert sharding.axis_size("vocab") == tensor
         assert sharding.axis_size("embed") == 1
-        np.testing.assert_array_equal(sharding.host_rows(16), np.arange(16))
-        batch = sharding.global_batch(local, 16)
+        np.testing.assert_array_equal(arrays.host_rows(16), np.arange(16))
+        batch = arrays.global_batch(local, 16)
     np.testing.assert_array_equal(batch, local)
     assert {s.data.shape for s in batch.addressable_shards} == {(16 // (data * fsdp), 3)}
 
@@ -182,7 +185,7 @@ def test_a_process_has_the_rows_of_its_own_devices(on_mesh, monkeypatch):
                 d: index for d, index in whole(self, shape).items() if d in own
             }
             monkeypatch.setattr(jax.NamedSharding, "addressable_devices_indices_map", cut)
-            assert sharding.host_rows(16).tolist() == rows
+            assert arrays.host_rows(16).tolist() == rows
 
 
 def test_abstract_gives_shapes_and_layouts_without_making_anything(on_mesh, tiny_model, runs):
@@ -201,7 +204,7 @@ def test_abstract_gives_shapes_and_layouts_without_making_anything(on_mesh, tiny
 def test_initialisers_draw_the_same_numbers_for_any_layout(on_mesh):
     def drawn(*mesh):
         with on_mesh(*mesh):
-            make = lambda: sharding.normal(0.5)(jax.random.key(1), (64, 32), ("vocab", "w_embed"))
+            make = lambda: init.normal(0.5)(jax.random.key(1), (64, 32), ("vocab", "w_embed"))
             return jax.device_get(jax.jit(make)())
 
     one = drawn(1, 1, 1)
@@ -209,7 +212,7 @@ def test_initialisers_draw_the_same_numbers_for_any_layout(on_mesh):
     np.testing.assert_array_equal(one, drawn(1, 8, 1))  # four columns a device
     assert one.std() == pytest.approx(0.5, rel=0.05)
     with on_mesh(2, 2, 2):
-        ones = jax.jit(lambda: sharding.constant(1.5)(jax.random.key(0), (8,), ("mlp",)))()
+        ones = jax.jit(lambda: init.constant(1.5)(jax.random.key(0), (8,), ("mlp",)))()
     assert jnp.array_equal(ones, np.full(8, 1.5))
 
 
@@ -243,7 +246,7 @@ def line(*sizes, order=None):
     ],
 )
 def test_a_line_of_devices_is_cut_into_the_rings_it_runs_through(devices, wanted):
-    assert sharding.rings(devices) == wanted
+    assert rings(devices) == wanted
 
 
 @pytest.mark.parametrize("rings", [(2, 2, 2), (4, 2, 1)])
@@ -257,14 +260,14 @@ def test_gathers_and_scatters_ring_by_ring_are_those_of_one_ring(on_mesh, tiny_c
     def gradients(mesh):
         with jax.set_mesh(mesh):
             params = jax.jit(lambda: decoder.init(cfg.model, jax.random.key(0)))()
-            there = {k: sharding.global_batch(v, 16) for k, v in batch.items()}
+            there = {k: arrays.global_batch(v, 16) for k, v in batch.items()}
             loss = lambda params: objective.next_token(params, cfg, there, 0)
             return jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(params))
 
-    one = sharding.make_mesh(MeshConfig(fsdp=8))
+    one = make_mesh(MeshConfig(fsdp=8))
     shape = (1, 1, *rings, 1, 1, 1)
     several = jax.sharding.Mesh(
-        np.array(jax.devices()[:8]).reshape(shape), sharding.AXES, one.axis_types
+        np.array(jax.devices()[:8]).reshape(shape), MESH_AXES, one.axis_types
     )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-5),
@@ -278,12 +281,12 @@ def test_gathers_and_scatters_ring_by_ring_are_those_of_one_ring(on_mesh, tiny_c
 
 def test_parts_of_a_sequence_have_the_same_work_under_a_causal_mask(on_mesh):
     with on_mesh(context=4):
-        places = sharding.places(64)
+        places = sequence.places(64)
     assert sorted(places) == list(range(64))
     seen = (places.reshape(4, 16) + 1).sum(1)  # keys that each part's queries look at
     assert len(set(seen.tolist())) == 1
     with on_mesh(8):
-        np.testing.assert_array_equal(sharding.places(64), np.arange(64))
+        np.testing.assert_array_equal(sequence.places(64), np.arange(64))
 
 
 @pytest.mark.parametrize("mesh", [{"context": 4}, {"data": 2, "context": 2}, {"fsdp": 8}])
@@ -293,11 +296,11 @@ def test_rows_and_sequences_are_each_others_inverse(on_mesh, mesh):
         there = jax.device_put(a, jax.NamedSharding(jax.sharding.get_mesh(), spec("batch")))
 
         def around(a):
-            rows = sharding.to_rows(a)
-            sequences = sharding.sequences(rows, 8, (2, 3), (None, None))
+            rows = sequence.to_rows(a)
+            sequences = sequence.sequences(rows, 8, (2, 3), (None, None))
             assert jax.typeof(sequences).sharding.spec == spec("batch", "seq", None, None)
-            again = sharding.rows_of_sequences(sequences, None)
-            return rows, again, sharding.natural(sequences)
+            again = sequence.rows_of_sequences(sequences, None)
+            return rows, again, sequence.natural(sequences)
 
         rows, again, back = jax.jit(around)(there)
     np.testing.assert_array_equal(rows, again)
@@ -329,7 +332,7 @@ def test_sequences_split_over_devices_have_the_loss_and_gradients_of_one(
     def gradients(cfg, **mesh):
         with on_mesh(**mesh):
             params = jax.jit(lambda: decoder.init(cfg.model, jax.random.key(0)))()
-            there = {k: sharding.global_batch(v, 16) for k, v in batch.items()}
+            there = {k: arrays.global_batch(v, 16) for k, v in batch.items()}
             loss = lambda params: objective.next_token(params, cfg, there, 0)[0]
             return jax.device_get(jax.jit(jax.value_and_grad(loss))(params))
 
@@ -346,8 +349,8 @@ def test_nodes_of_gpus_are_no_slices() -> None:
         types.SimpleNamespace(platform="gpu", device_kind="H100", slice_index=i // 4, id=i)
         for i in range(8)
     ]
-    arranged = sharding.arrange(MeshConfig(data=1, fsdp=8), gpus)
+    arranged = arrange(MeshConfig(data=1, fsdp=8), gpus)
     assert arranged.size == 8
     tpus = [types.SimpleNamespace(**{**vars(one), "platform": "tpu"}) for one in gpus]
     with pytest.raises(ConfigError, match="the 2 slices lie along it"):
-        sharding.arrange(MeshConfig(data=1, fsdp=8), tpus)
+        arrange(MeshConfig(data=1, fsdp=8), tpus)

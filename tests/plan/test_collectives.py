@@ -15,9 +15,11 @@ from shapes import LLAMA
 from gptjax.config import MeshConfig, MoeConfig
 from gptjax.model import decoder
 from gptjax.parallel import sharding
+from gptjax.parallel.mesh import AXES, make_mesh
 from gptjax.plan import aot, collectives
 from gptjax.plan.collectives import EXCHANGE, GATHER, SCATTER, SHIFT, SUM, Collective
-from gptjax.training import objective, trainer
+from gptjax.training import objective
+from gptjax.training.step import compile_step, create_state
 
 # Of `by_hand`, in elements: q and o are D x HC, k and v D x KC, gate, up and down D x F.
 LAYERS, LAYER, TABLE, EMBED = 3, 2 * 32 * 32 + 2 * 32 * 8 + 3 * 32 * 64, 128 * 32, 32
@@ -37,7 +39,7 @@ def by_hand(tiny_config):
 
 
 def sizes_of(**sizes):
-    return dict.fromkeys(sharding.AXES, 1) | sizes
+    return dict.fromkeys(AXES, 1) | sizes
 
 
 def wires(cfg, **sizes):
@@ -387,15 +389,15 @@ def compare(tiny_config, quick_compile):
         if key not in done:
             sections = {**sections, "mesh": {"stage": sizes.get("stage", 1)}}
             cfg, sizes = tiny_config(**sections), sizes_of(**sizes)
-            types = sharding.make_mesh(MeshConfig()).axis_types
+            types = make_mesh(MeshConfig()).axis_types
             devices = np.array(jax.devices()[: math.prod(sizes.values())])
-            mesh = jax.sharding.Mesh(devices.reshape(tuple(sizes.values())), sharding.AXES, types)
+            mesh = jax.sharding.Mesh(devices.reshape(tuple(sizes.values())), AXES, types)
             with jax.set_mesh(mesh):
                 init_fn = lambda key: decoder.init(cfg.model, key)
-                step = trainer.compile_step(
+                step = compile_step(
                     cfg,
                     objective.training_loss(cfg, eos_id=0),
-                    sharding.abstract(lambda: trainer.create_state(cfg, init_fn)),
+                    sharding.abstract(lambda: create_state(cfg, init_fn)),
                     objective.abstract_batch(cfg),
                 )
                 attention = objective.backends(cfg)

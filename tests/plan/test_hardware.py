@@ -6,7 +6,7 @@ import pytest
 
 from gptjax.config import MeshConfig
 from gptjax.errors import ConfigError
-from gptjax.parallel import sharding
+from gptjax.parallel.mesh import AXES, arrange
 from gptjax.plan.hardware import DEVICES, GIB, parse, places
 
 
@@ -164,15 +164,15 @@ def test_two_small_slices_are_on_two_hosts() -> None:
     ],
 )
 def test_fsdp_is_arranged_along_the_rings_of_the_torus(name, mesh, sizes) -> None:
-    arranged = sharding.arrange(MeshConfig(**mesh), places(parse(name)))
-    found = zip(sharding.AXES, arranged.shape, strict=True)
+    arranged = arrange(MeshConfig(**mesh), places(parse(name)))
+    found = zip(AXES, arranged.shape, strict=True)
     assert {axis: size for axis, size in found if size > 1} == sizes
     assert len({place.id for place in arranged.flat}) == arranged.size
 
 
 def test_slices_lie_along_the_data_axis_alone() -> None:
-    arranged = sharding.arrange(MeshConfig(data=4, fsdp=8), places(parse("2xv5e:4x4")))
+    arranged = arrange(MeshConfig(data=4, fsdp=8), places(parse("2xv5e:4x4")))
     slices = [{place.slice_index for place in part.flat} for part in arranged]
     assert slices == [{0}, {0}, {1}, {1}]
     with pytest.raises(ConfigError, match=r"mesh.data=1: the 2 slices lie along it"):
-        sharding.arrange(MeshConfig(data=1, fsdp=32), places(parse("2xv5e:4x4")))
+        arrange(MeshConfig(data=1, fsdp=32), places(parse("2xv5e:4x4")))

@@ -7,8 +7,9 @@ from gptjax.checkpoint.checkpointer import leaves_by_path
 from gptjax.config import MoeConfig
 from gptjax.model import decoder
 from gptjax.parallel import sharding
+from gptjax.parallel.mesh import AXES
 from gptjax.plan import memory
-from gptjax.training import trainer
+from gptjax.training import step
 
 MESHES = {
     "1": {},
@@ -41,7 +42,7 @@ CONFIGS = {
 
 
 def sizes_of(**sizes):
-    return dict.fromkeys(sharding.AXES, 1) | sizes
+    return dict.fromkeys(AXES, 1) | sizes
 
 
 def held(cfg, **sizes):
@@ -59,7 +60,7 @@ def states(on_mesh, tiny_config, quick_compile):
         cfg = tiny_config(**sections)
         with on_mesh(**sizes):
             init_fn = lambda key: decoder.init(cfg.model, key)
-            state = jax.jit(lambda: trainer.create_state(cfg, init_fn))()
+            state = jax.jit(lambda: step.create_state(cfg, init_fn))()
             leaves = leaves_by_path(state)
         return {
             path: (leaf.shape, {shard.data.nbytes for shard in leaf.addressable_shards})
@@ -84,7 +85,7 @@ def test_the_tensors_of_other_states_are_those_that_training_would_make(
     cfg = tiny_config(**CONFIGS[name])
     with on_mesh(**MESHES["2x2x2"]):
         init_fn = lambda key: decoder.init(cfg.model, key)
-        leaves = leaves_by_path(sharding.abstract(lambda: trainer.create_state(cfg, init_fn)))
+        leaves = leaves_by_path(sharding.abstract(lambda: step.create_state(cfg, init_fn)))
     sizes = sizes_of(**MESHES["2x2x2"])
     assert {t.path: (t.shape, t.piece(sizes), t.itemsize) for t in memory.tensors(cfg)} == {
         path: (leaf.shape, leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize)

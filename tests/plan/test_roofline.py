@@ -7,7 +7,7 @@ from shapes import LLAMA
 
 from gptjax.config import MeshConfig, MoeConfig
 from gptjax.model import flops
-from gptjax.parallel import sharding
+from gptjax.parallel.mesh import AXES, arrange
 from gptjax.plan import estimate, hardware, roofline
 from gptjax.plan.collectives import GATHER, Collective
 from gptjax.plan.hardware import Machine, parse, places
@@ -131,9 +131,9 @@ V5E, V5P, H100 = 45e9, 90e9, 4.5e11  # of a link, one way; of all links of a GPU
 )
 def test_each_axis_runs_over_what_joins_its_devices(name, mesh, wanted) -> None:
     machine = parse(name)
-    arranged = sharding.arrange(MeshConfig(**{"data": 1} | mesh), places(machine))
+    arranged = arrange(MeshConfig(**{"data": 1} | mesh), places(machine))
     found = roofline.links(machine, arranged)
-    assert set(found) == set(sharding.AXES)
+    assert set(found) == set(AXES)
     assert {axis: (found[axis].kind, found[axis].bandwidth) for axis in wanted} == wanted
 
 
@@ -215,9 +215,9 @@ def test_what_is_scarce_bounds_the_step(cfg_of, with_figures, figures, bottlenec
 
 def test_what_is_not_hidden_adds_to_the_step(cfg_of) -> None:
     cfg, machine = cfg_of(compute={"remat": "block"}), parse("2xv5e:4x8")
-    arranged = sharding.arrange(MeshConfig(data=2, fsdp=32), places(machine))
+    arranged = arrange(MeshConfig(data=2, fsdp=32), places(machine))
     over = roofline.links(machine, arranged)
-    sizes = dict(zip(sharding.AXES, arranged.shape, strict=True))
+    sizes = dict(zip(AXES, arranged.shape, strict=True))
 
     def times(axis, hidden):
         one = Collective(GATHER, (axis,), sizes[axis], 1e6, 1, "", hidden=hidden)
@@ -237,9 +237,9 @@ def test_what_is_not_hidden_adds_to_the_step(cfg_of) -> None:
 
 def test_a_collective_takes_as_long_as_on_its_slowest_axis(cfg_of) -> None:
     machine = parse("2xv5e:4x8")
-    arranged = sharding.arrange(MeshConfig(data=2, fsdp=32), places(machine))
+    arranged = arrange(MeshConfig(data=2, fsdp=32), places(machine))
     over = roofline.links(machine, arranged)
-    sizes = dict(zip(sharding.AXES, arranged.shape, strict=True))
+    sizes = dict(zip(AXES, arranged.shape, strict=True))
     one = Collective("all-reduce", ("data", "fsdp"), 8, 1e6, 1, "")
     times = roofline.times(cfg_of(), machine, sizes, over, [one], parameters=1000)
     assert times.links == pytest.approx({"data": 2 * 7 / 8 * 1e6 / 3.125e9})
@@ -247,7 +247,7 @@ def test_a_collective_takes_as_long_as_on_its_slowest_axis(cfg_of) -> None:
 
 def test_the_update_passes_over_the_state_once(cfg_of) -> None:
     cfg = cfg_of()
-    sizes = dict.fromkeys(sharding.AXES, 1)
+    sizes = dict.fromkeys(AXES, 1)
     passes, update = roofline.memory_bytes(cfg, sizes, parameters=1000)
     # parameters and two moments, read and written, and the gradient read
     assert update == 1000 * 4 * 7
@@ -258,7 +258,7 @@ def test_the_update_passes_over_the_state_once(cfg_of) -> None:
 
 
 def test_the_passes_read_weights_in_every_part_of_the_batch(cfg_of) -> None:
-    sizes = dict.fromkeys(sharding.AXES, 1)
+    sizes = dict.fromkeys(AXES, 1)
     once, twice, four = (
         roofline.memory_bytes(cfg_of(train={"accumulation": n}), sizes, 0)[0] for n in (1, 2, 4)
     )

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax.model.attention.layer import NEVER
+from gptjax.model.layers import NEVER
 from gptjax.sample import logits_processors
 
 pytestmark = pytest.mark.slow

@@ -10,6 +10,7 @@ from gptjax.checkpoint import run_dir
 from gptjax.cli import main
 from gptjax.config import ComputeConfig
 from gptjax.hf import safetensors
+from gptjax.parallel import mesh
 from gptjax.sample import BeamSettings, Sampler, Settings
 
 pytestmark = pytest.mark.slow
@@ -61,7 +62,7 @@ def test_64_greedy_tokens_are_those_of_transformers(folder, imported):
     cfg, tokenizer, _ = run_dir.open_run(str(imported))
     prompts = [tokenizer.prompt(text) for text in PROMPTS]
     assert prompts == [their_tokenizer(text).input_ids for text in PROMPTS]
-    with run_dir.entered_mesh(cfg):
+    with mesh.entered_mesh(cfg):
         params, _ = run_dir.restore_params(str(imported), cfg)
         settings = Settings(temperature=0.0, max_tokens=64)
         sampler = Sampler(params, cfg.model, ComputeConfig())

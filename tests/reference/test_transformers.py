@@ -18,9 +18,9 @@ from gptjax import sample
 from gptjax.checkpoint.checkpointer import leaves_by_path
 from gptjax.cli import convert
 from gptjax.config import ComputeConfig
-from gptjax.hf import safetensors
+from gptjax.hf import safetensors, verify
 from gptjax.model import decoder
-from gptjax.parallel import sharding
+from gptjax.parallel import arrays, sharding
 from gptjax.runtime.progress import Progress
 from gptjax.training import loss
 
@@ -80,7 +80,7 @@ def test_logits_and_gradients(on_mesh, variant, tmp_path, record_property):
             x_ND = decoder.apply(params, source.model, COMPUTE, ids).x_ND
             return decoder.logits(params, source.model, x_ND)[:, : source.model.vocab_size]
 
-        ids = sharding.global_batch(ids, ROWS)
+        ids = arrays.global_batch(ids, ROWS)
         got = np.asarray(ours(params, ids)).reshape(want.shape)
         grads = jax.jit(jax.grad(lambda p, ids: mean_loss(source, p, ids)))(params, ids)
         grads = jax.device_get(grads)
@@ -125,7 +125,7 @@ def test_the_certificate_compares_far_positions(on_mesh, variant):
     _, _, source = variant
     with on_mesh():
         params = safetensors.read_params(source)
-        far = convert.compare(source, params)
+        far = verify.compare(source, params)
     assert far["last_position"] == source.model.context - 1
     assert far["largest_difference"] < 1e-4
     assert far["argmax_agreement"] == 1.0
@@ -139,7 +139,7 @@ def test_the_certificate_tells_a_wrong_rotary_base(on_mesh, tmp_path):
         params = safetensors.read_params(source)
         rope = replace(source.model.rope, factor=9.0)
         wrong = replace(source, model=replace(source.model, rope=rope))
-        assert convert.compare(wrong, params)["largest_difference"] > 1e-3
+        assert verify.compare(wrong, params)["largest_difference"] > 1e-3
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral"])

@@ -9,7 +9,7 @@ from test_sampler import COMPUTE, GREEDY, prompts_of
 
 from gptjax.errors import ConfigError
 from gptjax.model import decoder
-from gptjax.parallel import sharding
+from gptjax.parallel import arrays
 from gptjax.sample import BeamSettings, Sampler
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -73,7 +73,7 @@ def test_it_finds_what_a_plain_search_finds(
     def next_logprobs(rows):
         padded = np.zeros((4, 16), np.int32)  # one program for all
         padded[: len(rows), : len(rows[0])] = rows
-        logprobs = np.asarray(every_logprob(sharding.global_batch(padded, 4)))
+        logprobs = np.asarray(every_logprob(arrays.global_batch(padded, 4)))
         return logprobs.reshape(4, 16, -1)[: len(rows), len(rows[0]) - 1]
 
     lengths = set()

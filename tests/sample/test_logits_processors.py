@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy_filters import distribution, softmax
 
-from gptjax.model.attention.layer import NEVER
+from gptjax.model.layers import NEVER
 from gptjax.sample import Settings, logits_processors
 
 PLAIN = Settings(temperature=1.0)

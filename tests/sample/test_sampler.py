@@ -14,7 +14,7 @@ from gptjax.config import ComputeConfig
 from gptjax.errors import ConfigError
 from gptjax.hf import safetensors
 from gptjax.model import decoder
-from gptjax.parallel import sharding
+from gptjax.parallel import arrays
 from gptjax.sample import Sampler, Settings
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -42,7 +42,7 @@ def generate(params, model, prompts, settings=GREEDY, stop_ids=(), **kwargs):
 
 def full_logits(params, model, rows):
     """Scores after every token of equally long rows, by training's forward pass, [B, T, V]."""
-    tokens = sharding.global_batch(np.asarray(rows, np.int32), len(rows))
+    tokens = arrays.global_batch(np.asarray(rows, np.int32), len(rows))
 
     def forward(params, tokens):
         return decoder.logits(params, model, decoder.apply(params, model, COMPUTE, tokens)[0])
@@ -70,7 +70,7 @@ def test_cached_logits_are_those_of_the_full_forward_at_every_step(
         )
         return decoder.logits(params, model, x), cache
 
-    place = lambda a: sharding.global_batch(a, 3)
+    place = lambda a: arrays.global_batch(a, 3)
     positions = np.broadcast_to(np.arange(prefilled, dtype=np.int32), (3, prefilled))
     first, cache = step(cache, place(rows[:, :prefilled]), place(positions))
     got = [np.asarray(first).reshape(3, prefilled, -1)]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gptjax.model import decoder
-from gptjax.parallel import sharding
+from gptjax.parallel import arrays
 from gptjax.training import objective
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -30,7 +30,7 @@ def padded(rows, width):
 def test_documents_count_at_each_eos_and_positions_restart_there(on_mesh):
     tokens = np.array([[0, 5, 6, 0, 7, 0, 0, 8], [5, 6, 7, 0, 8, 9, 5, 5]], np.int32)
     with on_mesh(1, 1, 1):
-        segments, positions = objective.documents(sharding.global_batch(tokens, 2), EOS)
+        segments, positions = objective.documents(arrays.global_batch(tokens, 2), EOS)
     np.testing.assert_array_equal(segments, [[1, 1, 1, 2, 2, 3, 4, 4], [0, 0, 0, 1, 1, 1, 1, 1]])
     np.testing.assert_array_equal(positions, [[0, 1, 2, 0, 1, 0, 0, 1], [0, 1, 2, 0, 1, 2, 3, 4]])
 
@@ -68,7 +68,7 @@ def test_a_packed_document_has_the_hidden_states_it_has_alone(
         def unmasked(tokens):
             return decoder.apply(params, cfg.model, cfg.compute, tokens)[0]
 
-        on_device = lambda rows: sharding.global_batch(rows, len(rows))
+        on_device = lambda rows: arrays.global_batch(rows, len(rows))
         together = np.asarray(masked(on_device(packed)))
         width = packed.shape[1]
         rows = np.concatenate([packed, padded(documents, width)])
@@ -84,7 +84,7 @@ def test_a_packed_document_has_the_hidden_states_it_has_alone(
 def loss_sums(cfg, params, windows, lengths):
     batch = {"windows_BW": windows, "lengths_B": np.asarray(lengths, np.int32)}
     rows = len(windows)
-    batch = {name: sharding.global_batch(a, rows) for name, a in batch.items()}
+    batch = {name: arrays.global_batch(a, rows) for name, a in batch.items()}
     total, sums = jax.jit(lambda b: objective.next_token(params, cfg, b, EOS))(batch)
     return {name: float(x) for name, x in sums.items()} | {"total": float(total)}
 
@@ -122,7 +122,7 @@ def test_only_as_many_targets_as_a_rows_length_count(on_mesh, tiny_config, rando
             row[length + 1 :] = rng.integers(1, 128, 32 - length)
         assert not np.array_equal(other, windows)
         changed = loss_sums(cfg, params, other, lengths)
-        tokens = sharding.global_batch(windows[:, :-1], 4)
+        tokens = arrays.global_batch(windows[:, :-1], 4)
         forward = jax.jit(lambda t: decoder.apply(params, cfg.model, cfg.compute, t)[0])
         scores = jax.nn.log_softmax(decoder.logits(params, cfg.model, forward(tokens)))
     scores = np.asarray(scores).reshape(4, 32, -1)

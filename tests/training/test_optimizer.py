@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from gptjax import param_tree
 from gptjax.checkpoint.checkpointer import leaves_by_path
 from gptjax.config import MoeConfig, TuneConfig
 from gptjax.model import decoder
@@ -297,7 +298,7 @@ def test_factors_fall_from_the_top_layer_to_those_that_are_frozen(tiny_model):
     ],
 )
 def test_a_matrix_has_two_sides_of_which_an_adapters_halves_have_one_each(path, ndim, sides):
-    assert param_groups.sides(f"blocks/layer_0/{path}", ndim) == sides
+    assert param_tree.sides(f"blocks/layer_0/{path}", ndim) == sides
 
 
 # --- on a mesh ---------------------------------------------------------------------------------

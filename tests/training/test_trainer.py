@@ -20,11 +20,12 @@ from gptjax.config import (
 )
 from gptjax.errors import NumericError, Preempted
 from gptjax.model import decoder
-from gptjax.parallel import sharding
+from gptjax.parallel import arrays, mesh
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watch
 from gptjax.training import objective, trainer
 from gptjax.training.metrics import Throughput, Writers
+from gptjax.training.step import TrainState, create_state, gradients, train_step
 
 EOS = 0
 
@@ -50,12 +51,12 @@ def rows_of(cfg: Config, step: int, lengths: np.ndarray | None = None) -> dict[s
 
 
 def batch_of(cfg: Config, step: int, lengths: np.ndarray | None = None) -> dict[str, jax.Array]:
-    return sharding.global_batch(rows_of(cfg, step, lengths), cfg.train.batch)
+    return arrays.global_batch(rows_of(cfg, step, lengths), cfg.train.batch)
 
 
-def fresh(cfg: Config) -> trainer.TrainState:
+def fresh(cfg: Config) -> TrainState:
     init = lambda key: decoder.init(cfg.model, key)
-    return jax.jit(lambda: trainer.create_state(cfg, init))()
+    return jax.jit(lambda: create_state(cfg, init))()
 
 
 def loss_fn(cfg: Config):
@@ -63,7 +64,7 @@ def loss_fn(cfg: Config):
 
 
 def one_device():
-    return jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    return jax.set_mesh(mesh.make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
 def test_accumulated_gradients_weigh_tokens_not_parts() -> None:
@@ -73,9 +74,9 @@ def test_accumulated_gradients_weigh_tokens_not_parts() -> None:
         cfg = tiny(accumulation=parts)
         with one_device():
             params = fresh(cfg).params
-            grads, sums = jax.jit(
-                lambda p, b, cfg=cfg: trainer.gradients(cfg, loss_fn(cfg), p, b, None)
-            )(params, batch_of(cfg, 0, lengths))
+            grads, sums = jax.jit(lambda p, b, cfg=cfg: gradients(cfg, loss_fn(cfg), p, b, None))(
+                params, batch_of(cfg, 0, lengths)
+            )
             assert sums["targets"] == lengths.sum()
             results[parts] = jax.device_get(grads)
     for parts in (2, 4):
@@ -96,7 +97,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters() -> None:
     with one_device():
         state = fresh(cfg)
         before = fingerprints(leaves_by_path(state))
-        step = jax.jit(lambda s, b: trainer.train_step(cfg, poisoned, s, b))
+        step = jax.jit(lambda s, b: train_step(cfg, poisoned, s, b))
         state, metrics = step(state, batch_of(cfg, 0))
         after = fingerprints(leaves_by_path(state))
     changed = {path for path in before if before[path] != after[path]}
@@ -108,7 +109,7 @@ def test_ema_follows_the_parameters() -> None:
     cfg = tiny(ema_decay=0.75)
     with one_device():
         state = fresh(cfg)
-        step = jax.jit(lambda s, b: trainer.train_step(cfg, loss_fn(cfg), s, b))
+        step = jax.jit(lambda s, b: train_step(cfg, loss_fn(cfg), s, b))
         new, _ = step(state, batch_of(cfg, 0))
     expected = 0.75 * np.asarray(state.params["embed"]) + 0.25 * np.asarray(new.params["embed"])
     np.testing.assert_allclose(new.ema["embed"], expected, rtol=1e-6, atol=1e-9)
@@ -266,11 +267,11 @@ def test_a_step_left_out_does_not_put_the_schedule_behind(tmp_path) -> None:
     with one_device():
         skipped = dataclasses.replace(fresh(cfg), step=jnp.int32(0))
         poisoned = lambda p, b, k: (loss_fn(cfg)(p, b, k)[0] * jnp.nan, loss_fn(cfg)(p, b, k)[1])
-        skip = jax.jit(lambda s, b: trainer.train_step(cfg, poisoned, s, b))
+        skip = jax.jit(lambda s, b: train_step(cfg, poisoned, s, b))
         for _ in range(3):
             skipped, _ = skip(skipped, batch_of(cfg, 0))
         # Adam from the same moments: the whole update is the rate times the same direction.
-        step = jax.jit(lambda s, b: trainer.train_step(cfg, loss_fn(cfg), s, b))
+        step = jax.jit(lambda s, b: train_step(cfg, loss_fn(cfg), s, b))
         late, metrics = step(skipped, batch_of(cfg, 1))
         moved = np.asarray(late.params["positions"] - skipped.params["positions"])
         start = fresh(cfg)
@@ -286,7 +287,7 @@ def test_dropout_depends_on_the_step(tmp_path) -> None:
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dropout=0.5))
     with one_device():
         state = fresh(cfg)
-        step = jax.jit(lambda s, b: trainer.train_step(cfg, loss_fn(cfg), s, b)[1]["loss"])
+        step = jax.jit(lambda s, b: train_step(cfg, loss_fn(cfg), s, b)[1]["loss"])
         later = dataclasses.replace(state, step=jnp.int32(1))
         batch = batch_of(cfg, 0)
         assert step(state, batch) == step(state, batch)
@@ -311,7 +312,7 @@ def test_metrics_are_those_of_their_own_step(tmp_path) -> None:
     metrics = dict(written)[3]
     with one_device():
         state = fresh(cfg)
-        step = jax.jit(lambda s, b: trainer.train_step(cfg, loss_fn(cfg), s, b))
+        step = jax.jit(lambda s, b: train_step(cfg, loss_fn(cfg), s, b))
         for s in range(3):
             state, expected = step(state, batch_of(cfg, s))
     for name in ("loss", "grad_norm", "param_norm", "lr"):

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 from jax import lax
 
-from gptjax.parallel import sharding
+from gptjax.parallel import sequence, sharding
+from gptjax.parallel.mesh import abstract_mesh
 
 
 def splash(cfg, q_BTHC, k_BTKC, v_BTKC, positions_BT, segments_BT, window):
@@ -28,7 +29,7 @@ def splash(cfg, q_BTHC, k_BTKC, v_BTKC, positions_BT, segments_BT, window):
     one = (
         masks.CausalMask((t, t)) if window is None else masks.LocalMask((t, t), (window - 1, 0), 0)
     )
-    one.q_sequence = sharding.places(t).astype(np.int32)
+    one.q_sequence = sequence.places(t).astype(np.int32)
     # Blocks of 512: the default of 128 leaves the matrix unit idle between them.
     size = max(s for s in (512, 384, 256, 128) if t // parts % s == 0)
     forward = ("block_q", "block_kv", "block_kv_compute")
@@ -42,7 +43,7 @@ def splash(cfg, q_BTHC, k_BTKC, v_BTKC, positions_BT, segments_BT, window):
     )
     # Each device's blocks of the mask lie with its queries. Within a stage of a pipeline, the mesh
     # itself would be refused.
-    mesh = sharding.abstract_mesh(**jax.sharding.get_abstract_mesh().shape)
+    mesh = abstract_mesh(**jax.sharding.get_abstract_mesh().shape)
     mask_specs = attend.manual_sharding_spec(jax.NamedSharding(mesh, sharding.spec(None, "seq")))
     attend = jax.tree.map(jax.sharding.reshard, attend, mask_specs)
 
@@ -68,7 +69,7 @@ def _in_order(a_BT: jax.Array, length: int) -> jax.Array:
     """Inside an island: whole sequences in their own order, from the parts of the context axis."""
     if a_BT.shape[1] == length:
         return a_BT
-    return sharding.in_order(lax.all_gather(a_BT, sharding.RULES["seq"], axis=1, tiled=True))
+    return sequence.in_order(lax.all_gather(a_BT, sharding.RULES["seq"], axis=1, tiled=True))
 
 
 def cudnn(q_BTHC, k_BTKC, v_BTKC, segments_BT, window):
