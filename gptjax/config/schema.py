@@ -176,8 +176,9 @@ class ComputeConfig:
 
     dtype: Literal["float32", "bfloat16"] = schedule("float32")
     """Of activations and matrix products; parameters and optimizer state stay in float32."""
-    attention: Literal["auto", "reference", "ring", "blockwise", "splash", "cudnn"] = free("auto")
-    """Attention backend; auto takes the fastest that supports the model on the device at hand."""
+    attention: str = free("auto")
+    """Attention backend: auto (the fastest that supports the model on the device at hand),
+    reference, blockwise, ring, splash, cudnn, or a registered name (config/registry.py)."""
     scan_layers: bool = free(True)
     """Compile one block and loop over it (fast to compile), or unroll the stack (fast to run)."""
     remat: Literal["none", "block", "dots"] = free("none")
@@ -304,8 +305,9 @@ class DataConfig:
 class OptimConfig:
     """Optimizer and schedule. Lengths are in tokens."""
 
-    name: Literal["adamw", "adafactor", "lion", "muon"] = identity("adamw")
-    """Update rule; muon is for matrices, with adamw for all else."""
+    name: str = identity("adamw")
+    """Update rule: adamw, adafactor, lion, muon (for matrices, with adamw for all else), or a
+    registered name (config/registry.py)."""
     lr: float = schedule(6e-4)
     """Peak learning rate."""
     lr_schedule: Literal["cosine", "wsd", "linear", "constant"] = schedule("cosine")
@@ -472,6 +474,8 @@ class LogConfig:
     """Steps between lines of metrics."""
     tensorboard: bool = free(True)
     """Write TensorBoard event files beside metrics.jsonl."""
+    writers: tuple[str, ...] = free(())
+    """Further metric writers, by the names that they were registered under (config/registry.py)."""
     peak_tflops: float = free(0.0)
     """Peak of one device in TFLOP/s, for the MFU; 0: from the table of known devices."""
     profile_start: int = free(0)

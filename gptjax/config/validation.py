@@ -8,6 +8,19 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from gptjax.config.registry import ATTENTION_BACKENDS, METRIC_WRITERS, OPTIMIZERS
+
+
+def _name_problems(cfg: Any) -> Iterator[str]:
+    """Names that stand for nothing registered."""
+    if cfg.optim.name not in OPTIMIZERS.names():
+        yield OPTIMIZERS.unknown(cfg.optim.name)
+    if cfg.compute.attention not in ("auto", *ATTENTION_BACKENDS.names()):
+        yield ATTENTION_BACKENDS.unknown(cfg.compute.attention)
+    for name in cfg.log.writers:
+        if name not in METRIC_WRITERS.names():
+            yield METRIC_WRITERS.unknown(name)
+
 
 def divisors(n: int) -> list[int]:
     """Ascending."""
@@ -75,6 +88,7 @@ def value_problems(cfg: Any) -> Iterator[str]:
         "log.profile_start": cfg.log.profile_start,
         **{f"watch.{stage}": limit for stage, limit in vars(cfg.watch).items()},
     }
+    yield from _name_problems(cfg)
     for name, value in at_least_zero.items():
         if not value >= 0:
             yield f"{name}={value}: must not be negative"
