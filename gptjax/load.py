@@ -30,7 +30,7 @@ _SAFETENSORS = "*.safetensors*"
 
 
 @dataclass(frozen=True)
-class Opened:
+class LoadedModel:
     """A model on the ambient mesh; `step` is its checkpoint's, None in a Hugging Face folder."""
 
     name: str
@@ -45,14 +45,14 @@ class Opened:
 
 
 @contextmanager
-def opened(
+def load_model(
     path: str,
     *,
     dtype: str | None = None,
     say: Callable[[str], None] = lambda line: None,
     check: Callable[[Config, Tokenizer | None], None] = lambda cfg, tokenizer: None,
     rehearse: Callable[[Sampler], None] | None = None,
-) -> Iterator[Opened]:
+) -> Iterator[LoadedModel]:
     """The model of a run folder or a Hugging Face folder, with its mesh as the ambient one.
 
     `dtype` is what to compute in, float32 or bfloat16, otherwise the run's own. `check` is called
@@ -78,7 +78,7 @@ def opened(
                 params = safetensors.read_params(source)
             else:
                 params, step = adapter_checkpoint.restore_params(path, cfg, say)
-        yield Opened(path, cfg, tokenizer, params, step)
+        yield LoadedModel(path, cfg, tokenizer, params, step)
 
 
 @contextmanager

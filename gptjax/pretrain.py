@@ -13,7 +13,7 @@ from etils import epath
 from gptjax import config, sample
 from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import run_dir
-from gptjax.checkpoint.checkpointer import Checkpoints, sha256_of
+from gptjax.checkpoint.checkpointer import Checkpointer, sha256_of
 from gptjax.config import Config
 from gptjax.data import loader, store
 from gptjax.errors import DataError
@@ -24,7 +24,7 @@ from gptjax.parallel import arrays
 from gptjax.parallel import pipeline as stages
 from gptjax.runtime import distributed
 from gptjax.runtime.progress import Progress
-from gptjax.runtime.watchdog import Watch
+from gptjax.runtime.watchdog import Watchdog
 from gptjax.training import metrics, objective, trainer
 from gptjax.training.trainer import Evaluator
 
@@ -32,7 +32,7 @@ SAMPLES = "samples"
 
 
 def pretrain(
-    cfg: Config, manifest: store.Manifest, watch: Watch, progress: Progress
+    cfg: Config, manifest: store.Manifest, watch: Watchdog, progress: Progress
 ) -> dict[str, float]:
     """Trains the configured model on a prepared store; returns the final evaluation.
 
@@ -48,7 +48,7 @@ def pretrain(
             f"{tokenizer.vocab_size} pieces; raise it"
         )
     prompts = [tokenizer.prompt(text) for text in cfg.eval.prompts]
-    settings = sample.Settings(
+    settings = sample.SamplingParams(
         temperature=cfg.eval.temperature,
         top_p=cfg.eval.top_p,
         max_tokens=cfg.eval.sample_tokens,
@@ -87,7 +87,7 @@ def pretrain(
     order = stages.order(periods, cfg.compute.rounds).tolist()
     ordered = lambda params, to: params | {"blocks": stages.reordered(params["blocks"], to)}
     in_model_order = lambda params: ordered(params, np.argsort(order))
-    checkpoints = Checkpoints(
+    checkpoints = Checkpointer(
         Path(cfg.run) / run_dir.CHECKPOINTS,
         cfg.checkpoint,
         describe,

@@ -108,7 +108,7 @@ def _context(*, partial: bool = False, write_bytes: int | None = None) -> Any:
     return context
 
 
-class Checkpoints:
+class Checkpointer:
     """The checkpoints of one run. `describe(step)` gives the run's own part of the metadata.
 
     `order` is that of the layers in the blocks' stacked arrays, where a pipeline has another than
@@ -236,7 +236,7 @@ class Checkpoints:
         if self._failed_in_a_row:
             raise OutputError("; ".join(self._failures) or f"{self.folder}: the last save failed")
 
-    def __enter__(self) -> "Checkpoints":
+    def __enter__(self) -> "Checkpointer":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -25,7 +25,7 @@ import jax
 
 from gptjax import config
 from gptjax import tokenizer as tokenizers
-from gptjax.checkpoint.checkpointer import Checkpoints
+from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.config import CONFIG_FILE, Config, MeshConfig
 from gptjax.data import store
 from gptjax.data.store import Manifest
@@ -77,7 +77,7 @@ def claim(cfg: Config, say: Callable[[str], None] = lambda line: None) -> Iterat
             raise MismatchError(f"{folder} holds an imported model; give another --run")
         if (folder / CONFIG_FILE).exists():
             changes = config.resume_changes(config.read_json(folder / CONFIG_FILE), cfg)
-        elif Checkpoints(folder / CHECKPOINTS).steps():
+        elif Checkpointer(folder / CHECKPOINTS).steps():
             raise MismatchError(f"{folder} has checkpoints but no {CONFIG_FILE}; use another --run")
         yield changes
 
@@ -277,7 +277,7 @@ def restore_params(
 
     The moving average where the run keeps one. Raises CheckpointError if there is none.
     """
-    checkpoints = Checkpoints(Path(folder) / CHECKPOINTS, say=say)
+    checkpoints = Checkpointer(Path(folder) / CHECKPOINTS, say=say)
     abstract = sharding.abstract(lambda: init_params(cfg, jax.random.key(0)))
     part = "ema" if cfg.train.ema_decay else "params"
     wanted = {"step": sharding.abstract(lambda: jax.numpy.int32(0)), part: abstract}

@@ -212,7 +212,7 @@ def tokenizer_train(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_settings(sub: argparse.ArgumentParser) -> None:
-    """The options that are fields of `sample.Settings`, under the same names."""
+    """The options that are fields of `sample.SamplingParams`, under the same names."""
     add = sub.add_argument
     add("--max-tokens", type=int, default=128, help="longest continuation (128)")
     add("--temperature", type=float, default=0.8, help="0 is greedy (0.8)")

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.kernels import cpu
-from gptjax.load import Opened
+from gptjax.load import LoadedModel
 from gptjax.parallel import sharding
-from gptjax.sample import Request, Room, Sampler, Settings
+from gptjax.sample import Request, Room, Sampler, SamplingParams
 
 BATCHES = (1, 8, 32)
 PROMPT, NEW = 64, 128
@@ -72,7 +72,7 @@ def weight_bytes(sampler: Sampler) -> int:
 def measure(sampler: Sampler, batch: int, prompt: int = PROMPT, new: int = NEW) -> Rate:
     """One round: `batch` random prompts, each continued greedily by exactly `new` tokens."""
     rng = np.random.default_rng(0)
-    settings = Settings(temperature=0, max_tokens=new)
+    settings = SamplingParams(temperature=0, max_tokens=new)
     engine = sampler.engine(rows=batch, capacity=prompt + new, room=Room())
     ids = rng.integers(0, sampler.vocab_size, (batch, prompt)).tolist()
     start = time.perf_counter()
@@ -83,7 +83,7 @@ def measure(sampler: Sampler, batch: int, prompt: int = PROMPT, new: int = NEW) 
     return Rate(first - start, count / (time.perf_counter() - first))
 
 
-def report(model: Opened, say: Callable[[str], None], rounds: int = 5) -> None:
+def report(model: LoadedModel, say: Callable[[str], None], rounds: int = 5) -> None:
     """Says medians of `rounds`, and from least to most; the first call of each shape compiles.
 
     Memory is read before each round: on a shared machine its speed changes from second to second.

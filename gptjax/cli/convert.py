@@ -19,7 +19,7 @@ import numpy as np
 
 from gptjax import config, load
 from gptjax.checkpoint import run_dir
-from gptjax.checkpoint.checkpointer import Checkpoints
+from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.config import CheckpointConfig, ComputeConfig, Config, LoraConfig
 from gptjax.errors import ConfigError, MismatchError, OutputError
 from gptjax.finetune import adapter_checkpoint, lora, peft
@@ -142,10 +142,10 @@ def import_adapters(folder: str, base: str, target: str, progress: Progress) -> 
         if cfg.finetune.task != "none":
             raise ConfigError([f"--base={base}: is fine-tuned; give what the adapters began from"])
 
-    with load.opened(base, say=progress.say, check=check) as model:
+    with load.load_model(base, say=progress.say, check=check) as model:
         adapters, lora_cfg = peft.read_folder(Path(folder), model.cfg.model)
         _new_folder(path)
-        whole = lora.whole({lora.BASE: model.params, lora.ADAPTERS: adapters}, lora_cfg)
+        whole = lora.merge({lora.BASE: model.params, lora.ADAPTERS: adapters}, lora_cfg)
         _save(path, model.step or 0, whole, {"imported": folder})
         beside, settings = Path(base.removeprefix("hf:")), {}
         if load.is_hugging_face(base):
@@ -163,7 +163,7 @@ def import_adapters(folder: str, base: str, target: str, progress: Progress) -> 
 
 def _save(folder: Path, step: int, params: Params, meta: Json) -> None:
     """The only checkpoint of a run that is not trained."""
-    checkpoints = Checkpoints(folder / run_dir.CHECKPOINTS, CheckpointConfig(), lambda step: meta)
+    checkpoints = Checkpointer(folder / run_dir.CHECKPOINTS, CheckpointConfig(), lambda step: meta)
     with checkpoints:
         checkpoints.save(step, {"step": jnp.int32(step), "params": params})
         checkpoints.finish()

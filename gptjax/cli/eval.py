@@ -28,7 +28,7 @@ from gptjax.evaluate.formats import TaskFile, read_tasks
 from gptjax.evaluate.scoring import Scorer
 from gptjax.evaluate.tasks import ANSWER_TOKENS, Task, named
 from gptjax.evaluate.validation import ValidationLoss
-from gptjax.load import Opened
+from gptjax.load import LoadedModel
 from gptjax.parallel import sharding
 from gptjax.runtime.progress import Progress
 from gptjax.tokenizer import Tokenizer
@@ -91,7 +91,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Given:
+class TokenBatch:
     """What the command line names, read and checked."""
 
     files: list[TaskFile]
@@ -99,7 +99,7 @@ class Given:
     hashes: dict[str, str]
 
     @classmethod
-    def read(cls, options: Options) -> "Given":
+    def read(cls, options: Options) -> "TokenBatch":
         """Raises ConfigError and DataError as `read_tasks` and `Documents.read` do."""
         files = read_tasks(options.task, options.limit, "--task")
         hashes = {file.path: file.sha256 for file in files}
@@ -121,7 +121,7 @@ def evaluate(path: str, options: Options, progress: Progress, say: Callable[[str
     used, and what `opening.opened` does.
     """
     options.check()
-    given = Given.read(options)
+    given = TokenBatch.read(options)
     own = not (options.text or options.task)
     manifest = _manifest(path) if own else None
 
@@ -130,7 +130,7 @@ def evaluate(path: str, options: Options, progress: Progress, say: Callable[[str
         if tokenizer is None:
             raise DataError(f"{path}: its source had no tokenizer, so it cannot read text")
 
-    with load.opened(path, dtype=options.dtype, say=progress.say, check=check) as model:
+    with load.load_model(path, dtype=options.dtype, say=progress.say, check=check) as model:
         shards = sharding.axis_size("batch")
         rows = -(-(options.batch or model.cfg.eval.batch) // shards) * shards
         cfg = replace(model.cfg, eval=replace(model.cfg.eval, batch=rows))
@@ -176,7 +176,9 @@ def _manifest(path: str) -> Any:
     return manifest
 
 
-def _measure(model: Opened, given: Given, options: Options, scorer: Scorer) -> list[Measured]:
+def _measure(
+    model: LoadedModel, given: TokenBatch, options: Options, scorer: Scorer
+) -> list[Measured]:
     """Every statistic of the text and the tasks, with its interval."""
     assert model.tokenizer is not None
     measured: list[Measured] = []
@@ -210,7 +212,7 @@ def _over(what: str, count: int, total: int | None) -> str:
     return f"{many}, the first" if total is None else f"{many}, the first of {total}"
 
 
-def _repeat(model: Opened, given: Given, options: Options, rows: int) -> dict[str, Any]:
+def _repeat(model: LoadedModel, given: TokenBatch, options: Options, rows: int) -> dict[str, Any]:
     """All that the numbers depend on."""
     cfg, mesh = model.cfg, jax.sharding.get_mesh()
     settings: dict[str, Any] = {"batch": rows, "dtype": cfg.compute.dtype, "limit": options.limit}

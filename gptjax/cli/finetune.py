@@ -32,7 +32,7 @@ def fit(
 
     distributed.join(cfg.watch.lost, Progress().say)
     progress = Progress(shown=distributed.first())
-    with watchdog.Watch(cfg.watch) as watched, run_dir.claim(cfg) as changes:
+    with watchdog.Watchdog(cfg.watch) as watched, run_dir.claim(cfg) as changes:
         for change in changes:
             progress.say(f"changed since the run was begun: {change}")
         import jax

@@ -217,14 +217,14 @@ def _how_to_go_on(args: argparse.Namespace, argv: Sequence[str], error: GptjaxEr
     cfg = getattr(args, "resolved", None)
     if args.command not in (_train, _finetune) or cfg is None or isinstance(error, ConfigError):
         return ""
-    from gptjax.checkpoint.checkpointer import Checkpoints
+    from gptjax.checkpoint.checkpointer import Checkpointer
     from gptjax.checkpoint.run_dir import CHECKPOINTS
     from gptjax.runtime import distributed
 
     if not distributed.first():
         return ""
     folder = os.path.join(cfg.run, CHECKPOINTS)
-    steps = Checkpoints(pathlib.Path(folder)).steps()
+    steps = Checkpointer(pathlib.Path(folder)).steps()
     safe = f"last committed step {steps[-1]} in {folder}" if steps else f"no checkpoint in {folder}"
     return f"; {safe}; to continue: gptjax {shlex.join(argv)}"
 
@@ -258,7 +258,7 @@ def _train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     evaluate.read_tasks(cfg.eval.tasks)  # so that a bad line is told before text is prepared
     distributed.join(cfg.watch.lost, Progress().say)
     progress = Progress(shown=distributed.first())
-    with watchdog.Watch(cfg.watch) as watched, run_dir.claim(cfg, progress.say) as changes:
+    with watchdog.Watchdog(cfg.watch) as watched, run_dir.claim(cfg, progress.say) as changes:
         for change in changes:
             progress.say(f"changed since the run was begun: {change}")
         import jax
@@ -344,9 +344,9 @@ def _refuse_unused(args: argparse.Namespace) -> None:
 
 def _sample(args: argparse.Namespace, _: Sequence[str]) -> None:
     from gptjax.cli import sample
-    from gptjax.sample import BeamSettings, Settings
+    from gptjax.sample import BeamSearchParams, SamplingParams
 
-    settings = Settings(
+    settings = SamplingParams(
         logit_bias=tuple(args.logit_bias),
         banned=tuple(args.ban),
         stop=tuple(args.stop),
@@ -357,7 +357,9 @@ def _sample(args: argparse.Namespace, _: Sequence[str]) -> None:
     beams = None
     if args.beams:
         early = {"false": False, "true": True, "never": "never"}[args.early_stopping]
-        beams = BeamSettings(args.beams, args.length_penalty, early, args.samples, args.max_tokens)
+        beams = BeamSearchParams(
+            args.beams, args.length_penalty, early, args.samples, args.max_tokens
+        )
         beams.check()
     if bool(args.file) != bool(args.output):
         raise ConfigError(["--file and --output: give both, or neither"])
@@ -372,7 +374,7 @@ def _sample(args: argparse.Namespace, _: Sequence[str]) -> None:
     if beams is None and not (args.file or args.interactive or args.bench):
         rehearse = lambda sampler: sampler.rehearse(prompts, settings)
     say = Progress().say
-    with load.opened(args.run, dtype=args.dtype, say=say, rehearse=rehearse) as model:
+    with load.load_model(args.run, dtype=args.dtype, say=say, rehearse=rehearse) as model:
         if args.bench:
             from gptjax.cli import benchmark
 
@@ -463,11 +465,11 @@ def _print_certificate(certificate: dict[str, Any], indent: str = "") -> None:
 
 def _inspect(args: argparse.Namespace, _: Sequence[str]) -> None:
     from gptjax.checkpoint import run_dir
-    from gptjax.checkpoint.checkpointer import Checkpoints
+    from gptjax.checkpoint.checkpointer import Checkpointer
     from gptjax.model import flops as counts
 
     cfg = config.load(args.run)
-    steps = Checkpoints(pathlib.Path(args.run) / run_dir.CHECKPOINTS).steps()
+    steps = Checkpointer(pathlib.Path(args.run) / run_dir.CHECKPOINTS).steps()
     parameters = counts.parameters(cfg.model)
     print(f"{args.run}: {parameters.total:,} parameters, {parameters.active:,} active")
     print(f"checkpoints: {', '.join(map(str, steps)) or 'none'}")

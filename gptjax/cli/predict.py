@@ -36,7 +36,7 @@ def predict(path: str, file: str, output: str, progress: Progress) -> int:
     rows = tokenize.rows(given, texts, Special.of(tokenizer), length, labels, tokenizer.eos_id)
     if rows.cut:
         progress.say(f"{rows.cut:,} of {len(rows):,} cut to train.seq_len={length}")
-    with load.opened(path, say=progress.say) as model:
+    with load.load_model(path, say=progress.say) as model:
         scores_EK = Classifier(model.cfg, progress).scores(model.params, rows, "predict")
     lines = [
         _line(cfg, chances_K[: len(one.sequences) if not labels else None])

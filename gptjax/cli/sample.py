@@ -17,7 +17,7 @@ from typing import Any
 
 from gptjax.errors import ConfigError, DataError, OutputError
 from gptjax.runtime.progress import Progress
-from gptjax.sample import Completion, Sampler, Settings
+from gptjax.sample import Completion, Sampler, SamplingParams
 
 PLAIN = (
     *("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
@@ -71,7 +71,7 @@ def show(
                 print(f"  {sampler.piece(token.id)!r:20} {token.logprob:8.3f}   {others}")
 
 
-def converse(sampler: Sampler, settings: Settings) -> None:
+def converse(sampler: Sampler, settings: SamplingParams) -> None:
     """Asks for prompts until the input ends; streams each continuation token by token."""
     print("a prompt a line; Ctrl-C ends a continuation, Ctrl-D ends this", file=sys.stderr)
     while True:
@@ -96,7 +96,7 @@ class File:
     be used and for results of other lines, OutputError where results cannot be written.
     """
 
-    def __init__(self, source: str, target: str, settings: Settings) -> None:
+    def __init__(self, source: str, target: str, settings: SamplingParams) -> None:
         self._source, self._target = Path(source), Path(target)
         self._lines = dict(_requests(self._source, settings))
         if self._target.exists() and self._target.samefile(self._source):
@@ -154,17 +154,17 @@ class File:
         return "".join(lines)
 
 
-def _mark(prompt: str | list[int], settings: Settings) -> str:
+def _mark(prompt: str | list[int], settings: SamplingParams) -> str:
     """What tells a prompt and its settings from others."""
     whole = json.dumps([prompt, {k: v for k, v in vars(settings).items() if k != "samples"}])
     return hashlib.sha256(whole.encode()).hexdigest()[:12]
 
 
 def _requests(
-    source: Path, settings: Settings
-) -> Iterator[tuple[int, tuple[str | list[int], Settings]]]:
+    source: Path, settings: SamplingParams
+) -> Iterator[tuple[int, tuple[str | list[int], SamplingParams]]]:
     """Number, prompt and settings of each line. Raises DataError with all that have mistakes."""
-    names = {field.name for field in fields(Settings)}
+    names = {field.name for field in fields(SamplingParams)}
     problems = []
     for number, line in _objects(source):
         place = f"{source}, line {number + 1}"
@@ -191,8 +191,8 @@ def _requests(
 
 
 def settings_from(values: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `Settings` from JSON values. Raises ConfigError for one of another type."""
-    kinds: dict[str, Any] = {field.name: field.default for field in fields(Settings)}
+    """Fields of `SamplingParams` from JSON values. Raises ConfigError for one of another type."""
+    kinds: dict[str, Any] = {field.name: field.default for field in fields(SamplingParams)}
     made, problems = {}, []
     for name, value in values.items():
         default = kinds[name]

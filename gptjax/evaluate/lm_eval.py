@@ -22,7 +22,7 @@ from gptjax.evaluate.documents import windows
 from gptjax.evaluate.scoring import Scorer, encode_pair, prefix_id
 from gptjax.model.decoder import Params
 from gptjax.runtime.progress import Progress
-from gptjax.sample import Sampler, Settings
+from gptjax.sample import Sampler, SamplingParams
 from gptjax.tokenizer import Tokenizer
 
 try:
@@ -143,7 +143,7 @@ class LMEvalAdapter(TemplateLM):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
 
-    def _settings(self, asked: dict[str, Any]) -> Settings:
+    def _settings(self, asked: dict[str, Any]) -> SamplingParams:
         """The sampler's settings for a task's. Raises ConfigError for one that it does not have."""
         until = asked.pop("until", None) or []
         until = [until] if isinstance(until, str) else until
@@ -153,7 +153,7 @@ class LMEvalAdapter(TemplateLM):
         if asked:
             what = ", ".join(f"{name}={value!r}" for name, value in asked.items())
             raise ConfigError([f"generation settings that are not known here: {what}"])
-        return Settings(
+        return SamplingParams(
             **(settings if drawn else settings | {"temperature": 0.0}),
             max_tokens=(lengths or [MOST_NEW])[0],
             stop=tuple(filter(None, until)),

@@ -11,7 +11,7 @@ from gptjax.evaluate.bootstrap import Statistic
 from gptjax.evaluate.formats import Choice, Cloze, Question, TaskFile
 from gptjax.evaluate.scoring import Scorer, encode_pair
 from gptjax.model.decoder import Params
-from gptjax.sample import Sampler, Settings
+from gptjax.sample import Sampler, SamplingParams
 from gptjax.tokenizer import Tokenizer
 from gptjax.training.metrics import perplexity
 
@@ -85,7 +85,7 @@ class Task:
         prompts = [self._tokenizer.prompt(one.prompt) for one in examples]
         room = self._scorer.limit - most
         self.cut = sum(len(prompt) > room for prompt in prompts)
-        settings = Settings(temperature=0.0, top_p=1.0, max_tokens=most, stop=("\n",))
+        settings = SamplingParams(temperature=0.0, top_p=1.0, max_tokens=most, stop=("\n",))
         given = sampler.generate([prompt[-room:] for prompt in prompts], settings)
         pairs = list(zip(given, examples, strict=True))
         return [

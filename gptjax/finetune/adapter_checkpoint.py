@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from gptjax.checkpoint import run_dir
-from gptjax.checkpoint.checkpointer import Checkpoints, fingerprints, leaves_by_path, sha256_of
+from gptjax.checkpoint.checkpointer import Checkpointer, fingerprints, leaves_by_path, sha256_of
 from gptjax.config import Config
 from gptjax.errors import CheckpointError, ConfigError, MismatchError
 from gptjax.finetune import params as base_params
@@ -21,37 +21,39 @@ from gptjax.model.decoder import Params
 from gptjax.parallel import sharding
 from gptjax.param_tree import Tree
 from gptjax.training import param_groups
-from gptjax.training.param_groups import Factors
+from gptjax.training.param_groups import LrMultipliers
 
 BASE_STEP = "base step"  # in RUN/finetune.json: the checkpoint of the base that adapters go with
 
 
-class SeparateCheckpoints(Checkpoints):
+class SeparateCheckpoints(Checkpointer):
     """As Checkpoints, which take and give whole states; the frozen part is given, and not saved.
 
     Reading the newest raises MismatchError where it was written beside other frozen parameters.
     """
 
-    def __init__(self, *args: Any, factors: Factors, frozen: Callable[[], Tree], **kwargs: Any):
+    def __init__(
+        self, *args: Any, lr_multipliers: LrMultipliers, frozen: Callable[[], Tree], **kwargs: Any
+    ):
         """`frozen()` makes the frozen part on the mesh, where there is a checkpoint to restore; the
         other arguments are those of Checkpoints."""
         super().__init__(*args, **kwargs)
-        self._factors, self._frozen = factors, frozen
+        self._factors, self._frozen = lr_multipliers, frozen
         self._digest: str | None = None
         describe = self._describe
         self._describe = lambda step: {**describe(step), "frozen": self._digest}
 
     def save(self, step: int, state: Any) -> None:
-        learning, frozen = param_groups.split(state.params, self._factors)
+        learning, frozen = param_groups.partition(state.params, self._factors)
         self._digest = self._digest or _digest(frozen)
         super().save(step, replace(state, params=learning))
 
     def restore_newest(self, abstract: Any, *, partial: bool = False) -> Any | None:
-        learning, _ = param_groups.split(abstract.params, self._factors)
+        learning, _ = param_groups.partition(abstract.params, self._factors)
         restored, frozen = self._beside(replace(abstract, params=learning), partial)
         if restored is None:
             return None
-        return replace(restored, params=param_groups.joined(frozen, restored.params))
+        return replace(restored, params=param_groups.combine(frozen, restored.params))
 
     def restore_tree(self, abstract: Tree, part: str) -> tuple[Tree, int] | None:
         """The tree that training took, of the newest one, and its step; None if none exists.
@@ -59,11 +61,11 @@ class SeparateCheckpoints(Checkpoints):
         `part` is the state's that learnt: "params", or "ema".
         """
         step = sharding.abstract(lambda: jax.numpy.int32(0))
-        learning, _ = param_groups.split(abstract, self._factors)
+        learning, _ = param_groups.partition(abstract, self._factors)
         restored, frozen = self._beside({"step": step, part: learning}, True)
         if restored is None:
             return None
-        return param_groups.joined(frozen, restored[part]), int(restored["step"])
+        return param_groups.combine(frozen, restored[part]), int(restored["step"])
 
     def _beside(self, learning: Any, partial: bool) -> tuple[Any, Tree]:
         """What learnt of the newest one, or None, and the frozen part."""
@@ -114,13 +116,13 @@ def restore(folder: str, cfg: Config, say: Callable[[str], None]) -> tuple[Tree,
             ]
         ) from None
     base = pinned(base, run_dir.examples_of(folder).get(BASE_STEP))
-    factors = base_params.factors(cfg)
-    assert factors is not None
+    lr_multipliers = base_params.lr_multipliers(cfg)
+    assert lr_multipliers is not None
     checkpoints = SeparateCheckpoints(
         Path(folder) / run_dir.CHECKPOINTS,
         say=say,
-        factors=factors,
-        frozen=lambda: frozen_of(cfg, base, factors, say),
+        lr_multipliers=lr_multipliers,
+        frozen=lambda: frozen_of(cfg, base, lr_multipliers, say),
     )
     part = "ema" if cfg.train.ema_decay else "params"
     if (restored := checkpoints.restore_tree(base_params.abstract(cfg), part)) is None:
@@ -128,6 +130,10 @@ def restore(folder: str, cfg: Config, say: Callable[[str], None]) -> tuple[Tree,
     return restored
 
 
-def frozen_of(cfg: Config, base: Base, factors: Factors, say: Callable[[str], None]) -> Tree:
+def frozen_of(
+    cfg: Config, base: Base, lr_multipliers: LrMultipliers, say: Callable[[str], None]
+) -> Tree:
     """What does not learn of the tree that training takes."""
-    return param_groups.split(base_params.tree(cfg, base_params.params(cfg, base, say)), factors)[1]
+    return param_groups.partition(
+        base_params.tree(cfg, base_params.params(cfg, base, say)), lr_multipliers
+    )[1]

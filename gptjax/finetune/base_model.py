@@ -40,7 +40,7 @@ def base_of(path: str) -> Base:
         short = min(cfg.eval.sample_tokens, max(1, source.model.context // 2))
         cfg = replace(cfg, eval=replace(cfg.eval, sample_tokens=short))
         return Base(path, cfg, tokenizer)
-    from gptjax.checkpoint.checkpointer import Checkpoints
+    from gptjax.checkpoint.checkpointer import Checkpointer
     from gptjax.checkpoint.run_dir import CHECKPOINTS
 
     cfg, folder = config.load(path), Path(path)
@@ -50,7 +50,7 @@ def base_of(path: str) -> Base:
         raise ConfigError(
             [f"{path}: is adapters beside a base; merge them: gptjax convert {path} NEW"]
         )
-    if not Checkpoints(folder / CHECKPOINTS).steps():
+    if not Checkpointer(folder / CHECKPOINTS).steps():
         raise CheckpointError(f"{path}: this run has no checkpoint yet")
     tokenizer = tokenizers.load(folder)
     tokenize.check_ids(tokenizer, cfg.model.vocab_size)
@@ -62,9 +62,9 @@ def pinned(base: Base, recorded: int | None) -> Base:
     go with those parameters and no others."""
     if base.path.startswith("hf:"):
         return base
-    from gptjax.checkpoint.checkpointer import Checkpoints
+    from gptjax.checkpoint.checkpointer import Checkpointer
     from gptjax.checkpoint.run_dir import CHECKPOINTS
 
     if recorded is None:
-        recorded = Checkpoints(Path(base.path) / CHECKPOINTS).steps()[-1]
+        recorded = Checkpointer(Path(base.path) / CHECKPOINTS).steps()[-1]
     return replace(base, step=recorded)

@@ -26,7 +26,7 @@ UNANSWERABLE = "unanswerable"
 
 
 @dataclass(frozen=True)
-class Exchange:
+class Conversation:
     """Token ids, which of them are learnt, the last answer's prompt, and what is right there."""
 
     ids: list[int]
@@ -37,18 +37,18 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class Exchanges:
+class Conversations:
     """Those of a file."""
 
     path: str
     sha256: str
-    all: tuple[Exchange, ...]
+    all: tuple[Conversation, ...]
 
     def __len__(self) -> int:
         return len(self.all)
 
 
-def read(path: str, option: str, tokenizer: Tokenizer) -> Exchanges:
+def read(path: str, option: str, tokenizer: Tokenizer) -> Conversations:
     """The exchanges of a file. Raises DataError with every line that cannot be used."""
     raw = raw_of(path, option)
     found, problems = [], []
@@ -76,17 +76,17 @@ def read(path: str, option: str, tokenizer: Tokenizer) -> Exchanges:
     refuse(problems)
     if not found:
         raise DataError(f"{option}={path}: no examples in it")
-    return Exchanges(path, hashlib.sha256(raw).hexdigest(), tuple(found))
+    return Conversations(path, hashlib.sha256(raw).hexdigest(), tuple(found))
 
 
 def _pair(
     tokenizer: Tokenizer, prompt: str, answer: str, right: tuple[str, ...], place: str
-) -> Exchange:
+) -> Conversation:
     space = "" if prompt[-1:].isspace() or answer[:1].isspace() else " "
     known, given = encode_pair(tokenizer, prompt, space + answer)
     given = [*given, tokenizer.eos_id]
     learnt = [False] * len(known) + [True] * len(given)
-    return Exchange([*known, *given], learnt, known, right, place)
+    return Conversation([*known, *given], learnt, known, right, place)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Template:
 
 def _conversation(
     tokenizer: Tokenizer, template: Template | None, messages: Any, place: str
-) -> Exchange:
+) -> Conversation:
     if template is None:
         raise Wrong("messages: the tokenizer has no chat_template; give prompt and answer")
     assert isinstance(tokenizer, HuggingFaceTokenizer)
@@ -159,9 +159,9 @@ def _conversation(
             ids, learnt = ids + new, learnt + [learns] * len(new)
             prompt = prompt if learns else list(ids)
         done = after
-    return Exchange(ids, learnt, prompt, (messages[-1]["content"],), place)
+    return Conversation(ids, learnt, prompt, (messages[-1]["content"],), place)
 
 
-def longest(given: Exchanges) -> int:
+def longest(given: Conversations) -> int:
     """Tokens of the longest exchange that the model reads: all but the last."""
     return max(len(one.ids) - 1 for one in given.all)

@@ -13,7 +13,7 @@ from gptjax.config import Config, FinetuneConfig, ModelConfig
 from gptjax.errors import ConfigError
 from gptjax.finetune import conversations, packing, tokenize
 from gptjax.finetune.base_model import Base
-from gptjax.finetune.conversations import Exchanges
+from gptjax.finetune.conversations import Conversations
 from gptjax.finetune.examples import Examples, labels_of
 from gptjax.finetune.packing import PackedRows
 from gptjax.finetune.tokenize import Rows, Special
@@ -137,7 +137,7 @@ def labelled(
 
 
 def answered(
-    cfg: Config, base: Base, train: Exchanges, valid: Exchanges
+    cfg: Config, base: Base, train: Conversations, valid: Conversations
 ) -> tuple[Config, PackedRows, PackedRows]:
     """The configuration for exchanges, and their rows: as long as the base's, or as the longest
     exchange where that is more and fits the context. Raises DataError as `packing.pack` does.

@@ -28,7 +28,7 @@ from gptjax.model.decoder import Params
 from gptjax.model.init import uniform
 from gptjax.param_tree import leaves_by_path, nested, sides
 from gptjax.training import param_groups
-from gptjax.training.param_groups import Factors
+from gptjax.training.param_groups import LrMultipliers
 
 BASE, ADAPTERS = "base", "adapters"
 
@@ -90,29 +90,29 @@ def merged(params: Params, adapters: Params, cfg: LoraConfig) -> Params:
             out_sharding=jax.typeof(w).sharding.spec,
         )
         changed[path] = w + cfg.scale * product
-    return param_groups.joined(params, nested(changed))
+    return param_groups.combine(params, nested(changed))
 
 
 # --- training ----------------------------------------------------------------------------------
 
 
-def both(params: Params, cfg: LoraConfig, key: jax.Array) -> Params:
+def with_adapters(params: Params, cfg: LoraConfig, key: jax.Array) -> Params:
     """The tree that training takes: the base as given, and fresh adapters."""
     return {BASE: params, ADAPTERS: jax.jit(init, static_argnums=1)(params, cfg, key)}
 
 
-def whole(params: Params, cfg: LoraConfig) -> Params:
+def merge(params: Params, cfg: LoraConfig) -> Params:
     """The plain parameters that a tree of both stands for: to evaluate, sample and export. Outside
     of a jit, those without adapters are the base's own arrays."""
     leaves = leaves_by_path(params[BASE])
     paths = {path.rpartition("/")[0] for path in leaves_by_path(params[ADAPTERS])}
     below = nested({path: leaves[path] for path in paths})
     above = jax.jit(merged, static_argnums=2)(below, params[ADAPTERS], cfg)
-    return param_groups.joined(params[BASE], above)
+    return param_groups.combine(params[BASE], above)
 
 
-def factors(params: Params, tune: TuneConfig, model: ModelConfig) -> Factors:
-    """Of a tree of both: the base is frozen, and `parameters.factors` says how adapters learn.
+def lr_multipliers(params: Params, tune: TuneConfig, model: ModelConfig) -> LrMultipliers:
+    """Of a tree of both: the base is frozen, and `parameters.lr_multipliers` says how adapters learn.
 
     A task's layer in the base learns as it does without adapters. Patterns of tune.freeze are those
     of the adapters' own paths, ending in a or b.
@@ -121,5 +121,5 @@ def factors(params: Params, tune: TuneConfig, model: ModelConfig) -> Factors:
         f"{BASE}/{path}": float(path.startswith(f"{heads.NAME}/"))
         for path in leaves_by_path(params[BASE])
     }
-    own = param_groups.factors(params[ADAPTERS], tune, model)
+    own = param_groups.lr_multipliers(params[ADAPTERS], tune, model)
     return base | {f"{ADAPTERS}/{path}": factor for path, factor in own.items()}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gptjax.finetune.conversations import Exchanges
+from gptjax.finetune.conversations import Conversations
 from gptjax.finetune.examples import refuse
 
 
@@ -58,7 +58,7 @@ def places(lengths: list[int], room: int) -> list[list[int]]:
     return rows
 
 
-def pack(given: Exchanges, length: int, fill: int) -> PackedRows:
+def pack(given: Conversations, length: int, fill: int) -> PackedRows:
     """Rows of `length` tokens. Raises DataError for an answer that is longer than that."""
     ids, learnt, cut, problems = [], [], 0, []
     for one in given.all:

@@ -21,7 +21,7 @@ from gptjax.model.decoder import Params
 from gptjax.parallel import sharding
 from gptjax.param_tree import Tree
 from gptjax.training import param_groups
-from gptjax.training.param_groups import Factors
+from gptjax.training.param_groups import LrMultipliers
 from gptjax.training.step import init_and_dropout_keys
 
 
@@ -70,23 +70,25 @@ def tree(cfg: Config, given: Params) -> Tree:
     """The tree that training takes, of the model's parameters."""
     if not cfg.finetune.lora.rank:
         return given
-    return lora.both(given, cfg.finetune.lora, jax.random.fold_in(init_and_dropout_keys(cfg)[0], 2))
+    return lora.with_adapters(
+        given, cfg.finetune.lora, jax.random.fold_in(init_and_dropout_keys(cfg)[0], 2)
+    )
 
 
 def plain(cfg: Config, learnt: Tree) -> Params:
     """The model's parameters, of the tree that training takes."""
-    return lora.whole(learnt, cfg.finetune.lora) if cfg.finetune.lora.rank else learnt
+    return lora.merge(learnt, cfg.finetune.lora) if cfg.finetune.lora.rank else learnt
 
 
-def factors(cfg: Config) -> Factors | None:
+def lr_multipliers(cfg: Config) -> LrMultipliers | None:
     """What of that tree learns, and how fast; None: all of it at one rate.
 
-    Raises ConfigError as `parameters.factors` and `lora.targets` do.
+    Raises ConfigError as `parameters.lr_multipliers` and `lora.targets` do.
     """
     tune = cfg.finetune
     if not (tune.lora.rank or tune.freeze or tune.freeze_layers or tune.layer_decay < 1):
         return None
-    of = lora.factors if tune.lora.rank else param_groups.factors
+    of = lora.lr_multipliers if tune.lora.rank else param_groups.lr_multipliers
     return of(abstract(cfg), tune, cfg.model)
 
 

@@ -24,7 +24,7 @@ from gptjax.config import LoraConfig, ModelConfig
 from gptjax.errors import DataError, MismatchError
 from gptjax.finetune import lora
 from gptjax.hf import families
-from gptjax.hf.mapping import Piece
+from gptjax.hf.mapping import TensorMapping
 from gptjax.model import decoder
 from gptjax.model.decoder import Params
 from gptjax.parallel import sharding
@@ -42,7 +42,7 @@ Shapes = dict[str, tuple[int, ...]]
 Halves = dict[str, np.ndarray]  # "a" [in..., R] and "b" [R, out...] of one layer
 
 
-def _linears(model: ModelConfig, rank: int | None = None) -> Iterator[Piece]:
+def _linears(model: ModelConfig, rank: int | None = None) -> Iterator[TensorMapping]:
     """Their linear layers; with `rank`, as if the residual stream were of that width."""
     kind, _ = families.family_of(model)
     of = model
@@ -53,7 +53,7 @@ def _linears(model: ModelConfig, rank: int | None = None) -> Iterator[Piece]:
             yield piece
 
 
-def _joins(model: ModelConfig, rank: int) -> dict[tuple[str, ...], Piece]:
+def _joins(model: ModelConfig, rank: int) -> dict[tuple[str, ...], TensorMapping]:
     """What cuts and joins the outputs of an adapter of this rank, by the parameters it is for."""
     return {piece.paths: piece for piece in _linears(model, rank)}
 
@@ -65,7 +65,9 @@ def _shapes(model: ModelConfig) -> Shapes:
     return {path: leaf.shape[1:] for path, leaf in inner.items()}
 
 
-def _sizes(piece: Piece, shapes: Shapes, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def _sizes(
+    piece: TensorMapping, shapes: Shapes, rank: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
     """Shapes of their lora_A and lora_B of a layer."""
     first = shapes[piece.paths[0]]
     inputs = math.prod(first[d - 1] for d in sides(piece.paths[0], len(first) + 1)[0])
@@ -136,7 +138,7 @@ def write_folder(
 
 
 def _fused(
-    piece: Piece, halves: dict[str, Halves], model: ModelConfig, shapes: Shapes
+    piece: TensorMapping, halves: dict[str, Halves], model: ModelConfig, shapes: Shapes
 ) -> tuple[np.ndarray, np.ndarray]:
     """lora_A [R, in] and lora_B [out, R] of one layer from those of the parameters in it."""
     flat = {path: h["a"].reshape(-1, h["a"].shape[-1]) for path, h in halves.items()}
@@ -283,7 +285,7 @@ def _scale(config: dict[str, Any], module: str, rank: int) -> float:
 
 
 def _apart(
-    piece: Piece, a_RI: np.ndarray, b_OR: np.ndarray, model: ModelConfig, shapes: Shapes
+    piece: TensorMapping, a_RI: np.ndarray, b_OR: np.ndarray, model: ModelConfig, shapes: Shapes
 ) -> dict[str, Halves]:
     """The halves of each parameter in one of their layers."""
     rank = len(a_RI)

@@ -7,17 +7,17 @@ import numpy as np
 
 from gptjax.config import Config
 from gptjax.evaluate import answers
-from gptjax.finetune.conversations import UNANSWERABLE, Exchanges
+from gptjax.finetune.conversations import UNANSWERABLE, Conversations
 from gptjax.finetune.packing import PackedRows
 from gptjax.model.decoder import Params
 from gptjax.parallel import sharding
 from gptjax.runtime.progress import Progress
-from gptjax.sample import Sampler, Settings
+from gptjax.sample import Sampler, SamplingParams
 from gptjax.sample.engine import place_rows
 from gptjax.tokenizer import Tokenizer
 from gptjax.training import objective
 from gptjax.training.metrics import perplexity
-from gptjax.training.objective import DeviceBatch, Given, Sums
+from gptjax.training.objective import DeviceBatch, Sums, TokenBatch
 
 
 def answer_loss(
@@ -30,7 +30,7 @@ def answer_loss(
 ) -> tuple[jax.Array, Sums]:
     """The loss to differentiate and the sums of `train.LossFn`; targets are the answers' tokens."""
     names = ("tokens", "targets", "counts", "segments", "positions")
-    given = Given(*(batch[f"{name}_BT"] for name in names))
+    given = TokenBatch(*(batch[f"{name}_BT"] for name in names))
     return objective.predicted(params, cfg, given, keys_B2, training=training)
 
 
@@ -72,7 +72,7 @@ class AnswersRight:
     evaluate/answers.py); `cut` prompts were too long and lost their beginning.
     """
 
-    def __init__(self, cfg: Config, given: Exchanges, tokenizer: Tokenizer) -> None:
+    def __init__(self, cfg: Config, given: Conversations, tokenizer: Tokenizer) -> None:
         self._cfg, self._given, self._tokenizer = cfg, given, tokenizer
 
     def run(self, params: Params) -> dict[str, float]:
@@ -83,7 +83,7 @@ class AnswersRight:
         longest = max(len(one.ids) - len(one.prompt) for one in all_given)
         longest = min(longest, cfg.model.context - 1)
         room = cfg.model.context - longest
-        settings = Settings(temperature=0.0, max_tokens=longest)
+        settings = SamplingParams(temperature=0.0, max_tokens=longest)
         given = sampler.generate([one.prompt[-room:] for one in all_given], settings)
         said = ["" if g.text.strip() == UNANSWERABLE else g.text for g in given]
         pairs = [(text, one.answers) for text, one in zip(said, all_given, strict=True)]

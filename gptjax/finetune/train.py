@@ -16,14 +16,14 @@ import numpy as np
 
 from gptjax import config
 from gptjax.checkpoint import run_dir
-from gptjax.checkpoint.checkpointer import Checkpoints, sha256_of
+from gptjax.checkpoint.checkpointer import Checkpointer, sha256_of
 from gptjax.config import Config
 from gptjax.data.permutation import Order
 from gptjax.finetune import adapter_checkpoint, classification, sft
 from gptjax.finetune import params as base_params
 from gptjax.finetune.adapter_checkpoint import BASE_STEP, SeparateCheckpoints
 from gptjax.finetune.base_model import Base, pinned
-from gptjax.finetune.conversations import Exchanges
+from gptjax.finetune.conversations import Conversations
 from gptjax.finetune.examples import Examples
 from gptjax.finetune.tokenize import Special
 from gptjax.model import decoder, flops, heads
@@ -31,9 +31,9 @@ from gptjax.parallel import arrays, sharding
 from gptjax.param_tree import Tree
 from gptjax.runtime import distributed
 from gptjax.runtime.progress import Progress
-from gptjax.runtime.watchdog import Watch
+from gptjax.runtime.watchdog import Watchdog
 from gptjax.training import metrics, param_groups, trainer
-from gptjax.training.param_groups import Factors
+from gptjax.training.param_groups import LrMultipliers
 from gptjax.training.step import TrainState, state_of
 from gptjax.training.trainer import Evaluator
 
@@ -43,9 +43,9 @@ REPORT = "classification.json"
 def tune(
     cfg: Config,
     base: Base,
-    given: Mapping[str, Examples | Exchanges],
+    given: Mapping[str, Examples | Conversations],
     rows: Mapping[str, Any],
-    watch: Watch,
+    watch: Watchdog,
     progress: Progress,
 ) -> dict[str, float]:
     """Learns from the rows of "train" and measures on those of "valid"; the last evaluation.
@@ -53,8 +53,8 @@ def tune(
     The run folder is claimed already. Raises what `train.fit` raises, and MismatchError for a run
     that was begun with other examples.
     """
-    answers, factors = cfg.finetune.task == "answer", base_params.factors(cfg)
-    learning, total = param_groups.counts(base_params.abstract(cfg), factors)
+    answers, lr_multipliers = cfg.finetune.task == "answer", base_params.lr_multipliers(cfg)
+    learning, total = param_groups.count_trainable(base_params.abstract(cfg), lr_multipliers)
     if cfg.finetune.lora.rank:
         base = pinned(base, run_dir.examples_of(cfg.run).get(BASE_STEP))
     _record(cfg, base, given, rows, progress)
@@ -76,7 +76,7 @@ def tune(
 
     def begin() -> TrainState:
         tree = base_params.tree(cfg, base_params.params(cfg, base, progress.say))
-        return jax.jit(lambda t: state_of(cfg, t, factors), donate_argnums=0)(tree)
+        return jax.jit(lambda t: state_of(cfg, t, lr_multipliers), donate_argnums=0)(tree)
 
     def plain(evaluator: Evaluator) -> Evaluator:
         return _Plain(cfg, evaluator) if cfg.finetune.lora.rank else evaluator
@@ -88,14 +88,14 @@ def tune(
         cfg,
         init_fn=lambda key: base_params.tree(cfg, heads.init_params(cfg, key)),
         start=begin,
-        factors=factors,
+        lr_multipliers=lr_multipliers,
         loss_fn=lambda tree, batch, keys_B2: loss(base_params.plain(cfg, tree), batch, keys_B2),
         abstract_batch=_abstract(cfg, rows["train"].take(np.arange(1))),
         batches=batches,
         evaluators=[plain(labels or sft.AnswerLoss(cfg, rows["valid"], progress))],
         tasks=[plain(right)] if right else [],
         sampler=lambda step, params: None,
-        checkpoints=_checkpoints(cfg, base, backends, factors, progress.say),
+        checkpoints=_checkpoints(cfg, base, backends, lr_multipliers, progress.say),
         writers=functools.partial(metrics.writers, cfg),
         throughput=metrics.Throughput(
             flops.flops_per_token(cfg.model, cfg.train.seq_len),
@@ -128,15 +128,15 @@ def _checkpoints(
     cfg: Config,
     base: Base,
     backends: tuple[str, ...],
-    factors: Factors | None,
+    lr_multipliers: LrMultipliers | None,
     say: Callable[[str], None],
-) -> Checkpoints:
+) -> Checkpointer:
     """Of everything; with adapters, of what learns, beside the base."""
     given = Path(cfg.run) / run_dir.CHECKPOINTS, cfg.checkpoint, _describe(cfg, backends), say
-    if factors is None or not cfg.finetune.lora.rank:
-        return Checkpoints(*given)
-    frozen = lambda: adapter_checkpoint.frozen_of(cfg, base, factors, say)
-    return SeparateCheckpoints(*given, factors=factors, frozen=frozen)
+    if lr_multipliers is None or not cfg.finetune.lora.rank:
+        return Checkpointer(*given)
+    frozen = lambda: adapter_checkpoint.frozen_of(cfg, base, lr_multipliers, say)
+    return SeparateCheckpoints(*given, lr_multipliers=lr_multipliers, frozen=frozen)
 
 
 def _abstract(cfg: Config, row: Mapping[str, np.ndarray]) -> Any:
@@ -154,7 +154,7 @@ def _abstract(cfg: Config, row: Mapping[str, np.ndarray]) -> Any:
 def _record(
     cfg: Config,
     base: Base,
-    given: Mapping[str, Examples | Exchanges],
+    given: Mapping[str, Examples | Conversations],
     rows: Mapping[str, Any],
     progress: Progress,
 ) -> None:

@@ -4,7 +4,7 @@ Shapes: D embed, H query heads, K key heads, R = H/K, C head_dim, F hidden, E ex
 """
 
 from gptjax.config import ModelConfig, RopeConfig
-from gptjax.hf.mapping import Piece, grouped_qkv, matrix, norm, table, vector
+from gptjax.hf.mapping import TensorMapping, grouped_qkv, matrix, norm, table, vector
 from gptjax.hf.reader import BUFFERS, Family, Json, Reader, unless_default
 from gptjax.hf.rope import read_rope, write_rope
 
@@ -68,7 +68,7 @@ def _falcon_config(m: ModelConfig) -> Json:
     }
 
 
-def _falcon_pieces(m: ModelConfig) -> list[Piece]:
+def _falcon_pieces(m: ModelConfig) -> list[TensorMapping]:
     h = "transformer.h.{i}"
     norm_attn, norm_mlp = "input_layernorm", "post_attention_layernorm"
     if m.residual == "parallel" and not m.shared_norm:

@@ -6,7 +6,7 @@ Shapes: D embed, H query heads, K key heads, R = H/K, C head_dim, F hidden, E ex
 import functools
 
 from gptjax.config import ModelConfig
-from gptjax.hf.mapping import Piece, concatenated_qkv, matrix, norm, one, table, vector
+from gptjax.hf.mapping import TensorMapping, concatenated_qkv, matrix, norm, one, table, vector
 from gptjax.hf.reader import BUFFERS, Family, Json, Reader, unless_default
 
 
@@ -45,7 +45,9 @@ def _gpt_config(m: ModelConfig, activation: Json) -> Json:
     }
 
 
-def _gpt_pieces(m: ModelConfig, *, embed: str, positions: str, final: str | None) -> list[Piece]:
+def _gpt_pieces(
+    m: ModelConfig, *, embed: str, positions: str, final: str | None
+) -> list[TensorMapping]:
     conv = functools.partial(matrix, conv1d=True)
     h = "transformer.h.{i}"
     pieces = [

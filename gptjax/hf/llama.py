@@ -10,7 +10,7 @@ from typing import Any
 
 from gptjax.config import ModelConfig, MoeConfig
 from gptjax.errors import MismatchError
-from gptjax.hf.mapping import Piece, matrix, norm, table, vector
+from gptjax.hf.mapping import TensorMapping, matrix, norm, table, vector
 from gptjax.hf.reader import BUFFERS, Family, Json, Reader, unless_default
 from gptjax.hf.rope import read_rope, write_rope
 
@@ -131,7 +131,7 @@ def _qwen_window_config(m: ModelConfig, *, by_layer: bool) -> Json:
     return values
 
 
-def _llama_pieces(m: ModelConfig, experts: Mapping[str, str] | None = None) -> list[Piece]:
+def _llama_pieces(m: ModelConfig, experts: Mapping[str, str] | None = None) -> list[TensorMapping]:
     """With `experts`, the names of the router and of an expert's three matrices."""
     layer = "model.layers.{i}"
     attn = f"{layer}.self_attn"

@@ -13,7 +13,7 @@ from gptjax.config import ModelConfig
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorMapping:
     """One tensor of theirs and the parameters of ours that it holds.
 
     `name` may have {i}, the layer, and {e}, the expert; `paths` are below the layer's part of the
@@ -31,30 +31,32 @@ class Piece:
         return "{i}" in self.name
 
 
-def one(name: str, path: str, split: Any, join: Any) -> Piece:
+def one(name: str, path: str, split: Any, join: Any) -> TensorMapping:
     """A tensor that holds one parameter."""
-    return Piece(name, (path,), lambda t: [split(t)], join)
+    return TensorMapping(name, (path,), lambda t: [split(t)], join)
 
 
-def vector(name: str, path: str, shape: tuple[int, ...] = (-1,)) -> Piece:
+def vector(name: str, path: str, shape: tuple[int, ...] = (-1,)) -> TensorMapping:
     """A bias or a scale, in our shape."""
     return one(name, path, lambda t: t.reshape(shape), lambda x: x.reshape(-1))
 
 
-def matrix(name: str, path: str, shape: tuple[int, ...], *, inputs: int = 1, **kind: bool) -> Piece:
+def matrix(
+    name: str, path: str, shape: tuple[int, ...], *, inputs: int = 1, **kind: bool
+) -> TensorMapping:
     """A linear layer; theirs is [out, in] as PyTorch's, or [in, out] with conv1d=True."""
     turn = (lambda t: t) if kind.get("conv1d") else np.transpose
     flat = (int(np.prod(shape[:inputs])), -1)
     return one(name, path, lambda t: turn(t).reshape(shape), lambda x: turn(x.reshape(flat)))
 
 
-def table(name: str, path: str, cfg: ModelConfig) -> Piece:
+def table(name: str, path: str, cfg: ModelConfig) -> TensorMapping:
     """An embedding table, which ours fills up with rows of zeros."""
     extra = cfg.table - cfg.vocab_size
     return one(name, path, lambda t: np.pad(t, ((0, extra), (0, 0))), lambda x: x[: cfg.vocab_size])
 
 
-def grouped_qkv(name: str, cfg: ModelConfig, suffix: str = "") -> Piece:
+def grouped_qkv(name: str, cfg: ModelConfig, suffix: str = "") -> TensorMapping:
     """Queries, keys and values in one tensor, [K, R + 2, C] on the output side: per group of heads
     its R queries, one key and one value."""
     k, r, c = cfg.kv, cfg.heads // cfg.kv, cfg.head
@@ -72,14 +74,14 @@ def grouped_qkv(name: str, cfg: ModelConfig, suffix: str = "") -> Piece:
         flat = np.concatenate(groups, 1).reshape((r + 2) * k * c, -1)
         return flat[:, 0] if suffix else flat
 
-    return Piece(name, paths, split, join)
+    return TensorMapping(name, paths, split, join)
 
 
-def concatenated_qkv(name: str, cfg: ModelConfig, suffix: str = "") -> Piece:
+def concatenated_qkv(name: str, cfg: ModelConfig, suffix: str = "") -> TensorMapping:
     """All queries, then all keys, then all values, on the last axis of [in, out]."""
     shape = (cfg.heads, cfg.head) if suffix else (cfg.embed, cfg.heads, cfg.head)
     paths = tuple(f"attn/{p}{suffix}" for p in "qkv")
-    return Piece(
+    return TensorMapping(
         name,
         paths,
         lambda t: [part.reshape(shape) for part in np.split(t, 3, -1)],
@@ -87,7 +89,7 @@ def concatenated_qkv(name: str, cfg: ModelConfig, suffix: str = "") -> Piece:
     )
 
 
-def norm(theirs: str, ours: str, cfg: ModelConfig) -> list[Piece]:
+def norm(theirs: str, ours: str, cfg: ModelConfig) -> list[TensorMapping]:
     """Scale and perhaps bias of a normalisation."""
     pieces = [vector(f"{theirs}.weight", f"{ours}/scale")]
     if cfg.norm == "layernorm" and cfg.norm_bias:

@@ -6,7 +6,7 @@ from typing import Any
 
 from gptjax.config import ModelConfig
 from gptjax.errors import DataError, MismatchError
-from gptjax.hf.mapping import Piece
+from gptjax.hf.mapping import TensorMapping
 
 Json = dict[str, Any]
 
@@ -22,7 +22,7 @@ class Family:
     prefix: str
     to_model: Callable[["Reader"], ModelConfig]
     to_config: Callable[[ModelConfig], Json]
-    pieces: Callable[[ModelConfig], list[Piece]]
+    pieces: Callable[[ModelConfig], list[TensorMapping]]
     ignored: tuple[str, ...] = ()
 
     @property

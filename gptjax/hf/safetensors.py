@@ -27,7 +27,7 @@ from gptjax.checkpoint.checkpointer import leaves_by_path
 from gptjax.config import ModelConfig, TokenizerConfig
 from gptjax.errors import DataError, MismatchError
 from gptjax.hf import families
-from gptjax.hf.mapping import Piece
+from gptjax.hf.mapping import TensorMapping
 from gptjax.hf.reader import Family, Json
 from gptjax.model import decoder
 from gptjax.model.decoder import Params
@@ -149,7 +149,11 @@ def _open_files(folder: Path) -> dict[str, Any]:
 
 
 def _account(
-    folder: Path, family: Family, model: ModelConfig, pieces: list[Piece], files: Mapping[str, Any]
+    folder: Path,
+    family: Family,
+    model: ModelConfig,
+    pieces: list[TensorMapping],
+    files: Mapping[str, Any],
 ) -> dict[str, str]:
     """Stored name of every expected tensor; raises MismatchError unless all are accounted for."""
     expected = {name: piece for piece in pieces for name in _names(piece, model)}
@@ -186,13 +190,13 @@ def _account(
     return found
 
 
-def _names(piece: Piece, model: ModelConfig) -> Iterator[str]:
+def _names(piece: TensorMapping, model: ModelConfig) -> Iterator[str]:
     layers = range(model.layers) if piece.in_layer else [0]
     experts = range(model.moe.experts) if "{e}" in piece.name else [0]
     return (piece.name.format(i=i, e=e) for i in layers for e in experts)
 
 
-def _shape(piece: Piece, model: ModelConfig) -> tuple[int, ...]:
+def _shape(piece: TensorMapping, model: ModelConfig) -> tuple[int, ...]:
     """The shape of one tensor of a piece, from those of the parameters that it joins."""
     shapes = parameter_shapes(model)
     parts = []

@@ -19,7 +19,7 @@ from flax import linen as nn
 from gptjax.config import ComputeConfig, ModelConfig
 from gptjax.model import layers
 from gptjax.model.attention import layer as attention
-from gptjax.model.attention.backends import Need, Sizes, choose
+from gptjax.model.attention.backends import Requirements, Sizes, choose
 from gptjax.model.attention.layer import Cache, SelfAttention
 from gptjax.model.feed_forward import FeedForward
 from gptjax.model.moe import MoE, Routing
@@ -275,7 +275,7 @@ def attention_backends(
     return tuple(
         choose(
             compute.attention,
-            Need(
+            Requirements(
                 segments=segments,
                 window=kind == "window",
                 grouped=cfg.kv != cfg.heads,

@@ -4,7 +4,7 @@ The first signal asks the loop to save and end; a later one ends the process at 
 often forward one signal twice, so what follows within a second counts as the same.
 
 Of several processes all must end at the same step, whichever of them was told. There JAX's
-coordination service takes SIGTERM and makes them agree (see `Interrupt.poll`), Ctrl-C counts as
+coordination service takes SIGTERM and makes them agree (see `PreemptionHandler.poll`), Ctrl-C counts as
 SIGTERM, and no phase is left halfway.
 """
 
@@ -20,7 +20,7 @@ class Interrupted(Exception):
     """Told to stop, in a phase that may be left at any point."""
 
 
-class Interrupt:
+class PreemptionHandler:
     """While it is entered, notes SIGTERM and SIGINT instead of dying of them.
 
     `agreed(step)`, of several processes, says whether they have agreed to end at a step.
@@ -32,7 +32,7 @@ class Interrupt:
         self._noted = 0.0
         self._raises = False
 
-    def __enter__(self) -> "Interrupt":
+    def __enter__(self) -> "PreemptionHandler":
         if self._agreed is None:
             handlers = {signal.SIGTERM: self._note, signal.SIGINT: self._note}
         else:

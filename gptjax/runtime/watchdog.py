@@ -78,7 +78,7 @@ def judge(
     )
 
 
-class Watch:
+class Watchdog:
     """While it is entered, watches this process, and with process 0 the whole job."""
 
     def __init__(self, cfg: WatchConfig) -> None:
@@ -90,7 +90,7 @@ class Watch:
         self._answered = time.monotonic()  # when the coordinator last did
         self._stopping = threading.Event()
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "Watchdog":
         now = self._answered = time.monotonic()
         for i in range(distributed.count()):
             self._heard[i] = Beat(0, "restore", 0, 0.0, f"process {i}", ""), now

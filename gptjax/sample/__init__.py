@@ -9,10 +9,10 @@ bucket compiles nothing, and settings are data, so changing them compiles nothin
 from gptjax.sample.detokenizer import Continuation
 from gptjax.sample.engine import Engine, Event, Request, Room, Token
 from gptjax.sample.sampler import Completion, Sampler
-from gptjax.sample.sampling_params import BeamSettings, Settings, check
+from gptjax.sample.sampling_params import BeamSearchParams, SamplingParams, check
 
 __all__ = [
-    "BeamSettings",
+    "BeamSearchParams",
     "Completion",
     "Continuation",
     "Engine",
@@ -20,7 +20,7 @@ __all__ = [
     "Request",
     "Room",
     "Sampler",
-    "Settings",
+    "SamplingParams",
     "Token",
     "check",
 ]

@@ -89,7 +89,7 @@ def search(
     The caches have b*W rows, those of a prompt one after the other, each with the prompt before its
     last token in it; a position below zero is no prompt. A continuation that reaches `max_tokens`,
     which is at most `room`, counts as finished. `at_once` and `never` are early stopping True and
-    "never", see `settings.BeamSettings`.
+    "never", see `settings.BeamSearchParams`.
     """
     b, w = len(last_b), width
     candidates = w * max(2, 1 + len(stop_ids))

@@ -23,7 +23,7 @@ from gptjax.parallel import arrays, sharding
 from gptjax.sample import decoding
 from gptjax.sample.decoding import BURST, READ, Drawn, Plan, Rows
 from gptjax.sample.logits_processors import Knobs
-from gptjax.sample.sampling_params import MOST_LOGPROBS, Settings
+from gptjax.sample.sampling_params import MOST_LOGPROBS, SamplingParams
 
 CHUNK = 256
 """Most tokens of a prompt that are prefilled at a time."""
@@ -71,7 +71,7 @@ class Request:
     """
 
     prompt: Sequence[int]
-    settings: Settings
+    settings: SamplingParams
     stop_ids: tuple[int, ...] = ()
     index: int = 0
     cancelled: set[int] = field(default_factory=set)
@@ -121,13 +121,13 @@ class Room(NamedTuple):
     penalties: bool = False
 
     @classmethod
-    def needed(cls, settings: Settings, stop_ids: Sequence[int]) -> "Room":
+    def needed(cls, settings: SamplingParams, stop_ids: Sequence[int]) -> "Room":
         """What one request needs."""
         biases = len(settings.logit_bias) + len(settings.banned)
         return cls(len(stop_ids), biases, settings.penalised)
 
     @classmethod
-    def of(cls, settings: Settings, stop_ids: Sequence[int]) -> "Room":
+    def of(cls, settings: SamplingParams, stop_ids: Sequence[int]) -> "Room":
         """Room for one request, rounded up."""
         stops, biases, penalties = cls.needed(settings, stop_ids)
         return cls(bucket(stops or 1), bucket(biases, 4) if biases else 0, penalties)
@@ -227,7 +227,7 @@ class Engine:
 
     # --- queue and rows ---
 
-    def _provide(self, settings: Settings) -> None:
+    def _provide(self, settings: SamplingParams) -> None:
         """Widens what is compiled to what a request needs; it never narrows again."""
         plan, asked = self._plan, None
         if settings.logprobs is not None:

@@ -21,7 +21,7 @@ from gptjax.model.layers import NEVER
 
 
 class Knobs(NamedTuple):
-    """The settings of each row, as data on the device; see `settings.Settings`."""
+    """The settings of each row, as data on the device; see `settings.SamplingParams`."""
 
     bias_ids_Bn: jax.Array  # an id past the vocabulary is none
     bias_Bn: jax.Array

@@ -29,7 +29,7 @@ from gptjax.sample.engine import (
     place_rows,
     prompt_caches,
 )
-from gptjax.sample.sampling_params import MOST_LOGPROBS, BeamSettings, Settings, check
+from gptjax.sample.sampling_params import MOST_LOGPROBS, BeamSearchParams, SamplingParams, check
 from gptjax.tokenizer import Tokenizer
 
 ROWS = 32
@@ -113,12 +113,16 @@ class Sampler:
         """How the vocabulary spells a token; its number where there is no tokenizer."""
         return str(token) if self.tokenizer is None else self.tokenizer.piece(token)
 
-    def request(self, prompt: str | Sequence[int], settings: Settings, index: int = 0) -> Request:
+    def request(
+        self, prompt: str | Sequence[int], settings: SamplingParams, index: int = 0
+    ) -> Request:
         """A checked request. Raises ConfigError as `settings.check` does."""
         (request,) = self.requests([self.ids(prompt)], [settings])
         return replace(request, index=index)
 
-    def requests(self, ids: Sequence[list[int]], settings: Sequence[Settings]) -> list[Request]:
+    def requests(
+        self, ids: Sequence[list[int]], settings: Sequence[SamplingParams]
+    ) -> list[Request]:
         """Checked requests, in their order. Raises ConfigError as `settings.check` does."""
         check(self.model, ids, settings, self.vocab_size)
         if self.tokenizer is None and (with_stop := [s.stop for s in settings if s.stop]):
@@ -161,7 +165,7 @@ class Sampler:
     def generate(
         self,
         prompts: Sequence[str | Sequence[int]],
-        settings: Settings | Sequence[Settings],
+        settings: SamplingParams | Sequence[SamplingParams],
     ) -> list[Completion]:
         """Continuations of texts or token ids, in their order, the samples of each together.
 
@@ -173,7 +177,7 @@ class Sampler:
     def rehearse(
         self,
         prompts: Sequence[str | Sequence[int]],
-        settings: Settings | Sequence[Settings],
+        settings: SamplingParams | Sequence[SamplingParams],
     ) -> None:
         """Compiles what `generate` will run for these, and draws nothing. Raises as it does."""
         requests = self._requests(prompts, settings)
@@ -184,9 +188,9 @@ class Sampler:
     def _requests(
         self,
         prompts: Sequence[str | Sequence[int]],
-        settings: Settings | Sequence[Settings],
+        settings: SamplingParams | Sequence[SamplingParams],
     ) -> list[Request]:
-        each = [settings] * len(prompts) if isinstance(settings, Settings) else list(settings)
+        each = [settings] * len(prompts) if isinstance(settings, SamplingParams) else list(settings)
         if len(each) != len(prompts):
             raise ConfigError([f"{len(each)} settings for {len(prompts)} prompts: give as many"])
         return self.requests([self.ids(prompt) for prompt in prompts], each)
@@ -223,7 +227,7 @@ class Sampler:
     def stream(
         self,
         prompt: str | Sequence[int],
-        settings: Settings,
+        settings: SamplingParams,
         burst: int = 1,
     ) -> Iterator[tuple[str, list[Token]]]:
         """One continuation as it comes: text that is certain, and the tokens drawn, `burst` at most
@@ -243,7 +247,7 @@ class Sampler:
                 return
 
     def beam(
-        self, prompts: Sequence[str | Sequence[int]], settings: BeamSettings
+        self, prompts: Sequence[str | Sequence[int]], settings: BeamSearchParams
     ) -> list[Completion]:
         """The likeliest continuations that beam search finds, of each prompt, best first."""
         ids = [self.ids(prompt) for prompt in prompts]
@@ -257,7 +261,7 @@ class Sampler:
                 done.append(replace(one, prompt=one.prompt + start))
         return done
 
-    def _search(self, ids: list[list[int]], settings: BeamSettings) -> Iterator[Completion]:
+    def _search(self, ids: list[list[int]], settings: BeamSearchParams) -> Iterator[Completion]:
         """Beam search of a few prompts at a time."""
         shards, width = sharding.axis_size("batch"), settings.width
         b = bucket(len(ids))

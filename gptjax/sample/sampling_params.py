@@ -13,7 +13,7 @@ MOST_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
-class Settings:
+class SamplingParams:
     """How the next token is drawn, and when to stop. The defaults draw from the model as it is.
 
     They act on the logits in the order in which they stand here, see `filters.adjust`.
@@ -102,7 +102,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class BeamSettings:
+class BeamSearchParams:
     """Beam search: the `width` likeliest continuations are followed at a time."""
 
     width: int = 4
@@ -138,7 +138,7 @@ class BeamSettings:
 def check(
     model: ModelConfig,
     prompts: Sequence[Sequence[int]],
-    settings: Settings | BeamSettings | Sequence[Settings],
+    settings: SamplingParams | BeamSearchParams | Sequence[SamplingParams],
     vocab_size: int | None = None,
 ) -> None:
     """Raises ConfigError for settings that make no sense, an empty prompt, a token outside the
@@ -146,13 +146,13 @@ def check(
 
     One settings for all prompts, or one for each.
     """
-    one_for_all = isinstance(settings, (Settings, BeamSettings))
+    one_for_all = isinstance(settings, (SamplingParams, BeamSearchParams))
     each = [settings] * len(prompts) if one_for_all else settings
     vocabulary = model.vocab_size if vocab_size is None else vocab_size
     problems = []
     for one in dict.fromkeys([settings] if one_for_all else settings):
         one.check()
-        if isinstance(one, Settings):
+        if isinstance(one, SamplingParams):
             problems += _foreign_ids(one, vocabulary)
         elif one.width > vocabulary:
             problems.append(f"width={one.width}: is above the vocabulary of {vocabulary}")
@@ -176,7 +176,7 @@ def check(
         raise ConfigError(problems)
 
 
-def _foreign_ids(settings: Settings, vocabulary: int) -> Iterator[str]:
+def _foreign_ids(settings: SamplingParams, vocabulary: int) -> Iterator[str]:
     named = {"logit_bias": [i for i, _ in settings.logit_bias], "banned": settings.banned}
     for name, ids in named.items():
         if bad := [i for i in ids if not 0 <= i < vocabulary]:

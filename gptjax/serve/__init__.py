@@ -109,7 +109,7 @@ def _open_and_serve(
     from gptjax.serve.metrics import Metrics
     from gptjax.serve.worker import Worker
 
-    with load.opened(path, dtype=options.dtype, say=say) as model:
+    with load.load_model(path, dtype=options.dtype, say=say) as model:
         context = model.cfg.model.context
         capacity = options.max_tokens_limit or min(context, CAPACITY)
         if capacity > context:

@@ -27,7 +27,7 @@ from gptjax.sample import Sampler
 from gptjax.serve import protocol
 from gptjax.serve.metrics import Metrics
 from gptjax.serve.protocol import Answer, Call, Refusal
-from gptjax.serve.worker import Busy, Job, Piece, Stopped, Worker
+from gptjax.serve.worker import Busy, Job, Stopped, TensorMapping, Worker
 
 OPEN = ("/", "/health")
 """What needs no token: the page, which asks for one, and the health."""
@@ -225,9 +225,9 @@ class _Endpoints:
         call = protocol.parse(body, model=served.name, most=served.queue)
         requests = await asyncio.to_thread(call.requests, served.sampler, served.capacity)
         loop = asyncio.get_running_loop()
-        pieces: asyncio.Queue[Piece | GptjaxError | None] = asyncio.Queue()
+        pieces: asyncio.Queue[TensorMapping | GptjaxError | None] = asyncio.Queue()
 
-        def tell(piece: Piece | GptjaxError) -> None:
+        def tell(piece: TensorMapping | GptjaxError) -> None:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
@@ -294,7 +294,7 @@ class _Conversation:
         served: Served,
         call: Call,
         job: Job,
-        pieces: asyncio.Queue[Piece | GptjaxError | None],
+        pieces: asyncio.Queue[TensorMapping | GptjaxError | None],
     ) -> None:
         self._call, self._pieces, self.job = call, pieces, job
         self._outcomes = served.metrics.requests
@@ -306,7 +306,7 @@ class _Conversation:
         self._choices = len(job.requests) * call.settings.samples
         self._ended = self._drawn = 0
 
-    async def next(self) -> Piece:
+    async def next(self) -> TensorMapping:
         """The next piece. Raises ClientDisconnect, or Refusal where there will be none."""
         piece = await self._pieces.get()
         if piece is None:
@@ -319,7 +319,7 @@ class _Conversation:
 
     async def whole(self) -> Response:
         """The answer to a call without a stream."""
-        pieces: list[list[Piece]] = [[] for _ in range(self._choices)]
+        pieces: list[list[TensorMapping]] = [[] for _ in range(self._choices)]
         while self._ended < self._choices:
             piece = await self.next()
             pieces[piece.choice].append(piece)
@@ -336,7 +336,7 @@ class _Conversation:
         self._outcomes.labels("ok").inc()
         return _json(self._answer.whole(choices, self._usage()))
 
-    async def events(self, piece: Piece) -> AsyncIterator[str]:
+    async def events(self, piece: TensorMapping) -> AsyncIterator[str]:
         """The stream of server-sent events, from its first piece on."""
         outcome = "gone"
         try:
@@ -356,7 +356,7 @@ class _Conversation:
         finally:
             self._outcomes.labels(outcome).inc()
 
-    def _choice(self, piece: Piece) -> dict[str, Any]:
+    def _choice(self, piece: TensorMapping) -> dict[str, Any]:
         spelled = piece.spelled if self._spelled else None
         return self._answer.choice(piece.choice, piece.text, piece.ids, spelled, piece.finish)
 
@@ -372,7 +372,7 @@ def _event(value: Any) -> str:
 class _EventStream(StreamingResponse):
     """A stream whose job ends with it, however that comes."""
 
-    def __init__(self, conversation: _Conversation, first: Piece) -> None:
+    def __init__(self, conversation: _Conversation, first: TensorMapping) -> None:
         self._job = conversation.job
         self._events = conversation.events(first)
         super().__init__(self._events, media_type="text/event-stream")

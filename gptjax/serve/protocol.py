@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from gptjax.errors import ConfigError, GptjaxError
-from gptjax.sample import Request, Sampler, Settings, check
+from gptjax.sample import Request, Sampler, SamplingParams, check
 from gptjax.serve.token_text import Spelled
 from gptjax.serve.worker import BIASES
 
@@ -64,7 +64,7 @@ class Call:
     """What a body asks for."""
 
     prompts: list[str | list[int]]
-    settings: Settings
+    settings: SamplingParams
     stream: bool
     usage: bool
     """Whether a stream ends with the usage."""
@@ -126,7 +126,7 @@ def parse(body: bytes, *, model: str, most: int) -> Call:
     options = values.get("stream_options")
     if options is not None and not stream:
         _refuse("stream_options", options, "goes with stream=true only")
-    settings = Settings(
+    settings = SamplingParams(
         logit_bias=_biases(values.get("logit_bias", {})),
         stop=_stops(values.get("stop", [])),
         samples=n,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import jax
 
 from gptjax.errors import GptjaxError
-from gptjax.sample import Engine, Event, Request, Room, Sampler, Settings
+from gptjax.sample import Engine, Event, Request, Room, Sampler, SamplingParams
 from gptjax.sample.decoding import READ
 from gptjax.sample.sampler import accept
 from gptjax.serve.metrics import Metrics
@@ -49,7 +49,7 @@ class Stopped(GptjaxError):
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorMapping:
     """What is new of one continuation: certain text, and the tokens that were drawn.
 
     `spelled` are tokens whose text is out, of jobs that ask for log-probabilities. `finish` as in
@@ -73,7 +73,7 @@ class Job:
     def __init__(
         self,
         requests: Sequence[Request],
-        tell: Callable[[Piece | GptjaxError], None],
+        tell: Callable[[TensorMapping | GptjaxError], None],
         *,
         streamed: bool,
     ) -> None:
@@ -101,7 +101,7 @@ class _Sample:
         self._held: list[Spelled] = []
         self.latest: float | None = None
 
-    def take(self, event: Event) -> Piece:
+    def take(self, event: Event) -> TensorMapping:
         """What an event makes known; cancels the sample at a stop text."""
         text = self._text
         tokens, new = accept(event.tokens, text, event.finish, self._stop_ids)
@@ -120,7 +120,7 @@ class _Sample:
             if finish is None:
                 certain = next((i for i, s in enumerate(self._held) if s.end > out), certain)
             spelled, self._held = self._held[:certain], self._held[certain:]
-        return Piece(self._choice, new, [token.id for token in tokens], spelled, finish)
+        return TensorMapping(self._choice, new, [token.id for token in tokens], spelled, finish)
 
 
 class Worker:
@@ -219,7 +219,7 @@ class Worker:
         room = Room(stops=max(1, len(sampler.stop_ids)), biases=BIASES, penalties=True)
         engine = sampler.engine(rows=self._rows, capacity=self._capacity, room=room)
         self._rows = engine.rows  # rounded up to what the mesh divides
-        settings = Settings(top_p=0.95, max_tokens=1, logprobs=5)
+        settings = SamplingParams(top_p=0.95, max_tokens=1, logprobs=5)
         prompt = [0] * min(READ + 2, self._capacity - 1)  # longer than what decoding reads itself
         engine.submit(Request(prompt, settings))
         for _ in engine.run():

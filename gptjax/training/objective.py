@@ -84,11 +84,11 @@ def next_token(
     if cfg.data.documents == "mask":
         # Each document opens with the EOS before it, so every token is predicted within its own.
         segments_BT, positions_BT = documents(tokens_BT, eos_id)
-    given = Given(tokens_BT, targets_BT, counts_BT, segments_BT, positions_BT)
+    given = TokenBatch(tokens_BT, targets_BT, counts_BT, segments_BT, positions_BT)
     return predicted(params, cfg, given, keys_B2, training=training)
 
 
-class Given(NamedTuple):
+class TokenBatch(NamedTuple):
     """Tokens and what is to be predicted at each, whether it counts, and its segment and place."""
 
     tokens_BT: jax.Array
@@ -99,7 +99,7 @@ class Given(NamedTuple):
 
 
 def predicted(
-    params: Params, cfg: Config, given: Given, keys_B2: jax.Array | None, *, training: bool
+    params: Params, cfg: Config, given: TokenBatch, keys_B2: jax.Array | None, *, training: bool
 ) -> tuple[jax.Array, Sums]:
     """What `next_token` gives, of targets that are given."""
     b, t = given.tokens_BT.shape

@@ -9,7 +9,7 @@ import optax
 from gptjax import param_tree
 from gptjax.config import Config
 from gptjax.training import param_groups
-from gptjax.training.param_groups import Factors
+from gptjax.training.param_groups import LrMultipliers
 
 
 def learning_rate(cfg: Config) -> optax.Schedule:
@@ -44,8 +44,10 @@ def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
     return leaf.ndim - _in_stack(path) >= 2 and not path[-1].key.endswith("bias")
 
 
-def make(cfg: Config, factors: Factors | None = None) -> optax.GradientTransformation:
-    """Clipping, the update rule, decay on matrices only, the schedule, and with `factors` those.
+def make_optimizer(
+    cfg: Config, lr_multipliers: LrMultipliers | None = None
+) -> optax.GradientTransformation:
+    """Clipping, the update rule, decay on matrices only, the schedule, and with `lr_multipliers` those.
 
     The state is a dict by these names, which so are the paths in a checkpoint.
     """
@@ -65,13 +67,17 @@ def make(cfg: Config, factors: Factors | None = None) -> optax.GradientTransform
         (o.name, direction),
         ("decay", optax.add_decayed_weights(o.weight_decay, mask=matrices)),
         ("rate", optax.scale_by_learning_rate(rate)),
-        *([] if factors is None else [("factors", scale_by_factors(factors))]),
+        *(
+            []
+            if lr_multipliers is None
+            else [("lr_multipliers", scale_by_multipliers(lr_multipliers))]
+        ),
     )
 
 
-def scale_by_factors(factors: Factors) -> optax.GradientTransformation:
+def scale_by_multipliers(lr_multipliers: LrMultipliers) -> optax.GradientTransformation:
     """Multiplies updates, decay and all, as if each parameter or layer had a rate of its own."""
-    return optax.stateless(lambda updates, _: param_groups.scaled(updates, factors))
+    return optax.stateless(lambda updates, _: param_groups.scale_updates(updates, lr_multipliers))
 
 
 def _in_stack(path: tuple[Any, ...]) -> bool:

@@ -14,12 +14,12 @@ from gptjax.config import ModelConfig, TuneConfig
 from gptjax.errors import ConfigError
 from gptjax.param_tree import Tree, leaves_by_path, matching, nested
 
-Factors = Mapping[str, float | tuple[float, ...]]
+LrMultipliers = Mapping[str, float | tuple[float, ...]]
 """By path what a parameter's update is multiplied with: a number, or one for each row of its
 leading axis. What has only zeros is frozen: it has no gradient and no optimizer state."""
 
 
-def factors(params: Tree, cfg: TuneConfig, model: ModelConfig) -> Factors:
+def lr_multipliers(params: Tree, cfg: TuneConfig, model: ModelConfig) -> LrMultipliers:
     """How fast each parameter learns, of all the optimizer's rate.
 
     Layer l of L by layer_decay**(L-1-l), embeddings and learned positions by layer_decay**L, also
@@ -59,41 +59,41 @@ def _learns(factor: float | tuple[float, ...]) -> bool:
     return bool(np.any(factor))
 
 
-def split(params: Tree, factors: Factors | None) -> tuple[Tree, Tree]:
+def partition(params: Tree, lr_multipliers: LrMultipliers | None) -> tuple[Tree, Tree]:
     """The part of a tree that learns, and the frozen rest. None: all of it learns."""
-    if factors is None:
+    if lr_multipliers is None:
         return params, {}
     leaves = leaves_by_path(params)
-    chosen = {path: leaf for path, leaf in leaves.items() if _learns(factors[path])}
+    chosen = {path: leaf for path, leaf in leaves.items() if _learns(lr_multipliers[path])}
     rest = {path: leaf for path, leaf in leaves.items() if path not in chosen}
     return nested(chosen), nested(rest)
 
 
-def joined(below: Any, above: Any) -> Any:
-    """One tree of two, leaves of the second before those of the first: `split` undone."""
+def combine(below: Any, above: Any) -> Any:
+    """One tree of two, leaves of the second before those of the first: `partition` undone."""
     if not isinstance(above, dict):
         return above
-    return {**below, **{k: joined(below.get(k, {}), value) for k, value in above.items()}}
+    return {**below, **{k: combine(below.get(k, {}), value) for k, value in above.items()}}
 
 
-def held(new: Tree, old: Tree, factors: Factors | None) -> Tree:
+def where_trainable(new: Tree, old: Tree, lr_multipliers: LrMultipliers | None) -> Tree:
     """The new leaves, but the old rows where the factor is zero: bit for bit, whatever was added.
 
     Both trees have the leaves that learn.
     """
 
     def one(path: Any, new: jax.Array, old: jax.Array) -> jax.Array:
-        factor = by_rows(path, new, factors or {})
+        factor = by_rows(path, new, lr_multipliers or {})
         return new if factor is None or factor.all() else jnp.where(_beside(new, factor), new, old)
 
     return jax.tree_util.tree_map_with_path(one, new, old)
 
 
-def scaled(tree: Tree, factors: Factors) -> Tree:
+def scale_updates(tree: Tree, lr_multipliers: LrMultipliers) -> Tree:
     """Each leaf times its factor, row by row where there is one for each."""
 
     def one(path: Any, leaf: jax.Array) -> jax.Array:
-        factor = by_rows(path, leaf, factors)
+        factor = by_rows(path, leaf, lr_multipliers)
         if factor is None or (factor == 1).all():
             return leaf
         return leaf * _beside(leaf, factor)
@@ -101,9 +101,9 @@ def scaled(tree: Tree, factors: Factors) -> Tree:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def by_rows(path: Any, leaf: jax.Array, factors: Factors) -> np.ndarray | None:
+def by_rows(path: Any, leaf: jax.Array, lr_multipliers: LrMultipliers) -> np.ndarray | None:
     """The factor of a leaf, float32 [] or [rows], by its key path; None where it has none."""
-    factor = factors.get(jax.tree_util.keystr(path, simple=True, separator="/"))
+    factor = lr_multipliers.get(jax.tree_util.keystr(path, simple=True, separator="/"))
     return None if factor is None else np.float32(factor)
 
 
@@ -116,9 +116,11 @@ def _beside(leaf: jax.Array, factor: np.ndarray) -> jax.Array:
     return jax.sharding.reshard(rows, jax.P(*axes, *[None] * (leaf.ndim - 1)))
 
 
-def counts(params: Tree, factors: Factors | None) -> tuple[int, int]:
+def count_trainable(params: Tree, lr_multipliers: LrMultipliers | None) -> tuple[int, int]:
     """Numbers of parameters that learn, and of all. Of a stack, only its layers that learn."""
     leaves = leaves_by_path(params)
-    share = lambda path: 1.0 if factors is None else float(np.mean(np.not_equal(factors[path], 0)))
+    share = lambda path: (
+        1.0 if lr_multipliers is None else float(np.mean(np.not_equal(lr_multipliers[path], 0)))
+    )
     learning = sum(round(leaf.size * share(path)) for path, leaf in leaves.items())
     return learning, sum(leaf.size for leaf in leaves.values())

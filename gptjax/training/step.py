@@ -18,7 +18,7 @@ from gptjax.model.decoder import Params
 from gptjax.parallel import sharding
 from gptjax.runtime import compilation_cache
 from gptjax.training import optimizer, param_groups
-from gptjax.training.param_groups import Factors
+from gptjax.training.param_groups import LrMultipliers
 
 LossFn = Callable[[Params, Any, jax.Array | None], tuple[jax.Array, dict[str, jax.Array]]]
 """(params, batch, dropout key data [B, 2] or None) -> (sum to differentiate, sums by name).
@@ -45,7 +45,7 @@ class TrainState:
     @property
     def averaged(self) -> Params:
         """The parameters to evaluate and to sample from: the moving average where one is kept."""
-        return self.params if self.ema is None else param_groups.joined(self.params, self.ema)
+        return self.params if self.ema is None else param_groups.combine(self.params, self.ema)
 
 
 def dropout_keys(cfg: Config, step: jax.Array) -> jax.Array:
@@ -56,22 +56,24 @@ def dropout_keys(cfg: Config, step: jax.Array) -> jax.Array:
 
 
 def create_state(
-    cfg: Config, init_fn: Callable[[jax.Array], Params], factors: Factors | None = None
+    cfg: Config, init_fn: Callable[[jax.Array], Params], lr_multipliers: LrMultipliers | None = None
 ) -> TrainState:
     """The state before the first step, laid out over the ambient mesh. To be jitted."""
-    return state_of(cfg, init_fn(init_and_dropout_keys(cfg)[0]), factors)
+    return state_of(cfg, init_fn(init_and_dropout_keys(cfg)[0]), lr_multipliers)
 
 
-def state_of(cfg: Config, params: Params, factors: Factors | None = None) -> TrainState:
+def state_of(
+    cfg: Config, params: Params, lr_multipliers: LrMultipliers | None = None
+) -> TrainState:
     """The state before the first step from these parameters. To be jitted, and they donated.
 
-    With `factors` (parameters.py), what is frozen has no optimizer state and no moving average.
+    With `lr_multipliers` (parameters.py), what is frozen has no optimizer state and no moving average.
     """
-    learning, _ = param_groups.split(params, factors)
+    learning, _ = param_groups.partition(params, lr_multipliers)
     return TrainState(
         step=jnp.int32(0),
         params=params,
-        opt_state=optimizer.make(cfg, factors).init(learning),
+        opt_state=optimizer.make_optimizer(cfg, lr_multipliers).init(learning),
         ema=jax.tree.map(jnp.copy, learning) if cfg.train.ema_decay else None,
         nonfinite=jnp.int32(0),
     )
@@ -111,21 +113,27 @@ def _split(rows_B: jax.Array, parts: int) -> jax.Array:
 
 
 def train_step(
-    cfg: Config, loss_fn: LossFn, state: TrainState, batch: Any, factors: Factors | None = None
+    cfg: Config,
+    loss_fn: LossFn,
+    state: TrainState,
+    batch: Any,
+    lr_multipliers: LrMultipliers | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step, and its metrics. `factors` are those that the state was made with.
+    """One optimizer step, and its metrics. `lr_multipliers` are those that the state was made with.
 
     Where loss or gradient is not finite, parameters and optimizer stay as they are. What is frozen
     counts neither for the gradient's norm nor for that of the parameters, and keeps its bits.
     """
     keys_B2 = dropout_keys(cfg, state.step) if cfg.drops else None
-    learning, frozen = param_groups.split(state.params, factors)
-    held = lambda new, old: param_groups.held(new, old, factors)
-    loss_of = lambda learning, *rest: loss_fn(param_groups.joined(frozen, learning), *rest)
+    learning, frozen = param_groups.partition(state.params, lr_multipliers)
+    held = lambda new, old: param_groups.where_trainable(new, old, lr_multipliers)
+    loss_of = lambda learning, *rest: loss_fn(param_groups.combine(frozen, learning), *rest)
     grads, sums = gradients(cfg, loss_of, learning, batch, keys_B2)
     grads = held(grads, jax.tree.map(jnp.zeros_like, grads))
     grad_norm = optimizer.global_norm(grads)
-    updates, opt_state = optimizer.make(cfg, factors).update(grads, state.opt_state, learning)
+    updates, opt_state = optimizer.make_optimizer(cfg, lr_multipliers).update(
+        grads, state.opt_state, learning
+    )
     params = held(optax.apply_updates(learning, updates), learning)
     ema = state.ema
     if ema is not None:
@@ -139,7 +147,7 @@ def train_step(
     params = keep(params, learning)
     new = TrainState(
         step=state.step + 1,
-        params=param_groups.joined(frozen, params),
+        params=param_groups.combine(frozen, params),
         # The schedule goes by the step, whether or not it changed anything.
         opt_state=keep(opt_state, state.opt_state) | {"rate": opt_state["rate"]},
         ema=keep(ema, state.ema),
@@ -160,10 +168,14 @@ def train_step(
 
 
 def compile_step(
-    cfg: Config, loss_fn: LossFn, state: Any, batch: Any, factors: Factors | None = None
+    cfg: Config,
+    loss_fn: LossFn,
+    state: Any,
+    batch: Any,
+    lr_multipliers: LrMultipliers | None = None,
 ) -> Any:
     """The train step for the ambient mesh, compiled; `state` and `batch` may be abstract."""
-    step = jax.jit(lambda s, b: train_step(cfg, loss_fn, s, b, factors), donate_argnums=0)
+    step = jax.jit(lambda s, b: train_step(cfg, loss_fn, s, b, lr_multipliers), donate_argnums=0)
     kind = jax.sharding.get_mesh().devices.flat[0].device_kind
     return step.lower(state, batch).compile(compiler_options=compilation_cache.options(kind))
 

@@ -16,17 +16,17 @@ from typing import Any, Protocol
 import jax
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-from gptjax.checkpoint.checkpointer import Checkpoints
+from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.config import Config, LogConfig
 from gptjax.errors import NumericError, Preempted
 from gptjax.model.decoder import Params
 from gptjax.parallel import arrays, sharding
 from gptjax.runtime import compilation_cache, distributed
-from gptjax.runtime.preemption import Interrupt, Interrupted
+from gptjax.runtime.preemption import Interrupted, PreemptionHandler
 from gptjax.runtime.progress import Progress
-from gptjax.runtime.watchdog import Watch
+from gptjax.runtime.watchdog import Watchdog
 from gptjax.training.metrics import Throughput, Writers, perplexity
-from gptjax.training.param_groups import Factors
+from gptjax.training.param_groups import LrMultipliers
 from gptjax.training.step import LossFn, TrainState, compile_step, create_state
 
 # --- the loop --------------------------------------------------------------------------------
@@ -49,13 +49,13 @@ def fit(
     evaluators: Iterable[Evaluator],
     tasks: Iterable[Evaluator] = (),
     sampler: Callable[[int, Params], None],
-    checkpoints: Checkpoints,
+    checkpoints: Checkpointer,
     writers: Callable[[int], Writers],
     throughput: Throughput,
-    watch: Watch,
+    watch: Watchdog,
     progress: Progress,
     start: Callable[[], TrainState] | None = None,
-    factors: Factors | None = None,
+    lr_multipliers: LrMultipliers | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
     """Trains to the end of the budget; returns the last state and the last evaluation.
 
@@ -64,20 +64,20 @@ def fit(
     `writers(step)` opens the metrics of a run that goes on after that step. `evaluators` are run
     every eval.every steps, `tasks` every eval.tasks_every. Restores the newest valid checkpoint if
     there is one, and otherwise begins with what `init_fn` draws, or with the state, laid out alike,
-    that `start` makes; tells `watch` where it is. `factors` say what learns (parameters.py). What
+    that `start` makes; tells `watch` where it is. `lr_multipliers` say what learns (parameters.py). What
     is due at a step is done after its checkpoint, and again by a run that goes on from there.
 
     Raises Preempted when told to stop, after saving; NumericError after nonfinite_limit steps in a
-    row; CheckpointError and OutputError as `Checkpoints` does.
+    row; CheckpointError and OutputError as `Checkpointer` does.
     """
     groups = [(cfg.eval.every, list(evaluators)), (cfg.eval.tasks_every, list(tasks))]
     evaluated: dict[str, float] = {}
     agreed = reached_preemption_sync_point if distributed.several() else None
-    with checkpoints, Interrupt(agreed) as interrupt:
+    with checkpoints, PreemptionHandler(agreed) as interrupt:
         # --- state, restored or fresh; the step compiles while the first batch is read ---
         try:
             with interrupt.at_once():
-                fresh = lambda: create_state(cfg, init_fn, factors)
+                fresh = lambda: create_state(cfg, init_fn, lr_multipliers)
                 watch.at("restore", 0)
                 restored = checkpoints.restore_newest(sharding.abstract(fresh))
                 state: TrainState = restored or (start or jax.jit(fresh))()
@@ -94,7 +94,7 @@ def fit(
                         compilation_cache.cache_report() as cached,
                     ):
                         reading = reader.submit(next, source)
-                        step_fn = compile_step(cfg, loss_fn, state, abstract_batch, factors)
+                        step_fn = compile_step(cfg, loss_fn, state, abstract_batch, lr_multipliers)
                         progress.say(f"compiled in {time.monotonic() - began:.1f} s ({cached()})")
                         batch = reading.result()
                     progress.say(throughput.description)
@@ -237,7 +237,7 @@ class _Clock:
 class _Profile:
     """A trace of the configured steps by jax.profiler, in the run folder; none if they are past."""
 
-    def __init__(self, cfg: LogConfig, checkpoints: Checkpoints) -> None:
+    def __init__(self, cfg: LogConfig, checkpoints: Checkpointer) -> None:
         self._first, self._steps = cfg.profile_start, cfg.profile_steps
         self._folder = checkpoints.folder.parent / "profile"
         self._tracing = False

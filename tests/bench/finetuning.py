@@ -30,7 +30,7 @@ import numpy as np
 
 from gptjax import config
 from gptjax.checkpoint import run_dir
-from gptjax.checkpoint.checkpointer import Checkpoints
+from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.config import CheckpointConfig
 from gptjax.model import decoder
 from gptjax.parallel import mesh
@@ -123,7 +123,7 @@ def random_run(base: str, target: Path, seed: int) -> str:
         with mesh.entered_mesh(cfg):
             key = jax.random.key(seed)
             params = jax.jit(lambda key: decoder.init(cfg.model, key))(key)
-            checkpoints = Checkpoints(target / run_dir.CHECKPOINTS, CheckpointConfig())
+            checkpoints = Checkpointer(target / run_dir.CHECKPOINTS, CheckpointConfig())
             with checkpoints:
                 checkpoints.save(0, {"step": jnp.int32(0), "params": params})
                 checkpoints.finish()

@@ -39,7 +39,7 @@ def gptjax_arm(model: str, dtype: str) -> Round:
     from gptjax.cli import benchmark
 
     mesh = contextlib.ExitStack()
-    sampler = mesh.enter_context(load.opened(model, dtype=dtype)).sampler()
+    sampler = mesh.enter_context(load.load_model(model, dtype=dtype)).sampler()
 
     def round_of(batch: int, _entered: contextlib.ExitStack = mesh) -> tuple[float, float]:
         rate = benchmark.measure(sampler, batch, PROMPT, NEW)

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.checkpoint import checkpointer
-from gptjax.checkpoint.checkpointer import Checkpoints, fingerprints, leaves_by_path
+from gptjax.checkpoint.checkpointer import Checkpointer, fingerprints, leaves_by_path
 from gptjax.config import CheckpointConfig, MeshConfig
 from gptjax.errors import CheckpointError, MismatchError, OutputError
 from gptjax.parallel.mesh import make_mesh
@@ -46,8 +46,8 @@ def abstract(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def saved(folder: Path, steps, keep=10, keep_every=0) -> Checkpoints:
-    checkpoints = Checkpoints(folder, CheckpointConfig(keep=keep, keep_every=keep_every))
+def saved(folder: Path, steps, keep=10, keep_every=0) -> Checkpointer:
+    checkpoints = Checkpointer(folder, CheckpointConfig(keep=keep, keep_every=keep_every))
     for step in steps:
         checkpoints.save(step, state(step))
         checkpoints.finish()
@@ -90,7 +90,7 @@ def test_restores_bit_equal_on_another_mesh(tmp_path, shape) -> None:
         before = fingerprints(leaves_by_path(state(3)))
     with enter(shape):
         wanted = abstract(state(3))
-        restored = Checkpoints(tmp_path).restore_newest(wanted)
+        restored = Checkpointer(tmp_path).restore_newest(wanted)
         assert fingerprints(leaves_by_path(restored)) == before
         assert restored["params"]["w"].sharding == wanted["params"]["w"].sharding
         assert isinstance(restored["opt_state"], tuple)
@@ -105,11 +105,11 @@ def test_layers_of_another_order_are_restored_in_the_order_wanted(tmp_path) -> N
         natural = jax.tree.map(jnp.asarray, layers([0, 1, 2, 3]))
         staged = jax.tree.map(jnp.asarray, layers([0, 2, 1, 3]))
         orders = {"staged": [0, 2, 1, 3], "natural": None, "reversed": [3, 2, 1, 0]}
-        with Checkpoints(tmp_path, CheckpointConfig(), order=orders["staged"]) as checkpoints:
+        with Checkpointer(tmp_path, CheckpointConfig(), order=orders["staged"]) as checkpoints:
             checkpoints.save(1, staged)
             checkpoints.finish()
         for name, order in orders.items():
-            restored = Checkpoints(tmp_path, order=order).restore_newest(abstract(natural))
+            restored = Checkpointer(tmp_path, order=order).restore_newest(abstract(natural))
             want = layers([0, 1, 2, 3] if order is None else order)["params"]["blocks"]["w"]
             assert np.array_equal(restored["params"]["blocks"]["w"], want), name
 
@@ -117,17 +117,17 @@ def test_layers_of_another_order_are_restored_in_the_order_wanted(tmp_path) -> N
 def test_damage_that_says_nothing_is_damage(tmp_path, monkeypatch) -> None:
     """An error with an empty text; a run must not begin anew for it."""
     told: list[str] = []
-    restore = Checkpoints._restore
+    restore = Checkpointer._restore
 
     def failing(self, step, *rest):
         if step == 3:
             raise EOFError
         return restore(self, step, *rest)
 
-    monkeypatch.setattr(Checkpoints, "_restore", failing)
+    monkeypatch.setattr(Checkpointer, "_restore", failing)
     with enter():
         saved(tmp_path, [1, 3])
-        restored = Checkpoints(tmp_path, say=told.append).restore_newest(abstract(state(1)))
+        restored = Checkpointer(tmp_path, say=told.append).restore_newest(abstract(state(1)))
     assert restored is not None
     assert told == ["checkpoint 3 failed verification (EOFError())"]
 
@@ -141,7 +141,7 @@ def test_restores_a_part_alone(tmp_path) -> None:
     with enter():
         saved(tmp_path, [3])
         wanted = {"params": abstract(state(3)["params"])}
-        restored = Checkpoints(tmp_path).restore_newest(wanted, partial=True)
+        restored = Checkpointer(tmp_path).restore_newest(wanted, partial=True)
         np.testing.assert_array_equal(restored["params"]["w"], state(3)["params"]["w"])
         assert set(restored) == {"params"}
 
@@ -152,7 +152,7 @@ def test_other_shapes_are_listed(tmp_path) -> None:
         wanted = abstract(state(3, rows=32))
         wanted["params"]["extra"] = wanted["params"]["b"]
         with pytest.raises(MismatchError) as caught:
-            Checkpoints(tmp_path).restore_newest(wanted)
+            Checkpointer(tmp_path).restore_newest(wanted)
     assert caught.value.differences == [
         "params/extra: absent in the checkpoint, bfloat16[64] in the model",
         "params/w: float32[64, 256] in the checkpoint, float32[32, 256] in the model",
@@ -161,7 +161,7 @@ def test_other_shapes_are_listed(tmp_path) -> None:
 
 def test_no_checkpoint_is_none(tmp_path) -> None:
     with enter():
-        assert Checkpoints(tmp_path / "none").restore_newest(abstract(state())) is None
+        assert Checkpointer(tmp_path / "none").restore_newest(abstract(state())) is None
 
 
 def largest(folder: Path) -> Path:
@@ -195,7 +195,7 @@ def test_damage_falls_back_to_the_step_before_and_says_so(tmp_path, damage) -> N
     with enter():
         saved(tmp_path, [10, 20])
         DAMAGE[damage](tmp_path / "20")
-        checkpoints = Checkpoints(tmp_path, CheckpointConfig(), say=lines.append)
+        checkpoints = Checkpointer(tmp_path, CheckpointConfig(), say=lines.append)
         restored = checkpoints.restore_newest(abstract(state(10)))
         assert fingerprints(leaves_by_path(restored)) == fingerprints(leaves_by_path(state(10)))
         assert "checkpoint 20 failed verification" in lines[0]
@@ -212,7 +212,7 @@ def test_flipped_bit_is_named(tmp_path) -> None:
     with enter():
         saved(tmp_path, [10, 20])
         flip_bit(tmp_path / "20")
-        Checkpoints(tmp_path, say=lines.append).restore_newest(abstract(state(10)))
+        Checkpointer(tmp_path, say=lines.append).restore_newest(abstract(state(10)))
     assert "fingerprint" in lines[0] or "DATA_LOSS" in lines[0]
     assert (tmp_path / "20").is_dir()  # a reader that does not save sets nothing aside
 
@@ -223,7 +223,7 @@ def test_never_begins_anew_where_no_checkpoint_is_whole(tmp_path) -> None:
         for step in (10, 20):
             shutil.rmtree(tmp_path / str(step) / "state")
         with pytest.raises(CheckpointError, match="none of the checkpoints 10, 20"):
-            Checkpoints(tmp_path).restore_newest(abstract(state()))
+            Checkpointer(tmp_path).restore_newest(abstract(state()))
 
 
 def test_an_empty_or_strange_folder_is_no_checkpoint(tmp_path) -> None:
@@ -231,13 +231,13 @@ def test_an_empty_or_strange_folder_is_no_checkpoint(tmp_path) -> None:
         saved(tmp_path, [10])
         (tmp_path / "30").mkdir()
         (tmp_path / "10.corrupt-1").mkdir()
-        assert Checkpoints(tmp_path).steps() == [10]
+        assert Checkpointer(tmp_path).steps() == [10]
 
 
 def test_what_an_interrupted_save_left_is_cleared_away(tmp_path) -> None:
     lines: list[str] = []
     (tmp_path / "7.orbax-checkpoint-tmp").mkdir()
-    Checkpoints(tmp_path, CheckpointConfig(), say=lines.append)
+    Checkpointer(tmp_path, CheckpointConfig(), say=lines.append)
     assert not list(tmp_path.iterdir())
     assert lines == ["discarded unfinished checkpoint 7"]
 
@@ -249,7 +249,7 @@ def test_retention_keeps_the_newest_and_every_so_many(tmp_path) -> None:
 
 def test_meta_says_what_is_in_it(tmp_path) -> None:
     with enter():
-        checkpoints = Checkpoints(tmp_path, CheckpointConfig(), lambda step: {"own": step + 1})
+        checkpoints = Checkpointer(tmp_path, CheckpointConfig(), lambda step: {"own": step + 1})
         checkpoints.save(4, state(4))
         checkpoints.finish()
         meta = checkpoints.meta(4)

@@ -268,7 +268,7 @@ def test_the_store_of_a_run_is_there_and_is_its_own(cfg: Config, tmp_path: Path)
 
 def save(cfg: Config, step: int, **parts) -> None:
     with jax.set_mesh(mesh.make_mesh(cfg.mesh)):
-        checkpoints = checkpointer.Checkpoints(Path(cfg.run) / run_dir.CHECKPOINTS, cfg.checkpoint)
+        checkpoints = checkpointer.Checkpointer(Path(cfg.run) / run_dir.CHECKPOINTS, cfg.checkpoint)
         everywhere = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
         checkpoints.save(step, {"step": jax.device_put(np.int32(step), everywhere), **parts})
         checkpoints.finish()

@@ -11,7 +11,7 @@ import pytest
 
 from gptjax import config
 from gptjax.checkpoint import run_dir
-from gptjax.checkpoint.checkpointer import Checkpoints
+from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.config import CheckpointConfig, Config, EvalConfig, TokenizerConfig
 from gptjax.parallel import mesh
 from gptjax.tokenizer import ByteTokenizer
@@ -32,7 +32,7 @@ def folder(tmp_path_factory, byte_model, byte_params, put) -> str:
     with mesh.entered_mesh(made):
         params = put(byte_params, byte_model)
         run_dir.record_imported(made, ByteTokenizer(), {"folder": "nowhere"})
-        with Checkpoints(path / run_dir.CHECKPOINTS, CheckpointConfig(), lambda step: {}) as saver:
+        with Checkpointer(path / run_dir.CHECKPOINTS, CheckpointConfig(), lambda step: {}) as saver:
             saver.save(7, {"step": jnp.int32(7), "params": params})
             saver.finish()
     return str(path)

@@ -13,7 +13,7 @@ import pytest
 from gptjax import config
 from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import run_dir
-from gptjax.checkpoint.checkpointer import Checkpoints
+from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.config import MoeConfig, TokenizerConfig
 from gptjax.finetune import adapter_checkpoint, defaults
 from gptjax.finetune.base_model import base_of
@@ -41,7 +41,7 @@ def finetune(command_line, base, write, tmp_path):
 
 
 def fingerprints(folder: Path) -> dict:
-    checkpoints = Checkpoints(folder / run_dir.CHECKPOINTS)
+    checkpoints = Checkpointer(folder / run_dir.CHECKPOINTS)
     return checkpoints.meta(checkpoints.steps()[-1])["fingerprints"]
 
 
@@ -360,7 +360,7 @@ def test_adapters_are_learnt_resumed_merged_and_used(
     assert code == 0, err
     assert "learns 2,112 of " in err
     assert json.loads(out)["valid_accuracy"] >= 0.9
-    tree = Checkpoints(tmp_path / "whole/checkpoints").meta(18)["tree"]
+    tree = Checkpointer(tmp_path / "whole/checkpoints").meta(18)["tree"]
     saved = {path for path in tree if path.startswith("params/")}
     assert all(p.startswith(("params/adapters/", "params/base/head_task/")) for p in saved)
 
@@ -414,7 +414,7 @@ def test_adapters_go_with_the_step_of_the_base_that_they_began_from(
     cfg = config.load(start)
     with (
         entered_mesh(cfg),
-        Checkpoints(Path(start) / run_dir.CHECKPOINTS, cfg.checkpoint) as c,
+        Checkpointer(Path(start) / run_dir.CHECKPOINTS, cfg.checkpoint) as c,
     ):
         params, _ = run_dir.restore_params(start, cfg)
         c.save(7, {"step": jnp.int32(7), "params": jax.tree.map(lambda x: x + 1, params)})

@@ -282,7 +282,9 @@ def test_a_run_folder_of_another_run_is_refused_with_the_differences(
 def test_checkpoints_without_their_configuration_are_not_trained_over(
     run, preset, cfg, monkeypatch
 ) -> None:
-    monkeypatch.setattr("gptjax.checkpoint.checkpointer.Checkpoints.steps", lambda checkpoints: [5])
+    monkeypatch.setattr(
+        "gptjax.checkpoint.checkpointer.Checkpointer.steps", lambda checkpoints: [5]
+    )
     code, _, err = run("train", preset)
     assert code == 78
     assert f"{cfg.run} has checkpoints but no config.json" in sentence(err)
@@ -477,7 +479,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> str:
     import jax.numpy as jnp
 
     from gptjax.checkpoint import run_dir as runs
-    from gptjax.checkpoint.checkpointer import Checkpoints
+    from gptjax.checkpoint.checkpointer import Checkpointer
     from gptjax.config import CheckpointConfig
     from gptjax.model import decoder
     from gptjax.parallel import mesh
@@ -491,7 +493,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> str:
     with mesh.entered_mesh(made):
         params = decoder.init(model, jax.random.key(0))
         runs.record_imported(made, ByteTokenizer(), {"folder": "nowhere"})
-        with Checkpoints(folder / runs.CHECKPOINTS, CheckpointConfig(), lambda step: {}) as saver:
+        with Checkpointer(folder / runs.CHECKPOINTS, CheckpointConfig(), lambda step: {}) as saver:
             saver.save(0, {"step": jnp.int32(0), "params": params})
             saver.finish()
     return str(folder)

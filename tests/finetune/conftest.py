@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gptjax.checkpoint import run_dir
-from gptjax.checkpoint.checkpointer import Checkpoints
+from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.config import CheckpointConfig, Config, LogConfig, ModelConfig, TokenizerConfig
 from gptjax.parallel import mesh
 from gptjax.tokenizer import ByteTokenizer, Tokenizer
@@ -60,7 +60,7 @@ def make_base(random_params) -> Callable[..., str]:
         run_dir.record_imported(cfg, tokenizer, source)
         with (
             mesh.entered_mesh(cfg),
-            Checkpoints(folder / run_dir.CHECKPOINTS, CheckpointConfig()) as c,
+            Checkpointer(folder / run_dir.CHECKPOINTS, CheckpointConfig()) as c,
         ):
             c.save(0, {"step": jnp.int32(0), "params": random_params(cfg.model, 0.1)})
             c.finish()

@@ -10,7 +10,7 @@ import pytest
 from gptjax.config import TokenizerConfig
 from gptjax.errors import DataError
 from gptjax.finetune import conversations, packing, sft
-from gptjax.finetune.conversations import Exchange, Exchanges
+from gptjax.finetune.conversations import Conversation, Conversations
 from gptjax.parallel import arrays
 from gptjax.tokenizer import ByteTokenizer, HuggingFaceTokenizer, train_huggingface
 
@@ -30,7 +30,7 @@ def chatty():
     return HuggingFaceTokenizer(files | beside)
 
 
-def learnt(one: Exchange, tokenizer) -> str:
+def learnt(one: Conversation, tokenizer) -> str:
     return tokenizer.decode([i for i, on in zip(one.ids, one.learnt, strict=True) if on])
 
 
@@ -112,19 +112,19 @@ def test_rows_are_packed_best_fit_decreasing() -> None:
     assert len(rows) <= 1.1 * sum(lengths) / 64
 
 
-def exchange(prompt: int, answer: int, first: int = 1) -> Exchange:
+def exchange(prompt: int, answer: int, first: int = 1) -> Conversation:
     ids = list(range(first, first + prompt + answer))
-    return Exchange(ids, [False] * prompt + [True] * answer, ids[:prompt], ("",), "f.jsonl:3")
+    return Conversation(ids, [False] * prompt + [True] * answer, ids[:prompt], ("",), "f.jsonl:3")
 
 
 def test_a_long_prompt_loses_its_beginning_and_a_long_answer_is_refused() -> None:
-    rows = packing.pack(Exchanges("f.jsonl", "", (exchange(9, 3),)), 6, 0)
+    rows = packing.pack(Conversations("f.jsonl", "", (exchange(9, 3),)), 6, 0)
     assert rows.cut == 1
     assert rows.tokens_RT.tolist() == [[6, 7, 8, 9, 10, 11]]
     assert rows.targets_RT.tolist() == [[7, 8, 9, 10, 11, 12]]
     assert rows.counts_RT.tolist() == [[0, 0, 0, 1, 1, 1]]
     with pytest.raises(DataError, match=r"f.jsonl:3: the answer has 7 tokens"):
-        packing.pack(Exchanges("f.jsonl", "", (exchange(1, 7),)), 6, 0)
+        packing.pack(Conversations("f.jsonl", "", (exchange(1, 7),)), 6, 0)
 
 
 @pytest.mark.usefixtures("quick_compile")
@@ -133,8 +133,8 @@ def test_packed_exchanges_have_the_losses_that_each_has_alone(
 ) -> None:
     cfg = replace(tiny_config(), data=replace(tiny_config().data, documents="mask"))
     each = [exchange(3, 4, 10), exchange(5, 2, 40), exchange(2, 9, 70), exchange(4, 4, 90)]
-    packed = packing.pack(Exchanges("", "", tuple(each)), 16, 0)
-    alone = [packing.pack(Exchanges("", "", (one,)), 16, 0) for one in each]
+    packed = packing.pack(Conversations("", "", tuple(each)), 16, 0)
+    alone = [packing.pack(Conversations("", "", (one,)), 16, 0) for one in each]
     assert len(packed) == 2
     batches = [packed.take(np.arange(2)), *(one.take(np.arange(1)) for one in alone)]
     filled = [

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax.checkpoint.checkpointer import Checkpoints, leaves_by_path
+from gptjax.checkpoint.checkpointer import Checkpointer, leaves_by_path
 from gptjax.config import (
     CheckpointConfig,
     ComputeConfig,
@@ -50,10 +50,10 @@ def fresh(params, cfg, init=lora.init):
     return jax.jit(lambda p: init(p, cfg, jax.random.key(7)))(params)
 
 
-def trained(cfg, params, loss_fn, factors, steps=3):
+def trained(cfg, params, loss_fn, lr_multipliers, steps=3):
     """The state after some steps of random windows, and each step's (loss, gradient norm)."""
-    state = jax.jit(lambda p: state_of(cfg, p, factors))(params)
-    step = compile_step(cfg, loss_fn, state, objective.abstract_batch(cfg), factors)
+    state = jax.jit(lambda p: state_of(cfg, p, lr_multipliers))(params)
+    step = compile_step(cfg, loss_fn, state, objective.abstract_batch(cfg), lr_multipliers)
     return stepped(cfg, step, state, range(steps))
 
 
@@ -190,20 +190,20 @@ def test_values_that_make_no_sense_are_told(tiny_model):
 
 
 def adapted(loss_fn, cfg):
-    return lambda tree, batch, keys_B2: loss_fn(lora.whole(tree, cfg), batch, keys_B2)
+    return lambda tree, batch, keys_B2: loss_fn(lora.merge(tree, cfg), batch, keys_B2)
 
 
 def begun(cfg, random_params, adapters=RANK4):
-    both = fresh(random_params(cfg.model, 0.1), adapters, lora.both)
-    return both, lora.factors(both, TuneConfig(), cfg.model)
+    both = fresh(random_params(cfg.model, 0.1), adapters, lora.with_adapters)
+    return both, lora.lr_multipliers(both, TuneConfig(), cfg.model)
 
 
 def test_adapters_alone_learn_and_have_optimizer_state(on_mesh, tiny, random_params):
     cfg = tiny(train={"ema_decay": 0.9})
     with on_mesh():
-        params, factors = begun(cfg, random_params)
+        params, lr_multipliers = begun(cfg, random_params)
         before = jax.device_get(params)
-        state, seen = trained(cfg, params, adapted(loss_of(cfg), RANK4), factors)
+        state, seen = trained(cfg, params, adapted(loss_of(cfg), RANK4), lr_multipliers)
         after = jax.device_get(state)
         assert jax.tree.structure(state.averaged) == jax.tree.structure(state.params)
     assert jax.tree.all(jax.tree.map(np.array_equal, before["base"], after.params["base"]))
@@ -214,7 +214,7 @@ def test_adapters_alone_learn_and_have_optimizer_state(on_mesh, tiny, random_par
     assert len(moments) == 2 * len(jax.tree.leaves(before["adapters"]))
     assert all("/adapters/" in path for path in moments)
     assert set(after.ema) == {"adapters"}
-    learning, total = param_groups.counts(before, factors)
+    learning, total = param_groups.count_trainable(before, lr_multipliers)
     assert learning == sum(x.size for x in jax.tree.leaves(before["adapters"]))
     assert total == sum(x.size for x in jax.tree.leaves(before))
 
@@ -225,12 +225,12 @@ def test_the_first_gradient_is_the_full_ones_product_with_the_other_half(
     """dL/db = scale a^T dL/dW, and while b is zero dL/da is zero."""
     cfg = tiny()
     with on_mesh():
-        params, factors = begun(cfg, random_params)
+        params, lr_multipliers = begun(cfg, random_params)
         batch = batch_of(cfg, 0)
         plain = loss_of(cfg)
         full = jax.jit(jax.grad(lambda p: plain(p, batch, None)[0]))(params["base"])
         over = lambda a, base: adapted(plain, RANK4)(base | {"adapters": a}, batch, None)[0]
-        learning, frozen = param_groups.split(params, factors)
+        learning, frozen = param_groups.partition(params, lr_multipliers)
         grads = jax.jit(jax.grad(over))(learning["adapters"], frozen)
     full, grads, halves = (
         jax.device_get(leaves_by_path(t)) for t in (full, grads, params["adapters"])
@@ -248,11 +248,11 @@ def test_adapters_on_eight_devices_train_as_on_one(on_mesh, tiny, random_params)
 
     def run(*sizes):
         with on_mesh(*sizes):
-            both, factors = begun(cfg, random_params)
+            both, lr_multipliers = begun(cfg, random_params)
             begin = jax.device_get(both["adapters"])
             q = both["adapters"]["blocks"]["layer_0"]["attn"]["q"]
             parts = [len({str(s.index) for s in x.addressable_shards}) for x in (q["a"], q["b"])]
-            state, seen = trained(cfg, both, adapted(loss_of(cfg), RANK4), factors)
+            state, seen = trained(cfg, both, adapted(loss_of(cfg), RANK4), lr_multipliers)
             assert state.params["adapters"]["blocks"]["layer_0"]["attn"]["q"]["a"].sharding == (
                 q["a"].sharding
             )
@@ -273,8 +273,8 @@ def test_experts_adapters_on_a_mesh_train_as_on_one(on_mesh, tiny, mixture, rand
 
     def run(**sizes):
         with on_mesh(**sizes):
-            both, factors = begun(cfg, random_params, targets)
-            return trained(cfg, both, adapted(loss_of(cfg), targets), factors, steps=2)[1]
+            both, lr_multipliers = begun(cfg, random_params, targets)
+            return trained(cfg, both, adapted(loss_of(cfg), targets), lr_multipliers, steps=2)[1]
 
     np.testing.assert_allclose(run(expert=2, tensor=2, fsdp=2), run(), rtol=1e-5)
 
@@ -293,9 +293,9 @@ def test_what_is_frozen_keeps_its_bits_and_has_no_state(on_mesh, tiny, random_pa
     with on_mesh():
         params = random_params(cfg.model, 0.1)
         params["blocks"]["layer_0"]["norm_mlp"]["bias"] *= -0.0  # whose sign a sum with 0 loses
-        factors = param_groups.factors(params, tune, cfg.model)
+        lr_multipliers = param_groups.lr_multipliers(params, tune, cfg.model)
         before = jax.device_get(params)
-        state, _ = trained(cfg, params, loss_of(cfg), factors)
+        state, _ = trained(cfg, params, loss_of(cfg), lr_multipliers)
         after = jax.device_get(state)
     bits = lambda x: np.asarray(x).view(np.uint32)
     averaged = leaves_by_path(after.averaged)
@@ -327,10 +327,10 @@ def test_a_frozen_layer_counts_neither_for_clipping_nor_for_the_gradients_norm(
     tune = TuneConfig(freeze=("embed", "positions", "norm_final/.*"), freeze_layers=1)
     with on_mesh():
         params = random_params(cfg.model, 0.1)
-        factors = param_groups.factors(params, tune, cfg.model)
+        lr_multipliers = param_groups.lr_multipliers(params, tune, cfg.model)
         batch = batch_of(cfg, 0)
         full = jax.jit(jax.grad(lambda p: loss_of(cfg)(p, batch, None)[0] / 512))(params)
-        _, ((_, norm),) = trained(cfg, params, loss_of(cfg), factors, steps=1)
+        _, ((_, norm),) = trained(cfg, params, loss_of(cfg), lr_multipliers, steps=1)
     upper = [np.asarray(g)[1] for g in jax.tree.leaves(full["blocks"])]
     assert norm == pytest.approx(np.sqrt(sum((g**2).sum() for g in upper)), rel=1e-4)
     assert norm > cfg.optim.clip
@@ -344,8 +344,8 @@ def test_frozen_and_slowed_layers_on_eight_devices_train_as_on_one(on_mesh, tiny
     def run(**sizes):
         with on_mesh(**sizes):
             params = random_params(cfg.model, 0.1)
-            factors = param_groups.factors(params, tune, cfg.model)
-            state, seen = trained(cfg, params, loss_of(cfg), factors)
+            lr_multipliers = param_groups.lr_multipliers(params, tune, cfg.model)
+            state, seen = trained(cfg, params, loss_of(cfg), lr_multipliers)
             return seen, jax.device_get(state.params)
 
     one, eight = run(), run(stage=2, fsdp=2, tensor=2)
@@ -360,12 +360,12 @@ def test_patterns_that_match_nothing_and_nothing_left_are_refused(
     with on_mesh():
         params = random_params(model)
     with pytest.raises(ConfigError, match=r"finetune.freeze=head: matches none of .*positions"):
-        param_groups.factors(params, TuneConfig(freeze=("head", "embed")), model)
+        param_groups.lr_multipliers(params, TuneConfig(freeze=("head", "embed")), model)
     with pytest.raises(ConfigError, match="nothing is left to train"):
-        param_groups.factors(params, TuneConfig(freeze=(".*",)), model)
-    learning, total = param_groups.counts(
+        param_groups.lr_multipliers(params, TuneConfig(freeze=(".*",)), model)
+    learning, total = param_groups.count_trainable(
         params,
-        param_groups.factors(params, TuneConfig(freeze=("[^b].*",), freeze_layers=1), model),
+        param_groups.lr_multipliers(params, TuneConfig(freeze=("[^b].*",), freeze_layers=1), model),
     )
     blocks = sum(x.size for x in jax.tree.leaves(params["blocks"]))
     assert (learning, total) == (blocks // 2, sum(x.size for x in jax.tree.leaves(params)))
@@ -381,21 +381,21 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(
     tune = TuneConfig(freeze=(".*/mlp/.*/a",), freeze_layers=1)
     with on_mesh(1, 2, 2):
         both, _ = begun(cfg, random_params)
-        factors = lora.factors(both, tune, cfg.model)
-        frozen = jax.device_get(param_groups.split(both, factors)[1])
-        layout = jax.tree.map(lambda x: x.sharding, param_groups.split(both, factors)[1])
+        lr_multipliers = lora.lr_multipliers(both, tune, cfg.model)
+        frozen = jax.device_get(param_groups.partition(both, lr_multipliers)[1])
+        layout = jax.tree.map(lambda x: x.sharding, param_groups.partition(both, lr_multipliers)[1])
         kinds = {
-            "whole": lambda: Checkpoints(tmp_path / "whole", CheckpointConfig()),
+            "whole": lambda: Checkpointer(tmp_path / "whole", CheckpointConfig()),
             "separate": lambda: SeparateCheckpoints(
                 tmp_path / "separate",
                 CheckpointConfig(),
-                factors=factors,
+                lr_multipliers=lr_multipliers,
                 frozen=lambda: jax.device_put(frozen, layout),
             ),
         }
-        state = jax.jit(lambda p: state_of(cfg, p, factors))(both)
+        state = jax.jit(lambda p: state_of(cfg, p, lr_multipliers))(both)
         loss_fn = adapted(loss_of(cfg), RANK4)
-        step = compile_step(cfg, loss_fn, state, objective.abstract_batch(cfg), factors)
+        step = compile_step(cfg, loss_fn, state, objective.abstract_batch(cfg), lr_multipliers)
         half, _ = stepped(cfg, step, state, range(2))
         saved = {}
         for kind, checkpoints in kinds.items():
@@ -405,7 +405,7 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(
                 saved[kind] = one.meta(2)["tree"]
         through, seen = stepped(cfg, step, half, range(2, 4))
         through = jax.device_get(through)
-        abstract = sharding.abstract(lambda: state_of(cfg, fresh_abstract(cfg), factors))
+        abstract = sharding.abstract(lambda: state_of(cfg, fresh_abstract(cfg), lr_multipliers))
         for checkpoints in kinds.values():
             restored = checkpoints().restore_newest(abstract)
             again, seen_again = stepped(cfg, step, restored, range(2, 4))
@@ -423,7 +423,7 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(
 
 def fresh_abstract(cfg):
     params = decoder.init(cfg.model, jax.random.key(0))
-    return lora.both(params, RANK4, jax.random.key(7))
+    return lora.with_adapters(params, RANK4, jax.random.key(7))
 
 
 def test_separate_checkpoints_are_not_restored_beside_another_base(
@@ -431,12 +431,12 @@ def test_separate_checkpoints_are_not_restored_beside_another_base(
 ):
     cfg = tiny()
     with on_mesh():
-        both, factors = begun(cfg, random_params)
-        state = state_of(cfg, both, factors)
+        both, lr_multipliers = begun(cfg, random_params)
+        state = state_of(cfg, both, lr_multipliers)
         make = lambda frozen: SeparateCheckpoints(
-            tmp_path, CheckpointConfig(), factors=factors, frozen=lambda: frozen
+            tmp_path, CheckpointConfig(), lr_multipliers=lr_multipliers, frozen=lambda: frozen
         )
-        frozen = param_groups.split(both, factors)[1]
+        frozen = param_groups.partition(both, lr_multipliers)[1]
         with make(frozen) as one:
             one.save(1, state)
             one.finish()
@@ -461,14 +461,14 @@ def test_a_merged_models_logits_are_those_of_separate_adapters(on_mesh, tiny, ra
     with on_mesh():
         both, _ = begun(cfg, random_params)
         both["adapters"] = drawn(both["adapters"])
-        plain = jax.device_get(jax.jit(lambda p: lora.whole(p, RANK4))(both))
+        plain = jax.device_get(jax.jit(lambda p: lora.merge(p, RANK4))(both))
         rows = arrays.global_batch(tokens, 8)
         want, base = (jax.device_get(jax.jit(logits)(p, rows)) for p in (plain, both["base"]))
         host = jax.device_get(both)
     with on_mesh(2, 2, 2):
         both, _ = begun(cfg, random_params)
         both = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), host, both)
-        whole = jax.jit(lambda p, rows: logits(lora.whole(p, RANK4), rows))
+        whole = jax.jit(lambda p, rows: logits(lora.merge(p, RANK4), rows))
         got = jax.device_get(whole(both, arrays.global_batch(tokens, 8)))
     assert np.abs(base - want).max() > 0.1
     np.testing.assert_allclose(got, want, atol=1e-5)

@@ -11,7 +11,7 @@ from both_passes import HEAD, assert_same, attend_on, both_passes, make, segment
 from gptjax.errors import ConfigError
 from gptjax.model import layers
 from gptjax.model.attention import backends, reference, vendor
-from gptjax.model.attention.backends import Need, Sizes, choose
+from gptjax.model.attention.backends import Requirements, Sizes, choose
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -139,14 +139,16 @@ def test_dropout_of_attention_weights_is_scaled_and_keyed(on_mesh):
 # --- the table ---------------------------------------------------------------------------------
 
 BF16 = Sizes("bfloat16", 256)
-FEATURES = list(Need.__dataclass_fields__)
+FEATURES = list(Requirements.__dataclass_fields__)
 
 
 @pytest.mark.parametrize("name", list(backends.BACKENDS))
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_named_backend_without_a_feature_is_refused_by_name(name, feature):
     backend = backends.BACKENDS[name]
-    need = Need(**dict.fromkeys(("context", feature) if backend.split else (feature,), True))
+    need = Requirements(
+        **dict.fromkeys(("context", feature) if backend.split else (feature,), True)
+    )
     platform = backend.platforms[0]
     if feature in backend.features:
         assert choose(name, need, BF16, platform) == name
@@ -160,7 +162,7 @@ def test_a_named_backend_without_a_feature_is_refused_by_name(name, feature):
 
 def test_a_refusal_names_every_missing_feature():
     with pytest.raises(ConfigError, match="alibi, dropout"):
-        choose("blockwise", Need(window=True, alibi=True, dropout=True), BF16, "cpu")
+        choose("blockwise", Requirements(window=True, alibi=True, dropout=True), BF16, "cpu")
 
 
 @pytest.mark.parametrize(("name", "platform"), [("splash", "cpu"), ("cudnn", "tpu")])
@@ -168,13 +170,13 @@ def test_a_named_backend_on_another_platform_is_refused(name, platform):
     with pytest.raises(
         ConfigError, match=f"{name}: needs a {backends.BACKENDS[name].platforms[0]}"
     ):
-        choose(name, Need(), BF16, platform)
+        choose(name, Requirements(), BF16, platform)
 
 
 def test_the_ring_is_for_sequences_that_are_split_over_devices():
     with pytest.raises(ConfigError, match="ring: needs mesh"):
-        choose("ring", Need(segments=True), BF16, "cpu")
-    assert choose("ring", Need(segments=True, context=True), BF16, "cpu") == "ring"
+        choose("ring", Requirements(segments=True), BF16, "cpu")
+    assert choose("ring", Requirements(segments=True, context=True), BF16, "cpu") == "ring"
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,7 @@ def test_the_ring_is_for_sequences_that_are_split_over_devices():
     ],
 )
 def test_auto_takes_the_fastest_that_has_every_feature(platform, features, expected):
-    assert choose("auto", Need(**dict.fromkeys(features, True)), BF16, platform) == expected
+    assert choose("auto", Requirements(**dict.fromkeys(features, True)), BF16, platform) == expected
 
 
 @pytest.mark.parametrize(
@@ -212,8 +214,8 @@ def test_auto_takes_the_fastest_that_has_every_feature(platform, features, expec
 def test_what_a_backend_cannot_take_is_refused_by_name_and_passed_over_by_auto(name, sizes, why):
     platform = backends.BACKENDS[name].platforms[0]
     with pytest.raises(ConfigError, match=f"compute.attention={name}: needs .*{why}"):
-        choose(name, Need(), sizes, platform)
-    assert choose("auto", Need(), sizes, platform) == "reference"
+        choose(name, Requirements(), sizes, platform)
+    assert choose("auto", Requirements(), sizes, platform) == "reference"
 
 
 # --- backends of other hardware: what their arguments mean, where it can be seen here ----------

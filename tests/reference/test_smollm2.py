@@ -11,7 +11,7 @@ from gptjax.cli import main
 from gptjax.config import ComputeConfig
 from gptjax.hf import safetensors
 from gptjax.parallel import mesh
-from gptjax.sample import BeamSettings, Sampler, Settings
+from gptjax.sample import BeamSearchParams, Sampler, SamplingParams
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +64,7 @@ def test_64_greedy_tokens_are_those_of_transformers(folder, imported):
     assert prompts == [their_tokenizer(text).input_ids for text in PROMPTS]
     with mesh.entered_mesh(cfg):
         params, _ = run_dir.restore_params(str(imported), cfg)
-        settings = Settings(temperature=0.0, max_tokens=64)
+        settings = SamplingParams(temperature=0.0, max_tokens=64)
         sampler = Sampler(params, cfg.model, ComputeConfig())
         got = [one.ids for one in sampler.generate(prompts, settings)]
     for prompt, continuation in zip(prompts, got, strict=True):
@@ -89,7 +89,7 @@ def test_beams_are_those_of_transformers(folder, on_mesh, length_penalty):
 
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     eos = AutoTokenizer.from_pretrained(folder).eos_token_id
-    settings = BeamSettings(4, length_penalty, returned=4, max_tokens=24)
+    settings = BeamSearchParams(4, length_penalty, returned=4, max_tokens=24)
     source = safetensors.open_source(folder)
     with on_mesh():
         tokenizer = safetensors.tokenizer_of(source, print)

@@ -108,7 +108,7 @@ def test_greedy_generation_token_for_token(on_mesh, variant):
     with on_mesh():
         params = safetensors.read_params(source)
         sampler = sample.Sampler(params, source.model, COMPUTE)
-        got = sampler.generate(prompts, sample.Settings(temperature=0.0, max_tokens=32))
+        got = sampler.generate(prompts, sample.SamplingParams(temperature=0.0, max_tokens=32))
     for prompt, continuation in zip(prompts, [one.ids for one in got], strict=True):
         out = theirs.generate(
             torch.tensor([prompt]),

@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-from gptjax.runtime.preemption import Interrupt, Interrupted
+from gptjax.runtime.preemption import Interrupted, PreemptionHandler
 
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 
 
 @SIGNALS
 def test_the_first_signal_is_noted_and_nothing_else_happens(number: signal.Signals) -> None:
-    with Interrupt() as interrupt:
+    with PreemptionHandler() as interrupt:
         assert interrupt.signal is None
         signal.raise_signal(number)
         assert interrupt.signal is number
@@ -24,7 +24,7 @@ def test_the_first_signal_is_noted_and_nothing_else_happens(number: signal.Signa
 def test_afterwards_a_signal_does_what_it_did_before(number: signal.Signals) -> None:
     caught: list[int] = []
     before = signal.signal(number, lambda n, _: caught.append(n))
-    interrupt = Interrupt()
+    interrupt = PreemptionHandler()
 
     def leave_by_an_error() -> None:
         with interrupt:
@@ -42,9 +42,9 @@ def test_afterwards_a_signal_does_what_it_did_before(number: signal.Signals) -> 
 
 
 def test_an_interrupt_says_at_first_that_there_was_none_each_time_anew() -> None:
-    with Interrupt():
+    with PreemptionHandler():
         signal.raise_signal(signal.SIGTERM)
-    with Interrupt() as second:
+    with PreemptionHandler() as second:
         assert second.signal is None
 
 
@@ -96,13 +96,13 @@ def test_a_signal_that_a_launcher_sends_twice_counts_once() -> None:
 def test_a_phase_that_may_be_left_anywhere_is_left_at_a_signal(number: signal.Signals) -> None:
     reached = []
 
-    def phase(interrupt: Interrupt) -> None:
+    def phase(interrupt: PreemptionHandler) -> None:
         with interrupt.at_once():
             reached.append("begun")
             signal.raise_signal(number)
             reached.append("went on")
 
-    with Interrupt() as interrupt:
+    with PreemptionHandler() as interrupt:
         with pytest.raises(Interrupted):
             phase(interrupt)
         assert interrupt.signal is number
@@ -112,7 +112,7 @@ def test_a_phase_that_may_be_left_anywhere_is_left_at_a_signal(number: signal.Si
 
 
 def test_after_such_a_phase_a_signal_is_noted_again() -> None:
-    with Interrupt() as interrupt:
+    with PreemptionHandler() as interrupt:
         with interrupt.at_once():
             pass
         signal.raise_signal(signal.SIGTERM)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gptjax.sample import Settings
+from gptjax.sample import SamplingParams
 
 
 def softmax(logits):
@@ -10,7 +10,7 @@ def softmax(logits):
     return weights / weights.sum()
 
 
-def distribution(logits, prompt, drawn, settings: Settings):
+def distribution(logits, prompt, drawn, settings: SamplingParams):
     """Chances of the next token, [V], by the documented order."""
     x = np.float64(logits).copy()
     allowed = np.ones(len(x), bool)

@@ -10,7 +10,7 @@ from test_sampler import COMPUTE, GREEDY, prompts_of
 from gptjax.errors import ConfigError
 from gptjax.model import decoder
 from gptjax.parallel import arrays
-from gptjax.sample import BeamSettings, Sampler
+from gptjax.sample import BeamSearchParams, Sampler
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 STOP = (3, 5, 8, 13, 21)
@@ -27,7 +27,7 @@ def params(on_mesh, model, random_params):
         return random_params(model, std=0.15)
 
 
-def plain_search(next_logprobs, prompt, s: BeamSettings, stop_ids):
+def plain_search(next_logprobs, prompt, s: BeamSearchParams, stop_ids):
     """Lists of (score, ids), best first: the definition, a beam and a token at a time."""
     live, finished = [(0.0, [])], []
     for step in range(1, s.max_tokens + 1):
@@ -60,7 +60,7 @@ def plain_search(next_logprobs, prompt, s: BeamSettings, stop_ids):
 def test_it_finds_what_a_plain_search_finds(
     one_device, model, params, early_stopping, length_penalty
 ):
-    settings = BeamSettings(4, length_penalty, early_stopping, returned=3, max_tokens=7)
+    settings = BeamSearchParams(4, length_penalty, early_stopping, returned=3, max_tokens=7)
     prompts = prompts_of(3, 1, 6)
     prompts = [[i % 24 for i in prompt] for prompt in prompts]
     done = Sampler(params, model, COMPUTE, stop_ids=STOP).beam(prompts, settings)
@@ -92,14 +92,14 @@ def test_it_finds_what_a_plain_search_finds(
 def test_one_beam_without_stops_is_greedy(one_device, model, params):
     prompts = [[i % 24 for i in prompt] for prompt in prompts_of(3, 8)]
     sampler = Sampler(params, model, COMPUTE)
-    one = sampler.beam(prompts, BeamSettings(width=1, max_tokens=12))
+    one = sampler.beam(prompts, BeamSearchParams(width=1, max_tokens=12))
     assert [b.ids for b in one] == [g.ids for g in sampler.generate(prompts, GREEDY)]
 
 
 @pytest.mark.parametrize("mesh", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
 def test_eight_devices_find_what_one_finds(on_mesh, model, params, random_params, mesh):
     prompts = [[i % 24 for i in prompt] for prompt in prompts_of(3, 8, 2)]
-    settings = BeamSettings(width=3, returned=3, max_tokens=6)
+    settings = BeamSearchParams(width=3, returned=3, max_tokens=6)
     with on_mesh(1, 1, 1):
         one = Sampler(params, model, COMPUTE, stop_ids=STOP).beam(prompts, settings)
     with on_mesh(*mesh):
@@ -122,14 +122,14 @@ def test_eight_devices_find_what_one_finds(on_mesh, model, params, random_params
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused(one_device, model, params, change, problem):
-    settings = replace(BeamSettings(), **change)
+    settings = replace(BeamSearchParams(), **change)
     with pytest.raises(ConfigError, match=problem):
         Sampler(params, model, COMPUTE).beam([[1]], settings)
 
 
 def test_prompts_beyond_the_rows_are_searched_in_groups(one_device, model, params):
     prompts = [[i % 24 for i in prompt] for prompt in prompts_of(3, 8, 2, 5, 1)]
-    settings = BeamSettings(width=3, returned=2, max_tokens=6)
+    settings = BeamSearchParams(width=3, returned=2, max_tokens=6)
     whole = Sampler(params, model, COMPUTE, stop_ids=STOP).beam(prompts, settings)
     few = Sampler(params, model, COMPUTE, stop_ids=STOP, rows=7).beam(prompts, settings)
     assert [(b.prompt, b.sample, b.ids) for b in few] == [

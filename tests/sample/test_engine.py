@@ -11,11 +11,11 @@ from test_sampler import COMPUTE, GREEDY, full_logits, generate, prompts_of
 from gptjax.config import ComputeConfig
 from gptjax.errors import ConfigError
 from gptjax.kernels import cpu
-from gptjax.sample import Request, Room, Sampler, Settings, decoding, engine
+from gptjax.sample import Request, Room, Sampler, SamplingParams, decoding, engine
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-DRAWN = Settings(temperature=1.0, max_tokens=9, seed=3)
+DRAWN = SamplingParams(temperature=1.0, max_tokens=9, seed=3)
 
 
 @pytest.fixture
@@ -416,6 +416,6 @@ def test_long_and_short_prompts_are_prefilled_apart(
 
 
 def test_settings_take_lists_and_one_stop_text():
-    assert Settings(stop="END", banned=[3], logit_bias=[[1, 2.0]]) == Settings(
+    assert SamplingParams(stop="END", banned=[3], logit_bias=[[1, 2.0]]) == SamplingParams(
         stop=("END",), banned=(3,), logit_bias=((1, 2.0),)
     )

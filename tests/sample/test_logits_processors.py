@@ -9,9 +9,9 @@ import pytest
 from numpy_filters import distribution, softmax
 
 from gptjax.model.layers import NEVER
-from gptjax.sample import Settings, logits_processors
+from gptjax.sample import SamplingParams, logits_processors
 
-PLAIN = Settings(temperature=1.0)
+PLAIN = SamplingParams(temperature=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ CASES = {
     "ban": replace(PLAIN, banned=(0, 5, 11)),
     "ban, greedy": replace(PLAIN, temperature=0.0, banned=tuple(range(16))),
     "cuts together": replace(PLAIN, temperature=1.4, top_k=9, top_p=0.8, min_p=0.1),
-    "all": Settings(
+    "all": SamplingParams(
         logit_bias=((2, 3.0), (7, -1.0)),
         banned=(4, 6),
         repetition_penalty=1.3,

@@ -15,7 +15,7 @@ from gptjax.errors import ConfigError
 from gptjax.hf import safetensors
 from gptjax.model import decoder
 from gptjax.parallel import arrays
-from gptjax.sample import Sampler, Settings
+from gptjax.sample import Sampler, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -27,7 +27,7 @@ KINDS = {
     "none": {"positions": "none"},
     "windowed": {"pattern": ("window", "full"), "window": 4, "positions": "rope"},
 }
-GREEDY = Settings(temperature=0.0, max_tokens=12)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
 
 def prompts_of(*lengths):
@@ -110,7 +110,7 @@ def test_a_mesh_of_eight_generates_the_tokens_of_one_device(
     on_mesh, model, params, random_params, tiny_model
 ):
     prompts = prompts_of(3, 9, 20)
-    drawn = Settings(temperature=1.0, top_k=20, top_p=0.9, max_tokens=12, seed=3)
+    drawn = SamplingParams(temperature=1.0, top_k=20, top_p=0.9, max_tokens=12, seed=3)
     with on_mesh(1, 1, 1):
         one = [generate(params, model, prompts, settings) for settings in (GREEDY, drawn)]
     with on_mesh(2, 2, 2):
@@ -157,15 +157,17 @@ def test_a_prompt_and_its_continuation_may_fill_the_context_exactly(one_device, 
 @pytest.mark.parametrize(
     "settings",
     [
-        Settings(temperature=1.0),
-        Settings(temperature=0.5),
-        Settings(temperature=2.0, top_k=5),
-        Settings(temperature=1.0, top_p=0.7),
-        Settings(temperature=1.5, min_p=0.3),
-        Settings(temperature=1.0, repetition_penalty=2.0, banned=(6,)),
-        Settings(temperature=1.0, logit_bias=((4, 1.0),), top_k=6, top_p=0.9),
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=0.5),
+        SamplingParams(temperature=2.0, top_k=5),
+        SamplingParams(temperature=1.0, top_p=0.7),
+        SamplingParams(temperature=1.5, min_p=0.3),
+        SamplingParams(temperature=1.0, repetition_penalty=2.0, banned=(6,)),
+        SamplingParams(temperature=1.0, logit_bias=((4, 1.0),), top_k=6, top_p=0.9),
     ],
-    ids=lambda s: ",".join(f"{k}={v}" for k, v in vars(s).items() if v != getattr(Settings(), k)),
+    ids=lambda s: ",".join(
+        f"{k}={v}" for k, v in vars(s).items() if v != getattr(SamplingParams(), k)
+    ),
 )
 def test_drawn_tokens_follow_the_claimed_distribution(
     one_device, tiny_model, random_params, settings
@@ -188,7 +190,7 @@ def test_penalties_count_what_was_drawn(one_device, tiny_model, random_params):
     """Pairs of tokens, the second drawn from what the first has made of the distribution."""
     model = tiny_model(vocab_size=8, layers=1)
     params = random_params(model, std=0.1)
-    settings = Settings(
+    settings = SamplingParams(
         max_tokens=2, samples=4096, seed=2, presence_penalty=0.7, frequency_penalty=0.5
     )
     prompt = [1, 2]
@@ -199,7 +201,7 @@ def test_penalties_count_what_was_drawn(one_device, tiny_model, random_params):
     share = distribution(scores, prompt, [int(first)], settings)
     counts = np.bincount(second, minlength=8)
     assert stats.chisquare(counts, len(second) * share).pvalue > 1e-3
-    without = distribution(scores, prompt, [], Settings())
+    without = distribution(scores, prompt, [], SamplingParams())
     assert stats.chisquare(counts, len(second) * without).pvalue < 1e-3
 
 
@@ -207,7 +209,7 @@ def test_draws_at_successive_positions_are_independent(one_device, tiny_model, r
     """A model that gives every token the same chance, so that only the streams matter."""
     model = tiny_model(vocab_size=8, layers=1)
     params = jax.tree.map(jnp.zeros_like, random_params(model))
-    settings = Settings(temperature=1.0, max_tokens=2, seed=5)
+    settings = SamplingParams(temperature=1.0, max_tokens=2, seed=5)
     pairs = np.array(generate(params, model, [[1]] * 2048, settings, rows=2048))
     table = np.bincount(pairs[:, 0] * 8 + pairs[:, 1], minlength=64)
     assert stats.chisquare(table).pvalue > 1e-3
@@ -218,7 +220,7 @@ def test_draws_at_successive_positions_are_independent(one_device, tiny_model, r
 def test_a_seed_decides_the_samples_and_a_row_does_not_depend_on_the_rows_beside_it(
     one_device, model, params
 ):
-    settings = Settings(temperature=1.0, top_p=0.9, max_tokens=12, seed=7)
+    settings = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=12, seed=7)
     prompts = prompts_of(3, 5, 9)
     three = generate(params, model, prompts, settings)
     assert generate(params, model, prompts, settings) == three
@@ -230,7 +232,7 @@ def test_a_seed_decides_the_samples_and_a_row_does_not_depend_on_the_rows_beside
 
 
 def test_a_seed_above_32_bits_is_refused_or_counts_whole(one_device, model, params):
-    settings = Settings(temperature=1.0, max_tokens=12, seed=1)
+    settings = SamplingParams(temperature=1.0, max_tokens=12, seed=1)
     prompts = prompts_of(3)
     low = generate(params, model, prompts, settings)
     with contextlib.suppress(ConfigError):
@@ -239,7 +241,7 @@ def test_a_seed_above_32_bits_is_refused_or_counts_whole(one_device, model, para
 
 def test_top_k_of_one_is_greedy(one_device, model, params):
     prompts = prompts_of(3, 5, 9)
-    settings = Settings(temperature=1.0, top_k=1, max_tokens=12)
+    settings = SamplingParams(temperature=1.0, top_k=1, max_tokens=12)
     assert generate(params, model, prompts, settings) == generate(params, model, prompts)
 
 
@@ -266,11 +268,11 @@ def test_a_new_length_seed_or_setting_inside_a_bucket_compiles_nothing(
     model = tiny_model(vocab_size=120, layers=1)  # that no other test has compiled already
     params = random_params(model)
     rows = lambda *lengths: [[5] * n for n in lengths]
-    settings = Settings(temperature=1.0, top_k=5, top_p=0.9, max_tokens=12)
+    settings = SamplingParams(temperature=1.0, top_k=5, top_p=0.9, max_tokens=12)
     generate(params, model, rows(3, 12, 10, 5), settings)
     known = len(compilations)
     assert known > 0
-    changed = Settings(temperature=0.7, top_k=9, top_p=0.8, max_tokens=10, seed=4)
+    changed = SamplingParams(temperature=0.7, top_k=9, top_p=0.8, max_tokens=10, seed=4)
     generate(params, model, rows(4, 12, 2, 16), changed)
     assert len(compilations) == known
     generate(params, model, rows(18, 12, 2), settings)
@@ -283,7 +285,7 @@ def test_a_rehearsal_with_zeros_compiles_what_the_real_run_needs(
 ):
     model = tiny_model(vocab_size=110 + lengths[1], layers=1)
     prompts = [[5] * n for n in lengths]
-    settings = Settings(temperature=1.0, max_tokens=12)
+    settings = SamplingParams(temperature=1.0, max_tokens=12)
     params = random_params(model)
     Sampler(safetensors.zeros(model, "float32"), model, COMPUTE).rehearse(prompts, settings)
     known = len(compilations)
@@ -303,14 +305,14 @@ def test_a_rehearsal_with_zeros_compiles_what_the_real_run_needs(
         ([[1], []], GREEDY, "prompt 1: is empty"),
         ([[1], [5, 128]], GREEDY, r"prompt 1: has ids outside 0\.\.127"),
         ([[-1]], GREEDY, "prompt 0: has ids outside"),
-        ([[1]], Settings(temperature=-0.1), "temperature=-0.1: must not be negative"),
-        ([[1]], Settings(temperature=float("nan")), "temperature=nan"),
-        ([[1]], Settings(top_k=-1), "top_k=-1: must not be negative"),
-        ([[1]], Settings(top_p=0.0), "top_p=0.0: must be above 0"),
-        ([[1]], Settings(top_p=1.1), "top_p=1.1: .*at most 1"),
-        ([[1]], Settings(max_tokens=0), "max_tokens=0: must be at least 1"),
-        ([[1]], Settings(seed=-1), "seed=-1: must not be negative"),
-        ([[1]], Settings(seed=2**63), "seed=.*below 2"),
+        ([[1]], SamplingParams(temperature=-0.1), "temperature=-0.1: must not be negative"),
+        ([[1]], SamplingParams(temperature=float("nan")), "temperature=nan"),
+        ([[1]], SamplingParams(top_k=-1), "top_k=-1: must not be negative"),
+        ([[1]], SamplingParams(top_p=0.0), "top_p=0.0: must be above 0"),
+        ([[1]], SamplingParams(top_p=1.1), "top_p=1.1: .*at most 1"),
+        ([[1]], SamplingParams(max_tokens=0), "max_tokens=0: must be at least 1"),
+        ([[1]], SamplingParams(seed=-1), "seed=-1: must not be negative"),
+        ([[1]], SamplingParams(seed=2**63), "seed=.*below 2"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused_with_its_reason(
@@ -335,12 +337,12 @@ def test_all_problems_are_told_at_once(one_device, model, params):
         generate(params, model, [[], [200], [1] * 60])
     assert len(refusal.value.problems) == 3
     with pytest.raises(ConfigError) as refusal:
-        Settings(temperature=-1, top_p=2, max_tokens=0).check()
+        SamplingParams(temperature=-1, top_p=2, max_tokens=0).check()
     assert len(refusal.value.problems) == 3
 
 
 def test_rows_of_the_table_that_are_no_piece_are_never_drawn(one_device, model, params):
-    settings = Settings(temperature=5.0, max_tokens=40)  # nearly uniform
+    settings = SamplingParams(temperature=5.0, max_tokens=40)  # nearly uniform
     some = generate(params, model, prompts_of(5, 5), settings, vocab_size=9)
     assert {i for out in some for i in out} <= set(range(9))
     assert max(i for out in generate(params, model, prompts_of(5, 5), settings) for i in out) > 9

@@ -9,7 +9,7 @@ import openai
 import pytest
 from live_server import CAPACITY, JSON, MAX_BODY, QUEUE, ROWS
 
-from gptjax.sample import Settings, decoding
+from gptjax.sample import SamplingParams, decoding
 from gptjax.serve.metrics import Metrics
 from gptjax.serve.worker import Worker
 
@@ -115,7 +115,7 @@ def test_samples_of_several_prompts_are_those_of_the_sampler(server, on_mesh) ->
     """Also with more continuations than rows."""
     sampler, prompts = server.served.sampler, ["ab", "c"]
     with on_mesh():
-        settings = Settings(max_tokens=6, samples=2, seed=3, top_p=0.9)
+        settings = SamplingParams(max_tokens=6, samples=2, seed=3, top_p=0.9)
         wanted = [one.text for one in sampler.generate(prompts, settings)]
     assert len(wanted) > ROWS
     _, answer = server.complete(prompt=prompts, max_tokens=6, n=2, seed=3, top_p=0.9)

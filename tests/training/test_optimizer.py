@@ -104,7 +104,7 @@ MATRICES = {"embed", "positions", "head", "q", "k", "v", "o", "up", "down"}
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_at_a_zero_gradient_matrices_decay_and_vectors_stay(on_mesh, tiny_config, params, name):
     fields = {"name": name, "lr": PEAK, "weight_decay": 0.5, "lr_schedule": "constant"}
-    optimizer = optim.make(tiny_config(optim=fields))
+    optimizer = optim.make_optimizer(tiny_config(optim=fields))
 
     def step(params):
         updates, _ = optimizer.update(zeros_like(params), optimizer.init(params), params)
@@ -130,7 +130,7 @@ def test_gradients_are_clipped_to_a_norm_of_all_parameters_together(
     on_mesh, tiny_config, params, clip, norm
 ):
     cfg = tiny_config(optim={"clip": clip, "b1": 0.9})
-    optimizer = optim.make(cfg)
+    optimizer = optim.make_optimizer(cfg)
 
     def first_moment(params):
         gradient = jax.tree.map(jnp.sin, jax.tree.map(lambda x: 100 * x, params))
@@ -155,7 +155,7 @@ def test_global_norm_is_that_of_one_long_vector():
 
 def test_adamw_is_the_formula(on_mesh, tiny_config, params):
     fields = {"lr": PEAK, "lr_schedule": "constant", "clip": 0.0, "weight_decay": 0.0, "b2": 0.95}
-    optimizer = optim.make(tiny_config(optim=fields))
+    optimizer = optim.make_optimizer(tiny_config(optim=fields))
     rng = np.random.default_rng(0)
     gradients = rng.normal(size=(3, *params["positions"].shape)).astype(np.float32)
 
@@ -179,7 +179,7 @@ def test_adamw_is_the_formula(on_mesh, tiny_config, params):
 def test_muon_makes_the_singular_values_of_a_blocks_matrix_alike(on_mesh, tiny_config, params):
     """Newton-Schulz as Jordan et al. have it brings them between 0.7 and 1.2 of one another."""
     fields = {"name": "muon", "lr": 1.0, "lr_schedule": "constant", "weight_decay": 0.0}
-    optimizer = optim.make(tiny_config(optim=fields))
+    optimizer = optim.make_optimizer(tiny_config(optim=fields))
     rng = np.random.default_rng(0)
     noise = lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32)
 
@@ -201,7 +201,7 @@ def test_muon_is_adamw_for_all_but_the_matrices_of_the_blocks(on_mesh, tiny_conf
 
     def after(name):
         fields = {"lr": PEAK, "lr_schedule": "constant", "eps": 1e-2}
-        optimizer = optim.make(tiny_config(optim={"name": name} | fields))
+        optimizer = optim.make_optimizer(tiny_config(optim={"name": name} | fields))
 
         @jax.jit
         def step(params, state, gradient):
@@ -225,7 +225,7 @@ def test_muon_is_adamw_for_all_but_the_matrices_of_the_blocks(on_mesh, tiny_conf
 def test_muon_takes_each_expert_for_a_matrix_and_leaves_the_router_to_adam(on_mesh, tiny_config):
     mixture = {"activation": "swiglu", "linear_bias": False, "moe": MoeConfig(experts=4, hidden=64)}
     cfg = tiny_config(model=mixture, optim={"name": "muon", "weight_decay": 0.0, "clip": 0.0})
-    optimizer, rng = optim.make(cfg), np.random.default_rng(0)
+    optimizer, rng = optim.make_optimizer(cfg), np.random.default_rng(0)
     with on_mesh(1, 1, 1):
         shapes = jax.eval_shape(lambda: decoder.init(cfg.model, jax.random.key(0)))
         gradient = jax.tree.map(
@@ -257,14 +257,14 @@ def test_a_layer_learns_at_a_rate_of_its_own_which_the_decay_and_its_height_give
         params = random_params(model)
         rng = np.random.default_rng(0)
         grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
-        factors = param_groups.factors(params, tune, model)
+        lr_multipliers = param_groups.lr_multipliers(params, tune, model)
 
-        def updates(factors):
-            optimizer = optim.make(cfg, factors)
+        def updates(lr_multipliers):
+            optimizer = optim.make_optimizer(cfg, lr_multipliers)
             step = jax.jit(lambda p, g: optimizer.update(g, optimizer.init(p), p)[0])
             return jax.device_get(leaves_by_path(step(params, grads)))
 
-        plain, got = updates(None), updates(factors)
+        plain, got = updates(None), updates(lr_multipliers)
     of_layer = [0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0]
     for path, update in plain.items():
         assert np.abs(update).max() > 0
@@ -281,7 +281,7 @@ def test_a_layer_learns_at_a_rate_of_its_own_which_the_decay_and_its_height_give
 def test_factors_fall_from_the_top_layer_to_those_that_are_frozen(tiny_model):
     params = {"blocks": {"layer_0": {"w": np.zeros((4, 2))}}, "head": np.zeros((2, 2))}
     tune = TuneConfig(freeze_layers=1, layer_decay=0.5)
-    found = param_groups.factors(params, tune, tiny_model(layers=4))
+    found = param_groups.lr_multipliers(params, tune, tiny_model(layers=4))
     assert found == {"blocks/layer_0/w": (0.0, 0.25, 0.5, 1.0), "head": 1.0}
 
 
@@ -314,7 +314,7 @@ def test_three_updates_on_a_mesh_of_eight_are_those_on_one_device(
     noise = [jax.tree.map(lambda x: rng.normal(size=x.shape).astype("f4"), host) for _ in range(3)]
 
     def run(*mesh):
-        optimizer = optim.make(cfg)
+        optimizer = optim.make_optimizer(cfg)
 
         def step(params, state, gradient):
             updates, state = optimizer.update(gradient, state, params)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.checkpoint.checkpointer import Checkpoints, fingerprints, leaves_by_path
+from gptjax.checkpoint.checkpointer import Checkpointer, fingerprints, leaves_by_path
 from gptjax.config import (
     CheckpointConfig,
     Config,
@@ -22,7 +22,7 @@ from gptjax.errors import NumericError, Preempted
 from gptjax.model import decoder
 from gptjax.parallel import arrays, mesh
 from gptjax.runtime.progress import Progress
-from gptjax.runtime.watchdog import Watch
+from gptjax.runtime.watchdog import Watchdog
 from gptjax.training import objective, trainer
 from gptjax.training.metrics import Throughput, Writers
 from gptjax.training.step import TrainState, create_state, gradients, train_step
@@ -142,10 +142,10 @@ def fit(cfg: Config, folder, *, loss=None, batches=None, evaluators=(), tasks=()
             evaluators=evaluators,
             tasks=tasks,
             sampler=sampler or (lambda step, params: None),
-            checkpoints=Checkpoints(folder / "checkpoints", cfg.checkpoint),
+            checkpoints=Checkpointer(folder / "checkpoints", cfg.checkpoint),
             writers=lambda step: Writers([keep]),
             throughput=Throughput(1.0, "float32", 0.0),
-            watch=Watch(cfg.watch),
+            watch=Watchdog(cfg.watch),
             progress=Progress(shown=False),
         )
     return state, keep.written
@@ -171,7 +171,7 @@ def test_a_run_continued_from_a_checkpoint_is_the_run_never_interrupted(tmp_path
     whole, _ = fit(cfg, tmp_path / "whole")
     with pytest.raises(Killed):
         fit(cfg, tmp_path / "cut", batches=death_at(cfg, 5))
-    assert Checkpoints(tmp_path / "cut" / "checkpoints").steps()[-1] == 4
+    assert Checkpointer(tmp_path / "cut" / "checkpoints").steps()[-1] == 4
     resumed, _ = fit(cfg, tmp_path / "cut")
     with one_device():
         assert fingerprints(leaves_by_path(resumed)) == fingerprints(leaves_by_path(whole))
@@ -222,7 +222,7 @@ def test_told_to_stop_while_it_evaluates_it_leaves_and_saves(tmp_path) -> None:
     with pytest.raises(Preempted, match="told to stop by SIGTERM; saved step 3"):
         fit(cfg, tmp_path, evaluators=[stop, never])
     assert (stop.asked, never.asked) == (1, 0)
-    assert Checkpoints(tmp_path / "checkpoints").steps()[-1] == 3
+    assert Checkpointer(tmp_path / "checkpoints").steps()[-1] == 3
     _, written = fit(cfg, tmp_path, evaluators=[never])
     assert [step for step, metrics in written if "asked" in metrics] == [3, 6, 8]
 

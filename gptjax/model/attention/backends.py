@@ -1,6 +1,6 @@
 """The attention backends: what each supports, and the choice among them.
 
-A backend is asked for exactly what the model and the batch need (`Need`). One that does not declare
+A backend is asked for exactly what the model and the batch need (`Requirements`). One that does not declare
 a feature is never handed it: `choose` takes the fastest that fits, and a backend that the
 configuration names but that does not fit is an error, never a silent change of the mathematics.
 
@@ -28,7 +28,7 @@ from gptjax.parallel import sequence, sharding
 
 
 @dataclass(frozen=True)
-class Need:
+class Requirements:
     """What one call of attention needs of its backend, beyond causal masking."""
 
     segments: bool = False
@@ -55,7 +55,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementation, where it runs, and which features of `Need` it has.
+    """An implementation, where it runs, and which features of `Requirements` it has.
 
     If `local`, `attend(q_BTHC, k_BTKC, v_BTKC, segments_BT, window)` is called on one device's
     share, otherwise `attend(cfg, q_BTHC, k_BTKC, v_BTKC, positions_BT, segments_BT, window)` on
@@ -72,7 +72,7 @@ class Backend:
     local: bool = True
     split: bool = False
 
-    def refusal(self, need: Need, sizes: Sizes, platform: str) -> str | None:
+    def refusal(self, need: Requirements, sizes: Sizes, platform: str) -> str | None:
         """Why it cannot serve a call, or None if it can."""
         missing = [feature for feature in need.names() if feature not in self.features]
         if platform not in self.platforms:
@@ -117,7 +117,7 @@ BACKENDS: dict[str, Backend] = {  # fastest first, for each platform
 }
 
 
-def choose(wanted: str, need: Need, sizes: Sizes, platform: str) -> str:
+def choose(wanted: str, need: Requirements, sizes: Sizes, platform: str) -> str:
     """The backend to use on a platform ("cpu", "gpu", "tpu").
 
     "auto" takes the first that can serve the call. Raises ConfigError where the one that the
