@@ -22,7 +22,7 @@ from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.config import CheckpointConfig, ComputeConfig, Config, LoraConfig
 from gptjax.errors import ConfigError, MismatchError, OutputError
-from gptjax.finetune import adapter_checkpoint, lora, peft
+from gptjax.finetune import lora, peft
 from gptjax.hf import families, safetensors
 from gptjax.hf.safetensors import Source
 from gptjax.hf.verify import _SCORE, Json, _compared
@@ -79,16 +79,16 @@ def merge_run(folder: str, target: str, progress: Progress) -> Json:
     tune = begun.finetune
     if not tune.lora.rank:
         raise ConfigError([f"{folder}: finetune.lora.rank=0, so it has no adapters to merge"])
-    cfg, tokenizer, _ = run_dir.open_run(folder)
-    assert tokenizer is not None
+    source = load.find_model(folder)
+    assert source.tokenizer is not None
     path = Path(target)
     _new_folder(path)
-    with mesh.entered_mesh(cfg):
-        params, step = adapter_checkpoint.restore_params(folder, cfg, progress.say)
-        _save(path, step, params, {"merged": folder})
+    with mesh.entered_mesh(source.config_here()):
+        params, step = source.read_params(progress.say)
+        _save(path, step or 0, params, {"merged": folder})
     plain = replace(tune, lora=LoraConfig())
     begun = replace(begun, run=target, finetune=plain, train=replace(begun.train, ema_decay=0.0))
-    run_dir.record_tuned(begun, tokenizer, run_dir.examples_of(folder) | {"merged": folder})
+    run_dir.record_tuned(begun, source.tokenizer, run_dir.examples_of(folder) | {"merged": folder})
     return {"source": folder, "step": step, "base": tune.base}
 
 
@@ -99,9 +99,10 @@ def export_adapters(folder: str, target: str, progress: Progress) -> Json:
     which PEFT has no place; MismatchError as `peft.write_folder` does.
     """
     _one_process()
-    cfg, _, _ = run_dir.open_run(folder)
+    source = load.find_model(folder)
+    cfg = source.config_here()
     tune = cfg.finetune
-    if not tune.lora.rank:
+    if not isinstance(source, load.AdapterRun):
         raise ConfigError([f"{folder}: finetune.lora.rank=0, so it has no adapters"])
     if tune.outputs:
         raise ConfigError(
@@ -113,8 +114,8 @@ def export_adapters(folder: str, target: str, progress: Progress) -> Json:
     path = Path(target)
     _new_folder(path)
     with mesh.entered_mesh(replace(cfg, compute=ComputeConfig())):
-        learnt, step = adapter_checkpoint.restore(folder, cfg, progress.say)
-        adapters, base = learnt[lora.ADAPTERS], tune.base.removeprefix("hf:")
+        tree, step = source.read_tree(progress.say)
+        adapters, base = tree[lora.ADAPTERS], tune.base.removeprefix("hf:")
         if base == tune.base:  # a run, which PEFT cannot load: where it came from, if anywhere
             base = (run_dir.source_of(base) or {}).get("folder", "")
         peft.write_folder(path, adapters, tune.lora, cfg.model, base)
@@ -180,14 +181,15 @@ def export_run(
     the folder, written, turns out not to agree.
     """
     _one_process()
-    cfg, tokenizer, _ = run_dir.open_run(folder)
+    model = load.find_model(folder)
+    cfg, tokenizer = model.config_here(), model.tokenizer
     families.family_of(cfg.model)  # refuses before anything is read
     provenance = run_dir.source_of(folder)
     path = Path(target)
     _new_folder(path)
     formats = {} if dtype or provenance is None else provenance["dtypes"]
     with mesh.entered_mesh(replace(cfg, compute=ComputeConfig())):  # compared in float32
-        params, step = adapter_checkpoint.restore_params(folder, cfg, progress.say)
+        params, step = model.read_params(progress.say)
         extra = {} if provenance is None else provenance["config"]
         extra = {key: value for key, value in extra.items() if key != "torch_dtype"}
         if (Path(folder) / _CARRIED).is_dir():

@@ -6,7 +6,7 @@ mean over each example's, so that a long text weighs no more than a short one.
 Shapes: B examples, C sequences of each, S = B*C, T tokens, N = S*T, D embed, K scores.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,8 @@ import numpy as np
 from jax import lax
 
 from gptjax.config import Config
+from gptjax.finetune.base_model import BaseModel
+from gptjax.finetune.task import FinetuneTask
 from gptjax.finetune.tokenize import Rows
 from gptjax.model import decoder, heads, layers
 from gptjax.model.decoder import Params
@@ -22,7 +24,9 @@ from gptjax.parallel import sequence, sharding
 from gptjax.runtime.progress import Progress
 from gptjax.sample.engine import place_rows
 from gptjax.training import loss, objective
-from gptjax.training.objective import DeviceBatch, Sums
+from gptjax.training.callbacks import Evaluator
+from gptjax.training.objective import DeviceBatch
+from gptjax.training.step import Sums
 
 
 def task_loss(
@@ -96,9 +100,41 @@ def _own_tokens(
     )
 
 
-def training_loss(cfg: Config) -> Any:
-    """The loss, as `train.fit` takes it."""
-    return lambda params, batch, keys_B2: task_loss(params, cfg, batch, keys_B2, training=True)[:2]
+class _LabelledTask(FinetuneTask[Rows]):
+    """A task whose examples have one right label or choice."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        base: BaseModel,
+        rows: Mapping[str, Rows],
+        say: Callable[[str], None],
+    ) -> None:
+        loss = lambda params, batch, keys_B2: task_loss(params, cfg, batch, keys_B2, training=True)[
+            :2
+        ]
+        super().__init__(cfg, base, rows, loss, say)
+
+    def evaluators(self, progress: Progress) -> list[tuple[int, Evaluator]]:
+        self._quality = LabelQuality(self.cfg, self.rows["valid"], progress)
+        return [(self.cfg.eval.every, self._quality)]
+
+    def report(self, progress: Progress) -> Mapping[str, Any]:
+        return self._quality.report
+
+
+class ChooseTask(_LabelledTask):
+    """Multiple choice: a score of each choice behind the text, and a softmax over them."""
+
+
+class ClassifyTask(_LabelledTask):
+    """Classification of a text, or of a pair of texts."""
+
+    def report(self, progress: Progress) -> Mapping[str, Any]:
+        report = super().report(progress)
+        matrix = table(self.cfg.finetune.labels, report["confusion"])
+        progress.say(f"confusion matrix, true labels down and predicted ones across\n{matrix}")
+        return report
 
 
 class Classifier:

@@ -12,7 +12,7 @@ from gptjax import config
 from gptjax.config import Config, FinetuneConfig, ModelConfig
 from gptjax.errors import ConfigError
 from gptjax.finetune import conversations, packing, tokenize
-from gptjax.finetune.base_model import Base
+from gptjax.finetune.base_model import BaseModel, tokenizer_of
 from gptjax.finetune.conversations import Conversations
 from gptjax.finetune.examples import Examples, labels_of
 from gptjax.finetune.packing import PackedRows
@@ -29,7 +29,7 @@ WARMUP = 0.002
 _STEP = 8  # rows are as long as the longest example, rounded up to a multiple of this
 
 
-def begun(base: Base, task: str, data: str, valid: str) -> Config:
+def begun(base: BaseModel, task: str, data: str, valid: str) -> Config:
     """The recipe's configuration (Radford et al. 2018, section 4.1), for overrides to change."""
     name = Path(base.path.removeprefix("hf:")).name
     parent = Path("runs") if base.path.startswith("hf:") else Path(base.path).parent
@@ -137,7 +137,7 @@ def labelled(
 
 
 def answered(
-    cfg: Config, base: Base, train: Conversations, valid: Conversations
+    cfg: Config, base: BaseModel, train: Conversations, valid: Conversations
 ) -> tuple[Config, PackedRows, PackedRows]:
     """The configuration for exchanges, and their rows: as long as the base's, or as the longest
     exchange where that is more and fits the context. Raises DataError as `packing.pack` does.
@@ -147,6 +147,6 @@ def answered(
         longest = max(-(-longest // _STEP) * _STEP, base.cfg.train.seq_len)
         seq_len = min(longest, cfg.model.context)
         cfg = replace(cfg, train=replace(cfg.train, seq_len=seq_len))
-    length, fill = cfg.train.seq_len, base.tokenizer.eos_id
+    length, fill = cfg.train.seq_len, tokenizer_of(base).eos_id
     rows = [packing.pack(one, length, fill) for one in (train, valid)]
     return resolved(cfg, length, len(rows[0])), rows[0], rows[1]

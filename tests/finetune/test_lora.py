@@ -19,11 +19,11 @@ from gptjax.config import (
 )
 from gptjax.errors import ConfigError, MismatchError
 from gptjax.finetune import lora
-from gptjax.finetune.adapter_checkpoint import SeparateCheckpoints
+from gptjax.finetune.adapter_checkpoint import AdapterCheckpointer
 from gptjax.model import decoder
 from gptjax.parallel import arrays, sharding
 from gptjax.training import objective, param_groups
-from gptjax.training.step import compile_step, state_of
+from gptjax.training.step import compile_step, state_from_params
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -52,7 +52,7 @@ def fresh(params, cfg, init=lora.init):
 
 def trained(cfg, params, loss_fn, lr_multipliers, steps=3):
     """The state after some steps of random windows, and each step's (loss, gradient norm)."""
-    state = jax.jit(lambda p: state_of(cfg, p, lr_multipliers))(params)
+    state = jax.jit(lambda p: state_from_params(cfg, p, lr_multipliers))(params)
     step = compile_step(cfg, loss_fn, state, objective.abstract_batch(cfg), lr_multipliers)
     return stepped(cfg, step, state, range(steps))
 
@@ -386,14 +386,14 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(
         layout = jax.tree.map(lambda x: x.sharding, param_groups.partition(both, lr_multipliers)[1])
         kinds = {
             "whole": lambda: Checkpointer(tmp_path / "whole", CheckpointConfig()),
-            "separate": lambda: SeparateCheckpoints(
+            "separate": lambda: AdapterCheckpointer(
                 tmp_path / "separate",
                 CheckpointConfig(),
                 lr_multipliers=lr_multipliers,
                 frozen=lambda: jax.device_put(frozen, layout),
             ),
         }
-        state = jax.jit(lambda p: state_of(cfg, p, lr_multipliers))(both)
+        state = jax.jit(lambda p: state_from_params(cfg, p, lr_multipliers))(both)
         loss_fn = adapted(loss_of(cfg), RANK4)
         step = compile_step(cfg, loss_fn, state, objective.abstract_batch(cfg), lr_multipliers)
         half, _ = stepped(cfg, step, state, range(2))
@@ -405,7 +405,9 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(
                 saved[kind] = one.meta(2)["tree"]
         through, seen = stepped(cfg, step, half, range(2, 4))
         through = jax.device_get(through)
-        abstract = sharding.abstract(lambda: state_of(cfg, fresh_abstract(cfg), lr_multipliers))
+        abstract = sharding.abstract(
+            lambda: state_from_params(cfg, fresh_abstract(cfg), lr_multipliers)
+        )
         for checkpoints in kinds.values():
             restored = checkpoints().restore_newest(abstract)
             again, seen_again = stepped(cfg, step, restored, range(2, 4))
@@ -432,8 +434,8 @@ def test_separate_checkpoints_are_not_restored_beside_another_base(
     cfg = tiny()
     with on_mesh():
         both, lr_multipliers = begun(cfg, random_params)
-        state = state_of(cfg, both, lr_multipliers)
-        make = lambda frozen: SeparateCheckpoints(
+        state = state_from_params(cfg, both, lr_multipliers)
+        make = lambda frozen: AdapterCheckpointer(
             tmp_path, CheckpointConfig(), lr_multipliers=lr_multipliers, frozen=lambda: frozen
         )
         frozen = param_groups.partition(both, lr_multipliers)[1]
