@@ -1,6 +1,6 @@
 """Pre-training: next-token prediction on a token store, handed to the training loop."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import Checkpointer, sha256_of
 from gptjax.config import Config
-from gptjax.data import loader, store
-from gptjax.errors import DataError
+from gptjax.data import loader, prepare, store
+from gptjax.errors import ConfigError, DataError
 from gptjax.evaluate import Scorer, ValidationLoss, named, read_tasks
 from gptjax.evaluate import Task as FileTask
 from gptjax.model import decoder
 from gptjax.model.decoder import Params
-from gptjax.parallel import arrays, pipeline
+from gptjax.parallel import arrays, mesh, pipeline
 from gptjax.param_tree import Tree
 from gptjax.runtime import distributed
 from gptjax.runtime.progress import Progress
@@ -78,6 +78,33 @@ class PretrainTask:
         if self.layer_order is None:
             return params
         return params | {"blocks": pipeline.reordered(params["blocks"], order)}
+
+
+def train(cfg: Config | str, overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Trains a configuration in its run folder, from where it stands; returns the last evaluation.
+
+    `cfg` is a Config, or a preset, a JSON file or a run folder, with `overrides` as the command
+    line has them: ["--optim.lr", "3e-4"]. Prepares the data if need be, and joins the job of
+    several processes that the environment describes. Raises a GptjaxError.
+    """
+    if isinstance(cfg, str):
+        cfg = config.resolve(cfg, overrides)
+    cfg.check()
+    if cfg.finetune.task != "none":
+        raise ConfigError([f"finetune.task={cfg.finetune.task}: use `gptjax finetune`"])
+    read_tasks(cfg.eval.tasks)  # so that a bad line is told before text is prepared
+    distributed.join(cfg.watch.lost, Progress().say)
+    progress = Progress(shown=distributed.first())
+    with Watchdog(cfg.watch) as watchdog, run_dir.claim(cfg, progress.say) as changes:
+        for change in changes:
+            progress.say(f"changed since the run was begun: {change}")
+        cfg.check(jax.device_count(), jax.process_count())
+        watchdog.at("prepare", 0)
+        with distributed.first_before_others(), prepare.shown(progress) as tell:
+            manifest = prepare.prepare(cfg, tell, progress.say)
+        watchdog.at("restore", 0)
+        with mesh.entered_mesh(cfg):
+            return pretrain(cfg, manifest, watchdog, progress)
 
 
 def pretrain(

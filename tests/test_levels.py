@@ -23,7 +23,7 @@ LEVELS = [
     {"training/*", "hf/*"},
     {"evaluate/*", "plan/*"},
     {"finetune/*", "pretrain"},
-    {"load"},
+    {"load_model"},
     {"serve/*"},
     {"cli/*"},
     {"__main__"},

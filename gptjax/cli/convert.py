@@ -8,8 +8,10 @@ logits are from those of `transformers` on the same weights, in float32, at posi
 the end of the context, where a mistake in the rotary frequencies shows.
 """
 
+import argparse
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import config, load
+from gptjax import config, load_model
 from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import Checkpointer
+from gptjax.cli.inspect import print_certificate
 from gptjax.config import CheckpointConfig, ComputeConfig, Config, LoraConfig
 from gptjax.errors import ConfigError, MismatchError, OutputError
 from gptjax.finetune import lora, peft
@@ -35,6 +38,39 @@ from gptjax.tokenizer import Tokenizer
 _TOLERATED = 1e-2  # of the largest logit, and of the positions
 
 
+def run(args: argparse.Namespace, _: Sequence[str]) -> None:
+    """Runs the command."""
+    (kind, source), (into, target) = map(_kind_and_folder, (args.source, args.target))
+    if kind == "run" == into and not Path(source, config.CONFIG_FILE).exists():
+        raise ConfigError([f"{source}: is no run folder; a Hugging Face folder is hf:{source}"])
+    if kind == "run" == into and any(Path(source).glob("*.safetensors")):
+        raise ConfigError([f"{source}: is a Hugging Face folder; give hf:{source}"])
+    if kind != "run" != into:
+        what = f"convert {args.source} {args.target}"
+        raise ConfigError([f"{what}: one of the two must be a run folder"])
+    if into != "hf" and args.dtype:
+        raise ConfigError([f"--dtype={args.dtype}: only of an export to hf:FOLDER"])
+    if (kind == "peft") != (args.base is not None):
+        raise ConfigError(["--base: the model that peft:FOLDER goes with, and only there"])
+    progress, compare = Progress(), not args.no_compare
+    if kind == "hf":
+        certificate = import_run(source, target, progress, compare=compare)
+    elif kind == "peft":
+        certificate = import_adapters(source, args.base, target, progress)
+    elif into == "hf":
+        certificate = export_run(source, target, progress, dtype=args.dtype, compare=compare)
+    elif into == "peft":
+        certificate = export_adapters(source, target, progress)
+    else:
+        certificate = merge_run(source, target, progress)
+    print_certificate(certificate)
+
+
+def _kind_and_folder(path: str) -> tuple[str, str]:
+    kind, colon, folder = path.partition(":")
+    return (kind, folder) if colon and kind in ("hf", "peft") else ("run", path)
+
+
 def import_run(folder: str, target: str, progress: Progress, *, compare: bool = True) -> Json:
     """Makes a run of a Hugging Face folder; returns its certificate.
 
@@ -45,7 +81,7 @@ def import_run(folder: str, target: str, progress: Progress, *, compare: bool = 
     _one_process()
     source = safetensors.open_source(Path(folder))
     tokenizer = safetensors.tokenizer_of(source, progress.say)
-    cfg = load.config_of(source.model, tokenizer, target)
+    cfg = load_model.config_of(source.model, tokenizer, target)
     cfg.check(jax.device_count(), jax.process_count())
     path = Path(target)
     _new_folder(path)
@@ -79,7 +115,7 @@ def merge_run(folder: str, target: str, progress: Progress) -> Json:
     tune = begun.finetune
     if not tune.lora.rank:
         raise ConfigError([f"{folder}: finetune.lora.rank=0, so it has no adapters to merge"])
-    source = load.find_model(folder)
+    source = load_model.find_model(folder)
     assert source.tokenizer is not None
     path = Path(target)
     _new_folder(path)
@@ -99,10 +135,10 @@ def export_adapters(folder: str, target: str, progress: Progress) -> Json:
     which PEFT has no place; MismatchError as `peft.write_folder` does.
     """
     _one_process()
-    source = load.find_model(folder)
+    source = load_model.find_model(folder)
     cfg = source.config_here()
     tune = cfg.finetune
-    if not isinstance(source, load.AdapterRun):
+    if not isinstance(source, load_model.AdapterRun):
         raise ConfigError([f"{folder}: finetune.lora.rank=0, so it has no adapters"])
     if tune.outputs:
         raise ConfigError(
@@ -143,13 +179,13 @@ def import_adapters(folder: str, base: str, target: str, progress: Progress) -> 
         if cfg.finetune.task != "none":
             raise ConfigError([f"--base={base}: is fine-tuned; give what the adapters began from"])
 
-    with load.load_model(base, say=progress.say, check=check) as model:
+    with load_model.load_model(base, say=progress.say, check=check) as model:
         adapters, lora_cfg = peft.read_folder(Path(folder), model.cfg.model)
         _new_folder(path)
         whole = lora.merge({lora.BASE: model.params, lora.ADAPTERS: adapters}, lora_cfg)
         _save(path, model.step or 0, whole, {"imported": folder})
         beside, settings = Path(base.removeprefix("hf:")), {}
-        if load.is_hugging_face(base):
+        if load_model.is_hugging_face(base):
             settings = safetensors.open_source(beside).config
         elif provenance := run_dir.source_of(base):
             beside, settings = beside / _CARRIED, provenance["config"]
@@ -181,7 +217,7 @@ def export_run(
     the folder, written, turns out not to agree.
     """
     _one_process()
-    model = load.find_model(folder)
+    model = load_model.find_model(folder)
     cfg, tokenizer = model.config_here(), model.tokenizer
     families.family_of(cfg.model)  # refuses before anything is read
     provenance = run_dir.source_of(folder)

@@ -4,18 +4,19 @@ Files are read and checked before the model is. The JSON has the values by the n
 have, their intervals, and under "repeat" all that the numbers depend on.
 """
 
+import argparse
 import hashlib
 import json
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
 import numpy as np
 
 import gptjax
-from gptjax import config, load
+from gptjax import config, load_model
 from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import fingerprints, leaves_by_path, sha256_of
 from gptjax.config import Config, DataConfig
@@ -28,8 +29,9 @@ from gptjax.evaluate.formats import TaskFile, read_tasks
 from gptjax.evaluate.scoring import Scorer
 from gptjax.evaluate.tasks import ANSWER_TOKENS, Task, named
 from gptjax.evaluate.validation import ValidationLoss
-from gptjax.load import LoadedModel
+from gptjax.load_model import LoadedModel
 from gptjax.parallel import sharding
+from gptjax.runtime import distributed
 from gptjax.runtime.progress import Progress
 from gptjax.tokenizer import Tokenizer
 
@@ -130,7 +132,7 @@ def evaluate(path: str, options: Options, progress: Progress, say: Callable[[str
         if tokenizer is None:
             raise DataError(f"{path}: its source had no tokenizer, so it cannot read text")
 
-    with load.load_model(path, dtype=options.dtype, say=progress.say, check=check) as model:
+    with load_model.load_model(path, dtype=options.dtype, say=progress.say, check=check) as model:
         shards = sharding.axis_size("batch")
         rows = -(-(options.batch or model.cfg.eval.batch) // shards) * shards
         cfg = replace(model.cfg, eval=replace(model.cfg.eval, batch=rows))
@@ -162,7 +164,7 @@ def evaluate(path: str, options: Options, progress: Progress, say: Callable[[str
 
 def _manifest(path: str) -> Any:
     """The manifest of a run's own validation text. Raises DataError where there is none."""
-    if load.is_hugging_face(path):
+    if load_model.is_hugging_face(path):
         raise DataError(
             f"{path}: a model without validation text of its own; give --text or --task"
         )
@@ -243,3 +245,12 @@ def _repeat(model: LoadedModel, given: TokenBatch, options: Options, rows: int) 
             "python": platform.python_version(),
         },
     }
+
+
+def run(args: argparse.Namespace, _: Sequence[str]) -> None:
+    """Runs the command."""
+    distributed.join(config.WatchConfig().lost, Progress().say)
+    first = distributed.first()
+    options = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
+    say = print if first else (lambda line: None)
+    evaluate(args.run, options, Progress(shown=first), say)

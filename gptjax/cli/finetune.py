@@ -1,13 +1,33 @@
-"""`gptjax finetune`: files and values that are wrong are told before a device is touched."""
+"""`gptjax finetune`: wrong files and values are reported before a device is touched."""
 
-from collections.abc import Callable, Mapping
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gptjax import load
+from gptjax import config, load_model
 from gptjax.config import Config
 from gptjax.errors import ConfigError
 from gptjax.finetune import conversations, defaults, examples
 from gptjax.finetune.base_model import BaseModel, tokenizer_of
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Runs the command."""
+    help_wanted = {"-h", "--help"} & set(overrides)
+    missing = [f"--{name}" for name in ("task", "data", "valid") if getattr(args, name) is None]
+    if missing and not help_wanted:
+        args.subparser.error(f"the following arguments are required: {', '.join(missing)}")
+    prog, text = f"{args.subparser.prog} {args.config}", args.subparser.format_help()
+    override = lambda cfg: config.override(cfg, overrides, prog, text)
+    if help_wanted:
+        override(Config())
+    resolved = lambda cfg: setattr(args, "resolved", cfg)
+    cfg, results = fit(args.config, args.task, args.data, args.valid, override, resolved)
+    from gptjax.runtime import distributed
+
+    if distributed.first():
+        print(json.dumps({"run": cfg.run, **results}))
 
 
 def fit(
@@ -22,7 +42,7 @@ def fit(
 
     `override` changes the recipe's configuration, `resolved` is told what became of it.
     """
-    base = load.find_base(path)
+    base = load_model.find_base(path)
     cfg, given, rows = _read(override(defaults.begun(base, task, data, valid)), base, task)
     cfg.check()
     resolved(cfg)

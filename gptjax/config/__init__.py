@@ -18,6 +18,7 @@ from gptjax.config.loading import (
     resolve,
     to_dict,
 )
+from gptjax.config.presets import list_presets
 from gptjax.config.resume import resume_changes, resume_classes
 from gptjax.config.schema import (
     CheckpointConfig,
@@ -61,6 +62,7 @@ __all__ = [
     "WatchConfig",
     "flatten",
     "from_dict",
+    "list_presets",
     "load",
     "lora_problems",
     "model_problems",

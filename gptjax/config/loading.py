@@ -1,7 +1,8 @@
 """Loading a configuration: JSON, presets, run folders, overrides, and where each value came from.
 
 A CONFIG argument is one of
-  * a preset: a Python file and a function in it, `configs/gpt2.py:small` (`:main` may be left out);
+  * a preset that comes with gptjax, `gpt2:small`, or a Python file and a function in it,
+    `configs/gpt2.py:small` (`:main` may be left out);
   * a resolved configuration: a JSON file as `gptjax config --json` prints it;
   * a run folder, which holds such a file as `config.json`.
 """
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from gptjax.config.presets import find_preset
 from gptjax.config.schema import Config
 from gptjax.errors import ConfigError
 
@@ -106,6 +108,8 @@ def load(argument: str) -> Config:
         file = file / CONFIG_FILE
         if not file.exists():
             raise ConfigError([f"{path}: this folder holds no {CONFIG_FILE}, so it is no run"])
+    if not file.exists() and (preset := find_preset(path)):
+        file = preset
     if not file.exists():
         shelf = file.parent if file.parent.is_dir() else Path("configs")
         near = difflib.get_close_matches(
@@ -155,7 +159,9 @@ def _preset(file: Path, function: str) -> Config:
     return presets[function]()
 
 
-def resolve(argument: str, overrides: Sequence[str], prog: str, description: str = "") -> Config:
+def resolve(
+    argument: str, overrides: Sequence[str], prog: str = "gptjax", description: str = ""
+) -> Config:
     """The configuration of a command line: CONFIG, then `--section.field value` overrides.
 
     tyro parses the overrides; at a mistake it prints what is wrong and the nearest right names,

@@ -23,7 +23,8 @@ from gptjax.training.param_groups import LrMultipliers
 Sums = dict[str, jax.Array]
 """Sums over a batch's targets by name; their number is "targets", the cross-entropy is "loss".
 
-Each other sum, divided by the targets, is a metric; an array gives its largest and smallest entry."""
+Each other sum, divided by the targets, is a metric; an array gives its largest and smallest
+entry."""
 LossFn = Callable[[Tree, Any, jax.Array | None], tuple[jax.Array, Sums]]
 """(training tree, batch, dropout key data [B, 2] or None) -> (loss to differentiate, sums).
 

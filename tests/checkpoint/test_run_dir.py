@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax import load
+from gptjax import load_model
 from gptjax.checkpoint import checkpointer, run_dir
 from gptjax.config import Config, TokenizerConfig
 from gptjax.data import store
@@ -242,13 +242,13 @@ def test_a_run_that_was_moved_is_opened_where_it_is(cfg: Config, tmp_path: Path)
 def test_a_run_of_another_machine_is_used_with_attention_and_mesh_of_this_one(cfg: Config) -> None:
     there = changed(changed(cfg, "mesh", data=2, fsdp=2, tensor=2), "compute", attention="splash")
     recorded(there)
-    here = load.find_model(cfg.run).config_here()
+    here = load_model.find_model(cfg.run).config_here()
     assert here == changed(there, "compute", attention="auto")  # a mesh of eight devices suits
     elsewhere = dataclasses.replace(
         changed(changed(cfg, "mesh", data=3), "eval", batch=21), run=f"{cfg.run}-3"
     )
     recorded(elsewhere)
-    here = load.find_model(elsewhere.run).config_here()
+    here = load_model.find_model(elsewhere.run).config_here()
     assert here == changed(changed(elsewhere, "mesh", data=-1), "eval", batch=24)
 
 

@@ -15,7 +15,7 @@ lm_eval = pytest.importorskip("lm_eval")
 
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from gptjax import load  # noqa: E402
+from gptjax import load_model  # noqa: E402
 from gptjax.config import Config, EvalConfig  # noqa: E402
 from gptjax.errors import ConfigError  # noqa: E402
 from gptjax.evaluate import LMEvalAdapter, Task, read_tasks  # noqa: E402
@@ -189,7 +189,7 @@ def test_a_real_model_has_the_numbers_of_the_hf_model(
     theirs = harness(HFLM(str(folder), dtype="float32", batch_size=4, max_length=256, device="cpu"))
     source = safetensors.open_source(folder)
     tokenizer = safetensors.tokenizer_of(source, print)
-    cfg = load.config_of(source.model, tokenizer, str(folder))
+    cfg = load_model.config_of(source.model, tokenizer, str(folder))
     with on_mesh():  # eight virtual devices would take minutes for it
         params = safetensors.read_params(source)
         ours = harness(LMEvalAdapter(params, cfg, tokenizer, batch_size=4, max_length=256))
