@@ -16,8 +16,7 @@ from gptjax.checkpoint.checkpointer import Checkpointer, sha256_of
 from gptjax.config import Config
 from gptjax.data import loader, prepare, store
 from gptjax.errors import ConfigError, DataError
-from gptjax.evaluate import Scorer, ValidationLoss, named, read_tasks
-from gptjax.evaluate import Task as FileTask
+from gptjax.evaluate import Scorer, TaskEvaluator, ValidationLoss, read_tasks, task_names
 from gptjax.model import decoder
 from gptjax.model.decoder import Params
 from gptjax.parallel import arrays, mesh, pipeline
@@ -136,8 +135,8 @@ def pretrain(
     evaluators: list[tuple[int, callbacks.Evaluator]] = [
         (cfg.eval.every, ValidationLoss(eval_cfg, manifest, progress))
     ]
-    for file, name in zip(files, named(files), strict=True):
-        evaluators.append((cfg.eval.tasks_every, FileTask(file, tokenizer, scorer, name)))
+    for file, name in zip(files, task_names(files), strict=True):
+        evaluators.append((cfg.eval.tasks_every, TaskEvaluator(file, tokenizer, scorer, name)))
     writers = metrics.metric_writers(cfg)
     evaluate = callbacks.Evaluate(evaluators, writers, watchdog, progress)
     trainer = Trainer(

@@ -121,7 +121,7 @@ def test_no_files_import_each_other_in_a_circle() -> None:
         ("config/loading", "import gptjax.training.trainer"),
         ("data/permutation", "from gptjax.training.loss import cross_entropy"),
         ("data/store", "from gptjax.model.decoder import init"),
-        ("training/loss", "def f():\n    from gptjax.evaluate import Task"),
+        ("training/loss", "def f():\n    from gptjax.evaluate import TaskEvaluator"),
         ("training/optimizer", "from gptjax.pretrain import pretrain"),
         ("training/objective", "from gptjax.cli.main import main"),
     ],

@@ -28,7 +28,7 @@ from gptjax.errors import ConfigError, MismatchError, OutputError
 from gptjax.finetune import lora, peft
 from gptjax.hf import families, safetensors
 from gptjax.hf.safetensors import Source
-from gptjax.hf.verify import _SCORE, Json, _compared
+from gptjax.hf.verify import SCORE_TENSOR, Json, compare_with_transformers
 from gptjax.model import heads
 from gptjax.model.decoder import Params
 from gptjax.parallel import mesh
@@ -278,7 +278,7 @@ def _task_layer(
     kind, _ = families.family_of(cfg.model)
     names = dict(enumerate(cfg.finetune.labels or ("score",)))
     several = len(names) > 1
-    return {_SCORE: np.ascontiguousarray(np.asarray(params[heads.NAME]["score"]).T)}, {
+    return {SCORE_TENSOR: np.ascontiguousarray(np.asarray(params[heads.NAME]["score"]).T)}, {
         "architectures": [families.FAMILIES[kind].classifier],
         "id2label": {str(i): name for i, name in names.items()},
         "label2id": {name: i for i, name in names.items()},
@@ -353,7 +353,7 @@ def _check_logits(
 
     Raises MismatchError where they are far.
     """
-    certificate["transformers"] = logits = _compared(source, params, progress)
+    certificate["transformers"] = logits = compare_with_transformers(source, params, progress)
     run_dir.write_json(folder / run_dir.CERTIFICATE, certificate)
     if isinstance(logits, dict) and (
         logits["largest_difference"] > _TOLERATED * logits["largest_logit"]
@@ -384,7 +384,7 @@ def _differing(source: Source, params: Params, progress: Progress) -> list[str]:
 
 def _check_scores(certificate: Json, source: Source, progress: Progress, folder: Path) -> None:
     """The same of a task's scores."""
-    certificate["transformers"] = scores = _compared(source, {}, progress)
+    certificate["transformers"] = scores = compare_with_transformers(source, {}, progress)
     run_dir.write_json(folder / run_dir.CERTIFICATE, certificate)
     if isinstance(scores, dict) and (
         scores["largest_difference"] > _TOLERATED * scores["largest_score"]

@@ -27,7 +27,7 @@ from gptjax.evaluate.bootstrap import Statistic
 from gptjax.evaluate.documents import Documents, TextLoss
 from gptjax.evaluate.formats import TaskFile, read_tasks
 from gptjax.evaluate.scoring import Scorer
-from gptjax.evaluate.tasks import ANSWER_TOKENS, Task, named
+from gptjax.evaluate.tasks import ANSWER_TOKENS, TaskEvaluator, task_names
 from gptjax.evaluate.validation import ValidationLoss
 from gptjax.load_model import LoadedModel
 from gptjax.parallel import sharding
@@ -192,8 +192,8 @@ def _measure(
             Measured("text_tokens", text.tokens),
             Measured("text_bytes", text.bytes),
         ]
-    for file, name in zip(given.files, named(given.files), strict=True):
-        task = Task(file, model.tokenizer, scorer, name)
+    for file, name in zip(given.files, task_names(given.files), strict=True):
+        task = TaskEvaluator(file, model.tokenizer, scorer, name)
         over = _over("example", len(file.examples), file.total)
         measured += [
             *_with_intervals(task.measure(model.params), over, options.seed),

@@ -17,7 +17,7 @@ from gptjax.config import Config
 from gptjax.errors import ConfigError, OutputError
 from gptjax.finetune import examples, tokenize
 from gptjax.finetune.classification import Classifier, probabilities
-from gptjax.finetune.tokenize import Special
+from gptjax.finetune.tokenize import SpecialTokens
 from gptjax.runtime.progress import Progress
 
 
@@ -40,9 +40,11 @@ def predict(path: str, file: str, output: str, progress: Progress) -> int:
         raise ConfigError([f"{path}: finetune.task={task}; predict is for classify and choose"])
     given = examples.read(file, task, "--file", labelled=False)
     tokenizer = tokenizers.load(Path(path))
-    texts = tokenize.encoded(given, tokenizer)
+    texts = tokenize.encode(given, tokenizer)
     length = cfg.train.seq_len
-    rows = tokenize.rows(given, texts, Special.of(tokenizer), length, labels, tokenizer.eos_id)
+    rows = tokenize.to_arrays(
+        given, texts, SpecialTokens.of(tokenizer), length, labels, tokenizer.eos_id
+    )
     if rows.cut:
         progress.say(f"{rows.cut:,} of {len(rows):,} cut to train.seq_len={length}")
     with load_model.load_model(path, say=progress.say) as model:

@@ -1,6 +1,6 @@
 """Evaluators: `run(params) -> {name: value}`.
 
-`ValidationLoss` is of a run's own split, `TextLoss` of any text, `Task` of a file of questions.
+`ValidationLoss` is of a run's own split, `TextLoss` of any text, `TaskEvaluator` of a file of questions.
 Below the last two, `Scorer` gives the log-probability of continuations, and `bootstrap` says how
 far an average over examples can be trusted. `LMEvalAdapter` is a model of lm_eval, which it needs.
 """
@@ -11,7 +11,7 @@ from gptjax.evaluate.bootstrap import Statistic
 from gptjax.evaluate.documents import TextLoss
 from gptjax.evaluate.formats import TaskFile, read_tasks
 from gptjax.evaluate.scoring import Score, Scorer
-from gptjax.evaluate.tasks import Task, named
+from gptjax.evaluate.tasks import TaskEvaluator, task_names
 from gptjax.evaluate.validation import ValidationLoss
 
 __all__ = [
@@ -19,12 +19,12 @@ __all__ = [
     "Score",
     "Scorer",
     "Statistic",
-    "Task",
+    "TaskEvaluator",
     "TaskFile",
     "TextLoss",
     "ValidationLoss",
-    "named",
     "read_tasks",
+    "task_names",
 ]
 
 

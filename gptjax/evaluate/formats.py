@@ -29,7 +29,7 @@ from gptjax.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
-class Choice:
+class MultipleChoice:
     """A context, the texts that may follow it (after a space), and which of them does."""
 
     context: str
@@ -53,7 +53,7 @@ class Question:
     answers: tuple[str, ...]
 
 
-Example = Choice | Cloze | Question
+Example = MultipleChoice | Cloze | Question
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _texts(record: Any, name: str, least: int = 0) -> tuple[str, ...]:
     return tuple(values)
 
 
-def _hellaswag(record: Any) -> Choice:
+def _hellaswag(record: Any) -> MultipleChoice:
     activity, first, second = (_field(record, k, str) for k in ("activity_label", "ctx_a", "ctx_b"))
     endings = _texts(record, "endings", 2)
     label = record.get("label")
@@ -184,7 +184,7 @@ def _hellaswag(record: Any) -> Choice:
             "test split has none)"
         )
     context = _without_brackets(f"{activity}: {first} {second.capitalize()}")
-    return Choice(context, tuple(map(_without_brackets, endings)), int(label))
+    return MultipleChoice(context, tuple(map(_without_brackets, endings)), int(label))
 
 
 def _without_brackets(text: str) -> str:
@@ -192,7 +192,7 @@ def _without_brackets(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def _arc(record: Any) -> Choice:
+def _arc(record: Any) -> MultipleChoice:
     if isinstance(record, dict) and isinstance(record.get("question"), dict):
         question = _field(record["question"], "stem", str)
         choices = _field(record["question"], "choices", list)
@@ -207,7 +207,7 @@ def _arc(record: Any) -> Choice:
     key = _field(record, "answerKey", str)
     if key not in labels:
         raise _Wrong(f"answerKey={key!r}: must be one of the labels {', '.join(labels)}")
-    return Choice(f"Question: {question}\nAnswer:", texts, labels.index(key))
+    return MultipleChoice(f"Question: {question}\nAnswer:", texts, labels.index(key))
 
 
 def _lambada(record: Any) -> Cloze:

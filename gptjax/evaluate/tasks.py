@@ -8,7 +8,7 @@ import numpy as np
 
 from gptjax.evaluate import answers
 from gptjax.evaluate.bootstrap import Statistic
-from gptjax.evaluate.formats import Choice, Cloze, Question, TaskFile
+from gptjax.evaluate.formats import Cloze, MultipleChoice, Question, TaskFile
 from gptjax.evaluate.scoring import Scorer, encode_pair
 from gptjax.model.decoder import Params
 from gptjax.sample import Sampler, SamplingParams
@@ -19,7 +19,7 @@ ANSWER_TOKENS = 64
 """Longest answer that is generated, in tokens; it ends with its line."""
 
 
-class Task:
+class TaskEvaluator:
     """Measures a model on a file of examples, by what they are:
 
     choices    acc: how often the likeliest choice is the right one; acc_norm: likeliest by
@@ -39,7 +39,11 @@ class Task:
 
     def measure(self, params: Params) -> list[Statistic]:
         """Its statistics, over examples."""
-        kinds: dict[type, Any] = {Choice: self._choose, Cloze: self._fill, Question: self._answer}
+        kinds: dict[type, Any] = {
+            MultipleChoice: self._choose,
+            Cloze: self._fill,
+            Question: self._answer,
+        }
         return kinds[type(self.file.examples[0])](params, self.file.examples)
 
     def run(self, params: Params) -> dict[str, float]:
@@ -50,7 +54,7 @@ class Task:
     def _mean(self, name: str, values: Any, **more: Any) -> Statistic:
         return Statistic.mean(f"{self.name}_{name}", np.float64(values), **more)
 
-    def _choose(self, params: Params, examples: Sequence[Choice]) -> list[Statistic]:
+    def _choose(self, params: Params, examples: Sequence[MultipleChoice]) -> list[Statistic]:
         encode = lambda one, text: encode_pair(self._tokenizer, one.context, f" {text}")
         pairs = [[encode(one, text) for text in one.choices] for one in examples]
         flat = [pair for choices in pairs for pair in choices]
@@ -94,7 +98,7 @@ class Task:
         ]
 
 
-def named(files: Sequence[TaskFile]) -> list[str]:
+def task_names(files: Sequence[TaskFile]) -> list[str]:
     """What tasks are called in results: by their kind, and by their file too where several of a
     kind are."""
     kinds = [file.kind for file in files]

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from gptjax.config import Config
 from gptjax.errors import ConfigError, DataError
-from gptjax.finetune.tokenize import check_ids
+from gptjax.finetune.tokenize import check_vocab_size
 from gptjax.model.decoder import Params
 from gptjax.tokenizer import Tokenizer
 
@@ -52,4 +52,4 @@ def check_base(base: BaseModel) -> None:
         raise ConfigError(
             [f"{base.path}: has adapters beside a base; merge: gptjax convert {base.path} NEW"]
         )
-    check_ids(tokenizer_of(base), base.cfg.model.vocab_size)
+    check_vocab_size(tokenizer_of(base), base.cfg.model.vocab_size)

@@ -17,7 +17,7 @@ from jax import lax
 from gptjax.config import Config
 from gptjax.finetune.base_model import BaseModel
 from gptjax.finetune.task import FinetuneTask
-from gptjax.finetune.tokenize import Rows
+from gptjax.finetune.tokenize import TokenizedExamples
 from gptjax.model import decoder, heads, layers
 from gptjax.model.decoder import Params
 from gptjax.parallel import sequence, sharding
@@ -100,14 +100,14 @@ def _own_tokens(
     )
 
 
-class _LabelledTask(FinetuneTask[Rows]):
+class _LabelledTask(FinetuneTask[TokenizedExamples]):
     """A task whose examples have one right label or choice."""
 
     def __init__(
         self,
         cfg: Config,
         base: BaseModel,
-        rows: Mapping[str, Rows],
+        rows: Mapping[str, TokenizedExamples],
         say: Callable[[str], None],
     ) -> None:
         loss = lambda params, batch, keys_B2: task_loss(params, cfg, batch, keys_B2, training=True)[
@@ -145,7 +145,7 @@ class Classifier:
         whole = lambda a_BK: jax.sharding.reshard(a_BK, jax.P(None, None))
         self._scores = jax.jit(lambda p, batch: whole(task_loss(p, cfg, batch)[2]))
 
-    def scores(self, params: Params, rows: Rows, name: str) -> np.ndarray:
+    def scores(self, params: Params, rows: TokenizedExamples, name: str) -> np.ndarray:
         """Scores of each example's labels or choices, float32 [E, K]; NEVER where there is none."""
         shards, count = sharding.axis_size("batch"), len(rows)
         size = -(-self._cfg.eval.batch // shards) * shards
@@ -170,7 +170,7 @@ class LabelQuality:
     `report` is of the last evaluation: beside those, per label, and the confusion matrix.
     """
 
-    def __init__(self, cfg: Config, rows: Rows, progress: Progress) -> None:
+    def __init__(self, cfg: Config, rows: TokenizedExamples, progress: Progress) -> None:
         self._labels, self._rows = cfg.finetune.labels, rows
         self._classifier = Classifier(cfg, progress)
         self.report: dict[str, Any] = {}

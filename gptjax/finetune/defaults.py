@@ -16,7 +16,7 @@ from gptjax.finetune.base_model import BaseModel, tokenizer_of
 from gptjax.finetune.conversations import Conversations
 from gptjax.finetune.examples import Examples, labels_of
 from gptjax.finetune.packing import PackedRows
-from gptjax.finetune.tokenize import Rows, Special
+from gptjax.finetune.tokenize import SpecialTokens, TokenizedExamples
 from gptjax.tokenizer import Tokenizer
 
 BATCH = 32
@@ -110,17 +110,17 @@ def resolved(cfg: Config, longest: int, rows: int) -> Config:
 
 def labelled(
     cfg: Config, tokenizer: Tokenizer, train: Examples, valid: Examples
-) -> tuple[Config, Rows, Rows]:
+) -> tuple[Config, TokenizedExamples, TokenizedExamples]:
     """The configuration for labelled examples, and their rows.
 
     The vocabulary grows where it has no room for the special tokens. Raises DataError as
-    `labels_of` and `encoding.rows` do.
+    `labels_of` and `tokenize.to_arrays` do.
     """
     labels = labels_of(train, valid) if cfg.finetune.task == "classify" else ()
     if cfg.finetune.labels:
         raise ConfigError(["finetune.labels: are those of the data; give none"])
-    special = Special.of(tokenizer)
-    texts = [tokenize.encoded(examples, tokenizer) for examples in (train, valid)]
+    special = SpecialTokens.of(tokenizer)
+    texts = [tokenize.encode(examples, tokenizer) for examples in (train, valid)]
     cfg = resolved(cfg, max(map(tokenize.longest, texts)), len(train))
     if cfg.train.seq_len < len(special) + 2:
         raise ConfigError([f"train.seq_len={cfg.train.seq_len}: too short for two texts"])
@@ -130,7 +130,7 @@ def labelled(
         finetune=replace(cfg.finetune, labels=labels),
     )
     rows = [
-        tokenize.rows(one, ids, special, cfg.train.seq_len, labels, tokenizer.eos_id)
+        tokenize.to_arrays(one, ids, special, cfg.train.seq_len, labels, tokenizer.eos_id)
         for one, ids in zip((train, valid), texts, strict=True)
     ]
     return cfg, rows[0], rows[1]

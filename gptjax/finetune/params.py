@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from gptjax.config import Config
 from gptjax.finetune import lora
 from gptjax.finetune.base_model import BaseModel, tokenizer_of
-from gptjax.finetune.tokenize import Special
+from gptjax.finetune.tokenize import SpecialTokens
 from gptjax.model import heads
 from gptjax.model.decoder import Params
 from gptjax.parallel import sharding
@@ -28,12 +28,12 @@ def starting_tree(cfg: Config, base: BaseModel, say: Callable[[str], None]) -> T
     say(f"begins from {base.path}" + (f" after its step {step}" if step is not None else ""))
     params = {name: leaves for name, leaves in params.items() if name != heads.NAME}
     if cfg.finetune.outputs:
-        special = Special.of(tokenizer_of(base))
+        special = SpecialTokens.of(tokenizer_of(base))
         params = jax.jit(lambda p: with_task(cfg, p, special), donate_argnums=0)(params)
     return training_tree(cfg, params)
 
 
-def with_task(cfg: Config, base: Params, special: Special) -> Params:
+def with_task(cfg: Config, base: Params, special: SpecialTokens) -> Params:
     """A base's parameters with random rows for the special tokens, and a fresh task head."""
     fresh = heads.init_params(cfg, init_and_dropout_keys(cfg)[0])
     tables = {
@@ -44,7 +44,7 @@ def with_task(cfg: Config, base: Params, special: Special) -> Params:
     return base | tables | {heads.NAME: fresh[heads.NAME]}
 
 
-def _with_special(old_VD: jax.Array, fresh_VD: jax.Array, special: Special) -> jax.Array:
+def _with_special(old_VD: jax.Array, fresh_VD: jax.Array, special: SpecialTokens) -> jax.Array:
     """A table with the old rows, lengthened where need be, and fresh ones for special tokens."""
     axes = jax.typeof(fresh_VD).sharding.spec
     more = len(fresh_VD) - len(old_VD)

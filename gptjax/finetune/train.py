@@ -24,7 +24,7 @@ from gptjax.finetune.conversations import Conversations
 from gptjax.finetune.examples import Examples
 from gptjax.finetune.sft import SFTTask
 from gptjax.finetune.task import FinetuneTask
-from gptjax.finetune.tokenize import Special
+from gptjax.finetune.tokenize import SpecialTokens
 from gptjax.model import decoder
 from gptjax.parallel import sharding
 from gptjax.runtime import distributed
@@ -137,7 +137,7 @@ def _record(
     if base.step is not None:
         facts[BASE_STEP] = base.step
     if cfg.finetune.outputs:
-        facts["special"] = Special.of(tokenizer)._asdict()
+        facts["special"] = SpecialTokens.of(tokenizer)._asdict()
     for name, given in examples.items():
         cut = rows[name].cut
         facts[name] = {"sha256": given.sha256, "examples": len(given), "cut": cut}

@@ -24,22 +24,22 @@ _COMPARED_POSITIONS = 64
 Json = dict[str, Any]
 
 
-_SCORE = "score.weight"
+SCORE_TENSOR = "score.weight"
 
 
-def _compared(source: Source, params: Params, progress: Progress) -> Json | str:
+def compare_with_transformers(source: Source, params: Params, progress: Progress) -> Json | str:
     """Logits against those of `transformers`, where it is installed and loads the folder."""
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         return f"not compared: {' and '.join(missing)} not installed"
     progress.say("comparing with transformers")
     try:
-        return compare_scores(source) if _SCORE in source.names else compare(source, params)
+        return compare_scores(source) if SCORE_TENSOR in source.names else compare_logits(source, params)
     except (ImportError, OSError, ValueError, RuntimeError, MemoryError) as error:
         return f"not compared: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
 
 
-def compare(source: Source, params: Params) -> Json:
+def compare_logits(source: Source, params: Params) -> Json:
     """How far the logits are from those of `transformers` on the folder's weights, in float32.
 
     Two sequences of random tokens, as long as the context up to 1024: one at positions 0, 1, 2, …,
@@ -131,7 +131,7 @@ def compare_scores(source: Source) -> Json:
         y_BK = heads.scores(params, heads.last(x_ND, lengths_B), rows)
         return jax.sharding.reshard(y_BK, jax.P(None, None))
 
-    score_DO = jnp.asarray(np.float32(source.tensor(_SCORE)).T)
+    score_DO = jnp.asarray(np.float32(source.tensor(SCORE_TENSOR)).T)
     params = safetensors.read_params(source) | {heads.NAME: {"score": score_DO}}
     got = np.asarray(ours(params, *arrays.global_batch((ids, lengths), rows)))
     with torch.no_grad():

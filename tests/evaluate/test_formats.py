@@ -6,8 +6,8 @@ import json
 import pytest
 
 from gptjax.errors import ConfigError, DataError
-from gptjax.evaluate import named, read_tasks
-from gptjax.evaluate.formats import Choice, Cloze, Question
+from gptjax.evaluate import read_tasks, task_names
+from gptjax.evaluate.formats import Cloze, MultipleChoice, Question
 
 HELLASWAG = {
     "ind": 25,
@@ -83,7 +83,7 @@ def write(tmp_path):
         (
             "hellaswag",
             HELLASWAG,
-            Choice(
+            MultipleChoice(
                 "Personal Care: How to wash your hands. Wet them. Use warm water. Then you",
                 (" Run. Fast.", "take soap and rub."),
                 1,
@@ -92,10 +92,10 @@ def write(tmp_path):
         (
             "hellaswag",
             HELLASWAG | {"ctx_a": "A man sits.", "ctx_b": "", "label": "0"},
-            Choice("Personal Care: A man sits.", (" Run. Fast.", "take soap and rub."), 0),
+            MultipleChoice("Personal Care: A man sits.", (" Run. Fast.", "take soap and rub."), 0),
         ),
-        ("arc", ARC, Choice("Question: Which is red?\nAnswer:", ("Venus", "Mars"), 1)),
-        ("arc", HUB_ARC, Choice("Question: Which is red?\nAnswer:", ("Venus", "Mars"), 1)),
+        ("arc", ARC, MultipleChoice("Question: Which is red?\nAnswer:", ("Venus", "Mars"), 1)),
+        ("arc", HUB_ARC, MultipleChoice("Question: Which is red?\nAnswer:", ("Venus", "Mars"), 1)),
         ("lambada", {"text": "a  dog\nand a cat"}, Cloze("a  dog\nand a", " cat")),
         ("squad", SQUAD, Question(PROMPT.format("Where?"), ("the Seine",))),
     ],
@@ -186,5 +186,5 @@ def test_an_entry_that_names_nothing_is_told(write, tmp_path) -> None:
 def test_tasks_are_called_by_their_kind_and_by_their_file_where_several_are_of_it(write) -> None:
     entries = [write("arc", ARC, name=name) for name in ("Easy.jsonl", "Hard.jsonl")]
     files = read_tasks([*entries, write("lambada", LAMBADA)])
-    assert named(files) == ["arc_Easy", "arc_Hard", "lambada"]
-    assert named(files[1:]) == ["arc", "lambada"]
+    assert task_names(files) == ["arc_Easy", "arc_Hard", "lambada"]
+    assert task_names(files[1:]) == ["arc", "lambada"]

@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 from gptjax import load_model  # noqa: E402
 from gptjax.config import Config, EvalConfig  # noqa: E402
 from gptjax.errors import ConfigError  # noqa: E402
-from gptjax.evaluate import LMEvalAdapter, Task, read_tasks  # noqa: E402
+from gptjax.evaluate import LMEvalAdapter, TaskEvaluator, read_tasks  # noqa: E402
 from gptjax.hf import safetensors  # noqa: E402
 from gptjax.runtime.progress import Progress  # noqa: E402
 from gptjax.tokenizer import ByteTokenizer  # noqa: E402
@@ -152,7 +152,7 @@ def test_the_harness_has_the_numbers_of_gptjax_eval(
         adapter = LMEvalAdapter(params, cfg, ByteTokenizer(), progress=Progress(shown=False))
         results, answers = harness(adapter)
         for file in read_tasks([f"{k}:{files}/{k}.jsonl" for k in ("arc", "hellaswag", "lambada")]):
-            own |= Task(file, ByteTokenizer(), scorer(), file.kind).run(params)
+            own |= TaskEvaluator(file, ByteTokenizer(), scorer(), file.kind).run(params)
     for name in ("acc", "acc_norm"):
         assert results["arc", name] == own[f"arc_{name}"]
         assert results["hellaswag", name] == own[f"hellaswag_{name}"]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from plain_model import greedy, score
 
-from gptjax.evaluate import Task, TaskFile, answers
-from gptjax.evaluate.formats import Choice, Cloze, Question
+from gptjax.evaluate import TaskEvaluator, TaskFile, answers
+from gptjax.evaluate.formats import Cloze, MultipleChoice, Question
 from gptjax.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -22,21 +22,21 @@ def measure(byte_params, byte_model, put, scorer, on_mesh):
     def run(*examples, mesh=(1,), rows=4, params=byte_params):
         file = TaskFile("kind", "file", "", examples, len(examples))
         with on_mesh(*mesh):
-            task = Task(file, TOKENIZER, scorer(rows), "it")
+            task = TaskEvaluator(file, TOKENIZER, scorer(rows), "it")
             return task.run(put(params, byte_model))
 
     return run
 
 
 @pytest.fixture(scope="module")
-def choices(byte_params, byte_model) -> list[tuple[Choice, np.ndarray]]:
+def choices(byte_params, byte_model) -> list[tuple[MultipleChoice, np.ndarray]]:
     """Questions with choices of many lengths, and the log-probabilities of each by hand."""
     rng = np.random.default_rng(3)
     letters = list("abcdefgh äöü€")
     word = lambda n: "x" + "".join(rng.choice(letters, n))
     made = []
     for number in range(12):
-        one = Choice(word(12), tuple(word(n) for n in (2, 4, 7)), number % 3)
+        one = MultipleChoice(word(12), tuple(word(n) for n in (2, 4, 7)), number % 3)
         ids = [256, *one.context.rstrip().encode()]
         spaces = " " * (len(one.context) - len(one.context.rstrip()))
         texts = [f"{spaces} {text}".encode() for text in one.choices]
@@ -123,7 +123,10 @@ def test_what_follows_the_answers_line_is_no_part_of_it(byte_params, byte_model,
 
 def test_examples_that_are_too_long_are_counted(measure) -> None:
     long, short = "x" * 80, "x"
-    assert measure(Choice(long, ("a", "b"), 0), Choice(short, ("a", "b"), 0))["it_cut"] == 1
+    assert (
+        measure(MultipleChoice(long, ("a", "b"), 0), MultipleChoice(short, ("a", "b"), 0))["it_cut"]
+        == 1
+    )
     assert measure(Cloze(long, " a"), Cloze(short, " a"))["it_cut"] == 1
     assert measure(Question("x" * 32, ("a",)), Question("x" * 31, ("a",)))["it_cut"] == 1
 

@@ -107,7 +107,7 @@ def test_fresh_adapters_add_nothing_and_a_is_uniform_up_to_its_bound(
         params = random_params(tiny_model())
         cfg = LoraConfig(rank=64, targets=("blocks/.*/attn/(q|o)", "blocks/.*/mlp/down"))
         adapters = fresh(params, cfg)
-        merged = jax.jit(lambda p, a: lora.merged(p, a, cfg))(params, adapters)
+        merged = jax.jit(lambda p, a: lora.merge_adapters(p, a, cfg))(params, adapters)
     assert jax.tree.all(jax.tree.map(np.array_equal, params, merged))
     for path, inputs in (("attn/q", 32), ("attn/o", 32), ("mlp/down", 128)):
         a = np.asarray(leaves_by_path(adapters)[f"blocks/layer_0/{path}/a"])
@@ -139,7 +139,9 @@ def test_merging_adds_the_scaled_product_of_the_two_halves(
     with on_mesh():
         params = random_params(mixture)
         adapters = drawn(fresh(params, cfg))
-        merged = jax.device_get(jax.jit(lambda p, a: lora.merged(p, a, cfg))(params, adapters))
+        merged = jax.device_get(
+            jax.jit(lambda p, a: lora.merge_adapters(p, a, cfg))(params, adapters)
+        )
     w, new, halves = (jax.device_get(leaves_by_path(t)) for t in (params, merged, adapters))
     changed = {path for path in w if not np.array_equal(w[path], new[path])}
     assert changed == {path.rpartition("/")[0] for path in halves}

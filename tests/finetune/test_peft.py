@@ -184,7 +184,7 @@ def test_exported_adapters_give_peft_the_same_logits(on_mesh, adapters_of, tmp_p
         params, adapters = adapters_of(model, cfg)
         safetensors.write_folder(tmp_path / "base", params, model)
         peft.write_folder(tmp_path, adapters, cfg, model, str(tmp_path / "base"))
-        merge = jax.jit(lambda p, a: lora.merged(p, a, cfg))
+        merge = jax.jit(lambda p, a: lora.merge_adapters(p, a, cfg))
         base, want = our_logits(params, model), our_logits(merge(params, adapters), model)
     adapted = theirs.PeftModel.from_pretrained(their_base(tmp_path / "base"), tmp_path)
     assert np.abs(want - base).max() > 0.1
@@ -220,7 +220,7 @@ def test_adapters_of_peft_give_the_same_logits_here(on_mesh, random_params, tmp_
                     value.normal_(0, 0.2)
         adapted.save_pretrained(tmp_path / "adapters")
         adapters, cfg = peft.read_folder(tmp_path / "adapters", model)
-        merge = jax.jit(lambda p, a: lora.merged(p, a, cfg))
+        merge = jax.jit(lambda p, a: lora.merge_adapters(p, a, cfg))
         base, got = our_logits(params, model), our_logits(merge(params, adapters), model)
     want = their_logits(adapted)
     assert np.abs(want - base).max() > 0.1
