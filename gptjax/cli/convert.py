@@ -245,9 +245,9 @@ def export_run(
             cfg.model,
             dtype=common,
             dtypes=formats,
-            extra=extra,
-            beside=beside,
-            instead=instead,
+            extra_config=extra,
+            extra_tensors=beside,
+            config_overrides=instead,
         )
         source = safetensors.open_source(path, beside)
         certificate = {

@@ -741,7 +741,7 @@ def test_a_hugging_face_folder_is_sampled_as_it_is(run, trained, tmp_path: Path)
     folder.mkdir()
     with mesh.entered_mesh(cfg):
         params, _ = runs.restore_params(trained, cfg)
-        safetensors.write_folder(folder, params, cfg.model, dtype="F32", dtypes={}, extra={})
+        safetensors.write_folder(folder, params, cfg.model)
     words = ["--temperature", 0, "--max-tokens", 5]
     code, _, err = run("sample", folder, *words, "--prompt", "ab")
     assert code == 65
