@@ -1,8 +1,9 @@
-"""Evaluators: `run(params) -> {name: value}`.
+"""Evaluators, each with `run(params) -> {name: value}`, and the parts they are made of.
 
-`ValidationLoss` is of a run's own split, `TextLoss` of any text, `TaskEvaluator` of a file of questions.
-Below the last two, `Scorer` gives the log-probability of continuations, and `bootstrap` says how
-far an average over examples can be trusted. `LMEvalAdapter` is a model of lm_eval, which it needs.
+`ValidationLoss` measures the loss on a run's own validation split, `TextLoss` on any text, and
+`TaskEvaluator` accuracy on a file of examples. The last two score continuations by log-likelihood
+with a `Scorer`. A `Statistic` is a mean with its bootstrap confidence interval. `LMEvalAdapter`
+makes a model available to EleutherAI's lm_eval, and needs the extra `lm-eval`.
 """
 
 from typing import Any
@@ -29,7 +30,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LMEvalAdapter":  # imported when asked for: lm_eval is an extra
+    if name == "LMEvalAdapter":  # imported on first use: lm_eval is an extra
         from gptjax.evaluate.lm_eval import LMEvalAdapter
 
         return LMEvalAdapter

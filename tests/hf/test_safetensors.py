@@ -128,9 +128,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_reported(folders, tmp_
     ]
 
 
-def test_stored_output_layer_must_equal_the_tied_embedding(
-    folders, tmp_path, on_mesh
-):
+def test_stored_output_layer_must_equal_the_tied_embedding(folders, tmp_path, on_mesh):
     folder = folders["qwen3"][0]
     (tmp_path / "same").mkdir()
     (tmp_path / "other").mkdir()
