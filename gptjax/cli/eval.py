@@ -113,7 +113,7 @@ class EvalInputs:
             cfg = DataConfig(text_field=options.text_field)
             documents = Documents.read(options.text, cfg, options.limit)
             for source in sources.resolve(tuple(options.text), "--text"):
-                if isinstance(source, sources.File):
+                if isinstance(source, sources.TextFile):
                     digest = hashlib.sha256(source.path.read_bytes())
                     hashes[str(source.path)] = digest.hexdigest()
         return cls(files, documents, hashes)

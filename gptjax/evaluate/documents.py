@@ -50,7 +50,7 @@ def _documents(patterns: Sequence[str], cfg: DataConfig) -> Iterator[str]:
     """Whole documents, joined where reading splits a long one."""
     parts: list[str] = []
     for source in sources.resolve(tuple(patterns), "--text"):
-        for document in sources.read(source, cfg, sources.Counts()):
+        for document in source.documents(cfg, sources.Counts()):
             parts.append(document.text)
             if document.ends:
                 yield "".join(parts)

@@ -254,7 +254,7 @@ def test_a_run_of_another_machine_is_used_with_attention_and_mesh_of_this_one(cf
 
 def test_the_store_of_a_run_is_there_and_is_its_own(cfg: Config, tmp_path: Path) -> None:
     cfg = changed(cfg, "data", store=str(tmp_path / "store"))
-    with pytest.raises(DataError, match=f"{cfg.data.store}: is no token store"):
+    with pytest.raises(DataError, match=f"{cfg.data.store}: not a token store"):
         run_dir.check_store(cfg, manifest_of())
     Path(cfg.data.store).mkdir()
     empty = dataclasses.replace(manifest_of(files=()), data={"sources": ["moved.txt"]})
