@@ -180,7 +180,7 @@ GROUPS: dict[str, tuple[str, tuple[Command, ...]]] = {
             Command(
                 "train",
                 "tokenizer:train",
-                "Train a tokenizer on text; tell its speed, and its compression of held-out documents.",
+                "Train a tokenizer on text, and measure its compression of held-out documents.",
                 arguments.tokenizer_train,
             ),
             Command(

@@ -208,10 +208,10 @@ def cut(name: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "error", "wanted"),
     [
-        (remove("config.json"), ConfigError, "{}: this folder holds no config.json"),
+        (remove("config.json"), ConfigError, "{}: not a run folder, it has no config.json"),
         (remove("data.json"), DataError, "{}: this run has no data.json"),
         (remove("tokenizer.bytes"), DataError, "{}: holds no tokenizer"),
-        (cut("config.json"), ConfigError, "{}/config.json: cannot be read as JSON"),
+        (cut("config.json"), ConfigError, "{}/config.json: not valid JSON"),
         (cut("data.json"), DataError, "manifest is damaged"),
     ],
     ids=["no config", "no data", "no tokenizer", "cut config", "cut data"],

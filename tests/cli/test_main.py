@@ -205,7 +205,7 @@ def test_an_override_of_another_type_is_named(run: Run, override: str, value: st
     [
         ("quickstar.py", ["quickstar.py: no such file", "quickstart.py"]),
         ("quickstart.py:mian", ["mian", "did you mean main?"]),
-        ("", ["holds no config.json"]),
+        ("", ["has no config.json"]),
     ],
 )
 @pytest.mark.parametrize("command", ["config", "train", "data prepare", "data show"])
