@@ -18,9 +18,9 @@ from gptjax.config.loading import (
     resolve,
     to_dict,
 )
-from gptjax.config.presets import list_presets
 from gptjax.config.mesh import MeshConfig
 from gptjax.config.model import ModelConfig, MoeConfig, RopeConfig
+from gptjax.config.presets import list_presets
 from gptjax.config.resume import resume_changes, resume_classes
 from gptjax.config.schema import (
     CheckpointConfig,
