@@ -150,7 +150,7 @@ def _score(
     counts_BT = (position_T >= first_B[:, None]) & (position_T < last_B[:, None])
     x_ND = decoder.apply(params, model, compute, tokens_BT).x_ND
     x_ND = jax.sharding.reshard(x_ND, sharding.spec("tokens", "embed"))
-    x_BTD = sequence.natural(sequence.sequences(x_ND, b, (x_ND.shape[-1],), ("embed",)))
+    x_BTD = sequence.gather_natural(sequence.unflatten(x_ND, b, (x_ND.shape[-1],), ("embed",)))
     per_device = b // sharding.axis_size("batch")
     fits = lambda c: c == 1 or c * per_device <= SLICE_TOKENS
     width = next(c for c in range(t, 0, -1) if t % c == 0 and fits(c))
