@@ -183,7 +183,7 @@ def _slice_scores(
 ) -> tuple[jax.Array, jax.Array]:
     """The log-probability of each target [B, c], and whether it is the likeliest token."""
     b, width = targets_Bc.shape
-    flat = lambda a_Bc: sequence.to_rows(a_Bc, "batch")
+    flat = lambda a_Bc: sequence.flatten(a_Bc, "batch")
     logits_nV = decoder.logits(params, model, flat(x_BcD))
     ids_V = jnp.arange(logits_nV.shape[-1], out_sharding=sharding.spec("vocab"))
     target_n1 = flat(targets_Bc)[:, None]
