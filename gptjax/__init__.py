@@ -12,7 +12,7 @@ The public API is imported when it is first used, so `import gptjax` costs nothi
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from gptjax.version import __version__
 
 if TYPE_CHECKING:
     from gptjax.config import Config
@@ -29,6 +29,7 @@ __all__ = [
     "LoadedModel",
     "Sampler",
     "SamplingParams",
+    "__version__",
     "load",
     "train",
 ]

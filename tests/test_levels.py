@@ -14,7 +14,7 @@ import gptjax
 PACKAGE = Path(gptjax.__file__).parent
 
 LEVELS = [
-    {"", "errors", "kernels/*"},  # "" is the package itself, which holds the version
+    {"errors", "version", "kernels/*"},
     {"config/*", "param_tree"},
     {"runtime/*", "tokenizer/*"},
     {"parallel/*", "data/*"},
@@ -26,7 +26,7 @@ LEVELS = [
     {"load_model"},
     {"serve/*"},
     {"cli/*"},
-    {"__main__"},
+    {"__main__", ""},  # "" is the package itself: the public API
 ]
 
 

@@ -32,11 +32,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-import gptjax
 from gptjax.config import CheckpointConfig
 from gptjax.errors import CheckpointError, MismatchError, OutputError
 from gptjax.param_tree import Leaves, leaves_by_path, nested
 from gptjax.runtime import distributed
+from gptjax.version import __version__
 
 FORMAT = 1
 _UNFINISHED = ".orbax-checkpoint-tmp"
@@ -159,7 +159,7 @@ class Checkpointer:
             "step": step,
             **self._describe(step),
             "versions": {
-                "gptjax": gptjax.__version__,
+                "gptjax": __version__,
                 "python": platform.python_version(),
                 "jax": jax.__version__,
                 "flax": flax.__version__,

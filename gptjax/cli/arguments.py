@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from gptjax import config as configs
 
 CONFIG_HELP = (
-    "a preset (gpt2:small, or a file of yours: mine.py:main), a JSON file, or a run folder; then "
-    "overrides such as --optim.lr 3e-4 (`gptjax config CONFIG --help` lists them all)"
+    "a preset (`gptjax presets` lists them; or a file of yours, mine.py:main), a JSON file, or a "
+    "run folder; then overrides such as --optim.lr 3e-4 (`gptjax config CONFIG --help` lists them)"
 )
 
 

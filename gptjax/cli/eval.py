@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 
-import gptjax
 from gptjax import config, load_model
 from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import fingerprints, leaves_by_path, sha256_of
@@ -35,6 +34,7 @@ from gptjax.parallel import sharding
 from gptjax.runtime import distributed
 from gptjax.runtime.progress import Progress
 from gptjax.tokenizer import Tokenizer
+from gptjax.version import __version__
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ def _reproduction(
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         "device": mesh.devices.flat[0].device_kind,
         "versions": {
-            "gptjax": gptjax.__version__,
+            "gptjax": __version__,
             "jax": jax.__version__,
             "numpy": np.__version__,
             "python": platform.python_version(),

@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import gptjax
 from gptjax.cli import arguments
 from gptjax.errors import ConfigError, GptjaxError, Preempted
 from gptjax.runtime import malloc
+from gptjax.version import __version__
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ COMMANDS = (
         "serve",
         "serve:run",
         "Serve the model of a run or of a Hugging Face folder over HTTP: the completions interface "
-        "of OpenAI, and a page to try it on.",
+        "that clients know, and a page to try it on.",
         arguments.serve,
     ),
     Command(
@@ -196,7 +196,7 @@ def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(
         prog="gptjax", description="Generative pre-training in JAX: data, training, samples."
     )
-    whole.add_argument("--version", action="version", version=f"gptjax {gptjax.__version__}")
+    whole.add_argument("--version", action="version", version=f"gptjax {__version__}")
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_to(commands)

@@ -79,7 +79,7 @@ HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorflow", "tensorstore",
 PROBE = """
 import atexit, sys
 atexit.register(lambda: print("LOADED", *{m.partition(".")[0] for m in sys.modules}))
-from gptjax.cli import main
+from gptjax.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -452,7 +452,7 @@ def test_a_folder_that_is_no_run_is_told(run: Run, cfg, tmp_path: Path, command:
     assert "no such file" in sentence(err)
     code, _, err = run(command, tmp_path)
     assert code == 2
-    assert "no run" in sentence(err)
+    assert "not a run folder" in sentence(err)
     saved(cfg, tmp_path / "begun" / config.CONFIG_FILE)
     code, _, err = run(command, tmp_path / "begun")
     assert code == 65
@@ -622,10 +622,10 @@ def test_a_line_that_cannot_be_used_is_named_before_a_model_is_opened(
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["--beams", "3", "--stop", "x", "--seed", "1"], "--stop: means nothing with --beams"),
-        (["--length-penalty", "2"], "--length-penalty: means nothing without --beams"),
-        (["--interactive", "--samples", "2"], "--samples: means nothing with --interactive"),
-        (["--bench", "--top-k", "2"], "--top-k: means nothing with --bench"),
+        (["--beams", "3", "--stop", "x", "--seed", "1"], "--stop: has no effect with --beams"),
+        (["--length-penalty", "2"], "--length-penalty: has no effect without --beams"),
+        (["--interactive", "--samples", "2"], "--samples: has no effect with --interactive"),
+        (["--bench", "--top-k", "2"], "--top-k: has no effect with --bench"),
     ],
 )
 def test_an_option_that_would_not_be_heeded_is_refused(run, tmp_path, words, problem) -> None:
