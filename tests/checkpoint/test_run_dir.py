@@ -210,7 +210,7 @@ def cut(name: str) -> Callable[[Path], None]:
     [
         (remove("config.json"), ConfigError, "{}: not a run folder, it has no config.json"),
         (remove("data.json"), DataError, "{}: this run has no data.json"),
-        (remove("tokenizer.bytes"), DataError, "{}: holds no tokenizer"),
+        (remove("tokenizer.bytes"), DataError, "{}: no tokenizer found"),
         (cut("config.json"), ConfigError, "{}/config.json: not valid JSON"),
         (cut("data.json"), DataError, "manifest is damaged"),
     ],

@@ -379,7 +379,7 @@ def test_a_tokenizer_that_cannot_be_trained(
 def test_showing_a_folder_without_a_tokenizer(run: Run, tmp_path: Path) -> None:
     code, _, err = run("tokenizer", "show", tmp_path, "--text", "a")
     assert code == 65
-    assert f"{tmp_path}: holds no tokenizer" in sentence(err)
+    assert f"{tmp_path}: no tokenizer found" in sentence(err)
 
 
 # --- data ------------------------------------------------------------------------------------

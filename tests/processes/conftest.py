@@ -43,7 +43,7 @@ def start(workspace) -> Iterator[Callable[..., Job]]:
             base = local.environment(index, count, port, devices) if count > 1 else os.environ
             base = {k: v for k, v in base.items() if k != "XLA_FLAGS"} | {
                 "JAX_PLATFORMS": "cpu",
-                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles faster, and alike in all processes
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles faster
                 "PYTHONPATH": str(ROOT),
                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             }
