@@ -1,4 +1,4 @@
-"""What a run reports: throughput and MFU, and the writers of metrics.
+"""Throughput, MFU (model FLOPs utilisation), and the writers of metrics.
 
 A metric has one name everywhere: loss, perplexity, grad_norm, param_norm, lr, tokens_per_second,
 data_wait (share of the wall time that the loop waited for a batch), mfu, …

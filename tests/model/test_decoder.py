@@ -93,7 +93,7 @@ def lowered_loss(cfg, params, batch, key=None):
 
     def run(params, batch):
         def mean(params):
-            total, sums = objective.next_token(params, cfg, batch, 0, key)
+            total, sums = objective.next_token_loss(params, cfg, batch, 0, key)
             return total / sums["targets"]
 
         loss, grads = jax.value_and_grad(mean)(params)
@@ -376,10 +376,10 @@ def test_dropout_is_the_same_on_every_mesh_and_off_without_keys(
         assert_same(other, results[0], tolerance=1e-5)
     with on_mesh(1, 1, 1):
         params, batch = random_params(cfg.model), batch_of(cfg)
-        run = jax.jit(lambda p, b, keys: objective.next_token(p, cfg, b, 0, keys)[0])
+        run = jax.jit(lambda p, b, keys: objective.next_token_loss(p, cfg, b, 0, keys)[0])
         keys = None, *map(dropout_keys, (1, 1, 2))
         off, on, again, other = (float(run(params, batch, key)) for key in keys)
-        undropped = jax.jit(lambda p, b: objective.next_token(p, tiny_config(), b, 0)[0])
+        undropped = jax.jit(lambda p, b: objective.next_token_loss(p, tiny_config(), b, 0)[0])
         assert off == float(undropped(params, batch))
     assert on == again
     assert len({off, on, other}) == 3
