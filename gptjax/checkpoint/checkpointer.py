@@ -87,8 +87,8 @@ def _orbax() -> Any:
     from orbax.checkpoint import v1
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    # Slow processes are the watchdog's concern; after Orbax's 300 s at a barrier, a valid checkpoint
-    # would look damaged.
+    # Slow processes are the watchdog's concern: Orbax's limit of 300 s at a barrier would make a
+    # valid checkpoint look damaged.
     for module in _BARRIERS:
         vars(importlib.import_module(module))["_DEFAULT_BARRIER_TIMEOUT"] = _PATIENCE_S
     return v1
@@ -186,7 +186,7 @@ class Checkpointer:
         self._saving = step, self._thread.submit(self._finish, step, response)
 
     def _finish(self, step: int, response: Any) -> None:
-        """In the thread: waits for the commit, then removes checkpoints beyond checkpoint.keep."""
+        """In the thread: waits for the commit, then removes old checkpoints."""
         assert self._cfg is not None
         try:
             response.result()
