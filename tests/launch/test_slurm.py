@@ -204,7 +204,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def fake_gptjax(tmp_path: Path) -> Callable[..., dict[str, str]]:
-    """Returns a function that sets how each attempt's two tasks end, and returns the environment."""
+    """Returns a function that sets how each attempt's tasks end, and returns the environment."""
 
     def write(*attempts: tuple[str, str]) -> dict[str, str]:
         program = tmp_path / "gptjax"
