@@ -408,10 +408,10 @@ def _serve(args: argparse.Namespace, _: Sequence[str]) -> None:
 def _plan(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     from dataclasses import fields
 
-    from gptjax.plan import hardware
+    from gptjax.plan import machines
 
     cfg = _resolve(args, overrides)
-    hardware.environment()
+    machines.environment()
     from gptjax.cli import plan
 
     chosen = {field.name: getattr(args, field.name) for field in fields(plan.Options)}

@@ -10,7 +10,7 @@ from gptjax.errors import ConfigError, OutputError
 from gptjax.plan import aot, estimate, report, search
 from gptjax.plan import html as page
 from gptjax.plan.estimate import Plan
-from gptjax.plan.hardware import GIB, Machine, parse
+from gptjax.plan.machines import GIB, Machine, parse
 
 CONFIRMED = 2  # of the search's best, how many the compiler looks at
 

@@ -25,7 +25,7 @@ from gptjax.model import decoder
 from gptjax.parallel import sharding
 from gptjax.parallel.mesh import make_mesh
 from gptjax.plan.collectives import EXCHANGE, GATHER, SCATTER, SHIFT, SUM, Collective
-from gptjax.plan.hardware import Machine
+from gptjax.plan.machines import Machine
 from gptjax.sample import decoding, engine
 from gptjax.training import objective, step
 

@@ -11,7 +11,7 @@ from gptjax.model import decoder
 from gptjax.model import flops as counts
 from gptjax.parallel.mesh import AXES, abstract_mesh, arrange
 from gptjax.plan import collectives, memory, roofline
-from gptjax.plan.hardware import Machine, places
+from gptjax.plan.machines import Machine, places
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from html import escape
 from gptjax.model import flops
 from gptjax.plan import collectives, report, roofline
 from gptjax.plan.estimate import Plan
-from gptjax.plan.hardware import GIB
+from gptjax.plan.machines import GIB
 from gptjax.plan.memory import Tensor
 from gptjax.plan.search import Choice
 

@@ -9,7 +9,7 @@ from gptjax.parallel.mesh import FSDP
 from gptjax.plan import aot as compiling
 from gptjax.plan import collectives, roofline
 from gptjax.plan.estimate import Plan
-from gptjax.plan.hardware import GIB
+from gptjax.plan.machines import GIB
 
 BAR = 40  # characters of a device's whole memory
 

@@ -16,7 +16,7 @@ from gptjax.config import Config
 from gptjax.model import flops as counts
 from gptjax.parallel import mesh, sharding
 from gptjax.plan.collectives import EXCHANGE, GATHER, SCATTER, SHIFT, SUM, Collective, passes
-from gptjax.plan.hardware import Machine
+from gptjax.plan.machines import Machine
 
 # Share of the bfloat16 peak that a whole train step's products reached, recomputation counted, in
 # the best runs that the MaxText team published: on v5e 0.89 (its 32B, 66.9 % MFU with a forward

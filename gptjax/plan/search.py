@@ -15,7 +15,7 @@ from gptjax.config.validation import divisors
 from gptjax.errors import ConfigError
 from gptjax.plan import memory
 from gptjax.plan.estimate import Plan, plan
-from gptjax.plan.hardware import Machine
+from gptjax.plan.machines import Machine
 
 REMAT = ("none", "dots", "block")
 

@@ -10,7 +10,7 @@ import pytest
 from gptjax.errors import ConfigError
 from gptjax.plan import aot
 from gptjax.plan.collectives import EXCHANGE, GATHER, SCATTER, SHIFT, SUM, Collective
-from gptjax.plan.hardware import parse
+from gptjax.plan.machines import parse
 
 MESH = {"data": 2, "fsdp": 4}
 

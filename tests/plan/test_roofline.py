@@ -8,9 +8,9 @@ from shapes import LLAMA
 from gptjax.config import MeshConfig, MoeConfig
 from gptjax.model import flops
 from gptjax.parallel.mesh import AXES, arrange
-from gptjax.plan import estimate, hardware, roofline
+from gptjax.plan import estimate, machines, roofline
 from gptjax.plan.collectives import GATHER, Collective
-from gptjax.plan.hardware import Machine, parse, places
+from gptjax.plan.machines import Machine, parse, places
 
 
 @pytest.fixture
@@ -189,8 +189,8 @@ def with_figures(monkeypatch):
     """v5e:4x4 with other figures of a device."""
 
     def make(**figures):
-        device = replace(hardware.DEVICES["v5e"], **figures)
-        monkeypatch.setitem(hardware.DEVICES, "v5e", device)
+        device = replace(machines.DEVICES["v5e"], **figures)
+        monkeypatch.setitem(machines.DEVICES, "v5e", device)
         return Machine("v5e:4x4", device, (4, 4))
 
     return make

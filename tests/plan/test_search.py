@@ -8,7 +8,7 @@ import pytest
 from gptjax import config
 from gptjax.errors import ConfigError
 from gptjax.plan import estimate, search
-from gptjax.plan.hardware import parse
+from gptjax.plan.machines import parse
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SMALL, LLAMA, MIXTRAL = (

@@ -7,7 +7,7 @@ import pytest
 from gptjax.config import MeshConfig
 from gptjax.errors import ConfigError
 from gptjax.parallel.mesh import AXES, arrange
-from gptjax.plan.hardware import DEVICES, GIB, parse, places
+from gptjax.plan.machines import DEVICES, GIB, parse, places
 
 
 @pytest.mark.parametrize(
