@@ -18,8 +18,9 @@ from gptjax.config import Config
 from gptjax.data import loader, store
 from gptjax.errors import DataError
 from gptjax.evaluate import Scorer, Task, ValidationLoss, named, read_tasks
-from gptjax.model import decoder, flops
+from gptjax.model import decoder
 from gptjax.model.decoder import Params
+from gptjax.model.flops import ModelCost
 from gptjax.parallel import arrays
 from gptjax.parallel import pipeline as stages
 from gptjax.runtime import distributed
@@ -128,7 +129,7 @@ def pretrain(
         checkpoints=checkpoints,
         writers=functools.partial(metrics.writers, cfg),
         throughput=metrics.Throughput(
-            flops.flops_per_token(cfg.model, cfg.train.seq_len),
+            ModelCost(cfg.model).flops_per_token(cfg.train.seq_len),
             cfg.compute.dtype,
             cfg.log.peak_tflops,
         ),

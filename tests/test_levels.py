@@ -155,6 +155,7 @@ def test_tensorflow_is_imported_by_the_data_files_only() -> None:
         ("gptjax", {"jax", "jaxlib", "flax", "numpy", "tensorflow"}),
         ("gptjax.cli.main", {"jax", "jaxlib", "flax", "optax", "orbax", "numpy", "tensorflow"}),
         ("gptjax.data.permutation", {"jax", "jaxlib", "tensorflow", "tensorstore"}),
+        ("gptjax.runtime.hardware", {"jax", "jaxlib", "numpy", "tensorflow"}),
         ("gptjax.plan.machines", {"jax", "jaxlib", "numpy", "tensorflow"}),
         ("gptjax.cli.plan", {"tensorflow", "tensorflow_datasets"}),
         ("gptjax.sample", {"tensorflow", "tensorflow_datasets", "optax", "orbax"}),

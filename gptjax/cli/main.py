@@ -411,7 +411,7 @@ def _plan(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     from gptjax.plan import machines
 
     cfg = _resolve(args, overrides)
-    machines.environment()
+    machines.set_environment()
     from gptjax.cli import plan
 
     chosen = {field.name: getattr(args, field.name) for field in fields(plan.Options)}
@@ -466,11 +466,11 @@ def _print_certificate(certificate: dict[str, Any], indent: str = "") -> None:
 def _inspect(args: argparse.Namespace, _: Sequence[str]) -> None:
     from gptjax.checkpoint import run_dir
     from gptjax.checkpoint.checkpointer import Checkpointer
-    from gptjax.model import flops as counts
+    from gptjax.model.flops import ModelCost
 
     cfg = config.load(args.run)
     steps = Checkpointer(pathlib.Path(args.run) / run_dir.CHECKPOINTS).steps()
-    parameters = counts.parameters(cfg.model)
+    parameters = ModelCost(cfg.model).parameters
     print(f"{args.run}: {parameters.total:,} parameters, {parameters.active:,} active")
     print(f"checkpoints: {', '.join(map(str, steps)) or 'none'}")
     if source := run_dir.source_of(args.run):
@@ -591,14 +591,15 @@ def _config(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def _print_counts(cfg: config.Config) -> None:
-    from gptjax.model import flops as counts
+    from gptjax.model.flops import ModelCost
 
-    parameters = counts.parameters(cfg.model)
+    cost = ModelCost(cfg.model)
+    parameters = cost.parameters
     for name, number in parameters.parts.items():
         print(f"{name:28} {number:>20,}")
     print(f"{'total':28} {parameters.total:>20,}")
     print(f"{'active':28} {parameters.active:>20,}  of one token")
-    flops = counts.flops_per_token(cfg.model, cfg.train.seq_len)
+    flops = cost.flops_per_token(cfg.train.seq_len)
     print(
         f"{'training FLOPs':28} {flops:>20,.0f}  a token, in sequences of {cfg.train.seq_len} "
         "(forward: a third)"

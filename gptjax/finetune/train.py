@@ -26,7 +26,8 @@ from gptjax.finetune.base_model import Base, pinned
 from gptjax.finetune.conversations import Conversations
 from gptjax.finetune.examples import Examples
 from gptjax.finetune.tokenize import Special
-from gptjax.model import decoder, flops, heads
+from gptjax.model import decoder, heads
+from gptjax.model.flops import ModelCost
 from gptjax.parallel import arrays, sharding
 from gptjax.param_tree import Tree
 from gptjax.runtime import distributed
@@ -98,7 +99,7 @@ def tune(
         checkpoints=_checkpoints(cfg, base, backends, lr_multipliers, progress.say),
         writers=functools.partial(metrics.writers, cfg),
         throughput=metrics.Throughput(
-            flops.flops_per_token(cfg.model, cfg.train.seq_len),
+            ModelCost(cfg.model).flops_per_token(cfg.train.seq_len),
             cfg.compute.dtype,
             cfg.log.peak_tflops,
         ),

@@ -1,72 +1,21 @@
-"""The machines that a run can be planned for: their figures, and how their devices lie.
+"""The machines that a run can be planned for: slices of a TPU or nodes of GPUs, and their devices.
 
-Figures are those that the vendors publish, of one device as JAX counts them. What a program reaches
-of them is another matter, see roofline.py.
+A machine is named by a device of runtime/hardware.py and a size: v5e:16x16, 2xv5p:8x8x8, h100:64.
 """
 
+import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from gptjax.errors import ConfigError
-
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Device:
-    """One device, as JAX counts them.
-
-    kind: its name in JAX. tflops: dense bfloat16 peak. memory: bytes that a program can have.
-    hbm: bytes/s. link: bytes/s one way, of one link of the torus, or of all of a GPU's links to its
-    node. network: bytes/s one way between slices or nodes, a device's share. rings: dimensions of
-    the torus; 0 for a switched node. wraps: a dimension of this many, or a multiple, is a ring;
-    shorter ones are lines. node: devices of a host. per_chip: devices of a chip. largest: devices
-    of the largest slice.
-    """
-
-    kind: str
-    tflops: float
-    memory: float
-    hbm: float
-    link: float
-    network: float
-    rings: int
-    wraps: int
-    node: int
-    per_chip: int = 1
-    largest: int = 0
-
-    @property
-    def platform(self) -> str:
-        """As JAX names it."""
-        return "tpu" if self.rings else "gpu"
-
-
-# TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}: peaks, memory, its bandwidth, slices.
-# Memory is what XLA says it has ("of 15.75G hbm") for v5e, v5p, v6e (here, too), v4 and 7x. Links,
-# wrapping and network: jax-ml.github.io/scaling-book/tpus (the attainable figures, a tenth below
-# those of the documentation); a v7x chip's six links are shared by its two devices.
-# GPU: NVIDIA's data sheets as cited by jax-ml.github.io/scaling-book/gpus and glennklockwood.com;
-# memory is what nvidia-smi shows; network is one 200 (A100) or 400 Gb/s adapter a GPU.
-DEVICES: Mapping[str, Device] = {
-    "v4": Device("TPU v4", 275, 30.75 * GIB, 1.2e12, 45e9, 6.25e9, 3, 4, 4, 1, 4096),
-    "v5e": Device("TPU v5 lite", 197, 15.75 * GIB, 8.19e11, 45e9, 3.125e9, 2, 16, 4, 1, 256),
-    "v5p": Device("TPU v5p", 459, 95.74 * GIB, 2.765e12, 90e9, 6.25e9, 3, 4, 4, 1, 8960),
-    "v6e": Device("TPU v6 lite", 918, 31.25 * GIB, 1.638e12, 90e9, 12.5e9, 2, 16, 4, 1, 256),
-    "v7x": Device("TPU7x", 1153.5, 94.75 * GIB, 3.69e12, 45e9, 6.25e9, 3, 4, 8, 2, 18432),
-    "a100": Device("NVIDIA A100 80GB", 312, 80 * GIB, 2.039e12, 3e11, 2.5e10, 0, 0, 8),
-    "h100": Device("NVIDIA H100", 989.4, 79.6 * GIB, 3.35e12, 4.5e11, 5e10, 0, 0, 8),
-    "h200": Device("NVIDIA H200", 989.4, 140.4 * GIB, 4.8e12, 4.5e11, 5e10, 0, 0, 8),
-    "b200": Device("NVIDIA B200", 2250, 179.1 * GIB, 8e12, 9e11, 5e10, 0, 0, 8),
-}
+from gptjax.runtime.hardware import DEVICES, Device
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Devices of a kind: slices of a torus of `shape` chips, or so many GPUs."""
+    """Devices of one kind: slices of a torus of `shape` chips, or nodes of `shape[0]` GPUs."""
 
     name: str
     device: Device
@@ -74,37 +23,29 @@ class Machine:
     slices: int = 1
 
     @property
-    def generation(self) -> str:
-        """The name in DEVICES."""
-        return next(name for name, device in DEVICES.items() if device.kind == self.device.kind)
-
-    @property
-    def islands(self) -> int:
-        """Slices that the data axis has to run through; a mesh may run through nodes of GPUs."""
-        return self.slices if self.device.rings else 1
+    def data_multiple(self) -> int:
+        """A divisor of the data axis, along which slices lie; nodes of GPUs may lie along any."""
+        return self.slices if self.device.torus_dims else 1
 
     @property
     def devices(self) -> int:
-        """All of them, as JAX counts."""
+        """Number of devices, as JAX counts."""
         return self.slices * self.per_slice
 
     @property
     def per_slice(self) -> int:
-        """Devices that the torus, or a node's switch, connects."""
-        chips = 1
-        for size in self.shape:
-            chips *= size
-        return chips * self.device.per_chip
+        """Devices that one torus, or one node's switch, connects."""
+        return math.prod(self.shape) * self.device.devices_per_chip
 
     @property
     def chips(self) -> int:
-        """What is paid for."""
-        return self.devices // self.device.per_chip
+        """Number of chips, which is what is paid for."""
+        return self.devices // self.device.devices_per_chip
 
     @property
     def processes(self) -> int:
-        """Hosts, each with a process."""
-        return self.slices * -(-self.per_slice // self.device.node)
+        """Number of hosts, each with one process."""
+        return self.slices * -(-self.per_slice // self.device.devices_per_host)
 
 
 def parse(text: str) -> Machine:
@@ -112,44 +53,47 @@ def parse(text: str) -> Machine:
 
     Raises ConfigError.
     """
-    match = re.fullmatch(r"(?:(\d+)x)?([a-z]+\d+[a-z]*):(\d+(?:x\d+)*)", text)
+    match = re.fullmatch(r"(?:(\d+)x)?([a-z]+\d+[a-z]*(?:-\w+)?):(\d+(?:x\d+)*)", text)
     known = ", ".join(DEVICES)
     if match is None:
-        raise ConfigError(
-            [f"--machine={text}: write v5p:8x8x8, 2xv5e:16x16 (slices) or h100:64; known: {known}"]
-        )
+        raise _problem(text, f"write v5p:8x8x8, 2xv5e:16x16 (slices) or h100:64; known: {known}")
     slices, name, sizes = int(match[1] or 1), match[2], tuple(map(int, match[3].split("x")))
     if name not in DEVICES:
-        raise ConfigError([f"--machine={text}: no figures for {name}; known: {known}"])
-    device = DEVICES[name]
+        raise _problem(text, f"unknown device {name}; known: {known}")
     if not min(sizes) or not slices:
-        raise ConfigError([f"--machine={text}: sizes must be at least 1"])
-    if device.rings:
-        if len(sizes) != device.rings:
-            example = "8x8x8" if device.rings == 3 else "16x16"
-            raise ConfigError(
-                [f"--machine={text}: a {name} has {device.rings} dimensions: {name}:{example}"]
-            )
-        machine = Machine(text, device, sizes, slices)
-        if machine.per_slice > device.largest:
-            raise ConfigError(
-                [
-                    f"--machine={text}: a slice of {machine.per_slice} devices; the largest {name} "
-                    f"has {device.largest}"
-                ]
-            )
-        return machine
+        raise _problem(text, "sizes must be at least 1")
+    device = DEVICES[name]
+    return (_tpu if device.torus_dims else _gpu)(text, device, sizes, slices)
+
+
+def _tpu(text: str, device: Device, sizes: tuple[int, ...], slices: int) -> Machine:
+    name, dims = device.name, device.torus_dims
+    if len(sizes) != dims:
+        example = "8x8x8" if dims == 3 else "16x16"
+        raise _problem(text, f"a {name} slice has {dims} dimensions, such as {name}:{example}")
+    machine = Machine(text, device, sizes, slices)
+    if machine.per_slice > device.largest_slice:
+        too_large = f"a slice of {machine.per_slice} devices"
+        raise _problem(text, f"{too_large}; the largest {name} has {device.largest_slice}")
+    return machine
+
+
+def _gpu(text: str, device: Device, sizes: tuple[int, ...], slices: int) -> Machine:
     if len(sizes) != 1 or slices > 1:
-        raise ConfigError([f"--machine={text}: GPUs are a number, such as {name}:64"])
-    node = min(sizes[0], device.node)
+        raise _problem(text, f"the size of GPU machines is a number, such as {device.name}:64")
+    node = min(sizes[0], device.devices_per_host)
     if sizes[0] % node:
-        raise ConfigError([f"--machine={text}: nodes have {node} GPUs; use a multiple of that"])
+        raise _problem(text, f"nodes have {node} GPUs; use a multiple of {node}")
     return Machine(text, device, (node,), sizes[0] // node)
 
 
+def _problem(text: str, what: str) -> ConfigError:
+    return ConfigError([f"--machine={text}: {what}"])
+
+
 @dataclass(frozen=True)
-class Place:
-    """A device that is not there, with what arranging a mesh asks of one."""
+class AbstractDevice:
+    """A device that is not there, with the attributes that arranging a mesh reads."""
 
     id: int
     process_index: int
@@ -160,33 +104,34 @@ class Place:
     device_kind: str
 
 
-def places(machine: Machine) -> list[Any]:
-    """Every device of a machine, as far as its place goes. Nodes of GPUs are no slices: a mesh axis
-    may run through them.
-    """
+def abstract_devices(machine: Machine) -> list[AbstractDevice]:
+    """All devices of a machine, in JAX's order. GPUs have no slices: any axis may cross nodes."""
     device = machine.device
-    kind = {"TPU v5p": "TPU v5"}.get(device.kind, device.kind)
-    found: list[Any] = []
-    for s in range(machine.slices):
-        for chip in range(machine.per_slice // device.per_chip):
-            coords, rest = [], chip
+    hosts_per_slice = machine.processes // machine.slices
+    found: list[AbstractDevice] = []
+    for slice_ in range(machine.slices):
+        for within in range(machine.per_slice):
+            chip, core = divmod(within, device.devices_per_chip)
+            coords = []
             for size in machine.shape:  # the first coordinate runs fastest
-                coords.append(rest % size)
-                rest //= size
-            coords += [0] * (3 - len(coords))
-            for core in range(device.per_chip):
-                n = len(found)
-                host = (
-                    s * (machine.processes // machine.slices)
-                    + (n - s * machine.per_slice) // device.node
+                chip, coord = divmod(chip, size)
+                coords.append(coord)
+            found.append(
+                AbstractDevice(
+                    id=len(found),
+                    process_index=slice_ * hosts_per_slice + within // device.devices_per_host,
+                    slice_index=slice_ if device.torus_dims else 0,
+                    coords=coords + [0] * (3 - len(coords)),
+                    core_on_chip=core,
+                    platform=device.platform,
+                    device_kind=device.kinds[0],
                 )
-                slice_ = s if device.rings else 0
-                found.append(Place(n, host, slice_, coords, core, device.platform, kind))
+            )
     return found
 
 
-def environment() -> None:
-    """What JAX and libtpu must find in the environment before they are loaded, to plan anywhere."""
+def set_environment() -> None:
+    """Sets what JAX and libtpu read from the environment when they load, to plan without a TPU."""
     os.environ.update(
         JAX_PLATFORMS="cpu",
         TPU_SKIP_MDS_QUERY="1",
