@@ -331,7 +331,7 @@ def _scales_and_biases(s: StepShape) -> Iterator[Collective]:
 
 def _token_axes(s: StepShape) -> tuple[str, ...]:
     """The mesh axes over which tokens are split."""
-    axes = sharding.mesh_axes("stream" if s.split else "tokens")
+    axes = sharding.mesh_axes("residual" if s.split else "tokens")
     return tuple(axis for axis in axes if s.sizes[axis] > 1)
 
 

@@ -263,7 +263,9 @@ def test_declared_moments_bound_the_size_of_the_state(tiny_config, params, name)
         assert size(state) < size(params) / 2
 
 
-def test_optimizer_registered_from_outside_is_built_under_its_name(tiny_config, params, monkeypatch):
+def test_optimizer_registered_from_outside_is_built_under_its_name(
+    tiny_config, params, monkeypatch
+):
     monkeypatch.setattr(registry.OPTIMIZERS, "_items", dict(registry.OPTIMIZERS._items))
 
     @registry.OPTIMIZERS.register("momentum")
