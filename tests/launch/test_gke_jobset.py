@@ -9,7 +9,7 @@ import pytest
 
 from gptjax import config
 from gptjax.cli import main
-from gptjax.plan import hardware
+from gptjax.plan import machines
 
 yaml = pytest.importorskip("yaml")
 
@@ -89,7 +89,7 @@ def test_command_parses_and_its_machine_matches_the_requested_slices(job, monkey
     pod = job["template"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     cfg = resolved(container["args"], monkeypatch)
-    machine = hardware.parse(cfg.mesh.machine)
+    machine = machines.parse(cfg.mesh.machine)
     (mount,) = container["volumeMounts"]
     assert cfg.run.startswith(mount["mountPath"] + "/")
     assert cfg.data.store.startswith(mount["mountPath"] + "/")
@@ -114,6 +114,6 @@ def test_xpk_command_matches_the_jobset(objects, job, monkeypatch) -> None:
     grace = int(options["--termination-grace-period-seconds"])
     assert grace == pod["terminationGracePeriodSeconds"]
     cfg = resolved(shlex.split(options["--command"])[1:], monkeypatch)
-    assert int(options["--num-slices"]) == hardware.parse(cfg.mesh.machine).slices
+    assert int(options["--num-slices"]) == machines.parse(cfg.mesh.machine).slices
     chips = int(options["--tpu-type"].rsplit("-", 1)[1])
-    assert chips == hardware.parse(cfg.mesh.machine).chips
+    assert chips == machines.parse(cfg.mesh.machine).chips

@@ -114,14 +114,14 @@ def test_planned_figures_equal_the_planner_output(place: int, command_line, monk
 @pytest.mark.parametrize("place", range(3))
 def test_given_figures_equal_those_of_preset_and_machine(place: int, monkeypatch) -> None:
     from gptjax.cli import main
-    from gptjax.model import flops
-    from gptjax.plan import hardware
+    from gptjax.model.flops import ModelCost
+    from gptjax.plan import machines
 
     monkeypatch.chdir(REPO)
     args, rest = main._parser().parse_known_args(shlex.split(COMMANDS[place])[1:])
     cfg, column = main._resolve(args, rest), COLUMNS[place]
-    assert column["P"] == flops.parameters(cfg.model).total
+    assert column["P"] == ModelCost(cfg.model).parameters.total
     assert (column["L"], column["D"]) == (cfg.model.layers, cfg.model.embed)
     assert (column["B"], column["a"]) == (cfg.train.batch_tokens, cfg.train.accumulation)
-    assert column["H"] == hardware.parse(args.machine).processes
+    assert column["H"] == machines.parse(args.machine).processes
     assert cfg.model.vocab_size > 1 << 16  # or tokens are two bytes
