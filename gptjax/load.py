@@ -39,9 +39,9 @@ class LoadedModel:
     params: Params
     step: int | None
 
-    def sampler(self, *, rows: int = 32) -> Sampler:
+    def sampler(self, *, slots: int = 32) -> Sampler:
         """A sampler of it; see there for what it keeps of the parameters."""
-        return Sampler(self.params, self.cfg.model, self.cfg.compute, self.tokenizer, rows=rows)
+        return Sampler(self.params, self.cfg.model, self.cfg.compute, self.tokenizer, slots=slots)
 
 
 @contextmanager
@@ -51,12 +51,12 @@ def load_model(
     dtype: str | None = None,
     say: Callable[[str], None] = lambda line: None,
     check: Callable[[Config, Tokenizer | None], None] = lambda cfg, tokenizer: None,
-    rehearse: Callable[[Sampler], None] | None = None,
+    precompile: Callable[[Sampler], None] | None = None,
 ) -> Iterator[LoadedModel]:
     """The model of a run folder or a Hugging Face folder, with its mesh as the ambient one.
 
     `dtype` is what to compute in, float32 or bfloat16, otherwise the run's own. `check` is called
-    before the parameters are read, and may raise. On a CPU `rehearse` is called while they are
+    before the parameters are read, and may raise. On a CPU `precompile` is called while they are
     read, with a sampler of the same model whose parameters are zero, so that what it runs is
     compiled when it is wanted; an error in it is left to the real run to meet. Raises what
     `run.open_run`, `separate.restore_params` and `weights.open_source` raise.
@@ -73,7 +73,7 @@ def load_model(
         cfg = replace(cfg, compute=replace(cfg.compute, dtype=dtype))  # type: ignore[arg-type]
     check(cfg, tokenizer)
     with entered_mesh(cfg):
-        with _rehearsal(cfg, tokenizer, rehearse):
+        with _precompiling(cfg, tokenizer, precompile):
             if source is not None:
                 params = safetensors.read_params(source)
             else:
@@ -82,11 +82,11 @@ def load_model(
 
 
 @contextmanager
-def _rehearsal(
-    cfg: Config, tokenizer: Tokenizer | None, rehearse: Callable[[Sampler], None] | None
+def _precompiling(
+    cfg: Config, tokenizer: Tokenizer | None, precompile: Callable[[Sampler], None] | None
 ) -> Iterator[None]:
-    """A thread of its own for `rehearse`, where zeros cost no memory and nobody else waits."""
-    if rehearse is None or sharding.platform() != "cpu" or jax.process_count() > 1:
+    """A thread of its own for `precompile`, where zeros cost no memory and nobody else waits."""
+    if precompile is None or sharding.platform() != "cpu" or jax.process_count() > 1:
         yield
         return
     mesh = jax.sharding.get_mesh()
@@ -94,9 +94,9 @@ def _rehearsal(
     def go() -> None:
         with suppress(Exception), jax.set_mesh(mesh):
             zeros = safetensors.zeros(cfg.model, cfg.compute.dtype)
-            rehearse(Sampler(zeros, cfg.model, cfg.compute, tokenizer))
+            precompile(Sampler(zeros, cfg.model, cfg.compute, tokenizer))
 
-    thread = Thread(target=go, name="rehearsal")
+    thread = Thread(target=go, name="precompile")
     thread.start()
     yield  # an error here is told at once, and the thread's end awaited at the interpreter's
     thread.join()

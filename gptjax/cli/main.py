@@ -370,11 +370,11 @@ def _sample(args: argparse.Namespace, _: Sequence[str]) -> None:
     file = sample.File(args.file, args.output, settings) if args.file else None
     from gptjax import load
 
-    prompts, rehearse = args.prompt or [""], None
+    prompts, precompile = args.prompt or [""], None
     if beams is None and not (args.file or args.interactive or args.bench):
-        rehearse = lambda sampler: sampler.rehearse(prompts, settings)
+        precompile = lambda sampler: sampler.precompile(prompts, settings)
     say = Progress().say
-    with load.load_model(args.run, dtype=args.dtype, say=say, rehearse=rehearse) as model:
+    with load.load_model(args.run, dtype=args.dtype, say=say, precompile=precompile) as model:
         if args.bench:
             from gptjax.cli import benchmark
 
@@ -382,7 +382,7 @@ def _sample(args: argparse.Namespace, _: Sequence[str]) -> None:
             return
         if model.tokenizer is None and file is None:
             raise DataError(f"{args.run}: its source had no tokenizer, so it cannot read a prompt")
-        sampler = model.sampler(rows=args.rows)
+        sampler = model.sampler(slots=args.rows)
         if file is not None:
             file.fill(sampler, Progress())
         elif args.interactive:

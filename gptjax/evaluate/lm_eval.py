@@ -125,7 +125,7 @@ class LMEvalAdapter(TemplateLM):
             self._scorer.model,
             self._scorer.compute,
             self._text,
-            rows=self.batch_size,
+            slots=self.batch_size,
         )
         prompts, settings = [], []
         for request in requests:

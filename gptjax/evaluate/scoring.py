@@ -22,7 +22,7 @@ from gptjax.model import decoder
 from gptjax.model.decoder import Params
 from gptjax.parallel import arrays, sequence, sharding
 from gptjax.runtime.progress import Progress
-from gptjax.sample.engine import bucket, place_rows
+from gptjax.sample.engine import bucket, shard_batch
 from gptjax.tokenizer import Tokenizer
 
 SHORTEST = 16
@@ -101,7 +101,7 @@ class Scorer:
             for start in range(0, len(order), rows):
                 batch = order[start : start + rows]
                 windows = self._windows([pairs[i] for i in batch], lengths[batch[0]], rows)
-                sums = _sums(params, *place_rows(windows), self.model, self.compute)
+                sums = _sums(params, *shard_batch(windows), self.model, self.compute)
                 waiting.append((batch, sums))
                 take(1)
                 bar.update(start + len(batch))

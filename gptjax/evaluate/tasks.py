@@ -79,7 +79,7 @@ class Task:
             self._scorer.model,
             self._scorer.compute,
             self._tokenizer,
-            rows=self._scorer.rows,
+            slots=self._scorer.rows,
         )
         most = min(ANSWER_TOKENS, self._scorer.limit // 2)
         prompts = [self._tokenizer.prompt(one.prompt) for one in examples]
