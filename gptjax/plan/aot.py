@@ -100,12 +100,12 @@ def train_step(cfg: Config, machine: Machine) -> Compiled:
 def sampling(cfg: Config, machine: Machine, prompt: int = 2048) -> Iterator[tuple[str, Compiled]]:
     """The sampler's programs on the same mesh: a chunk's prefill, and decoding.
 
-    One sequence for each device of the batch's axes, in the compute dtype, with caches for the
+    One slot for each device of the batch's axes, in the compute dtype, with caches for the
     prompt and as many new tokens.
     """
     mesh = make_mesh(cfg.mesh, devices(machine))
     with jax.set_mesh(mesh):
-        rows, capacity = sharding.axis_size("batch"), min(2 * prompt, cfg.model.context)
+        slots, capacity = sharding.axis_size("batch"), min(2 * prompt, cfg.model.context)
         params, model = (
             sharding.abstract(
                 lambda: decoding.decoding_params(
@@ -115,19 +115,19 @@ def sampling(cfg: Config, machine: Machine, prompt: int = 2048) -> Iterator[tupl
             cfg.model,
         )
         caches = sharding.abstract(
-            lambda: decoder.empty_caches(model, rows, capacity, cfg.compute.dtype, engine.CHUNK)
+            lambda: decoder.empty_caches(model, slots, capacity, cfg.compute.dtype, engine.CHUNK)
         )
-        chunk = (_rows((rows, engine.CHUNK)),) * 2
+        chunk = (_batched((slots, engine.CHUNK)),) * 2
         prefill = decoding.prefill.lower(params, chunk, caches, model, cfg.compute)
         yield (
-            f"prefill {rows} x {engine.CHUNK} tokens",
+            f"prefill {slots} x {engine.CHUNK} tokens",
             _compile(lambda: prefill.compile(), mesh),
         )
-        empty = engine.empty_slots(rows, model.table, engine.EngineLimits())
+        empty = engine.empty_slots(slots, model.table, engine.EngineLimits())
         scalar = jax.ShapeDtypeStruct((), np.int32)
         burst = decoding.burst.lower(
             params,
-            jax.tree.map(lambda a: _rows(a.shape, a.dtype), empty),
+            jax.tree.map(lambda a: _batched(a.shape, a.dtype), empty),
             caches,
             scalar,
             jax.ShapeDtypeStruct((), np.bool_),
@@ -135,12 +135,13 @@ def sampling(cfg: Config, machine: Machine, prompt: int = 2048) -> Iterator[tupl
             decoding.DecodeConfig(model, cfg.compute, sampling=True, truncation=True),
         )
         yield (
-            f"decode {rows} slots, {capacity} tokens",
+            f"decode {slots} slots, {capacity} tokens",
             _compile(lambda: burst.compile(), mesh),
         )
 
 
-def _rows(shape: tuple[int, ...], dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+def _batched(shape: tuple[int, ...], dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+    """An abstract array whose leading dimension is split over the batch's axes."""
     spec = sharding.spec("batch", *[None] * (len(shape) - 1))
     mesh = jax.sharding.get_mesh()
     return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))

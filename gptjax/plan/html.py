@@ -168,8 +168,7 @@ def _roofline(plan: Plan) -> str:
         f'<text x="60" y="{y(peak) - 8:.0f}">{device.tflops:g} TFLOP/s</text>'
         f'<text x="{x(ridge) - 60:.0f}" y="205">{device.hbm_bandwidth / 1e9:.0f} GB/s up to '
         f'{ridge:.0f} FLOPs a byte</text><text x="300" y="235">this step: '
-        f"{intensity:,.0f} FLOPs a byte of "
-        "memory traffic, recomputation counted</text></svg>"
+        f"{intensity:,.0f} FLOPs a byte of memory traffic, recomputation counted</text></svg>"
     )
 
 

@@ -1,4 +1,4 @@
-"""`gptjax plan`: what it prints and writes, one line for each mistake, and what it never loads."""
+"""`gptjax plan`: its output and page, one line for each mistake, and its imports."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def number_after(word, out):
     return float(re.search(r"[\d,.]*\d", line.removeprefix(word))[0].replace(",", ""))
 
 
-# --- what it prints ------------------------------------------------------------------------------
+# --- output --------------------------------------------------------------------------------------
 
 
 def test_plan_prints_memory_step_and_budget_as_predictions(run) -> None:
@@ -259,7 +259,7 @@ def test_compile_without_libtpu_says_what_to_install(run, monkeypatch, flag) -> 
 
 @pytest.fixture
 def compiler(monkeypatch):
-    """Stands for the TPU's compiler; what it finds, and the meshes that it was given."""
+    """A stand-in for the TPU's compiler: its result, and the meshes that it was given."""
     asked = []
 
     def train_step(cfg, machine):
@@ -311,7 +311,7 @@ def test_two_best_choices_of_a_search_are_compiled(run, compiler) -> None:
     assert out.count("compiled  by the TPU's compiler") == 2
 
 
-# --- what it loads -------------------------------------------------------------------------------
+# --- imports -------------------------------------------------------------------------------------
 
 PROBE = """
 import atexit, sys

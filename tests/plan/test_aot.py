@@ -1,4 +1,4 @@
-"""Reading a compiled program: its collectives, how often they run, over which axes, and what hides.
+"""Reading a compiled program: its collectives, their counts, mesh axes and overlap.
 
 The programs here are written by hand in XLA's text form; test_tpu.py reads real ones.
 """
@@ -81,11 +81,11 @@ def only(text, shape=MESH):
 def test_collectives_of_a_loop_are_counted_by_its_trip_count() -> None:
     found = {one.kind: one for one in aot.program_collectives(PROGRAM, MESH)}
     assert found == {
-        # what the group has in the end, twelve times, of which nothing runs beside it
+        # the gathered array, in a loop of twelve, not overlapped
         ALL_GATHER: Collective(
             ALL_GATHER, ("fsdp",), 4, 64 * 128 * 2, 12, "layer/gather", "layers", overlapped=False
         ),
-        # what the group had before; its part is in the program
+        # the array before scattering; the program has a part of it
         REDUCE_SCATTER: Collective(
             REDUCE_SCATTER,
             ("fsdp",),
@@ -184,7 +184,7 @@ def test_axis_of_a_permute_is_where_its_pairs_differ() -> None:
     assert [only(program(line)).axes for line in (along, across)] == [("fsdp",), ("data",)]
 
 
-# --- where it runs -------------------------------------------------------------------------------
+# --- counts, loops and overlap -------------------------------------------------------------------
 
 GATHERS = f"  ROOT %g = f32[8] all-gather(%x), {FSDP}\n"
 LOOP = """\
@@ -277,7 +277,7 @@ def test_all_gather_over_several_fusions_is_counted_once() -> None:
     assert all(one.overlapped for one in found)
 
 
-# --- what else the compiler says -----------------------------------------------------------------
+# --- the compiler's messages ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""What a step sends: against figures worked out by hand, and against the compiled step itself.
+"""Communication of a step: against figures worked out by hand, and against the compiled step.
 
-In the figures: D embed, H and K heads, C head_dim, F feed-forward, V rows of a table, L layers;
-wire is what one of n devices sends: (n-1)/n of a gathered, scattered or exchanged array, twice that
-of one that is summed everywhere.
+In the figures: D embed, H and K heads, C head_dim, F feed-forward, V rows of a table, L layers.
+Wire bytes of one of n devices: (n-1)/n of an array that is gathered, scattered or exchanged, twice
+that of one that is all-reduced.
 """
 
 import math
@@ -55,7 +55,7 @@ def wires(cfg, **sizes):
     return {key: wire for key, (_, wire) in table.items()}
 
 
-# --- what a collective sends ---------------------------------------------------------------------
+# --- wire bytes of a collective ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -148,24 +148,24 @@ def test_data_parallel_axis_sums_gradients_only(by_hand) -> None:
 @pytest.mark.parametrize(("remat", "again"), [("none", 0), ("dots", 0), ("block", 1)])
 def test_tensor_axis_gathers_and_scatters_tokens(by_hand, remat, again) -> None:
     cfg = by_hand(compute={"remat": remat})
-    rows = TOKENS // 4 * EMBED * 2  # bytes of the rows that two devices of the axis share
-    # A layer has two pairs of products. Rows are gathered into each, again in its backward pass,
-    # and so are the gradients of what comes out; what comes out and the gradients of what goes in
-    # are scattered. A block that is recomputed needs what came out of the first pair again.
+    rows = TOKENS // 4 * EMBED * 2  # bytes of the tokens that two devices of the axis share
+    # A layer has two pairs of products. Tokens are gathered into each, again in its backward pass,
+    # and so are the gradients of its output; its output and the gradients of its input are
+    # scattered. A block that is recomputed needs the output of the first pair again.
     gathers, scatters = LAYERS * 2 * 3, LAYERS * (2 * 2 + again)
-    # Outside: embedded rows scattered, rows gathered for the loss, and the reverse of both.
+    # Outside: embedded tokens scattered, tokens gathered for the loss, and the reverse of both.
     gathers, scatters = gathers + 2, scatters + 2
     assert wires(cfg, data=2, fsdp=2, tensor=2) == pytest.approx(
         {
             (ALL_GATHER, ("tensor",)): 1 / 2 * rows * gathers,
             (REDUCE_SCATTER, ("tensor",)): 1 / 2 * rows * scatters,
-            # largest, sum and target's logit of each row, in float32
+            # largest, sum and target's logit of each token, in float32
             (ALL_REDUCE, ("tensor",)): 2 * 1 / 2 * 3 * 4 * TOKENS / 4,
             # every device of the axis has half of each weight
             (ALL_GATHER, ("fsdp",)): 1 / 2 * (2 * LAYERS * LAYER * 2 + 2 * TABLE * 2) / 2,
             (REDUCE_SCATTER, ("fsdp",)): 1 / 2 * (LAYERS * LAYER * 2 + 2 * TABLE * 4) / 2,
             (ALL_REDUCE, ("data",)): 2 * 1 / 2 * (LAYERS * LAYER * 2 + 2 * TABLE * 4) / 2 / 2,
-            # a device normalises its own rows: scales are summed over the axis, too
+            # a device normalises its own tokens: scales are summed over the axis, too
             (ALL_REDUCE, ("data", "fsdp", "tensor")): 2 * 7 / 8 * LAYERS * 2 * EMBED * 2,
         }
     )
@@ -179,15 +179,18 @@ def test_tokens_that_tensor_axis_does_not_divide_are_all_reduced(by_hand) -> Non
     assert found[ALL_REDUCE, ("tensor",)] == pytest.approx(rows * sums + 3 * 4 * 31)
     assert (ALL_GATHER, ("tensor",)) not in found
     assert (REDUCE_SCATTER, ("tensor",)) not in found
-    assert (ALL_REDUCE, ("data", "fsdp")) in found  # of scales: each device has all rows of its two
+    assert (
+        ALL_REDUCE,
+        ("data", "fsdp"),
+    ) in found  # of scales: each device has all tokens of its two
 
 
 def test_accumulation_repeats_weights_and_splits_tokens(by_hand) -> None:
     once = collectives.step_collectives(by_hand(), sizes_of(data=2, fsdp=2, tensor=2))
-    thrice = collectives.step_collectives(
+    four = collectives.step_collectives(
         by_hand(train={"accumulation": 4}), sizes_of(data=2, fsdp=2, tensor=2)
     )
-    for a, b in zip(once, thrice, strict=True):
+    for a, b in zip(once, four, strict=True):
         assert (a.kind, a.axes, a.purpose) == (b.kind, b.axes, b.purpose)
         assert b.count == 4 * a.count
         of_rows = a.axes == ("tensor",)

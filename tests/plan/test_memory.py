@@ -1,4 +1,4 @@
-"""What a device holds: the state's tensors against the real state, and the rest by its shapes."""
+"""Memory use: tensors of the state against the real state, and all else by how it scales."""
 
 import jax
 import pytest
@@ -45,7 +45,7 @@ def sizes_of(**sizes):
     return dict.fromkeys(AXES, 1) | sizes
 
 
-def held(cfg, **sizes):
+def use_of(cfg, **sizes):
     return memory.memory_use(cfg, sizes_of(**sizes), memory.tensors(cfg))
 
 
@@ -110,12 +110,12 @@ def test_shard_shape_divides_each_dimension_by_its_axes() -> None:
     assert tensor.bytes(sizes) == 16 * 7 * 8 * 2
 
 
-# --- all that is held ----------------------------------------------------------------------------
+# --- memory use ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def big(tiny_config):
-    """A model whose memory is not all tables and rounding: eight layers, 64 rows of 512 tokens."""
+    """A model whose memory is not all tables and rounding: eight layers, 64 sequences of 512."""
 
     def make(model=None, train=None, **sections):
         shape = {"layers": 8, "embed": 256, "context": 512, "vocab_size": 1024, **(model or {})}
@@ -131,11 +131,13 @@ GROUPS = {"parameters", "optimizer", "gradients", "saved activations"}
 @pytest.mark.parametrize("remat", ["none", "dots", "block"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_use_has_every_category(big, remat, dtype) -> None:
-    groups = held(big(compute={"remat": remat, "dtype": dtype}, train={"accumulation": 2}), fsdp=4)
+    groups = use_of(
+        big(compute={"remat": remat, "dtype": dtype}, train={"accumulation": 2}), fsdp=4
+    )
     assert set(groups) >= GROUPS
     assert ("layer workspace" in groups) != (
         "loss workspace" in groups
-    )  # the fuller of two moments
+    )  # the peak is one of the two
     assert all(size > 0 for size in groups.values())
     assert sum(groups.values()) > 4 * groups["parameters"]  # both moments, and gradients
 
@@ -144,7 +146,7 @@ def test_memory_use_has_every_category(big, remat, dtype) -> None:
 def test_larger_batch_saves_more_activations_and_leaves_state_as_it_is(big, remat) -> None:
     kept = {"compute": {"remat": remat}}
     small, large = (
-        held(big(train={"batch_tokens": rows * 512}, **kept), fsdp=4) for rows in (64, 128)
+        use_of(big(train={"batch_tokens": rows * 512}, **kept), fsdp=4) for rows in (64, 128)
     )
     assert large["saved activations"] == pytest.approx(2 * small["saved activations"])
     assert sum(large.values()) > sum(small.values())
@@ -154,7 +156,7 @@ def test_larger_batch_saves_more_activations_and_leaves_state_as_it_is(big, rema
 
 @pytest.mark.parametrize("model", [{}, {"activation": "swiglu", "linear_bias": False}])
 def test_remat_policies_save_fewer_activations(big, model) -> None:
-    kept = [held(big(model, compute={"remat": r}), fsdp=4) for r in ("none", "dots", "block")]
+    kept = [use_of(big(model, compute={"remat": r}), fsdp=4) for r in ("none", "dots", "block")]
     none, dots, block = (groups["saved activations"] for groups in kept)
     assert none > dots > block
     totals = [sum(groups.values()) for groups in kept]
@@ -163,7 +165,9 @@ def test_remat_policies_save_fewer_activations(big, model) -> None:
 
 @pytest.mark.parametrize("remat", ["none", "dots"])
 def test_wider_feed_forward_saves_more_activations(big, remat) -> None:
-    narrow, wide = (held(big({"mlp": mlp}, compute={"remat": remat}), fsdp=4) for mlp in (512, 768))
+    narrow, wide = (
+        use_of(big({"mlp": mlp}, compute={"remat": remat}), fsdp=4) for mlp in (512, 768)
+    )
     rows = 64 * 512 // 4
     more = wide["saved activations"] - narrow["saved activations"]
     assert more >= 8 * rows * 256 * 4  # what the activation takes, at least
@@ -172,28 +176,30 @@ def test_wider_feed_forward_saves_more_activations(big, remat) -> None:
 def test_block_remat_saves_the_input_of_each_block_only(big) -> None:
     cfg = big(compute={"remat": "block", "dtype": "bfloat16"})
     rows = 64 * 512 // 8
-    assert held(cfg, fsdp=8)["saved activations"] == 8 * rows * 256 * 2
+    assert use_of(cfg, fsdp=8)["saved activations"] == 8 * rows * 256 * 2
     # half of the devices along the tensor axis: rows are split over that as well
-    assert held(cfg, fsdp=4, tensor=2)["saved activations"] == 8 * rows * 256 * 2
-    assert held(cfg, fsdp=4)["saved activations"] == 2 * 8 * rows * 256 * 2
+    assert use_of(cfg, fsdp=4, tensor=2)["saved activations"] == 8 * rows * 256 * 2
+    assert use_of(cfg, fsdp=4)["saved activations"] == 2 * 8 * rows * 256 * 2
 
 
 @pytest.mark.parametrize("axes", [{"fsdp": 8}, {"fsdp": 2, "fsdp_2": 2, "fsdp_3": 2}])
 def test_fsdp_shards_the_state(big, axes) -> None:
     cfg = big()
-    one, eight = held(cfg), held(cfg, **axes)
+    one, eight = use_of(cfg), use_of(cfg, **axes)
     for name in ("parameters", "optimizer"):  # biases and scales are everywhere whole
         assert 1 / 8 <= eight[name] / one[name] < 1.05 / 8, name
-    assert held(cfg, data=8)["parameters"] == one["parameters"]
+    assert use_of(cfg, data=8)["parameters"] == one["parameters"]
 
 
 def test_tensor_axis_shards_the_state(big) -> None:
     cfg = big()
-    assert 1 / 4 <= held(cfg, fsdp=2, tensor=2)["parameters"] / held(cfg)["parameters"] < 1.05 / 4
+    assert (
+        1 / 4 <= use_of(cfg, fsdp=2, tensor=2)["parameters"] / use_of(cfg)["parameters"] < 1.05 / 4
+    )
 
 
 def test_accumulation_saves_fewer_activations_and_keeps_summed_gradients(big) -> None:
-    once, four = (held(big(train={"accumulation": n}), fsdp=4) for n in (1, 4))
+    once, four = (use_of(big(train={"accumulation": n}), fsdp=4) for n in (1, 4))
     assert four["saved activations"] == pytest.approx(once["saved activations"] / 4)
     assert four["gradients"] > once["gradients"]
     assert four["parameters"] == once["parameters"]
@@ -201,21 +207,21 @@ def test_accumulation_saves_fewer_activations_and_keeps_summed_gradients(big) ->
 
 
 def test_moving_average_is_another_set_of_parameters(big) -> None:
-    without, groups = held(big(), fsdp=4), held(big(train={"ema_decay": 0.99}), fsdp=4)
+    without, groups = use_of(big(), fsdp=4), use_of(big(train={"ema_decay": 0.99}), fsdp=4)
     assert "moving average" not in without
     assert groups["moving average"] == pytest.approx(groups["parameters"], rel=1e-4)
 
 
 @pytest.mark.parametrize(("name", "moments"), [("adamw", 2), ("lion", 1)])
 def test_optimizer_state_has_the_declared_moments(big, name, moments) -> None:
-    groups = held(big(optim={"name": name}), fsdp=4)
+    groups = use_of(big(optim={"name": name}), fsdp=4)
     assert groups["optimizer"] == pytest.approx(moments * groups["parameters"], rel=1e-4)
 
 
 def test_expert_axis_shards_experts(big) -> None:
     model = {"activation": "swiglu", "linear_bias": False, "moe": MoeConfig(experts=8)}
     cfg = big(model)
-    one, eight = held(cfg), held(cfg, expert=8)
+    one, eight = use_of(cfg), use_of(cfg, expert=8)
     experts = 8 * 8 * 3 * 256 * 1024 * 4  # layers x experts x matrices, float32
     assert one["parameters"] - eight["parameters"] == experts * 7 / 8
 
@@ -223,7 +229,7 @@ def test_expert_axis_shards_experts(big) -> None:
 def test_loss_chunks_use_less_memory_for_logits(big) -> None:
     model = {"vocab_size": 65536, "layers": 1}
     groups = [
-        held(big(model, compute={"loss_chunks": n, "remat": "block"}), fsdp=4) for n in (1, 8)
+        use_of(big(model, compute={"loss_chunks": n, "remat": "block"}), fsdp=4) for n in (1, 8)
     ]
     whole, chunks = (g["loss workspace"] for g in groups)
     logits = 64 * 512 // 4 * 65536 * 4

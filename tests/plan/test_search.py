@@ -1,4 +1,4 @@
-"""The search: what it finds fits, is in order and can be pasted; what to do where nothing fits."""
+"""The search: choices fit, are ordered and can be pasted; remedies where a plan does not fit."""
 
 import itertools
 from pathlib import Path

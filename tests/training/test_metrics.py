@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import pytest
@@ -88,9 +89,16 @@ def test_jsonl_keeps_numbers_that_are_not_finite(tmp_path):
     assert line["perplexity"] == math.inf
 
 
-def test_a_writer_that_raises_is_dropped_with_one_warning_and_the_others_go_on(capsys):
+def opened(*sinks):
+    """The writers of a run whose factories give these."""
+    writers = Writers([lambda folder, step, sink=sink: sink for sink in sinks], Path())
+    writers.open(0)
+    return writers
+
+
+def test_failing_writer_is_dropped_with_one_warning_and_the_others_go_on(capsys):
     before, failing, after = Recorder(), FailingWrite(), Recorder()
-    writers = Writers([before, failing, after])
+    writers = opened(before, failing, after)
     for step in (1, 2, 3):
         writers.write(step, {"loss": 1.0})
     writers.close()
@@ -104,9 +112,9 @@ def test_a_writer_that_raises_is_dropped_with_one_warning_and_the_others_go_on(c
     assert "disk full" in warnings[0]
 
 
-def test_a_writer_that_raises_when_closed_leaves_the_others_closed_and_training_ended_well(capsys):
+def test_writer_that_fails_to_close_is_a_warning_and_the_others_are_closed(capsys):
     failing, after = FailingClose(), Recorder()
-    Writers([failing, after]).close()
+    opened(failing, after).close()
     assert after.closed
     assert len(capsys.readouterr().err.splitlines()) == 1
 
