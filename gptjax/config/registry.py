@@ -67,9 +67,13 @@ OPTIMIZERS = Registry(
 )
 ATTENTION_BACKENDS = Registry(
     "compute.attention",
-    dict.fromkeys(
-        ("splash", "cudnn", "blockwise", "ring", "reference"), "gptjax.model.attention.backends"
-    ),
+    {
+        "splash": "gptjax.model.attention.vendor",
+        "cudnn": "gptjax.model.attention.vendor",
+        "blockwise": "gptjax.model.attention.blockwise",
+        "ring": "gptjax.model.attention.ring",
+        "reference": "gptjax.model.attention.reference",
+    },
 )
 DATA_SOURCES = Registry("data.sources", {"tfds": "gptjax.data.sources"})
 METRIC_WRITERS = Registry(

@@ -165,6 +165,11 @@ class ModelConfig:
         return self.embed // self.heads if self.head_dim is None else self.head_dim
 
     @property
+    def attention_scale(self) -> float:
+        """The factor on products of queries and keys: 1/sqrt(head_dim) (Vaswani et al. 2017)."""
+        return self.head**-0.5
+
+    @property
     def table(self) -> int:
         """Rows of the embedding table and of the output layer."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple

@@ -148,10 +148,10 @@ def _sums(
     counts_BT = (place_T >= first_B[:, None]) & (place_T < last_B[:, None])
     x_ND = decoder.apply(params, model, compute, tokens_BT).x_ND
     held_ND = jax.sharding.reshard(x_ND, sharding.spec("tokens", "embed"))
-    x_BTD = sequence.natural(sequence.sequences(held_ND, b, (x_ND.shape[-1],), ("embed",)))
+    x_BTD = sequence.gather_natural(sequence.unflatten(held_ND, b, (x_ND.shape[-1],), ("embed",)))
     local = b // sharding.axis_size("batch")
     width = next(c for c in range(t, 0, -1) if t % c == 0 and (c == 1 or c * local <= SLICE))
-    flat = lambda a_Bc: sequence.to_rows(a_Bc, "batch")
+    flat = lambda a_Bc: sequence.flatten(a_Bc, "batch")
 
     def cut(a_BT: jax.Array) -> jax.Array:
         """[B, T, ...] in slices [T/c, B, c, ...]."""

@@ -44,7 +44,7 @@ def task_loss(
         out_sharding=sharding.spec("batch", *[None] * (a_BC.ndim - 2)),
     )
     tokens_ST, lengths_S = flat(batch["tokens_BCT"]), flat(batch["lengths_BC"])
-    keys_S2 = None if keys_B2 is None else flat(layers.place_keys(keys_B2, c))
+    keys_S2 = None if keys_B2 is None else flat(layers.position_keys(keys_B2, c))
     out = decoder.apply(
         params, cfg.model, cfg.compute, tokens_ST, keys_B2=keys_S2, training=training
     )
@@ -87,8 +87,8 @@ def _own_tokens(
     return loss.cross_entropy(
         x_ND,
         decoder.head(params),
-        sequence.to_rows(next_ST),
-        sequence.to_rows(jnp.where(counts_ST, share_S[:, None], 0).astype(jnp.float32)),
+        sequence.flatten(next_ST),
+        sequence.flatten(jnp.where(counts_ST, share_S[:, None], 0).astype(jnp.float32)),
         cfg.train.z_loss,
         cfg.compute.loss_chunks,
         cfg.model.vocab_size,

@@ -37,7 +37,7 @@ def last(x_ND: jax.Array, lengths_S: jax.Array) -> jax.Array:
     """What the decoder gives at each sequence's last token, [S, D]; zeros where it has none."""
     s = len(lengths_S)
     held_ND = jax.sharding.reshard(x_ND, sharding.spec("tokens", "embed"))
-    x_STD = sequence.natural(sequence.sequences(held_ND, s, (x_ND.shape[-1],), ("embed",)))
+    x_STD = sequence.gather_natural(sequence.unflatten(held_ND, s, (x_ND.shape[-1],), ("embed",)))
     last_ST = jnp.arange(x_STD.shape[1])[None] == lengths_S[:, None] - 1
     return jnp.where(last_ST[..., None], x_STD, 0).sum(1)
 

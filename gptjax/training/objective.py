@@ -115,11 +115,11 @@ def predicted(
         keys_B2=keys_B2,
         training=training,
     )
-    weights_N = sequence.to_rows(given.counts_BT.astype(jnp.float32))
+    weights_N = sequence.flatten(given.counts_BT.astype(jnp.float32))
     ce, z = loss.cross_entropy(
         out.x_ND,
         decoder.head(params),
-        sequence.to_rows(given.targets_BT),
+        sequence.flatten(given.targets_BT),
         weights_N,
         cfg.train.z_loss,
         cfg.compute.loss_chunks,

@@ -494,9 +494,9 @@ def test_auto_trains_with_blockwise_here_and_dropout_with_the_reference(
     asked = []
     attend = backends.attend
 
-    def spy(*args, backend, **rest):
-        asked.append(backend)
-        return attend(*args, backend=backend, **rest)
+    def spy(*args, backend_name):
+        asked.append(backend_name)
+        return attend(*args, backend_name=backend_name)
 
     monkeypatch.setattr(attention, "attend", spy)
     for keys, expected in ((None, "blockwise"), (jnp.zeros((ROWS, 2), jnp.uint32), "reference")):

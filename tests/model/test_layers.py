@@ -143,7 +143,7 @@ def test_a_place_has_the_same_key_however_sequences_are_split(on_mesh):
     def keys(*mesh):
         with on_mesh(*mesh):
             keys_B2 = jax.device_put(keys_of(8), sharding.spec("batch", None))
-            return jax.device_get(jax.jit(layers.place_keys, static_argnums=1)(keys_B2, 16))
+            return jax.device_get(jax.jit(layers.position_keys, static_argnums=1)(keys_B2, 16))
 
     whole = keys()
     assert len(np.unique(whole.reshape(-1, 2), axis=0)) == 8 * 16
