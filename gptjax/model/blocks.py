@@ -116,7 +116,7 @@ class Period(nn.Module):
                 name=f"layer_{j}",
             )(x_ND, tokens, None, layer, index)
             routings.append(routing)
-        return x_ND, stack_routings(routings)
+        return x_ND, _stack_routings(routings)
 
 
 def scan_periods(
@@ -143,6 +143,6 @@ def window_of(cfg: ModelConfig, kind: str) -> int | None:
     return cfg.window if kind == "window" else None
 
 
-def stack_routings(routings: list[Routing | None]) -> Routing | None:
+def _stack_routings(routings: list[Routing | None]) -> Routing | None:
     """Routing statistics of a period's layers, stacked."""
     return jax.tree.map(lambda *sums: jnp.stack(sums), *routings)

@@ -31,7 +31,6 @@ from gptjax.model.blocks import (
     Execution,
     periods_of,
     scan_periods,
-    stack_routings,
     window_of,
 )
 from gptjax.model.layers import Tokens
@@ -46,12 +45,11 @@ Caches = tuple[Cache, ...]  # one for each place of the attention pattern
 class Outputs(NamedTuple):
     """The decoder's results.
 
-    x_ND: final hidden states in the compute dtype. caches: those given, with the new tokens in
-    them. routing: with experts, each layer's routing statistics, stacked [L, ...].
+    x_ND: final hidden states in the compute dtype. routing: with experts, each layer's routing
+    statistics, stacked [L, ...].
     """
 
     x_ND: jax.Array
-    caches: Caches | None
     routing: Routing | None
 
 
@@ -110,22 +108,23 @@ def _pipelined_stack(
 
 def _cached_stack(
     cfg: ModelConfig,
-    execution: Execution,
+    compute: ComputeConfig,
+    layout: Layout,
     blocks: Params,
     x_ND: jax.Array,
     positions_BT: jax.Array,
     caches: Caches,
-) -> tuple[jax.Array, Caches, Routing | None]:
+) -> tuple[jax.Array, Caches]:
     """The stack on new tokens, which see those in the caches."""
 
-    def period(carry: Any, given: Any) -> Any:
+    def period(carry: tuple[jax.Array, Caches], given: Any) -> Any:
         (x_ND, caches), (params, index) = carry, given
-        new_caches, routings = [], []
+        new_caches = []
         for j, kind in enumerate(cfg.pattern):
-            x_ND, cache, routing = _cached_block(
+            x_ND, cache = _cached_block(
                 cfg,
                 window_of(cfg, kind),
-                execution.layout,
+                layout,
                 params[f"layer_{j}"],
                 x_ND,
                 positions_BT,
@@ -133,17 +132,16 @@ def _cached_stack(
                 index,
             )
             new_caches.append(cache)
-            routings.append(routing)
-        return (x_ND, tuple(new_caches)), stack_routings(routings)
+        return (x_ND, tuple(new_caches)), None
 
     length = periods_of(cfg)
-    (x_ND, caches), routing = lax.scan(
+    carry, _ = lax.scan(
         period,
         (x_ND, caches),
         (blocks, jnp.arange(length)),
-        unroll=1 if execution.compute.scan_layers else length,
+        unroll=1 if compute.scan_layers else length,
     )
-    return x_ND, caches, routing
+    return carry
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -156,10 +154,12 @@ def _cached_block(
     positions_BT: jax.Array,
     cache: Cache,
     period: jax.Array,
-) -> Any:
+) -> tuple[jax.Array, Cache]:
     """A block over a cache. A jitted function, so that equal layers are traced once."""
     block = Block(cfg, window, "reference", training=False, layout=layout)
-    return block.apply({"params": params}, x_ND, Tokens(positions_BT), cache, 0, period)
+    tokens = Tokens(positions_BT)
+    outputs: Any = block.apply({"params": params}, x_ND, tokens, cache, 0, period)
+    return outputs[:2]  # without routing statistics
 
 
 # --- embeddings ----------------------------------------------------------------------------------
@@ -168,13 +168,13 @@ def _cached_block(
 def _embed(
     params: Params,
     cfg: ModelConfig,
-    dtype: Any,
+    compute: ComputeConfig,
     tokens_BT: jax.Array,
     positions_BT: jax.Array | None,
     layout: Layout,
 ) -> jax.Array:
     """Embeddings of tokens, and of their positions where those are learned, [N, D]."""
-    b, t = tokens_BT.shape
+    (b, t), dtype = tokens_BT.shape, jnp.dtype(compute.dtype)
     flat = lambda ids_BT: sequence.flatten(ids_BT, layout.gathered)
     x_ND = matmul.lookup(params["embed"], flat(tokens_BT), dtype, layout)
     if cfg.positions == "learned":
@@ -270,60 +270,67 @@ def apply(
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
     keys_B2: jax.Array | None = None,
-    caches: Caches | None = None,
     training: bool = False,
 ) -> Outputs:
-    """The decoder on [B, T] tokens.
+    """The decoder on whole sequences of tokens, [B, T].
 
     `positions_BT` are 0, 1, … for each sequence if not given. `segments_BT` number the documents of
     packed sequences, each masked from the others. With `keys_B2`, key data for each sequence,
-    dropout is on; with `training`, experts have their capacity. With `caches`, tokens see those
-    cached before them; a token at a position below zero is padding: it is not cached, and its
-    output is undefined.
+    dropout is on; with `training`, experts have their capacity.
     """
     b, t = tokens_BT.shape
-    dtype = jnp.dtype(compute.dtype)
-    layout = matmul.choose_layout(b * t, decoding=caches is not None)
-    if caches is None:
-        backends = attention_backends(
-            cfg,
-            compute,
-            sharding.platform(),
-            t,
-            segments=segments_BT is not None,
-            training=keys_B2 is not None,
-        )
-    else:  # attention over a cache has one implementation
-        backends = ("reference",) * len(cfg.pattern)
+    layout = matmul.choose_layout(b * t)
+    backends = attention_backends(
+        cfg,
+        compute,
+        sharding.platform(),
+        t,
+        segments=segments_BT is not None,
+        training=keys_B2 is not None,
+    )
     execution = Execution(compute, backends, training, layout)
-
-    x_ND = _embed(params, cfg, dtype, tokens_BT, positions_BT, layout)
+    x_ND = _embed(params, cfg, compute, tokens_BT, positions_BT, layout)
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(
             jnp.arange(t), (b, t), out_sharding=sharding.spec("batch", None)
         )
     keys_BT2 = None if keys_B2 is None else layers.position_keys(keys_B2, t)
-    tokens = Tokens(positions_BT, segments_BT, keys_BT2)
-    if caches is None:
-        tokens = jax.tree.map(_zigzag, tokens)
+    tokens = jax.tree.map(_zigzag, Tokens(positions_BT, segments_BT, keys_BT2))
     x_ND = layers.dropout(x_ND, cfg.dropout, tokens.keys_N2(), 0)
-
     blocks = params["blocks"]
-    if caches is not None:
-        x_ND, caches, routing = _cached_stack(
-            cfg, execution, blocks, x_ND, tokens.positions_BT, caches
-        )
-    elif sharding.axis_size("layers") > 1:
+    if sharding.axis_size("layers") > 1:
         x_ND, routing = _pipelined_stack(cfg, execution, blocks, x_ND, tokens)
     else:
         numbers = jnp.arange(periods_of(cfg))
         x_ND, routing = _scanned_stack(cfg, execution, blocks, x_ND, numbers, tokens)
-
-    if cfg.norm_position == "pre":
-        x_ND = layers.normalize(cfg, x_ND, **params["norm_final"])
     if routing is not None:  # [periods, layers of a period, ...] to [L, ...]
         routing = jax.tree.map(lambda a: a.reshape(cfg.layers, *a.shape[2:]), routing)
-    return Outputs(x_ND, caches, routing)
+    return Outputs(_final_norm(params, cfg, x_ND), routing)
+
+
+def decode(
+    params: Params,
+    cfg: ModelConfig,
+    compute: ComputeConfig,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    caches: Caches,
+) -> tuple[jax.Array, Caches]:
+    """Final hidden states of new tokens, which see those in the caches, and caches with them.
+
+    `tokens_BT` are few tokens of each sequence, at `positions_BT`. A token at a position below zero
+    is padding: it is not cached, and its output is undefined.
+    """
+    layout = matmul.choose_layout(tokens_BT.size, decoding=True)
+    x_ND = _embed(params, cfg, compute, tokens_BT, positions_BT, layout)
+    x_ND, caches = _cached_stack(cfg, compute, layout, params["blocks"], x_ND, positions_BT, caches)
+    return _final_norm(params, cfg, x_ND), caches
+
+
+def _final_norm(params: Params, cfg: ModelConfig, x_ND: jax.Array) -> jax.Array:
+    if cfg.norm_position == "post":
+        return x_ND
+    return layers.normalize(cfg, x_ND, **params["norm_final"])
 
 
 def head(params: Params) -> jax.Array:

@@ -260,11 +260,7 @@ def test_decoding_a_mixture_equals_its_forward_pass(on_mesh, tiny_config, random
         params = random_params(cfg)
         place = lambda a: arrays.global_batch(np.asarray(a, np.int32), 2)
         whole = jax.jit(lambda t: decoder.apply(params, cfg, compute, t).x_ND)(place(tokens))
-        step = jax.jit(
-            lambda t, at, cache: decoder.apply(
-                params, cfg, compute, t, positions_BT=at, caches=cache
-            )[:2]
-        )
+        step = jax.jit(lambda t, at, cache: decoder.decode(params, cfg, compute, t, at, cache))
         cache = decoder.empty_caches(cfg, 2, 9, "float32")
         for t in range(9):
             x, cache = step(place(tokens[:, t : t + 1]), place(np.full((2, 1), t)), cache)
