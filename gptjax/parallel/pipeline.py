@@ -156,7 +156,7 @@ def _run_stage(
 ) -> tuple[jax.Array, Any]:
     """One stage's share of `run`: its scan over ticks.
 
-    Microbatch i of each group is made of sequences that stage i has at first and at last.
+    Microbatch i of each group consists of sequences that stage i has outside the pipeline.
     """
     groups = sizes.microbatches // sizes.stages
     blocks = jax.tree.map(lambda w: w.reshape(sizes.rounds, -1, *w.shape[1:]), blocks)
