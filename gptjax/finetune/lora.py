@@ -74,7 +74,7 @@ def init(params: Params, cfg: LoraConfig, key: jax.Array) -> Params:
     return nested({path: one(path) for path in targets(params, cfg)})
 
 
-def merged(params: Params, adapters: Params, cfg: LoraConfig) -> Params:
+def merge_adapters(params: Params, adapters: Params, cfg: LoraConfig) -> Params:
     """Plain parameters: each target plus what its adapter adds, in float32."""
     leaves, halves = leaves_by_path(params), leaves_by_path(adapters)
     changed = {}
@@ -107,7 +107,7 @@ def merge(params: Params, cfg: LoraConfig) -> Params:
     leaves = leaves_by_path(params[BASE])
     paths = {path.rpartition("/")[0] for path in leaves_by_path(params[ADAPTERS])}
     below = nested({path: leaves[path] for path in paths})
-    above = jax.jit(merged, static_argnums=2)(below, params[ADAPTERS], cfg)
+    above = jax.jit(merge_adapters, static_argnums=2)(below, params[ADAPTERS], cfg)
     return param_groups.combine(params[BASE], above)
 
 

@@ -24,7 +24,7 @@ from gptjax.tokenizer import Tokenizer
 Ids = list[int]
 
 
-class Special(NamedTuple):
+class SpecialTokens(NamedTuple):
     """The ids of the tokens around texts."""
 
     start: int
@@ -32,13 +32,13 @@ class Special(NamedTuple):
     extract: int
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "Special":
+    def of(cls, tokenizer: Tokenizer) -> "SpecialTokens":
         """Those that follow the tokenizer's vocabulary."""
         return cls(*range(tokenizer.vocab_size, tokenizer.vocab_size + 3))
 
 
 @dataclass(frozen=True)
-class Rows:
+class TokenizedExamples:
     """Examples as arrays: tokens_ECT, int32, filled up with `fill`; lengths_EC, 0 where there is no
     such choice; labels_E, -1 for none. `cut` counts examples that were too long and lost text.
     """
@@ -60,7 +60,7 @@ class Rows:
         }
 
 
-def encoded(examples: Examples, tokenizer: Tokenizer) -> list[list[list[Ids]]]:
+def encode(examples: Examples, tokenizer: Tokenizer) -> list[list[list[Ids]]]:
     """Token ids of each text of each sequence of each example."""
     known: dict[str, Ids] = {}  # the context of choices is there as often as they are
 
@@ -77,15 +77,15 @@ def longest(texts: Sequence[Sequence[Sequence[Ids]]]) -> int:
     return max(1 + sum(len(ids) + 1 for ids in one) for example in texts for one in example)
 
 
-def rows(
+def to_arrays(
     examples: Examples,
     texts: Sequence[Sequence[Sequence[Ids]]],
-    special: Special,
+    special: SpecialTokens,
     length: int,
     labels: Sequence[str],
     fill: int,
-) -> Rows:
-    """The rows, of `length` tokens; see `fitted` for what is longer.
+) -> TokenizedExamples:
+    """The rows, of `length` tokens; see `truncate` for what is longer.
 
     Raises DataError for a choice that leaves no room for its context.
     """
@@ -111,7 +111,7 @@ def rows(
                     f"leaves no room for the text in train.seq_len={length}"
                 )
                 continue
-            kept = fitted(parts, room, last_whole=not labels)
+            kept = truncate(parts, room, last_whole=not labels)
             was_cut |= kept != list(parts)
             ids = [special.start]
             for part in kept:
@@ -120,10 +120,10 @@ def rows(
             tokens_ECT[e, c, : len(ids)], lengths_EC[e, c] = ids, len(ids)
         cut += was_cut
     refuse(problems)
-    return Rows(tokens_ECT, lengths_EC, labels_E, cut)
+    return TokenizedExamples(tokens_ECT, lengths_EC, labels_E, cut)
 
 
-def fitted(parts: Sequence[Ids], room: int, *, last_whole: bool) -> list[Ids]:
+def truncate(parts: Sequence[Ids], room: int, *, last_whole: bool) -> list[Ids]:
     """The parts in `room` tokens together, cut at their ends: the longer one first, of a choice the
     text before it alone.
     """
@@ -143,7 +143,7 @@ def fitted(parts: Sequence[Ids], room: int, *, last_whole: bool) -> list[Ids]:
     return [first[:half], second[: room - half]]
 
 
-def check_ids(tokenizer: Tokenizer, vocab_size: int) -> None:
+def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raises DataError where a tokenizer has more pieces than the model predicts."""
     if tokenizer.vocab_size > vocab_size:
         raise DataError(

@@ -205,7 +205,7 @@ def test_an_override_of_another_type_is_named(run: Run, override: str, value: st
     [
         ("quickstar.py", ["quickstar.py: no such file", "quickstart.py"]),
         ("quickstart.py:mian", ["mian", "did you mean main?"]),
-        ("", ["holds no config.json"]),
+        ("", ["has no config.json"]),
     ],
 )
 @pytest.mark.parametrize("command", ["config", "train", "data prepare", "data show"])
@@ -741,7 +741,7 @@ def test_a_hugging_face_folder_is_sampled_as_it_is(run, trained, tmp_path: Path)
     folder.mkdir()
     with mesh.entered_mesh(cfg):
         params, _ = runs.restore_params(trained, cfg)
-        safetensors.write_folder(folder, params, cfg.model, dtype="F32", dtypes={}, extra={})
+        safetensors.write_folder(folder, params, cfg.model)
     words = ["--temperature", 0, "--max-tokens", 5]
     code, _, err = run("sample", folder, *words, "--prompt", "ab")
     assert code == 65

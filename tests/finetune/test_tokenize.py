@@ -6,18 +6,18 @@ import pytest
 from gptjax.errors import DataError
 from gptjax.finetune import tokenize
 from gptjax.finetune.examples import Example, Examples
-from gptjax.finetune.tokenize import Special
+from gptjax.finetune.tokenize import SpecialTokens
 from gptjax.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
-START, DELIMITER, EXTRACT = Special.of(TOKENIZER)
+START, DELIMITER, EXTRACT = SpecialTokens.of(TOKENIZER)
 FILL = TOKENIZER.eos_id
 
 
-def rows(*all: Example, length: int = 12, labels=("x", "y")) -> tokenize.Rows:
+def rows(*all: Example, length: int = 12, labels=("x", "y")) -> tokenize.TokenizedExamples:
     given = Examples("file.jsonl", "", all)
-    texts = tokenize.encoded(given, TOKENIZER)
-    return tokenize.rows(given, texts, Special.of(TOKENIZER), length, labels, FILL)
+    texts = tokenize.encode(given, TOKENIZER)
+    return tokenize.to_arrays(given, texts, SpecialTokens.of(TOKENIZER), length, labels, FILL)
 
 
 def test_the_special_tokens_follow_the_tokenizers_own() -> None:
@@ -55,7 +55,7 @@ def test_fewer_choices_leave_sequences_of_no_length() -> None:
 )
 def test_what_is_too_long_is_cut_the_longer_text_first(lengths, room, kept) -> None:
     parts = [list(range(n)) for n in lengths]
-    got = tokenize.fitted(parts, room, last_whole=False)
+    got = tokenize.truncate(parts, room, last_whole=False)
     assert list(map(len, got)) == kept
     assert all(part == list(range(len(part))) for part in got)
 
@@ -76,7 +76,7 @@ def test_a_choice_is_never_cut_and_one_that_leaves_no_room_is_refused() -> None:
 
 def test_the_longest_sequence_counts_the_tokens_around_it() -> None:
     given = Examples("", "", (Example((("abc",),), "x", 1), Example((("a", "bc"),), "x", 2)))
-    assert tokenize.longest(tokenize.encoded(given, TOKENIZER)) == 6
+    assert tokenize.longest(tokenize.encode(given, TOKENIZER)) == 6
 
 
 def test_rows_are_taken_by_id() -> None:

@@ -400,7 +400,7 @@ def compare(tiny_config, quick_compile):
                     sharding.abstract(lambda: create_state(cfg, init_fn)),
                     objective.abstract_batch(cfg),
                 )
-                attention = objective.backends(cfg)
+                attention = objective.attention_backends(cfg)
             found = list(aot.collectives(step.as_text(), mesh.shape))
             predicted = collectives.expected(cfg, sizes, attention)
             both = collectives.by_axes(found), collectives.by_axes(predicted)
