@@ -147,7 +147,7 @@ def commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParse
 def cli_page() -> str:
     """The page of all commands: a usage line, a sentence, and a table of the options."""
     parts = [CLI_HEAD]
-    for parser in commands(main._parser()):
+    for parser in commands(main.parser()):
         parts += [
             f"## {parser.prog}\n",
             _escaped(parser.description or "") + "\n",

@@ -1,3 +1,59 @@
-"""gptjax: generative pre-training in JAX, with guarantees."""
+"""gptjax: generative pre-training in JAX.
 
-__version__ = "0.1.0"
+The public API is imported when it is first used, so `import gptjax` costs nothing:
+
+    import gptjax
+
+    gptjax.train("quickstart")
+    with gptjax.load("runs/quickstart") as model:
+        print(model.sampler().generate(["def "])[0].text)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from gptjax.version import __version__
+
+if TYPE_CHECKING:
+    from gptjax.config import Config
+    from gptjax.evaluate.lm_eval import LMEvalAdapter
+    from gptjax.load_model import LoadedModel
+    from gptjax.load_model import load_model as load
+    from gptjax.pretrain import train
+    from gptjax.sample import BeamSearchParams, Sampler, SamplingParams
+
+__all__ = [
+    "BeamSearchParams",
+    "Config",
+    "LMEvalAdapter",
+    "LoadedModel",
+    "Sampler",
+    "SamplingParams",
+    "__version__",
+    "load",
+    "train",
+]
+
+_PLACES = {
+    "BeamSearchParams": "gptjax.sample:BeamSearchParams",
+    "Config": "gptjax.config:Config",
+    "LMEvalAdapter": "gptjax.evaluate.lm_eval:LMEvalAdapter",
+    "LoadedModel": "gptjax.load_model:LoadedModel",
+    "Sampler": "gptjax.sample:Sampler",
+    "SamplingParams": "gptjax.sample:SamplingParams",
+    "load": "gptjax.load_model:load_model",
+    "train": "gptjax.pretrain:train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _PLACES[name].split(":")
+    value = globals()[name] = getattr(importlib.import_module(module), attribute)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,61 +1,61 @@
-"""What can go wrong by a user's doing or the machine's: one sentence each, and an exit code.
+"""Errors that a user or the machine causes, each with one sentence and an exit code.
 
-The command line prints these without a traceback; any other exception is a defect of gptjax and
-keeps its traceback.
+The command line prints these without a traceback; any other exception is a bug in gptjax and keeps
+its traceback.
 """
 
 from collections.abc import Sequence
 
 
 class GptjaxError(Exception):
-    """A problem to be told in one sentence. `exit_code` follows sysexits.h where it has a code."""
+    """An error with a message of one sentence. `exit_code` follows sysexits.h where that fits."""
 
     exit_code = 1
 
 
 class ConfigError(GptjaxError):
-    """Problems of a configuration or of flags, all at once."""
+    """An invalid configuration or invalid flags, with all problems at once."""
 
     exit_code = 2
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
         one = len(self.problems) == 1
-        super().__init__(self.problems[0] if one else _listed("there are problems", self.problems))
+        super().__init__(self.problems[0] if one else _listed("several problems", self.problems))
 
 
 class DataError(GptjaxError):
-    """Text, a store or a tokenizer that cannot be used."""
+    """Text, a token store or a tokenizer that cannot be used."""
 
     exit_code = 65
 
 
 class PeerError(GptjaxError):
-    """Another process of the job is lost, or cannot be reached."""
+    """Another process of the job is dead, hung, or cannot be reached."""
 
     exit_code = 69
 
 
 class NumericError(GptjaxError):
-    """Loss or gradients stayed non-finite."""
+    """Loss or gradients were non-finite for several steps in a row."""
 
     exit_code = 70
 
 
 class OutputError(GptjaxError):
-    """Something cannot be written: a read-only or full disk, or a folder in use."""
+    """Output that cannot be written: a read-only or full disk, or a folder in use."""
 
     exit_code = 73
 
 
 class CheckpointError(GptjaxError):
-    """No checkpoint that can be used."""
+    """No usable checkpoint."""
 
     exit_code = 74
 
 
 class Preempted(GptjaxError):
-    """The run was told to stop, saved, and can go on with the same command."""
+    """The run was preempted and has saved; the same command continues it."""
 
     exit_code = 75
 

@@ -1,7 +1,7 @@
-"""Parameters by their paths, and which of them a pattern means.
+"""Trees of parameters by path, and selection of parameters by pattern.
 
-A pattern is a regular expression that the whole path matches (`re.fullmatch`), as PEFT's
-`target_modules` has it: "blocks/.*/attn/(q|v)". Arrays of the blocks have a leading axis of layers.
+A pattern is a regular expression that matches the whole path (`re.fullmatch`), like PEFT's
+`target_modules`: "blocks/.*/attn/(q|v)". Arrays of the blocks have a leading axis of layers.
 """
 
 import functools
@@ -14,8 +14,6 @@ import jax
 from gptjax.errors import ConfigError
 
 Leaves = dict[str, Any]  # by path, "blocks/layer_0/attn/q"
-
-
 Tree = dict[str, Any]
 
 
@@ -26,7 +24,7 @@ def leaves_by_path(tree: Any) -> Leaves:
 
 
 def nested(leaves: Leaves) -> Tree:
-    """Nested dicts of the paths' parts: what goes to disk, free of any library's containers."""
+    """The inverse of `leaves_by_path`, as plain nested dicts."""
     tree: Tree = {}
     for path, leaf in leaves.items():
         *parents, name = path.split("/")
@@ -35,9 +33,9 @@ def nested(leaves: Leaves) -> Tree:
 
 
 def matching(paths: Iterable[str], patterns: Sequence[str], option: str) -> set[str]:
-    """The paths that some pattern matches as a whole.
+    """The paths that match any of the patterns.
 
-    Raises ConfigError, with all paths, for a pattern of the option that matches none.
+    Raises ConfigError, which names the option and lists all paths, for patterns that match none.
     """
     known, found, problems = sorted(paths), set(), []
     for pattern in patterns:
@@ -51,11 +49,11 @@ def matching(paths: Iterable[str], patterns: Sequence[str], option: str) -> set[
 
 
 def sides(path: str, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Dimensions of inputs and of outputs of a matrix of the blocks; those before stack matrices.
+    """The numbers of the input dimensions and of the output dimensions of a block's matrix.
 
-    [layers, in, out], [layers, embed, heads, head_dim], [layers, heads, head_dim, embed], and of
-    experts [layers, experts, in, out]. Of an adapter's "a" all but the rank are inputs, of its "b"
-    all but the rank outputs.
+    Leading dimensions, which stack matrices, are in neither. Shapes are [layers, in, out], [layers,
+    embed, heads, head_dim], [layers, heads, head_dim, embed], and for experts [layers, experts, in,
+    out]. An adapter's "a" is [layers, in..., rank], its "b" [layers, rank, out...].
     """
     parts = path.split("/")
     experts = "mlp" in parts and ndim == 4

@@ -118,3 +118,26 @@ def quick_compile() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def byte_model(tiny_model):
+    return tiny_model(vocab_size=258, context=64, layers=1, embed=16)
+
+
+@pytest.fixture(scope="module")
+def byte_params(on_mesh, byte_model, random_params):
+    """Random parameters on the host, the same for every mesh they are placed on."""
+    with on_mesh(1):
+        return jax.device_get(random_params(byte_model, std=0.5))
+
+
+@pytest.fixture(scope="session")
+def put():
+    """Places host parameters of a model on the ambient mesh."""
+
+    def place(params, model):
+        abstract = sharding.abstract(lambda: decoder.init(model, jax.random.key(0)))
+        return jax.tree.map(lambda a, like: jax.device_put(a, like.sharding), params, abstract)
+
+    return place

@@ -14,7 +14,7 @@ import gptjax
 PACKAGE = Path(gptjax.__file__).parent
 
 LEVELS = [
-    {"", "errors", "kernels/*"},  # "" is the package itself, which holds the version
+    {"errors", "version", "kernels/*"},
     {"config/*", "param_tree"},
     {"runtime/*", "tokenizer/*"},
     {"parallel/*", "data/*"},
@@ -23,10 +23,10 @@ LEVELS = [
     {"training/*", "hf/*"},
     {"evaluate/*", "plan/*"},
     {"finetune/*", "pretrain"},
-    {"load"},
+    {"load_model"},
     {"serve/*"},
     {"cli/*"},
-    {"__main__"},
+    {"__main__", ""},  # "" is the package itself: the public API
 ]
 
 
@@ -121,7 +121,7 @@ def test_no_files_import_each_other_in_a_circle() -> None:
         ("config/loading", "import gptjax.training.trainer"),
         ("data/permutation", "from gptjax.training.loss import cross_entropy"),
         ("data/store", "from gptjax.model.decoder import init"),
-        ("training/loss", "def f():\n    from gptjax.evaluate import Task"),
+        ("training/loss", "def f():\n    from gptjax.evaluate import TaskEvaluator"),
         ("training/optimizer", "from gptjax.pretrain import pretrain"),
         ("training/objective", "from gptjax.cli.main import main"),
     ],

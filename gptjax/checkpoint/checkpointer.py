@@ -32,11 +32,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-import gptjax
 from gptjax.config import CheckpointConfig
 from gptjax.errors import CheckpointError, MismatchError, OutputError
 from gptjax.param_tree import Leaves, leaves_by_path, nested
 from gptjax.runtime import distributed
+from gptjax.version import __version__
 
 FORMAT = 1
 _UNFINISHED = ".orbax-checkpoint-tmp"
@@ -90,7 +90,7 @@ def _orbax() -> Any:
     # Of several processes who is slow is for the watch to say; after Orbax's 300 s at a barrier, a
     # checkpoint that is whole would look damaged.
     for module in _BARRIERS:
-        importlib.import_module(module)._DEFAULT_BARRIER_TIMEOUT = _PATIENCE_S
+        vars(importlib.import_module(module))["_DEFAULT_BARRIER_TIMEOUT"] = _PATIENCE_S
     return v1
 
 
@@ -128,6 +128,7 @@ class Checkpointer:
         self._order = None if order is None else list(order)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
+        self.last_step: int | None = None  # the step that was handed to `save` last
         self._failures: list[str] = []
         self._failed_in_a_row = 0
         if cfg is not None and distributed.first() and self.folder.is_dir():
@@ -151,13 +152,14 @@ class Checkpointer:
         What the save before did is settled first. Raises OutputError after three failures in a row.
         """
         self._settle()
+        self.last_step = step
         leaves = leaves_by_path(state)
         meta = {
             "format": FORMAT,
             "step": step,
             **self._describe(step),
             "versions": {
-                "gptjax": gptjax.__version__,
+                "gptjax": __version__,
                 "python": platform.python_version(),
                 "jax": jax.__version__,
                 "flax": flax.__version__,

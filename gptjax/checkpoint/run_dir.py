@@ -26,10 +26,10 @@ import jax
 from gptjax import config
 from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint.checkpointer import Checkpointer
-from gptjax.config import CONFIG_FILE, Config, MeshConfig
+from gptjax.config import CONFIG_FILE, Config
 from gptjax.data import store
 from gptjax.data.store import Manifest
-from gptjax.errors import CheckpointError, ConfigError, DataError, MismatchError, OutputError
+from gptjax.errors import CheckpointError, DataError, MismatchError, OutputError
 from gptjax.model.decoder import Params
 from gptjax.model.heads import init_params
 from gptjax.parallel import sharding
@@ -219,51 +219,30 @@ def check_tokenizer(one: str, other: str, one_place: str, other_place: str) -> N
 
 
 def open_run(folder: str) -> tuple[Config, Tokenizer | None, Manifest | None]:
-    """Configuration, tokenizer and data manifest of a run, to be used and not trained.
+    """Configuration, tokenizer and data manifest of a run.
 
     An imported or fine-tuned model has no manifest; an imported one has no tokenizer if its source
-    had none.
-
-    It may be on another machine than it was trained on: where its mesh does not suit the devices
-    here they all take rows, and attention is computed by what runs here.
-
-    Raises ConfigError, DataError, or MismatchError if the tokenizer is not the run's own.
+    had none. Raises ConfigError, DataError, or MismatchError if the tokenizer is not the run's own.
     """
-    cfg, source = config.load(folder), source_of(folder)
-    tokenizer = None
-    if source is None or "tokenizer" in source:
-        tokenizer = tokenizers.load(Path(folder))
-    # Parameters are restored with the layers in the model's order, which is that of one round.
-    compute = replace(cfg.compute, attention="auto", rounds=1, microbatches=0)
-    cfg = replace(cfg, run=folder, compute=compute)
-    devices = jax.device_count()
-    try:
-        cfg.check(devices, jax.process_count())
-    except ConfigError:
-        rows = -(-cfg.eval.batch // devices) * devices
-        cfg = replace(cfg, mesh=MeshConfig(), eval=replace(cfg.eval, batch=rows))
-    file = Path(folder) / _DATA
+    cfg, source = replace(config.load(folder), run=folder), source_of(folder)
     if source is not None:
-        if tokenizer is not None:
-            check_tokenizer(
-                source["tokenizer"], tokenizer.fingerprint, f"{folder}/{_SOURCE}", folder
-            )
-        return cfg, tokenizer, None
-    assert tokenizer is not None
+        if "tokenizer" not in source:
+            return cfg, None, None
+        return cfg, _own_tokenizer(folder, source["tokenizer"], _SOURCE), None
+    name = _DATA if cfg.finetune.task == "none" else _EXAMPLES
+    if not (Path(folder) / name).exists():
+        raise DataError(f"{folder}: this run has no {name}, so nothing was trained in it")
     if cfg.finetune.task != "none":
-        examples = _read_json(Path(folder) / _EXAMPLES)
-        if examples is None:
-            raise DataError(f"{folder}: this run has no {_EXAMPLES}, so nothing was trained in it")
-        place = f"{folder}/{_EXAMPLES}"
-        check_tokenizer(examples["tokenizer"], tokenizer.fingerprint, place, folder)
-        return cfg, tokenizer, None
-    if not file.exists():
-        raise DataError(f"{folder}: this run has no {_DATA}, so nothing was trained in it")
-    manifest = store.parse_manifest(file.read_text())
-    check_tokenizer(
-        manifest.tokenizer["sha256"], tokenizer.fingerprint, f"{folder}/{_DATA}", folder
-    )
-    return cfg, tokenizer, manifest
+        return cfg, _own_tokenizer(folder, examples_of(folder)["tokenizer"], _EXAMPLES), None
+    manifest = store.parse_manifest((Path(folder) / name).read_text())
+    return cfg, _own_tokenizer(folder, manifest.tokenizer["sha256"], _DATA), manifest
+
+
+def _own_tokenizer(folder: str, fingerprint: str, recorded_in: str) -> Tokenizer:
+    """The tokenizer in a run folder. Raises MismatchError for another fingerprint than recorded."""
+    tokenizer = tokenizers.load(Path(folder))
+    check_tokenizer(fingerprint, tokenizer.fingerprint, f"{folder}/{recorded_in}", folder)
+    return tokenizer
 
 
 def restore_params(

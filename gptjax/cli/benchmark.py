@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.kernels import cpu
-from gptjax.load import LoadedModel
+from gptjax.load_model import LoadedModel
 from gptjax.parallel import sharding
 from gptjax.sample import Request, Room, Sampler, SamplingParams
 

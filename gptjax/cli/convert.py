@@ -8,8 +8,10 @@ logits are from those of `transformers` on the same weights, in float32, at posi
 the end of the context, where a mistake in the rotary frequencies shows.
 """
 
+import argparse
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,15 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import config, load
+from gptjax import config, load_model
 from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import Checkpointer
+from gptjax.cli.inspect import print_certificate
 from gptjax.config import CheckpointConfig, ComputeConfig, Config, LoraConfig
 from gptjax.errors import ConfigError, MismatchError, OutputError
-from gptjax.finetune import adapter_checkpoint, lora, peft
+from gptjax.finetune import lora, peft
 from gptjax.hf import families, safetensors
 from gptjax.hf.safetensors import Source
-from gptjax.hf.verify import _SCORE, Json, _compared
+from gptjax.hf.verify import SCORE_TENSOR, Json, compare_with_transformers
 from gptjax.model import heads
 from gptjax.model.decoder import Params
 from gptjax.parallel import mesh
@@ -33,6 +36,39 @@ from gptjax.runtime.progress import Progress
 from gptjax.tokenizer import Tokenizer
 
 _TOLERATED = 1e-2  # of the largest logit, and of the positions
+
+
+def run(args: argparse.Namespace, _: Sequence[str]) -> None:
+    """Runs the command."""
+    (kind, source), (into, target) = map(_kind_and_folder, (args.source, args.target))
+    if kind == "run" == into and not Path(source, config.CONFIG_FILE).exists():
+        raise ConfigError([f"{source}: is no run folder; a Hugging Face folder is hf:{source}"])
+    if kind == "run" == into and any(Path(source).glob("*.safetensors")):
+        raise ConfigError([f"{source}: is a Hugging Face folder; give hf:{source}"])
+    if kind != "run" != into:
+        what = f"convert {args.source} {args.target}"
+        raise ConfigError([f"{what}: one of the two must be a run folder"])
+    if into != "hf" and args.dtype:
+        raise ConfigError([f"--dtype={args.dtype}: only of an export to hf:FOLDER"])
+    if (kind == "peft") != (args.base is not None):
+        raise ConfigError(["--base: the model that peft:FOLDER goes with, and only there"])
+    progress, compare = Progress(), not args.no_compare
+    if kind == "hf":
+        certificate = import_run(source, target, progress, compare=compare)
+    elif kind == "peft":
+        certificate = import_adapters(source, args.base, target, progress)
+    elif into == "hf":
+        certificate = export_run(source, target, progress, dtype=args.dtype, compare=compare)
+    elif into == "peft":
+        certificate = export_adapters(source, target, progress)
+    else:
+        certificate = merge_run(source, target, progress)
+    print_certificate(certificate)
+
+
+def _kind_and_folder(path: str) -> tuple[str, str]:
+    kind, colon, folder = path.partition(":")
+    return (kind, folder) if colon and kind in ("hf", "peft") else ("run", path)
 
 
 def import_run(folder: str, target: str, progress: Progress, *, compare: bool = True) -> Json:
@@ -45,7 +81,7 @@ def import_run(folder: str, target: str, progress: Progress, *, compare: bool = 
     _one_process()
     source = safetensors.open_source(Path(folder))
     tokenizer = safetensors.tokenizer_of(source, progress.say)
-    cfg = load.config_of(source.model, tokenizer, target)
+    cfg = load_model.config_of(source.model, tokenizer, target)
     cfg.check(jax.device_count(), jax.process_count())
     path = Path(target)
     _new_folder(path)
@@ -79,16 +115,16 @@ def merge_run(folder: str, target: str, progress: Progress) -> Json:
     tune = begun.finetune
     if not tune.lora.rank:
         raise ConfigError([f"{folder}: finetune.lora.rank=0, so it has no adapters to merge"])
-    cfg, tokenizer, _ = run_dir.open_run(folder)
-    assert tokenizer is not None
+    source = load_model.find_model(folder)
+    assert source.tokenizer is not None
     path = Path(target)
     _new_folder(path)
-    with mesh.entered_mesh(cfg):
-        params, step = adapter_checkpoint.restore_params(folder, cfg, progress.say)
-        _save(path, step, params, {"merged": folder})
+    with mesh.entered_mesh(source.config_here()):
+        params, step = source.read_params(progress.say)
+        _save(path, step or 0, params, {"merged": folder})
     plain = replace(tune, lora=LoraConfig())
     begun = replace(begun, run=target, finetune=plain, train=replace(begun.train, ema_decay=0.0))
-    run_dir.record_tuned(begun, tokenizer, run_dir.examples_of(folder) | {"merged": folder})
+    run_dir.record_tuned(begun, source.tokenizer, run_dir.examples_of(folder) | {"merged": folder})
     return {"source": folder, "step": step, "base": tune.base}
 
 
@@ -99,9 +135,10 @@ def export_adapters(folder: str, target: str, progress: Progress) -> Json:
     which PEFT has no place; MismatchError as `peft.write_folder` does.
     """
     _one_process()
-    cfg, _, _ = run_dir.open_run(folder)
+    source = load_model.find_model(folder)
+    cfg = source.config_here()
     tune = cfg.finetune
-    if not tune.lora.rank:
+    if not isinstance(source, load_model.AdapterRun):
         raise ConfigError([f"{folder}: finetune.lora.rank=0, so it has no adapters"])
     if tune.outputs:
         raise ConfigError(
@@ -113,8 +150,8 @@ def export_adapters(folder: str, target: str, progress: Progress) -> Json:
     path = Path(target)
     _new_folder(path)
     with mesh.entered_mesh(replace(cfg, compute=ComputeConfig())):
-        learnt, step = adapter_checkpoint.restore(folder, cfg, progress.say)
-        adapters, base = learnt[lora.ADAPTERS], tune.base.removeprefix("hf:")
+        tree, step = source.read_tree(progress.say)
+        adapters, base = tree[lora.ADAPTERS], tune.base.removeprefix("hf:")
         if base == tune.base:  # a run, which PEFT cannot load: where it came from, if anywhere
             base = (run_dir.source_of(base) or {}).get("folder", "")
         peft.write_folder(path, adapters, tune.lora, cfg.model, base)
@@ -142,13 +179,13 @@ def import_adapters(folder: str, base: str, target: str, progress: Progress) -> 
         if cfg.finetune.task != "none":
             raise ConfigError([f"--base={base}: is fine-tuned; give what the adapters began from"])
 
-    with load.load_model(base, say=progress.say, check=check) as model:
+    with load_model.load_model(base, say=progress.say, check=check) as model:
         adapters, lora_cfg = peft.read_folder(Path(folder), model.cfg.model)
         _new_folder(path)
         whole = lora.merge({lora.BASE: model.params, lora.ADAPTERS: adapters}, lora_cfg)
         _save(path, model.step or 0, whole, {"imported": folder})
         beside, settings = Path(base.removeprefix("hf:")), {}
-        if load.is_hugging_face(base):
+        if load_model.is_hugging_face(base):
             settings = safetensors.open_source(beside).config
         elif provenance := run_dir.source_of(base):
             beside, settings = beside / _CARRIED, provenance["config"]
@@ -180,14 +217,15 @@ def export_run(
     the folder, written, turns out not to agree.
     """
     _one_process()
-    cfg, tokenizer, _ = run_dir.open_run(folder)
+    model = load_model.find_model(folder)
+    cfg, tokenizer = model.config_here(), model.tokenizer
     families.family_of(cfg.model)  # refuses before anything is read
     provenance = run_dir.source_of(folder)
     path = Path(target)
     _new_folder(path)
     formats = {} if dtype or provenance is None else provenance["dtypes"]
     with mesh.entered_mesh(replace(cfg, compute=ComputeConfig())):  # compared in float32
-        params, step = adapter_checkpoint.restore_params(folder, cfg, progress.say)
+        params, step = model.read_params(progress.say)
         extra = {} if provenance is None else provenance["config"]
         extra = {key: value for key, value in extra.items() if key != "torch_dtype"}
         if (Path(folder) / _CARRIED).is_dir():
@@ -207,9 +245,9 @@ def export_run(
             cfg.model,
             dtype=common,
             dtypes=formats,
-            extra=extra,
-            beside=beside,
-            instead=instead,
+            extra_config=extra,
+            extra_tensors=beside,
+            config_overrides=instead,
         )
         source = safetensors.open_source(path, beside)
         certificate = {
@@ -240,7 +278,7 @@ def _task_layer(
     kind, _ = families.family_of(cfg.model)
     names = dict(enumerate(cfg.finetune.labels or ("score",)))
     several = len(names) > 1
-    return {_SCORE: np.ascontiguousarray(np.asarray(params[heads.NAME]["score"]).T)}, {
+    return {SCORE_TENSOR: np.ascontiguousarray(np.asarray(params[heads.NAME]["score"]).T)}, {
         "architectures": [families.FAMILIES[kind].classifier],
         "id2label": {str(i): name for i, name in names.items()},
         "label2id": {name: i for i, name in names.items()},
@@ -315,7 +353,7 @@ def _check_logits(
 
     Raises MismatchError where they are far.
     """
-    certificate["transformers"] = logits = _compared(source, params, progress)
+    certificate["transformers"] = logits = compare_with_transformers(source, params, progress)
     run_dir.write_json(folder / run_dir.CERTIFICATE, certificate)
     if isinstance(logits, dict) and (
         logits["largest_difference"] > _TOLERATED * logits["largest_logit"]
@@ -346,7 +384,7 @@ def _differing(source: Source, params: Params, progress: Progress) -> list[str]:
 
 def _check_scores(certificate: Json, source: Source, progress: Progress, folder: Path) -> None:
     """The same of a task's scores."""
-    certificate["transformers"] = scores = _compared(source, {}, progress)
+    certificate["transformers"] = scores = compare_with_transformers(source, {}, progress)
     run_dir.write_json(folder / run_dir.CERTIFICATE, certificate)
     if isinstance(scores, dict) and (
         scores["largest_difference"] > _TOLERATED * scores["largest_score"]

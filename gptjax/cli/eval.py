@@ -1,21 +1,22 @@
-"""What `gptjax eval` does: reads what it is given, opens the model, measures, and tells.
+"""`gptjax eval`: measures a model on its validation split, on given text or on task files.
 
-Files are read and checked before the model is. The JSON has the values by the names that metrics
-have, their intervals, and under "repeat" all that the numbers depend on.
+Files are read and checked before the model is loaded. The results are printed as a table, or as
+JSON: the values by the names of metrics, their confidence intervals, and under "repeat" all that
+the numbers depend on.
 """
 
+import argparse
 import hashlib
 import json
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
 import numpy as np
 
-import gptjax
-from gptjax import config, load
+from gptjax import config, load_model
 from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import fingerprints, leaves_by_path, sha256_of
 from gptjax.config import Config, DataConfig
@@ -26,17 +27,19 @@ from gptjax.evaluate.bootstrap import Statistic
 from gptjax.evaluate.documents import Documents, TextLoss
 from gptjax.evaluate.formats import TaskFile, read_tasks
 from gptjax.evaluate.scoring import Scorer
-from gptjax.evaluate.tasks import ANSWER_TOKENS, Task, named
+from gptjax.evaluate.tasks import ANSWER_TOKENS, TaskEvaluator, task_names
 from gptjax.evaluate.validation import ValidationLoss
-from gptjax.load import LoadedModel
+from gptjax.load_model import LoadedModel
 from gptjax.parallel import sharding
+from gptjax.runtime import distributed
 from gptjax.runtime.progress import Progress
 from gptjax.tokenizer import Tokenizer
+from gptjax.version import __version__
 
 
 @dataclass(frozen=True)
 class Options:
-    """Of the command. 0 and None: as the model's configuration says, or no limit."""
+    """The command's options; see its help. 0 and None mean the model's own setting, or no limit."""
 
     text: Sequence[str] = ()
     task: Sequence[str] = ()
@@ -50,7 +53,7 @@ class Options:
     json: bool = False
 
     def check(self) -> None:
-        """Raises ConfigError with every value that makes no sense."""
+        """Raises ConfigError with every invalid value."""
         problems = [
             f"--{name}={getattr(self, name)}: must not be negative"
             for name in ("length", "stride", "limit", "batch", "seed")
@@ -58,31 +61,33 @@ class Options:
         ]
         for name in ("length", "stride", "text_field"):
             if getattr(self, name) != getattr(Options, name) and not self.text:
-                problems.append(f"--{name.replace('_', '-')}: means nothing without --text")
+                problems.append(f"--{name.replace('_', '-')}: requires --text")
         if self.limit and not (self.text or self.task):
-            problems.append("--limit: means nothing without --text or --task")
+            problems.append("--limit: requires --text or --task")
         if problems:
             raise ConfigError(problems)
 
     def windows(self, cfg: Config) -> tuple[int, int]:
-        """Length and stride of the windows of text. Raises ConfigError where they do not go."""
+        """Length and stride, in tokens, of the sliding windows of text. Raises ConfigError."""
         length = self.length or min(cfg.train.seq_len, cfg.model.context)
         stride = self.stride or length
         if length > cfg.model.context:
-            raise ConfigError([f"--length={length}: above model.context={cfg.model.context}"])
+            raise ConfigError(
+                [f"--length={length}: must not exceed model.context={cfg.model.context}"]
+            )
         if stride > length:
             raise ConfigError(
                 [
-                    f"--stride={stride}: above the window's length of {length}, so tokens between "
-                    "windows would be left out"
+                    f"--stride={stride}: must not exceed the window length of {length}, or tokens "
+                    "between windows would be skipped"
                 ]
             )
         return length, stride
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A value, its interval where it has one, and what it was measured on."""
+class Measurement:
+    """A value, its confidence interval if it has one, and a description of its examples."""
 
     name: str
     value: float
@@ -91,16 +96,16 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class TokenBatch:
-    """What the command line names, read and checked."""
+class EvalInputs:
+    """The task files and documents that the options name, and the SHA-256 of each file."""
 
     files: list[TaskFile]
     documents: Documents | None
     hashes: dict[str, str]
 
     @classmethod
-    def read(cls, options: Options) -> "TokenBatch":
-        """Raises ConfigError and DataError as `read_tasks` and `Documents.read` do."""
+    def read(cls, options: Options) -> "EvalInputs":
+        """Reads and checks all of it. Raises what `read_tasks` and `Documents.read` raise."""
         files = read_tasks(options.task, options.limit, "--task")
         hashes = {file.path: file.sha256 for file in files}
         documents = None
@@ -108,118 +113,124 @@ class TokenBatch:
             cfg = DataConfig(text_field=options.text_field)
             documents = Documents.read(options.text, cfg, options.limit)
             for source in sources.resolve(tuple(options.text), "--text"):
-                if isinstance(source, sources.File):
+                if isinstance(source, sources.TextFile):
                     digest = hashlib.sha256(source.path.read_bytes())
                     hashes[str(source.path)] = digest.hexdigest()
         return cls(files, documents, hashes)
 
 
 def evaluate(path: str, options: Options, progress: Progress, say: Callable[[str], None]) -> None:
-    """Measures a run or a Hugging Face folder, and says the results.
+    """Measures a run or a Hugging Face folder, and prints the results with `say`.
 
-    Raises ConfigError for options that make no sense, DataError for text and tasks that cannot be
-    used, and what `opening.opened` does.
+    Raises ConfigError for invalid options, DataError for text and tasks that cannot be used, and
+    what `load_model` raises.
     """
     options.check()
-    given = TokenBatch.read(options)
-    own = not (options.text or options.task)
-    manifest = _manifest(path) if own else None
+    inputs = EvalInputs.read(options)
+    own_split = not (options.text or options.task)
+    manifest = _manifest(path) if own_split else None
 
     def check(cfg: Config, tokenizer: Tokenizer | None) -> None:
         options.windows(cfg)
         if tokenizer is None:
-            raise DataError(f"{path}: its source had no tokenizer, so it cannot read text")
+            raise DataError(f"{path}: its source had no tokenizer, so text cannot be encoded")
 
-    with load.load_model(path, dtype=options.dtype, say=progress.say, check=check) as model:
+    with load_model.load_model(path, dtype=options.dtype, say=progress.say, check=check) as model:
         shards = sharding.axis_size("batch")
-        rows = -(-(options.batch or model.cfg.eval.batch) // shards) * shards
-        cfg = replace(model.cfg, eval=replace(model.cfg.eval, batch=rows))
+        batch = -(-(options.batch or model.cfg.eval.batch) // shards) * shards
+        cfg = replace(model.cfg, eval=replace(model.cfg.eval, batch=batch))
         if manifest is not None:
             statistics, tokens = ValidationLoss(cfg, manifest, progress).measure(model.params)
-            over = f"batches: {len(statistics[0].parts)}"
+            over = f"batches: {len(statistics[0].numerators)}"
             measured = _with_intervals(statistics, over, options.seed)
-            measured.append(Measured("valid_tokens", tokens))
+            measured.append(Measurement("valid_tokens", tokens))
         else:
-            measured = _measure(
-                model, given, options, Scorer(cfg.model, cfg.compute, rows, progress)
-            )
-        repeat = _repeat(model, given, options, rows)
+            scorer = Scorer(cfg.model, cfg.compute, batch, progress)
+            measured = _measure(model, inputs, options, scorer)
+        repeat = _reproduction(model, inputs, options, batch)
     if options.json:
         intervals = {one.name: one.interval for one in measured if one.interval}
         values = {one.name: one.value for one in measured}
-        place = {"run": path, "step": model.step}
-        say(json.dumps(place | values | {"intervals": intervals, "repeat": repeat}))
-        return
-    say(path if model.step is None else f"{path} at step {model.step}")
+        source = {"run": path, "step": model.step}
+        say(json.dumps(source | values | {"intervals": intervals, "repeat": repeat}))
+    else:
+        say(path if model.step is None else f"{path} at step {model.step}")
+        _print_table(measured, say)
+
+
+def _print_table(measured: Sequence[Measurement], say: Callable[[str], None]) -> None:
     for one in measured:
         interval = "{:.4g} to {:.4g}".format(*one.interval) if one.interval else ""
         say(f"  {one.name:24} {one.value:<10.6g} {interval:20} {one.over}".rstrip())
     if any(one.interval for one in measured):
-        say(
-            f"  (intervals: {bootstrap.LEVEL:.0%}, of {bootstrap.RESAMPLES} resamples by bootstrap)"
-        )
+        level, resamples = f"{bootstrap.LEVEL:.0%}", bootstrap.RESAMPLES
+        say(f"  ({level} confidence intervals: bootstrap with {resamples} resamples)")
 
 
 def _manifest(path: str) -> Any:
-    """The manifest of a run's own validation text. Raises DataError where there is none."""
-    if load.is_hugging_face(path):
+    """The manifest of the run's store. Raises DataError for a model without validation split."""
+    if load_model.is_hugging_face(path):
         raise DataError(
-            f"{path}: a model without validation text of its own; give --text or --task"
+            f"{path}: a Hugging Face model has no validation split; give --text or --task"
         )
     cfg, _, manifest = run_dir.open_run(path)
     if manifest is None:
         raise DataError(
-            f"{path}: an imported or fine-tuned model, which has no validation text of its own; "
-            "give --text or --task"
+            f"{path}: an imported or fine-tuned model has no validation split; give --text or "
+            "--task"
         )
     run_dir.check_store(cfg, manifest)
     return manifest
 
 
 def _measure(
-    model: LoadedModel, given: TokenBatch, options: Options, scorer: Scorer
-) -> list[Measured]:
-    """Every statistic of the text and the tasks, with its interval."""
+    model: LoadedModel, inputs: EvalInputs, options: Options, scorer: Scorer
+) -> list[Measurement]:
+    """The statistics of the text and of the tasks, with their confidence intervals."""
     assert model.tokenizer is not None
-    measured: list[Measured] = []
-    if given.documents is not None:
-        text = TextLoss(given.documents, model.tokenizer, scorer, *options.windows(model.cfg))
-        over = _over("document", *given.documents.counted)
+    measured: list[Measurement] = []
+    if inputs.documents is not None:
+        text = TextLoss(inputs.documents, model.tokenizer, scorer, *options.windows(model.cfg))
+        over = _over("document", *inputs.documents.counted)
         measured += [
             *_with_intervals(text.measure(model.params), over, options.seed),
-            Measured("text_tokens", text.tokens),
-            Measured("text_bytes", text.bytes),
+            Measurement("text_tokens", text.tokens),
+            Measurement("text_bytes", text.bytes),
         ]
-    for file, name in zip(given.files, named(given.files), strict=True):
-        task = Task(file, model.tokenizer, scorer, name)
+    for file, name in zip(inputs.files, task_names(inputs.files), strict=True):
+        task = TaskEvaluator(file, model.tokenizer, scorer, name)
         over = _over("example", len(file.examples), file.total)
         measured += [
             *_with_intervals(task.measure(model.params), over, options.seed),
-            Measured(f"{name}_cut", task.cut),
+            Measurement(f"{name}_cut", task.cut),
         ]
     return measured
 
 
-def _with_intervals(statistics: list[Statistic], over: str, seed: int) -> list[Measured]:
-    return [Measured(one.name, one.value, one.interval(seed), over) for one in statistics]
+def _with_intervals(statistics: list[Statistic], over: str, seed: int) -> list[Measurement]:
+    return [
+        Measurement(one.name, one.value, one.confidence_interval(seed), over) for one in statistics
+    ]
 
 
-def _over(what: str, count: int, total: int | None) -> str:
-    """How many, and of how many where they are not all; None: of more."""
-    many = f"{count} {what}{'s' * (count != 1)}"
+def _over(noun: str, count: int, total: int | None) -> str:
+    """Describes `count` examples, the first of `total`; None for an unknown larger total."""
+    examples = f"{count} {noun}{'s' * (count != 1)}"
     if total == count:
-        return many
-    return f"{many}, the first" if total is None else f"{many}, the first of {total}"
+        return examples
+    return f"{examples}, the first" if total is None else f"{examples}, the first of {total}"
 
 
-def _repeat(model: LoadedModel, given: TokenBatch, options: Options, rows: int) -> dict[str, Any]:
-    """All that the numbers depend on."""
+def _reproduction(
+    model: LoadedModel, inputs: EvalInputs, options: Options, batch: int
+) -> dict[str, Any]:
+    """All that the numbers depend on, so that the evaluation can be reproduced."""
     cfg, mesh = model.cfg, jax.sharding.get_mesh()
-    settings: dict[str, Any] = {"batch": rows, "dtype": cfg.compute.dtype, "limit": options.limit}
-    if given.documents is not None:
+    settings: dict[str, Any] = {"batch": batch, "dtype": cfg.compute.dtype, "limit": options.limit}
+    if inputs.documents is not None:
         length, stride = options.windows(cfg)
         settings |= {"length": length, "stride": stride, "text_field": options.text_field}
-    if any(file.kind == "squad" for file in given.files):
+    if any(file.kind == "squad" for file in inputs.files):
         settings["answer_tokens"] = ANSWER_TOKENS
     settings |= {
         "seed": options.seed,
@@ -232,14 +243,23 @@ def _repeat(model: LoadedModel, given: TokenBatch, options: Options, rows: int) 
         "tokenizer": model.tokenizer and model.tokenizer.fingerprint,
         "text": list(options.text),
         "tasks": list(options.task),
-        "files": given.hashes,
+        "files": inputs.hashes,
         "settings": settings,
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         "device": mesh.devices.flat[0].device_kind,
         "versions": {
-            "gptjax": gptjax.__version__,
+            "gptjax": __version__,
             "jax": jax.__version__,
             "numpy": np.__version__,
             "python": platform.python_version(),
         },
     }
+
+
+def run(args: argparse.Namespace, _: Sequence[str]) -> None:
+    """Runs the command."""
+    distributed.join(config.WatchConfig().lost, Progress().say)
+    first = distributed.first()
+    options = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
+    say = print if first else (lambda line: None)
+    evaluate(args.run, options, Progress(shown=first), say)

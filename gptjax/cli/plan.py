@@ -1,10 +1,12 @@
 """What `gptjax plan` does, in its order: the arithmetic, the search, the compiler, the page."""
 
+import argparse
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from gptjax.cli.arguments import resolve
 from gptjax.config import Config, MeshConfig
 from gptjax.errors import ConfigError, OutputError
 from gptjax.plan import aot, estimate, report, search
@@ -125,3 +127,10 @@ def _confirm(
             wire = sum(one.wire for one in found.collectives)
             took = f"compiled in {found.seconds:.0f} s"
             tell(f"{name:28} {used}, {wire / 1e6:,.1f} MB sent a pass, {took}")
+
+
+def run_command(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Runs the command."""
+    cfg = resolve(args, overrides)
+    options = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
+    run(cfg, options, print)

@@ -4,19 +4,28 @@ classify   {"label": "...", "probabilities": {"...": 0.9, ...}}
 choose     {"label": 0, "probabilities": [0.9, ...]}, the number of the likeliest choice
 """
 
+import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from gptjax import config, load
+from gptjax import config, load_model
 from gptjax import tokenizer as tokenizers
 from gptjax.config import Config
 from gptjax.errors import ConfigError, OutputError
 from gptjax.finetune import examples, tokenize
 from gptjax.finetune.classification import Classifier, probabilities
-from gptjax.finetune.tokenize import Special
+from gptjax.finetune.tokenize import SpecialTokens
 from gptjax.runtime.progress import Progress
+
+
+def run(args: argparse.Namespace, _: Sequence[str]) -> None:
+    """Runs the command."""
+    progress = Progress()
+    count = predict(args.run, args.file, args.output, progress)
+    progress.say(f"{args.output}: {count:,} lines")
 
 
 def predict(path: str, file: str, output: str, progress: Progress) -> int:
@@ -31,12 +40,14 @@ def predict(path: str, file: str, output: str, progress: Progress) -> int:
         raise ConfigError([f"{path}: finetune.task={task}; predict is for classify and choose"])
     given = examples.read(file, task, "--file", labelled=False)
     tokenizer = tokenizers.load(Path(path))
-    texts = tokenize.encoded(given, tokenizer)
+    texts = tokenize.encode(given, tokenizer)
     length = cfg.train.seq_len
-    rows = tokenize.rows(given, texts, Special.of(tokenizer), length, labels, tokenizer.eos_id)
+    rows = tokenize.to_arrays(
+        given, texts, SpecialTokens.of(tokenizer), length, labels, tokenizer.eos_id
+    )
     if rows.cut:
         progress.say(f"{rows.cut:,} of {len(rows):,} cut to train.seq_len={length}")
-    with load.load_model(path, say=progress.say) as model:
+    with load_model.load_model(path, say=progress.say) as model:
         scores_EK = Classifier(model.cfg, progress).scores(model.params, rows, "predict")
     lines = [
         _line(cfg, chances_K[: len(one.sequences) if not labels else None])

@@ -6,6 +6,7 @@ it is there. Started again, it leaves out the lines whose results are all there.
 depend on its number and its seed, so a continued file has the results of an undisturbed one.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from typing import Any
 
 from gptjax.errors import ConfigError, DataError, OutputError
 from gptjax.runtime.progress import Progress
-from gptjax.sample import Completion, Sampler, SamplingParams
+from gptjax.sample import BeamSearchParams, Completion, Sampler, SamplingParams
 
 PLAIN = (
     *("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
@@ -275,3 +276,81 @@ def _results(target: Path) -> dict[tuple[int, int], tuple[int, str]]:
             raise foreign
         os.truncate(target, end)
     return found
+
+
+def _refuse_unused(args: argparse.Namespace) -> None:
+    """Raises ConfigError for options that the chosen mode does not use."""
+    drawing = (
+        *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
+        *("frequency_penalty", "logit_bias", "ban", "stop", "seed"),
+    )
+    unused = {
+        "--beams": (args.beams, (*drawing, "logprobs", "rows")),
+        "--file": (args.file, ("json",)),
+        "--interactive": (args.interactive, ("json", "logprobs", "samples", "rows")),
+        "--bench": (
+            args.bench,
+            (*drawing, "logprobs", "samples", "max_tokens", "json", "rows", "beams"),
+        ),
+        "without --beams": (not args.beams, ("length_penalty", "early_stopping")),
+    }
+    problems = [
+        f"--{name.replace('_', '-')}: has no effect {mode if ' ' in mode else f'with {mode}'}"
+        for mode, (on, names) in unused.items()
+        for name in names
+        if on and getattr(args, name) != args.subparser.get_default(name)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def run(args: argparse.Namespace, _: Sequence[str]) -> None:
+    """Runs the command."""
+    settings = SamplingParams(
+        logit_bias=tuple(args.logit_bias),
+        banned=tuple(args.ban),
+        stop=tuple(args.stop),
+        **{name: getattr(args, name) for name in PLAIN},
+    )
+    settings.check()
+    _refuse_unused(args)
+    beams = None
+    if args.beams:
+        early = {"false": False, "true": True, "never": "never"}[args.early_stopping]
+        beams = BeamSearchParams(
+            args.beams, args.length_penalty, early, args.samples, args.max_tokens
+        )
+        beams.check()
+    if bool(args.file) != bool(args.output):
+        raise ConfigError(["--file and --output: give both, or neither"])
+    if beams is not None and (args.file or args.interactive):
+        raise ConfigError([f"--beams={args.beams}: goes with --prompt only"])
+    if args.rows < 1:
+        raise ConfigError([f"--rows={args.rows}: must be at least 1"])
+    file = File(args.file, args.output, settings) if args.file else None
+    from gptjax import load_model
+
+    prompts, rehearse = args.prompt or [""], None
+    if beams is None and not (args.file or args.interactive or args.bench):
+        rehearse = lambda sampler: sampler.rehearse(prompts, settings)
+    say = Progress().say
+    with load_model.load_model(args.run, dtype=args.dtype, say=say, rehearse=rehearse) as model:
+        if args.bench:
+            from gptjax.cli import benchmark
+
+            benchmark.report(model, print)
+            return
+        if model.tokenizer is None and file is None:
+            raise DataError(f"{args.run}: its source had no tokenizer, so it cannot read a prompt")
+        sampler = model.sampler(rows=args.rows)
+        if file is not None:
+            file.fill(sampler, Progress())
+        elif args.interactive:
+            converse(sampler, settings)
+        else:
+            done = (
+                sampler.generate(prompts, settings)
+                if beams is None
+                else sampler.beam(prompts, beams)
+            )
+            show(done, prompts, sampler, as_json=args.json, many=args.samples > 1)

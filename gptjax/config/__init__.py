@@ -1,10 +1,10 @@
-"""The configuration: its fields, their validation, loading and provenance.
+"""The configuration: schema, validation, loading and provenance.
 
-Validation has three stages, and each reports every problem at once: construction (types and unknown
-names, in loading.py and tyro), `Config.check` (validation.py), and `resume_changes` (resuming.py,
-against the configuration that a run folder was started with).
+Validation has three stages, and each reports all its problems at once: types and unknown names
+(loading.py and tyro), legal values (`Config.check`, validation.py), and changes to the
+configuration of a run that is resumed (`resume_changes`, resume.py).
 
-Nothing here imports jax or tensorflow, so a bad flag fails in milliseconds.
+Nothing here imports JAX or TensorFlow, so a wrong flag is reported in milliseconds.
 """
 
 from gptjax.config.loading import (
@@ -18,6 +18,9 @@ from gptjax.config.loading import (
     resolve,
     to_dict,
 )
+from gptjax.config.mesh import MeshConfig
+from gptjax.config.model import ModelConfig, MoeConfig, RopeConfig
+from gptjax.config.presets import list_presets
 from gptjax.config.resume import resume_changes, resume_classes
 from gptjax.config.schema import (
     CheckpointConfig,
@@ -28,11 +31,7 @@ from gptjax.config.schema import (
     FinetuneConfig,
     LogConfig,
     LoraConfig,
-    MeshConfig,
-    ModelConfig,
-    MoeConfig,
     OptimConfig,
-    RopeConfig,
     TokenizerConfig,
     TrainConfig,
     TuneConfig,
@@ -61,6 +60,7 @@ __all__ = [
     "WatchConfig",
     "flatten",
     "from_dict",
+    "list_presets",
     "load",
     "lora_problems",
     "model_problems",

@@ -1,9 +1,10 @@
-"""Loading a configuration: JSON, presets, run folders, overrides, and where each value came from.
+"""Loading of a configuration: presets, JSON, run folders, overrides, and each value's provenance.
 
 A CONFIG argument is one of
-  * a preset: a Python file and a function in it, `configs/gpt2.py:small` (`:main` may be left out);
+  * a preset that comes with gptjax, `gpt2:small`, or a Python file and a function in it,
+    `configs/gpt2.py:small` (default: `main`);
   * a resolved configuration: a JSON file as `gptjax config --json` prints it;
-  * a run folder, which holds such a file as `config.json`.
+  * a run folder, which contains such a file as `config.json`.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from gptjax.config.presets import find_preset
 from gptjax.config.schema import Config
 from gptjax.errors import ConfigError
 
@@ -29,7 +31,7 @@ def to_dict(cfg: Any) -> dict[str, Any]:
 
 
 def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaf values by dotted name."""
+    """The values of all fields by dotted name."""
     leaves: dict[str, Any] = {}
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
@@ -41,10 +43,10 @@ def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any], cls: type = Config, prefix: str = "") -> Any:
-    """The inverse of `to_dict`. Absent fields take their defaults.
+    """The configuration (or section, `cls`) of nested dicts; the inverse of `to_dict`.
 
-    Raises ConfigError naming every unknown field, with the nearest known ones, and every value of
-    another type than its field's.
+    Absent fields take their defaults. Raises ConfigError with all unknown fields, each with the
+    nearest known names, and all values of a wrong type.
     """
     hints = typing.get_type_hints(cls)
     problems, known = [], {}
@@ -77,7 +79,7 @@ def from_dict(values: Mapping[str, Any], cls: type = Config, prefix: str = "") -
 
 
 def _coerce(value: Any, hint: Any) -> Any:
-    """A JSON value as the type of its field. Raises TypeError with what was wanted."""
+    """Converts a JSON value to the type of its field. Raises TypeError naming that type."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value in args:
@@ -99,39 +101,42 @@ def _coerce(value: Any, hint: Any) -> Any:
 
 
 def load(argument: str) -> Config:
-    """The configuration that a CONFIG argument names. Raises ConfigError."""
+    """The configuration of a CONFIG argument. Raises ConfigError."""
     path, _, function = argument.partition(":")
     file = Path(path)
     if file.is_dir():
         file = file / CONFIG_FILE
         if not file.exists():
-            raise ConfigError([f"{path}: this folder holds no {CONFIG_FILE}, so it is no run"])
+            raise ConfigError([f"{path}: not a run folder, it has no {CONFIG_FILE}"])
+    if not file.exists() and (preset := find_preset(path)):
+        file = preset
     if not file.exists():
-        shelf = file.parent if file.parent.is_dir() else Path("configs")
+        folder = file.parent if file.parent.is_dir() else Path("configs")
         near = difflib.get_close_matches(
-            file.name, [p.name for p in shelf.glob("*.py")], n=2, cutoff=0.4
+            file.name, [p.name for p in folder.glob("*.py")], n=2, cutoff=0.4
         )
-        hint = f"; did you mean {' or '.join(str(shelf / n) for n in near)}?" if near else ""
+        hint = f"; did you mean {' or '.join(str(folder / n) for n in near)}?" if near else ""
         raise ConfigError([f"{path}: no such file{hint}"])
     if file.suffix == ".json":
         return read_json(file)
     if file.suffix == ".py":
         return _preset(file, function or "main")
-    raise ConfigError([f"{path}: a CONFIG is a .py preset, a .json file or a run folder"])
+    raise ConfigError([f"{path}: not a CONFIG; give a .py preset, a .json file or a run folder"])
 
 
 def read_json(file: Path) -> Config:
-    """Reads a resolved configuration. Raises ConfigError."""
+    """The configuration of a resolved JSON file. Raises ConfigError."""
     try:
         values = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError([f"{file}: cannot be read as JSON: {error}"]) from None
+        raise ConfigError([f"{file}: not valid JSON: {error}"]) from None
     if not isinstance(values, Mapping):
-        raise ConfigError([f"{file}: must hold an object of fields"])
+        raise ConfigError([f"{file}: must contain a JSON object"])
     return from_dict(values)
 
 
 def _preset(file: Path, function: str) -> Config:
+    """The result of a preset function, executed without writing bytecode beside the file."""
     spec = importlib.util.spec_from_file_location(f"gptjax_preset_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None
@@ -155,17 +160,18 @@ def _preset(file: Path, function: str) -> Config:
     return presets[function]()
 
 
-def resolve(argument: str, overrides: Sequence[str], prog: str, description: str = "") -> Config:
+def resolve(
+    argument: str, overrides: Sequence[str], prog: str = "gptjax", description: str = ""
+) -> Config:
     """The configuration of a command line: CONFIG, then `--section.field value` overrides.
 
-    tyro parses the overrides; at a mistake it prints what is wrong and the nearest right names,
-    and exits with status 2.
+    For an invalid override, tyro prints the problem and the nearest names, and exits with status 2.
     """
     return override(load(argument), overrides, f"{prog} {argument}", description)
 
 
 def override(preset: Config, overrides: Sequence[str], prog: str, description: str = "") -> Config:
-    """The configuration with `--section.field value` overrides, which tyro parses."""
+    """The configuration with `--section.field value` overrides, parsed by tyro."""
     if not overrides:
         return preset
     import tyro
@@ -181,7 +187,7 @@ def override(preset: Config, overrides: Sequence[str], prog: str, description: s
 
 
 def provenance(cfg: Config, argument: str, overrides: Sequence[str]) -> dict[str, str]:
-    """Where each leaf came from, by dotted name: default, the preset's name, or command line."""
+    """The origin of each field by dotted name: default, command line, or the preset's name."""
     given = {word[2:].split("=")[0].replace("-", "_") for word in overrides if word[:2] == "--"}
     defaults, preset = flatten(Config()), flatten(load(argument))
     return {

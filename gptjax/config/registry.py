@@ -1,8 +1,8 @@
-"""Registries: what a configuration may name, extended from outside the package by one call each.
+"""Registries: the implementations that a configuration may name, extensible from outside.
 
-A registry knows the names of what gptjax brings, and the module that brings it, without importing
-that module: so a configuration is checked before JAX is loaded. A preset file that names an
-extension imports the package that registers it:
+A registry lists gptjax's own names, and the module that registers each, without importing that
+module, so a configuration is validated before JAX is loaded. A preset file that names an extension
+imports the package that registers it:
 
     from gptjax.config.registry import OPTIMIZERS
 
@@ -20,18 +20,18 @@ Item = TypeVar("Item")
 
 
 class Registry:
-    """Named implementations of one kind; `option` is the configuration's field that names them."""
+    """Implementations of one kind by name. `option` is the configuration field that names them."""
 
     def __init__(self, option: str, builtin: Mapping[str, str]) -> None:
-        """`builtin`: for each name that gptjax brings, the module that registers it."""
+        """`builtin` maps each of gptjax's own names to the module that registers it."""
         self.option = option
         self._builtin = builtin
         self._items: dict[str, Any] = {}
 
     def register(self, name: str) -> Callable[[Item], Item]:
-        """A decorator that registers a class, or another object, by its name.
+        """A decorator that registers a class or a function under a name.
 
-        Raises ValueError where another item has that name.
+        Raises ValueError if another item has that name.
         """
 
         def add(item: Item) -> Item:
@@ -45,11 +45,11 @@ class Registry:
         return add
 
     def names(self) -> list[str]:
-        """All names, gptjax's own first."""
+        """All registered names, gptjax's own first."""
         return list(dict.fromkeys([*self._builtin, *self._items]))
 
     def __getitem__(self, name: str) -> Any:
-        """The item of a name. Raises ConfigError for an unknown one."""
+        """The item registered under a name. Raises ConfigError for an unknown name."""
         if name not in self._items and name in self._builtin:
             importlib.import_module(self._builtin[name])
         if name not in self._items:
@@ -57,7 +57,7 @@ class Registry:
         return self._items[name]
 
     def unknown(self, name: str) -> str:
-        """The message about a name that is not registered."""
+        """The error message for a name that is not registered."""
         return f"{self.option}={name}: unknown; known: {', '.join(self.names())}"
 
 
@@ -67,9 +67,13 @@ OPTIMIZERS = Registry(
 )
 ATTENTION_BACKENDS = Registry(
     "compute.attention",
-    dict.fromkeys(
-        ("splash", "cudnn", "blockwise", "ring", "reference"), "gptjax.model.attention.backends"
-    ),
+    {
+        "splash": "gptjax.model.attention.vendor",
+        "cudnn": "gptjax.model.attention.vendor",
+        "blockwise": "gptjax.model.attention.blockwise",
+        "ring": "gptjax.model.attention.ring",
+        "reference": "gptjax.model.attention.reference",
+    },
 )
 DATA_SOURCES = Registry("data.sources", {"tfds": "gptjax.data.sources"})
 METRIC_WRITERS = Registry(

@@ -1,15 +1,16 @@
-"""What a changed configuration means to a run that resumes."""
+"""Changes to the configuration of a run that is resumed: refused or reported."""
 
 import dataclasses
 import typing
+from typing import Any
 
 from gptjax.config.loading import flatten
 from gptjax.config.schema import Config
 from gptjax.errors import MismatchError
 
 
-def resume_classes(cls: type = Config, prefix: str = "") -> dict[str, str]:
-    """Class of each leaf (identity, schedule or free), by dotted name."""
+def resume_classes(cls: Any = Config, prefix: str = "") -> dict[str, str]:
+    """The resume class of each field (identity, schedule or free) by dotted name."""
     classes: dict[str, str] = {}
     for f in dataclasses.fields(cls):
         inner = typing.get_type_hints(cls)[f.name]
@@ -21,9 +22,9 @@ def resume_classes(cls: type = Config, prefix: str = "") -> dict[str, str]:
 
 
 def resume_changes(saved: Config, given: Config) -> list[str]:
-    """What a resume with `given` changes of the run that `saved` started, a line each.
+    """The changes from `saved`, a run's configuration, to `given`: one line each.
 
-    Raises MismatchError with all changes of identity fields, which make it another run.
+    Raises MismatchError with all changes of identity fields, since these would be another run.
     """
     classes, old, new = resume_classes(), flatten(saved), flatten(given)
     changed = [name for name in old if old[name] != new[name] and name != "run"]
@@ -34,6 +35,6 @@ def resume_changes(saved: Config, given: Config) -> list[str]:
     ]
     if refused:
         raise MismatchError(
-            f"{given.run} holds another run; give its values, or another --run", refused
+            f"{given.run} contains another run; use its values, or give another --run", refused
         )
     return [f"{name}: {old[name]!r} -> {new[name]!r} ({classes[name]})" for name in changed]

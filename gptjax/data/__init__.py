@@ -1,1 +1,1 @@
-"""From text to batches: sources, the token store, the order of windows, the input pipeline."""
+"""Text to batches: data sources, the token store, the data order and the input pipeline."""

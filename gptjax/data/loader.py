@@ -1,9 +1,9 @@
-"""The input pipeline: window ids from `order`, tokens from `store`, read ahead by tf.data.
+"""The input pipeline: window ids from `Order`, tokens from the store, prefetched by tf.data.
 
-tf.data holds no state worth saving: it is told at which step to begin. TensorFlow is imported here
-only, when a pipeline is built, and never sees an accelerator.
+tf.data keeps no state that must be saved: a pipeline starts at any step. TensorFlow is imported
+only when a pipeline is built, and never sees an accelerator.
 
-Shapes: B rows of this process, T sequence.
+Shapes: B sequences of this process, T sequence length, W = T + 1 window length.
 """
 
 import os
@@ -22,9 +22,9 @@ from gptjax.errors import DataError
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows of tokens: position t predicts t + 1.
+    """Windows of tokens, in which position t predicts t + 1.
 
-    windows_BW: int32 [B, T+1]; lengths_B: int32 [B], how many of a row's T targets count.
+    windows_BW: int32; lengths_B: int32, the number of a window's T targets that count in the loss.
     """
 
     windows_BW: np.ndarray
@@ -32,7 +32,7 @@ class Batch:
 
 
 def training_windows(tokens: int, seq_len: int) -> int:
-    """Windows of a split for training: whole ones, each sharing one token with the next."""
+    """The number of complete training windows, each of which shares one token with the next."""
     return (tokens - 1) // seq_len
 
 
@@ -46,26 +46,26 @@ class TrainData:
 
     @classmethod
     def open(cls, cfg: Config, manifest: Manifest) -> "TrainData":
-        """As configured. Raises DataError where the store has no whole window."""
+        """The configured training data. Raises DataError for a store without a whole window."""
         reader = Reader(cfg.data.store, "train", manifest)
         windows = training_windows(len(reader), cfg.train.seq_len)
         if windows < 1:
             raise DataError(
-                f"data.store={cfg.data.store}: {len(reader)} training tokens are no window of "
-                f"train.seq_len={cfg.train.seq_len}; give more text"
+                f"data.store={cfg.data.store}: {len(reader)} training tokens, too few for a window "
+                f"of train.seq_len={cfg.train.seq_len}; give more text"
             )
         return cls(reader, Order(windows, cfg.train.batch, cfg.train.seed), cfg.train.seq_len)
 
     def ids(self, step: int, rows: np.ndarray | None = None) -> np.ndarray:
-        """Window ids of these rows of the batch of a step, counted from 0 (all rows by default)."""
+        """Window ids of the given rows (default: all) of a step's batch. Steps count from 0."""
         return self.order.ids(step, rows)
 
     def read(self, step: int, rows: np.ndarray | None = None) -> np.ndarray:
-        """The windows of those ids, int32 [B, T+1]."""
+        """The windows of those ids, int32 [B, W]."""
         return self.reader.windows(self.ids(step, rows) * self.seq_len, self.seq_len + 1)
 
     def batches(self, first: int, last: int, rows: np.ndarray, prefetch: int) -> Iterator[Batch]:
-        """These rows of the batches of steps first..last-1, read ahead by tf.data."""
+        """Yields the given rows of the batches of steps first..last-1, prefetched by tf.data."""
         full_B = np.full(len(rows), self.seq_len, np.int32)
         read = lambda step: self.read(step, rows)
         for windows_BW in _stream(read, first, last, prefetch):
@@ -75,9 +75,9 @@ class TrainData:
 def eval_batches(
     reader: Reader, seq_len: int, batch: int, rows: np.ndarray, prefetch: int
 ) -> Iterator[Batch]:
-    """This process's rows of the split from end to end: every target exactly once.
+    """Yields this process's rows of the whole split in order, with every target exactly once.
 
-    The last batch is filled up with rows of length 0.
+    The last batch is padded with rows of length 0.
     """
     targets = len(reader) - 1
     count = -(-targets // seq_len)
@@ -92,15 +92,15 @@ def eval_batches(
 
 
 def bench(cfg: Config, manifest: Manifest, seconds: float) -> tuple[float, float, float]:
-    """Lowest, median and highest tokens per second of training batches, over nine stretches."""
+    """Lowest, median and highest tokens per second of training batches, of nine measurements."""
     rows = np.arange(cfg.train.batch)
     stream = TrainData.open(cfg, manifest).batches(0, 1 << 40, rows, cfg.data.prefetch)
     rates = []
-    for stretch in range(10):
+    for measurement in range(10):
         began, tokens = time.perf_counter(), 0
         while time.perf_counter() - began < seconds / 10:
             tokens += next(stream).windows_BW[:, 1:].size
-        if stretch:  # the first warms up
+        if measurement:  # the first is the warm-up
             rates.append(tokens / (time.perf_counter() - began))
     return min(rates), statistics.median(rates), max(rates)
 
@@ -108,10 +108,9 @@ def bench(cfg: Config, manifest: Manifest, seconds: float) -> tuple[float, float
 def _stream(
     read: Callable[[int], np.ndarray], first: int, last: int, prefetch: int
 ) -> Iterator[np.ndarray]:
-    """read(first), ..., read(last - 1), read ahead by tf.data in another thread.
+    """Yields read(first), ..., read(last - 1), prefetched by tf.data in another thread.
 
-    A call of tf.data costs a quarter of a millisecond whatever it carries, so one carries several
-    steps.
+    A tf.data call costs 0.25 ms whatever its size, so each call reads several steps.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # unused here, and it announces itself
@@ -129,7 +128,7 @@ def _stream(
         return tf.numpy_function(read_block, [start], tf.int32, stateful=False)
 
     options = tf.data.Options()
-    # Its thread sleeps for ever longer, and the end of a stream waits for it: 20 to 40 s were seen.
+    # Autotune's thread sleeps for longer and longer, and the end of a stream waits for it: 20-40 s.
     options.autotune.enabled = False
     blocks = tf.data.Dataset.range(first, last, count).map(block).prefetch(2)
     blocks = blocks.with_options(options)

@@ -1,9 +1,9 @@
-"""Which windows of the store make up the batch of a step: a pure function, and numpy only.
+"""The data order: a pure function from (seed, step) to the windows of a batch, in numpy.
 
 Training windows are numbered 0..n-1. Epoch e visits them in the order of a permutation keyed by
-(seed, e), and the batch of step s is the stretch [s*batch, (s+1)*batch) of the endless sequence of
-epochs. So batch(step) depends on the seed, the step and the global batch alone: not on processes,
-devices or restarts; and a process computes just its own rows, of any step, at the same cost.
+(seed, e), and the batch of step s is the slice [s*batch, (s+1)*batch) of the endless sequence of
+epochs. So a batch depends on the seed, the step and the global batch size alone, and not on
+processes, devices or restarts. A process computes only its own rows, at the same cost for any step.
 """
 
 import math
@@ -22,7 +22,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where a keyed permutation of 0..size-1 sends each of `index` (int64, any shape).
+    """Images of `index` (int64, any shape) under the permutation of 0..size-1 keyed by seed, epoch.
 
     A Feistel network over pairs (left, right) below ceil(sqrt(size)), adding modulo that number
     (Black & Rogaway 2002); the few images outside 0..size-1 are permuted again until inside.
@@ -47,14 +47,14 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Order:
-    """The order of `windows` training windows in batches of `batch`, from `seed`."""
+    """The order of `windows` training windows in batches of `batch` sequences, by `seed`."""
 
     windows: int
     batch: int
     seed: int
 
     def ids(self, step: int, rows: np.ndarray | None = None) -> np.ndarray:
-        """Window ids of these rows of the batch of a step (all of them by default), int64."""
+        """Window ids of the given rows (default: all) of a step's batch, int64 [B]."""
         rows = np.arange(self.batch) if rows is None else rows
         epochs, places = np.divmod(step * self.batch + rows, self.windows)
         ids = np.empty_like(rows)
@@ -64,5 +64,5 @@ class Order:
         return ids
 
     def epoch(self, step: int) -> float:
-        """Epochs completed when a step begins."""
+        """Epochs completed when a step begins, as a fraction."""
         return step * self.batch / self.windows

@@ -1,14 +1,13 @@
-"""Text to token store: train or load the tokenizer, tokenize in parallel processes, write.
+"""Preparation of the token store: train or load the tokenizer, tokenize in parallel, write.
 
-The stream of documents has a fixed order, so the work so far is a few counts: a journal beside the
-half-made store says how many documents and tokens are safely in it, and an interrupted preparation
-goes on from there.
+The stream of documents has a fixed order, so progress is a few counts: a journal in the unfinished
+store says how many documents and tokens are on disk, and an interrupted preparation continues from
+there.
 """
 
 import collections
 import concurrent.futures
 import contextlib
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -27,34 +26,34 @@ import numpy as np
 from gptjax import tokenizer as tokenizers
 from gptjax.config import Config
 from gptjax.data import sources, store
-from gptjax.data.sources import Counts, Document
+from gptjax.data.sources import Counts, Document, Source
 from gptjax.errors import DataError, MismatchError, OutputError
 from gptjax.runtime import file_lock
 from gptjax.runtime.progress import Bar, Progress
 
 JOURNAL = "journal.json"
 _LOCK = "prepare.lock"
-_PARTIAL = f".{JOURNAL}.partial"  # left where a preparation is killed as it writes its journal
-_OWN = {_LOCK, _PARTIAL}  # what a preparation may leave before it has a journal
-_SAMPLED_FROM = 16  # times the tokenizer's sample is read to take it from
-_BATCH_BYTES = 1 << 20
-_JOURNAL_BYTES = 64 << 20
+_PARTIAL = f".{JOURNAL}.partial"  # left by a process that was killed while writing the journal
+_OWN = {_LOCK, _PARTIAL}  # files that a preparation may leave before it has a journal
+_SAMPLED_FROM = 16  # the tokenizer's sample is taken from this many times as much text
+_BATCH_BYTES = 1 << 20  # text that a worker process tokenizes at once
+_JOURNAL_BYTES = 64 << 20  # text between two writes of the journal
 
 Tell = Callable[[str, int, int | None], None]
-"""Told (phase, bytes of text done, bytes expected)."""
+"""Called with (phase, bytes of text done, bytes expected)."""
 Clock = Callable[[int, float], None]
-"""Told (bytes of text tokenized by this call, the seconds that took) where any were."""
+"""Called with (bytes of text tokenized by this call, seconds), unless the store was finished."""
 
 
 @contextlib.contextmanager
 def shown(progress: Progress) -> Iterator[Tell]:
-    """Shows each phase of a preparation as a bar over its bytes."""
+    """Shows each phase of a preparation as a progress bar in bytes."""
     with contextlib.ExitStack() as stack:
         bars: dict[str, Bar] = {}
 
         def tell(phase: str, done: int, expected: int | None) -> None:
             if phase not in bars:
-                stack.close()  # the phase before is over
+                stack.close()  # the previous phase has ended
                 bars[phase] = stack.enter_context(progress.bar(phase, expected, unit="B"))
             bars[phase].update(done)
 
@@ -62,7 +61,7 @@ def shown(progress: Progress) -> Iterator[Tell]:
 
 
 def identity(cfg: Config) -> dict[str, Any]:
-    """What decides a store's contents: the fields that must agree for it to be used."""
+    """The fields that decide a store's contents, and so must agree for it to be used."""
     skipped = {"store", "workers", "prefetch", "documents"}
     data = {k: v for k, v in asdict(cfg.data).items() if k not in skipped}
     return json.loads(json.dumps({**data, "tokenizer": asdict(cfg.tokenizer)}))
@@ -74,15 +73,16 @@ def prepare(
     say: Callable[[str], None] = lambda line: None,
     clock: Clock = lambda *_: None,
 ) -> store.Manifest:
-    """Makes the configured store, or finishes it, or finds it made; returns its manifest.
+    """Prepares the configured store unless it is finished already; returns its manifest.
 
-    Waits, telling `say`, while another process makes the same store.
+    Continues an unfinished one. While another process prepares the same store, calls `say` and
+    waits.
 
     Raises DataError for text that cannot be used, MismatchError where the folder holds a store of
     other data, OutputError where it cannot be written.
     """
     if "://" in cfg.data.store or (Path(cfg.data.store) / store.MANIFEST).exists():
-        return _made(cfg)
+        return _finished(cfg)
     found = sources.resolve(cfg.data.sources)
     held_out = sources.resolve(cfg.data.valid_sources, "data.valid_sources")
     folder = Path(cfg.data.store)
@@ -90,8 +90,9 @@ def prepare(
         folder.mkdir(parents=True, exist_ok=True)
         with file_lock.held(folder / _LOCK, f"data.store={cfg.data.store}", say):
             if (folder / store.MANIFEST).exists():
-                return _made(cfg)  # by the process that held the lock before
-            journal = _Journal.load(folder, identity(cfg) | {"files": _files(found + held_out)})
+                return _finished(cfg)  # by the process that held the lock before
+            files = _listing_sha256(found + held_out)
+            journal = _Journal.load(folder, identity(cfg) | {"files": files})
             tokenizer = _tokenizer(cfg, folder, found, tell)
             began, before = time.monotonic(), sum(journal.bytes.values())
             manifest = _tokenize(cfg, folder, found, held_out, tokenizer, journal, tell)
@@ -101,16 +102,16 @@ def prepare(
         raise OutputError(f"data.store={cfg.data.store}: cannot be written: {error}") from None
 
 
-def _made(cfg: Config) -> store.Manifest:
-    """The manifest of a finished store; a remote one is read and never made."""
+def _finished(cfg: Config) -> store.Manifest:
+    """The manifest of a finished store; a remote store is only ever read."""
     manifest = store.read_manifest(cfg.data.store)
     _check_same(cfg.data.store, manifest.data, identity(cfg))
     return manifest
 
 
-def _files(found: list[sources.Source]) -> str:
-    """A hash of the sources' files and their sizes: an unfinished stream must stay the same."""
-    listing = [[sources.name(source), sources.size(source)] for source in found]
+def _listing_sha256(found: list[Source]) -> str:
+    """SHA-256 of the sources' names and sizes, which must not change in an unfinished store."""
+    listing = [[source.name, source.size_bytes()] for source in found]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
@@ -128,7 +129,7 @@ def _check_same(folder: str | Path, saved: dict[str, Any], given: dict[str, Any]
 
 @dataclass
 class _Journal:
-    """How far a preparation has come."""
+    """Progress of a preparation: what is already on disk, by split."""
 
     identity: dict[str, Any]
     documents: int = 0
@@ -137,23 +138,26 @@ class _Journal:
     bytes: dict[str, int] = field(default_factory=lambda: {"train": 0, "valid": 0})
 
     @classmethod
-    def load(cls, folder: Path, wanted: dict[str, Any]) -> "_Journal":
+    def load(cls, folder: Path, identity: dict[str, Any]) -> "_Journal":
+        """The folder's journal, or a new one. Raises MismatchError for one of other data."""
         file = folder / JOURNAL
         if file.exists():
             try:
                 journal = cls(**json.loads(file.read_bytes()))
             except (ValueError, TypeError) as error:
-                raise DataError(f"{file}: is damaged ({error}); remove {folder}") from None
-            if journal.documents or journal.identity == wanted:
-                _check_same(f"{folder} (unfinished)", journal.identity, wanted)
+                raise DataError(
+                    f"{file}: is damaged ({error}); delete {folder} and prepare it again"
+                ) from None
+            if journal.documents or journal.identity == identity:
+                _check_same(f"{folder} (unfinished)", journal.identity, identity)
                 return journal
-            _discard(folder)  # nothing was done yet, so another attempt may be at other data
+            _discard(folder)  # nothing was written yet, so the data may be another
         elif others := sorted({p.name for p in folder.iterdir()} - _OWN):
             raise OutputError(
-                f"data.store={folder}: holds other files ({', '.join(others[:3])}); give a new or "
-                "an empty folder"
+                f"data.store={folder}: contains other files ({', '.join(others[:3])}); give a new "
+                "or an empty folder"
             )
-        journal = cls(wanted)
+        journal = cls(identity)
         journal.save(folder)
         return journal
 
@@ -162,7 +166,7 @@ class _Journal:
 
 
 def _discard(folder: Path) -> None:
-    """Empties the folder of an unfinished preparation, which was empty before it."""
+    """Deletes all files of an unfinished preparation, whose folder was empty before it."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -170,18 +174,16 @@ def _discard(folder: Path) -> None:
             path.unlink()
 
 
-def _tokenizer(
-    cfg: Config, folder: Path, found: list[sources.Source], tell: Tell
-) -> tokenizers.Tokenizer:
-    """The store's tokenizer; made on the first call, read afterwards."""
+def _tokenizer(cfg: Config, folder: Path, found: list[Source], tell: Tell) -> tokenizers.Tokenizer:
+    """The store's tokenizer: loaded, or else trained on the sources and saved."""
     try:
         return tokenizers.load(folder)
     except DataError:
         tokenizer = tokenizers.make(cfg.tokenizer, tokenizer_sample(cfg, found, tell))
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise DataError(
-            f"model.vocab_size={cfg.model.vocab_size}: the tokenizer has {tokenizer.vocab_size} "
-            "pieces; raise it"
+            f"model.vocab_size={cfg.model.vocab_size}: smaller than the tokenizer's "
+            f"{tokenizer.vocab_size}; raise it"
         )
     tokenizer.save(folder)
     for name in tokenizer.files():
@@ -189,17 +191,17 @@ def _tokenizer(
     return tokenizer
 
 
-def tokenizer_sample(cfg: Config, found: list[sources.Source], tell: Tell) -> Iterator[str]:
-    """Slices of training documents to train the tokenizer on, by a hash of text and place.
+def tokenizer_sample(cfg: Config, found: list[Source], tell: Tell) -> Iterator[str]:
+    """Slices of training documents to train the tokenizer on, chosen by a hash of their place.
 
-    Of a large corpus only some files are read, chosen by a hash too.
+    Of a large corpus only some sources are read, chosen by a hash of their names.
     """
     budget, total, chosen = cfg.tokenizer.sample_bytes, 0, set()
-    for source in sorted(found, key=lambda s: sources.hash_share("tokenizer " + sources.name(s))):
+    for source in sorted(found, key=lambda s: sources.hash_share(f"tokenizer {s.name}")):
         if total >= _SAMPLED_FROM * budget:
             break
         chosen.add(source)
-        total += sources.size(source)
+        total += source.size_bytes()
     share = budget / max(min(total, _SAMPLED_FROM * budget), 1)
     taken = 0
     for document in read_documents(cfg, [s for s in found if s in chosen], "train", Counts()):
@@ -214,18 +216,20 @@ def tokenizer_sample(cfg: Config, found: list[sources.Source], tell: Tell) -> It
 
 
 def read_documents(
-    cfg: Config, found: list[sources.Source], split: str | None, counts: Counts
+    cfg: Config, found: list[Source], split: str | None, counts: Counts
 ) -> Iterator[Document]:
-    """Documents of the sources that belong to one split, or all where it is None."""
+    """The sources' documents of one split, train or valid; of both where it is None."""
     fraction = 0.0 if cfg.data.valid_sources else cfg.data.valid_fraction
     for source in found:
-        for document in sources.read(source, cfg.data, counts):
+        for document in source.documents(cfg.data, counts):
             if split is None or (sources.hash_share(document.key) < fraction) == (split == "valid"):
                 yield document
 
 
-def _labelled(cfg: Config, found, held_out, counts: Counts) -> Iterator[tuple[str, Document]]:
-    """Every document with the name of its split."""
+def _with_split(
+    cfg: Config, found: list[Source], held_out: list[Source], counts: Counts
+) -> Iterator[tuple[str, Document]]:
+    """Every document, after the name of its split."""
     fraction = 0.0 if cfg.data.valid_sources else cfg.data.valid_fraction
     for document in read_documents(cfg, found, None, counts):
         yield "valid" if sources.hash_share(document.key) < fraction else "train", document
@@ -236,10 +240,10 @@ def _labelled(cfg: Config, found, held_out, counts: Counts) -> Iterator[tuple[st
 Batch = list[tuple[str, str, bool]]  # (split, text, whether the document ends)
 
 
-def _batches(labelled: Iterator[tuple[str, Document]]) -> Iterator[Batch]:
+def _batches(documents: Iterator[tuple[str, Document]]) -> Iterator[Batch]:
     batch: Batch = []
     size = 0
-    for split, document in labelled:
+    for split, document in documents:
         batch.append((split, document.text, document.ends))
         size += len(document.text)
         if size >= _BATCH_BYTES:
@@ -251,12 +255,12 @@ def _batches(labelled: Iterator[tuple[str, Document]]) -> Iterator[Batch]:
 
 @dataclass
 class _Encoded:
-    """A batch's tokens by split, and its counts."""
+    """A batch's tokens and counts, by split; `entries` is the length of the batch."""
 
     tokens: dict[str, np.ndarray]
     documents: dict[str, int]
     bytes: dict[str, int]
-    pieces: int
+    entries: int
 
 
 _worker_tokenizer: tokenizers.Tokenizer
@@ -264,13 +268,13 @@ _worker_tokenizer: tokenizers.Tokenizer
 
 def _start_worker(folder: Path) -> None:
     global _worker_tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a worker for each core
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one worker per core already
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     _worker_tokenizer = tokenizers.load(folder)
 
 
-def _end_with_parent() -> None:
-    """Without this, a worker whose parent is killed waits for work for ever."""
+def _exit_with_parent() -> None:
+    """Ends a worker whose parent was killed, which would wait for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -278,41 +282,43 @@ def _end_with_parent() -> None:
 
 
 def _encode(batch: Batch) -> _Encoded:
-    """Runs in a worker process."""
+    """Tokenizes a batch; runs in a worker process."""
     tokens, documents, size = {}, {}, {}
     dtype = store.token_dtype(_worker_tokenizer.vocab_size)
     for split in ("train", "valid"):
-        mine = [(text, ends) for name, text, ends in batch if name == split]
-        encoded = _worker_tokenizer.encode_documents(*zip(*mine, strict=True)) if mine else []
-        tokens[split] = np.asarray(encoded, dtype)
-        documents[split] = sum(ends for _, ends in mine)
-        size[split] = sum(len(text.encode("utf-8", "replace")) for text, _ in mine)
+        texts = [text for name, text, _ in batch if name == split]
+        ends = [end for name, _, end in batch if name == split]
+        tokens[split] = _worker_tokenizer.encode_documents(texts, ends).astype(dtype)
+        documents[split] = sum(ends)
+        size[split] = sum(len(text.encode("utf-8", "replace")) for text in texts)
     return _Encoded(tokens, documents, size, len(batch))
 
 
 def _tokenize(
     cfg: Config,
     folder: Path,
-    found: list[sources.Source],
-    held_out: list[sources.Source],
+    found: list[Source],
+    held_out: list[Source],
     tokenizer: tokenizers.Tokenizer,
     journal: _Journal,
     tell: Tell,
 ) -> store.Manifest:
+    """Tokenizes what the journal does not have yet, and finishes the store."""
     dtype = store.token_dtype(tokenizer.vocab_size)
     writers = {name: store.Writer(folder / name, dtype, n) for name, n in journal.tokens.items()}
     for writer in writers.values():
         if writer.tokens == 0:
             writer.append(np.array([tokenizer.eos_id]))
     counts, unsaved = Counts(), 0
-    expected = sum(sources.size(source) for source in found + held_out)
-    labelled = itertools.islice(_labelled(cfg, found, held_out, counts), journal.documents, None)
-    for encoded in _in_order(cfg, folder, _batches(labelled)):
+    expected = sum(source.size_bytes() for source in found + held_out)
+    documents = _with_split(cfg, found, held_out, counts)
+    rest = itertools.islice(documents, journal.documents, None)
+    for encoded in _in_order(cfg, folder, _batches(rest)):
         for name, writer in writers.items():
             writer.append(encoded.tokens[name])
             journal.split_documents[name] += encoded.documents[name]
             journal.bytes[name] += encoded.bytes[name]
-        journal.documents += encoded.pieces
+        journal.documents += encoded.entries
         unsaved += sum(encoded.bytes.values())
         tell("tokenize", sum(journal.bytes.values()), expected)
         if unsaved >= _JOURNAL_BYTES:
@@ -325,8 +331,28 @@ def _tokenize(
         if not journal.bytes[name]:
             _discard(folder)
             raise DataError(_empty(cfg, name))
-    hashes = {name: writer.close() for name, writer in writers.items()}
-    manifest = store.Manifest(
+    manifest = _close(cfg, tokenizer, journal, counts, writers)
+    store.write_manifest(folder, manifest)
+    (folder / JOURNAL).unlink()
+    (folder / _PARTIAL).unlink(missing_ok=True)
+    return manifest
+
+
+def _close(
+    cfg: Config,
+    tokenizer: tokenizers.Tokenizer,
+    journal: _Journal,
+    counts: Counts,
+    writers: dict[str, store.Writer],
+) -> store.Manifest:
+    """Closes the splits' arrays; returns the manifest of the finished store."""
+    splits = {}
+    for name, writer in writers.items():
+        hashes = writer.close()
+        splits[name] = store.Split(
+            journal.split_documents[name], writer.tokens, journal.bytes[name], hashes
+        )
+    return store.Manifest(
         tokenizer={
             "kind": tokenizer.kind,
             "sha256": tokenizer.fingerprint,
@@ -334,25 +360,14 @@ def _tokenize(
             "eos_id": tokenizer.eos_id,
         },
         data=identity(cfg),
-        counts=dataclasses.asdict(counts),
-        dtype=dtype.str,
-        splits={
-            name: store.Split(
-                journal.split_documents[name],
-                writers[name].tokens,
-                journal.bytes[name],
-                hashes[name],
-            )
-            for name in writers
-        },
+        counts=asdict(counts),
+        dtype=store.token_dtype(tokenizer.vocab_size).str,
+        splits=splits,
     )
-    store.write_manifest(folder, manifest)
-    (folder / JOURNAL).unlink()
-    (folder / _PARTIAL).unlink(missing_ok=True)
-    return manifest
 
 
 def _empty(cfg: Config, split: str) -> str:
+    """The error message for a split without text."""
     if split == "train":
         return f"data.sources={' '.join(cfg.data.sources)}: no text to train on"
     if cfg.data.valid_sources:
@@ -364,7 +379,7 @@ def _empty(cfg: Config, split: str) -> str:
 
 
 def _in_order(cfg: Config, folder: Path, batches: Iterator[Batch]) -> Iterator[_Encoded]:
-    """Batches encoded by worker processes, in the order in which they were read."""
+    """The batches tokenized by worker processes, in the order of reading."""
     workers = cfg.data.workers or os.cpu_count() or 1
     with concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _start_worker, (folder,)

@@ -1,8 +1,16 @@
-"""Sources of text: files, records and the embedded corpus, as one stream of documents.
+"""Data sources: files, TFDS datasets and the Python library, read as one stream of documents.
 
-The stream's order is that of the configured sources, files in sorted order, so it is the same on
-every machine and can be resumed by counting documents. Paths go through etils.epath: gs:// reads as
-a local path does.
+A source is anything with the methods of `Source`. The stream has the order of the configured
+patterns, and of sorted paths within a pattern, so it is the same on every machine, and a position
+in it is a count of documents. Paths go through etils.epath: gs:// reads as a local path does.
+
+A further kind of source is a scheme, registered from outside the package:
+
+    from gptjax.config.registry import DATA_SOURCES
+
+    @DATA_SOURCES.register("sql")
+    def sql(rest: str) -> list[Source]:
+        "The sources that the pattern sql:REST in data.sources names."
 """
 
 import gzip
@@ -11,14 +19,15 @@ import io
 import json
 import sysconfig
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from etils import epath
 
 from gptjax.config import DataConfig
+from gptjax.config.registry import DATA_SOURCES
 from gptjax.errors import DataError
 
 _COMPRESSED = {".gz", ".zst"}
@@ -27,7 +36,10 @@ _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-package
 
 @dataclass(frozen=True)
 class Document:
-    """A text and the key that decides its split. `ends` is false for a piece that is continued."""
+    """A text and its key, whose hash decides the split.
+
+    `ends` is False for a part of a long document whose next part follows.
+    """
 
     key: str
     text: str
@@ -36,56 +48,155 @@ class Document:
 
 @dataclass
 class Counts:
-    """What reading met, for the manifest and the user."""
+    """Documents that reading skipped or changed, for the manifest and the user."""
 
     empty: int = 0
     replaced_utf8: int = 0
     split_documents: int = 0
 
 
-@dataclass(frozen=True)
-class File:
-    """One file of a source. `key` is its path below the source's own root."""
+class Source(Protocol):
+    """A sequence of documents with a name: the interface of all data sources.
 
-    path: Any
-    key: str
+    A source is hashable, and two equal sources have the same documents.
+    """
 
     @property
-    def kind(self) -> str:
-        """The suffix that decides how it is read, compression aside."""
-        suffixes = [s for s in self.path.suffixes if s not in _COMPRESSED]
-        return suffixes[-1] if suffixes else ""
+    def name(self) -> str:
+        """A name that does not depend on the machine.
+
+        Names and sizes identify the data of an unfinished store, and names choose the sources that
+        the tokenizer is trained on.
+        """
+        ...
+
+    def size_bytes(self) -> int:
+        """Estimated bytes of text, for progress and sampling. Raises DataError."""
+        ...
+
+    def documents(self, cfg: DataConfig, counts: Counts) -> Iterator[Document]:
+        """Yields the documents, always in the same order, and counts what it skips or changes.
+
+        Raises DataError naming the place of what cannot be read.
+        """
+        ...
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """A TFDS dataset: a name, or a local folder, and a split."""
+class TextFile:
+    """A file of text, JSON lines or Parquet. `name` is its path below the pattern's root folder."""
 
+    path: Any
     name: str
+
+    def size_bytes(self) -> int:
+        """Size of the file; four times that for a compressed one."""
+        scale = 4 if self.path.suffix in _COMPRESSED | {".parquet"} else 1
+        try:
+            return scale * self.path.stat().length
+        except OSError as error:  # for instance a dangling link
+            raise DataError(f"{self.path}: cannot be read: {error}") from None
+
+    def documents(self, cfg: DataConfig, counts: Counts) -> Iterator[Document]:
+        """The documents, by the reader of the file's suffix (compression aside)."""
+        suffixes = [s for s in self.path.suffixes if s not in _COMPRESSED]
+        read = _READERS.get(suffixes[-1] if suffixes else "", _read_text)
+        try:
+            yield from read(self, cfg, counts)
+        except (OSError, EOFError, zlib.error) as error:  # EOFError: a truncated compressed file
+            raise DataError(f"{self.path}: cannot be read: {error}") from None
+
+
+@dataclass(frozen=True)
+class TfdsDataset:
+    """A split of a TFDS dataset, which is given by its name or by the folder that holds it."""
+
+    dataset: str
     split: str
 
+    @property
+    def name(self) -> str:
+        """The pattern, with its split."""
+        return f"tfds:{self.dataset}@{self.split}"
 
-Source = File | Dataset
+    def size_bytes(self) -> int:
+        """Bytes of the split, as the dataset's metadata has them."""
+        return self._builder().info.splits[self.split].num_bytes
+
+    def documents(self, cfg: DataConfig, counts: Counts) -> Iterator[Document]:
+        """One document for each record."""
+        import tensorflow as tf
+        import tensorflow_datasets as tfds
+
+        builder = self._builder()
+        config = tfds.ReadConfig(interleave_cycle_length=1)
+        records = builder.as_dataset(split=self.split, shuffle_files=False, read_config=config)
+        decode = _Decoder(cfg, counts)
+        number = 0
+        try:
+            for number, record in enumerate(tfds.as_numpy(records)):
+                place = f"{self.name}:{number}"
+                yield from _record(record, place, place, decode)
+        except tf.errors.OpError as error:
+            raise DataError(
+                f"{self.name}: cannot be read after record {number}: {error.message}"
+            ) from None
+
+    def _builder(self) -> Any:
+        """The TFDS builder; never downloads."""
+        option = f"data.sources=tfds:{self.dataset}"
+        try:
+            import tensorflow_datasets as tfds
+            from google.protobuf.json_format import ParseError
+        except ImportError as error:
+            raise DataError(f"{option}: needs the package {error.name}; install it") from None
+        try:
+            folder = epath.Path(self.dataset).expanduser()
+            if folder.is_dir():
+                builder = tfds.builder_from_directory(folder)
+            else:
+                builder = tfds.builder(self.dataset, try_gcs=False)
+        except (tfds.core.DatasetNotFoundError, OSError, ValueError, ParseError) as error:
+            first = str(error).strip().split("\n")[0]
+            raise DataError(f"{option}: no such dataset ({first})") from None
+        if self.split not in builder.info.splits:
+            found = ", ".join(builder.info.splits) or "none on this machine; prepare it with TFDS"
+            raise DataError(f"{option}@{self.split}: no such split; available: {found}")
+        return builder
 
 
-def resolve(patterns: tuple[str, ...], option: str = "data.sources") -> list[Source]:
-    """The files and datasets that source patterns name, in order. Raises DataError."""
+@DATA_SOURCES.register("tfds")
+def _tfds(rest: str) -> list[TfdsDataset]:
+    """The dataset of a pattern tfds:DATASET@SPLIT; without @SPLIT, its split train."""
+    dataset, _, split = rest.partition("@")
+    return [TfdsDataset(dataset, split or "train")]
+
+
+def resolve(patterns: Sequence[str], option: str = "data.sources") -> list[Source]:
+    """The sources that patterns name, in order.
+
+    A pattern is SCHEME:REST with a registered scheme, python-library, or a path or glob of files.
+    Raises DataError naming `option`, the field or flag that holds the patterns.
+    """
     found: list[Source] = []
     for pattern in patterns:
-        if pattern == "python-library":
+        scheme, colon, rest = pattern.partition(":")
+        if colon and scheme in DATA_SOURCES.names():
+            found += DATA_SOURCES[scheme](rest)
+        elif pattern == "python-library":
             found += _python_library()
-        elif pattern.startswith("tfds:"):
-            name, _, split = pattern.removeprefix("tfds:").partition("@")
-            found.append(Dataset(name, split or "train"))
-        else:
-            files = _glob(pattern)
-            if not files:
-                raise DataError(f"{option}={pattern}: no such file; give a path or a quoted glob")
+        elif files := _glob(pattern):
             found += files
+        else:
+            schemes = ", ".join(f"{name}:" for name in DATA_SOURCES.names())
+            raise DataError(
+                f"{option}={pattern}: no such file; give a path, a quoted glob, or a pattern that "
+                f"begins with a scheme ({schemes})"
+            )
     return found
 
 
-def _python_library() -> list[File]:
+def _python_library() -> list[TextFile]:
     root = epath.Path(sysconfig.get_paths()["stdlib"])
     files = sorted(
         path
@@ -94,16 +205,19 @@ def _python_library() -> list[File]:
         if not _SKIPPED_FOLDERS & set(path.relative_to(root).parts)
     )
     if not files:
-        raise DataError(f"data.sources=python-library: {root} holds no sources; give files instead")
-    return [File(epath.Path(path), path.relative_to(root).as_posix()) for path in files]
+        raise DataError(
+            f"data.sources=python-library: {root} has no source files; give files instead"
+        )
+    return [TextFile(epath.Path(path), path.relative_to(root).as_posix()) for path in files]
 
 
-def _glob(pattern: str) -> list[File]:
+def _glob(pattern: str) -> list[TextFile]:
+    """The files of a path, a folder or a glob, sorted; none where there is no such file."""
     path = epath.Path(pattern).expanduser()
     if path.is_dir():
         return _below(path, "**/*")
-    if path.exists():  # also where its name could be taken for a glob
-        return [File(path, path.name)]
+    if path.exists():  # before the glob, for names that contain one of its characters
+        return [TextFile(path, path.name)]
     parts = path.parts
     first = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), None)
     if first is None:
@@ -112,54 +226,27 @@ def _glob(pattern: str) -> list[File]:
     return _below(root, "/".join(parts[first:])) if root.exists() else []
 
 
-def _below(root: Any, pattern: str) -> list[File]:
+def _below(root: Any, pattern: str) -> list[TextFile]:
+    """The files of a glob below a folder, sorted by path."""
     if "://" not in str(root):
-        root = Path(root)  # epath has no **, which is costly on a remote store
+        root = Path(root)  # epath has no **, which is slow on a remote store
     try:
         paths = sorted((p for p in root.glob(pattern) if not p.is_dir()), key=str)
     except NotImplementedError:
         raise DataError(
-            f"data.sources={root}/{pattern}: a remote folder is not searched; name its files, or "
+            f"data.sources={root}/{pattern}: remote folders are not searched; name the files, or "
             "give a glob without **"
         ) from None
-    above = len(root.parts)  # relative_to takes longer than all else that finding files does
-    return [File(epath.Path(path), "/".join(path.parts[above:])) for path in paths]
+    above = len(root.parts)  # relative_to would take longer than all the rest of the search
+    return [TextFile(epath.Path(path), "/".join(path.parts[above:])) for path in paths]
 
 
-def name(source: Source) -> str:
-    """What a source is called, whatever folder it was found in."""
-    return source.key if isinstance(source, File) else f"tfds:{source.name}@{source.split}"
-
-
-def size(source: Source) -> int:
-    """Bytes of text, roughly: compressed files count four times their size."""
-    if isinstance(source, Dataset):
-        return _builder(source).info.splits[source.split].num_bytes
-    scale = 4 if source.path.suffix in _COMPRESSED | {".parquet"} else 1
-    try:
-        return scale * source.path.stat().length
-    except OSError as error:  # a link to nowhere, say
-        raise DataError(f"{source.path}: cannot be read: {error}") from None
-
-
-def read(source: Source, cfg: DataConfig, counts: Counts) -> Iterator[Document]:
-    """The documents of one source. Raises DataError naming the file and the record."""
-    if isinstance(source, Dataset):
-        yield from _read_dataset(source, cfg, counts)
-        return
-    readers = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".parquet": _read_parquet}
-    try:
-        yield from readers.get(source.kind, _read_text)(source, cfg, counts)
-    except (OSError, EOFError, zlib.error) as error:  # EOFError: compressed, and cut
-        raise DataError(f"{source.path}: cannot be read: {error}") from None
-
-
-def _open(file: File) -> IO[bytes]:
+def _open(file: TextFile) -> IO[bytes]:
     raw = file.path.open("rb")
     if file.path.suffix == ".gz":
         return gzip.open(raw)  # type: ignore[return-value]
     if file.path.suffix == ".zst":
-        import pyarrow  # whose reader, unlike zstandard's, tells a file that was cut
+        import pyarrow  # whose reader, unlike zstandard's, notices a truncated file
 
         return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
     return raw
@@ -167,53 +254,53 @@ def _open(file: File) -> IO[bytes]:
 
 @dataclass
 class _Decoder:
-    """UTF-8 to text by the configured policy."""
+    """Decodes UTF-8, and treats invalid bytes as data.bad_utf8 says."""
 
     cfg: DataConfig
     counts: Counts
-    place: str = field(default="")
+    last_replaced: str = ""
 
     def __call__(self, raw: bytes, place: str, offset: int = 0) -> str:
-        """`offset` is where in its place `raw` begins."""
+        """`raw` is at byte `offset` of `place`, a file or a record as errors name it."""
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
             if self.cfg.bad_utf8 == "fail":
                 raise DataError(
-                    f"{place}: invalid UTF-8 at byte {offset + error.start}; mend it, or set "
+                    f"{place}: invalid UTF-8 at byte {offset + error.start}; correct it, or set "
                     "data.bad_utf8=replace"
                 ) from None
-            self.counts.replaced_utf8 += place != self.place
-            self.place = place
+            self.counts.replaced_utf8 += place != self.last_replaced
+            self.last_replaced = place
             return raw.decode("utf-8", "replace")
 
 
-def _read_text(file: File, cfg: DataConfig, counts: Counts) -> Iterator[Document]:
-    """One document, in pieces that end with a line where it is longer than memory likes."""
+def _read_text(file: TextFile, cfg: DataConfig, counts: Counts) -> Iterator[Document]:
+    """Yields one document; in parts cut at line ends where max_document_bytes is exceeded."""
     decode = _Decoder(cfg, counts)
     place, offset = str(file.path), 0
     with _open(file) as stream:
-        piece = stream.read(cfg.max_document_bytes)
+        part = stream.read(cfg.max_document_bytes)
         more = stream.read(cfg.max_document_bytes)
-        if not more and not piece.strip():
+        if not more and not part.strip():
             counts.empty += 1
             return
         counts.split_documents += bool(more)
         while more:
-            cut = piece.rfind(b"\n") + 1 or _character_border(piece)
-            yield Document(file.key, decode(piece[:cut], place, offset), ends=False)
+            cut = part.rfind(b"\n") + 1 or _last_character(part)
+            yield Document(file.name, decode(part[:cut], place, offset), ends=False)
             offset += cut
-            piece, more = piece[cut:] + more, stream.read(cfg.max_document_bytes)
-        yield Document(file.key, decode(piece, place, offset))
+            part, more = part[cut:] + more, stream.read(cfg.max_document_bytes)
+        yield Document(file.name, decode(part, place, offset))
 
 
-def _character_border(raw: bytes) -> int:
-    """Where the last, perhaps incomplete, UTF-8 character begins."""
+def _last_character(raw: bytes) -> int:
+    """Offset of the last UTF-8 character, which may be incomplete; the length if that is 0."""
     back = next((i for i in range(1, 5) if i <= len(raw) and raw[-i] & 0xC0 != 0x80), 0)
     return len(raw) - back or len(raw)
 
 
-def _read_jsonl(file: File, cfg: DataConfig, counts: Counts) -> Iterator[Document]:
+def _read_jsonl(file: TextFile, cfg: DataConfig, counts: Counts) -> Iterator[Document]:
     decode = _Decoder(cfg, counts)
     number = 0
     with _open(file) as stream:
@@ -230,11 +317,11 @@ def _read_jsonl(file: File, cfg: DataConfig, counts: Counts) -> Iterator[Documen
             try:
                 record = json.loads(decode(line, place))
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{place}: is no JSON: {error}") from None
-            yield from _record(record, f"{file.key}#{number}", place, cfg, counts, decode)
+                raise DataError(f"{place}: invalid JSON: {error}") from None
+            yield from _record(record, f"{file.name}#{number}", place, decode)
 
 
-def _read_parquet(file: File, cfg: DataConfig, counts: Counts) -> Iterator[Document]:
+def _read_parquet(file: TextFile, cfg: DataConfig, counts: Counts) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
@@ -244,18 +331,18 @@ def _read_parquet(file: File, cfg: DataConfig, counts: Counts) -> Iterator[Docum
         try:
             table = pyarrow.parquet.ParquetFile(stream)
             columns = table.schema_arrow.names
-            wanted = [cfg.text_field] if cfg.text_field in columns else columns
-            for batch in table.iter_batches(columns=wanted, batch_size=256):
-                for record in _undecoded(batch).to_pylist():
+            selected = [cfg.text_field] if cfg.text_field in columns else columns
+            for batch in table.iter_batches(columns=selected, batch_size=256):
+                for record in _strings_to_bytes(batch).to_pylist():
                     number += 1
                     place = f"{file.path}:{number}"
-                    yield from _record(record, f"{file.key}#{number}", place, cfg, counts, decode)
+                    yield from _record(record, f"{file.name}#{number}", place, decode)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise DataError(f"{file.path}: is no readable Parquet file: {error}") from None
+            raise DataError(f"{file.path}: not a valid Parquet file: {error}") from None
 
 
-def _undecoded(batch: Any) -> Any:
-    """A batch of Arrow records with bytes for text, which Parquet does not hold to UTF-8."""
+def _strings_to_bytes(batch: Any) -> Any:
+    """An Arrow batch with its strings cast to bytes, since Parquet does not ensure valid UTF-8."""
     import pyarrow
 
     texts = (pyarrow.string(), pyarrow.large_string())
@@ -266,49 +353,16 @@ def _undecoded(batch: Any) -> Any:
     return batch.cast(pyarrow.schema(fields))
 
 
-def _builder(dataset: Dataset) -> Any:
-    """The TFDS builder; never downloads."""
-    try:
-        import tensorflow_datasets as tfds
-        from google.protobuf.json_format import ParseError
-    except ImportError as error:
-        raise DataError(f"data.sources=tfds:{dataset.name}: needs {error.name}") from None
-    try:
-        folder = epath.Path(dataset.name).expanduser()
-        if folder.is_dir():
-            builder = tfds.builder_from_directory(folder)
-        else:
-            builder = tfds.builder(dataset.name, try_gcs=False)
-    except (tfds.core.DatasetNotFoundError, OSError, ValueError, ParseError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise DataError(f"data.sources=tfds:{dataset.name}: no such dataset ({first})") from None
-    if dataset.split not in builder.info.splits:
-        has = ", ".join(builder.info.splits) or "none on this machine; prepare it with TFDS first"
-        raise DataError(f"data.sources=tfds:{dataset.name}@{dataset.split}: splits: {has}")
-    return builder
+_READERS: dict[str, Callable[[TextFile, DataConfig, Counts], Iterator[Document]]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".parquet": _read_parquet,
+}
 
 
-def _read_dataset(dataset: Dataset, cfg: DataConfig, counts: Counts) -> Iterator[Document]:
-    import tensorflow as tf
-    import tensorflow_datasets as tfds
-
-    builder = _builder(dataset)
-    config = tfds.ReadConfig(interleave_cycle_length=1)
-    records = builder.as_dataset(split=dataset.split, shuffle_files=False, read_config=config)
-    decode = _Decoder(cfg, counts)
-    name, number = f"tfds:{dataset.name}@{dataset.split}", 0
-    try:
-        for number, record in enumerate(tfds.as_numpy(records)):
-            place = f"{name}:{number}"
-            yield from _record(record, place, place, cfg, counts, decode)
-    except tf.errors.OpError as error:
-        raise DataError(f"{name}: cannot be read after record {number}: {error.message}") from None
-
-
-def _record(
-    record: Any, key: str, place: str, cfg: DataConfig, counts: Counts, decode: _Decoder
-) -> Iterator[Document]:
-    """The document of one record; an empty one is counted and left out."""
+def _record(record: Any, key: str, place: str, decode: _Decoder) -> Iterator[Document]:
+    """Yields the document of one record, or counts it where its text is empty."""
+    cfg = decode.cfg
     text = record.get(cfg.text_field) if isinstance(record, dict) else None
     if isinstance(text, bytes):
         text = decode(text, place)
@@ -325,10 +379,10 @@ def _record(
     if text.strip():
         yield Document(key, text)
     else:
-        counts.empty += 1
+        decode.counts.empty += 1
 
 
 def hash_share(key: str) -> float:
-    """A document's place in [0, 1), by a hash of its key: what decides its split."""
+    """Hashes a document's key to [0, 1), uniformly; below data.valid_fraction it is held out."""
     digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

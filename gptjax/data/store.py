@@ -1,15 +1,15 @@
-"""The token store: the tokens of a split, on disk, as one long array.
+"""The token store: the tokens of each split on disk, as one long array.
 
-    STORE/manifest.json             what is in it, and from what it was made
-    STORE/tokenizer.*               the tokenizer that made it
-    STORE/{train,valid}/zarr.json   a sharded zarr 3 array, uncompressed,
-    STORE/{train,valid}/c/0 ...     so that a file is the raw tokens, little-endian, and an index
+    STORE/manifest.json             counts, hashes, and the data and settings it was made from
+    STORE/tokenizer.*               the tokenizer
+    STORE/{train,valid}/zarr.json   metadata of a sharded, uncompressed zarr 3 array
+    STORE/{train,valid}/c/0 ...     its files: little-endian tokens, then a shard index
 
 Any zarr 3 library reads it. A local store is memory-mapped; a remote one (gs://) is read by
 TensorStore from the same files, a few kilobytes a window (tests/bench/store.py compares).
 
-Every document ends with EOS, and a split begins with one, so each token of a document is predicted
-from something.
+Every document ends with EOS, and a split begins with one, so that the first token of each document
+has a token before it to be predicted from.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ from gptjax.errors import DataError, OutputError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-FILE_TOKENS = 1 << 27  # in a file, a zarr shard; a reader keeps one descriptor open a file
-_RANGE_TOKENS = 1 << 12  # in a range that a remote reader fetches, a zarr chunk
+FILE_TOKENS = 1 << 27  # tokens of a file (zarr shard); a reader keeps one descriptor open a file
+_RANGE_TOKENS = 1 << 12  # tokens that a remote reader fetches at once (zarr chunk)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store holds: the whole of manifest.json."""
+    """The contents of manifest.json, which describes a store."""
 
     tokenizer: dict[str, Any]
     data: dict[str, Any]
@@ -54,19 +54,19 @@ class Manifest:
     format: int = FORMAT
 
     def fingerprint(self) -> str:
-        """SHA-256 of the tokens and their tokenizer."""
+        """SHA-256 that identifies the tokens and their tokenizer."""
         known = {name: asdict(split) for name, split in self.splits.items()}
         text = json.dumps([self.tokenizer, known], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The narrowest unsigned type that holds every id."""
+    """The narrowest unsigned type for all token ids below `vocab_size`."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 class Reader:
-    """Windows of a split's tokens. `len(reader)` is the number of tokens."""
+    """Reads windows of a split's tokens. `len(reader)` is the number of tokens."""
 
     def __init__(self, store: str, name: str, manifest: Manifest) -> None:
         self._length, self._per_file = manifest.splits[name].tokens, manifest.file_tokens
@@ -96,11 +96,11 @@ class Reader:
         return self._length
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Tokens [starts[i], starts[i] + length) of each row, int32; past the end, zeros."""
+        """Tokens starts_B[i] .. starts_B[i] + length - 1, int32 [B, length]; zeros past the end."""
         out = np.zeros((len(starts), length), np.int32)
         if self._remote is not None:
-            borders = np.minimum(np.stack([starts, starts + length], 1), self._length)
-            reads = [self._remote[a:b].read() for a, b in borders]
+            bounds = np.minimum(np.stack([starts, starts + length], 1), self._length)
+            reads = [self._remote[a:b].read() for a, b in bounds]
             for row, read in zip(out, reads, strict=True):
                 tokens = read.result()
                 row[: len(tokens)] = tokens
@@ -116,9 +116,12 @@ class Reader:
 
 
 class Writer:
-    """Appends tokens to a split, beginning at `tokens`: what a file holds after that is undone."""
+    """Appends tokens to a split after its first `tokens`, and discards any later ones."""
 
-    def __init__(self, folder: Path, dtype: np.dtype, tokens: int, per_file: int = FILE_TOKENS):
+    def __init__(
+        self, folder: Path, dtype: np.dtype, tokens: int, per_file: int = FILE_TOKENS
+    ) -> None:
+        """Opens or creates the files. Raises DataError where they have fewer than `tokens`."""
         self._folder, self._dtype, self._per_file = folder, dtype, per_file
         self.tokens = tokens
         (folder / "c").mkdir(parents=True, exist_ok=True)
@@ -129,14 +132,17 @@ class Writer:
                 file.unlink()
         self._file = self._path(last).open("ab")
         if self._file.tell() < offset * dtype.itemsize:
-            raise DataError(f"{self._path(last)}: holds less than was written; prepare anew")
+            raise DataError(
+                f"{self._path(last)}: shorter than the journal says; delete the store and prepare "
+                "it again"
+            )
         self._file.truncate(offset * dtype.itemsize)
 
     def _path(self, number: int) -> Path:
         return self._folder / "c" / str(number)
 
     def append(self, tokens: np.ndarray) -> None:
-        """Adds tokens at the end, going on to the next file where one is full."""
+        """Appends tokens, int [N], and begins further files where one is full."""
         tokens = tokens.astype(self._dtype, copy=False)
         while len(tokens):
             room = self._per_file - self.tokens % self._per_file
@@ -148,24 +154,24 @@ class Writer:
                 self._file = self._path(self.tokens // self._per_file).open("ab")
 
     def flush(self) -> None:
-        """Returns when everything is on the disk, where a loss of power leaves it."""
+        """Syncs everything to disk, so that it survives a loss of power."""
         self._file.flush()
         sync(self._path(self.tokens // self._per_file))
         sync(self._folder / "c")
 
     def _end_file(self, tokens: int) -> None:
-        """Fills the last range up with zeros and appends the index: offset and size of each."""
+        """Pads the last range with zeros and appends the shard index: offset and size of each."""
         size, count = self._dtype.itemsize * _RANGE_TOKENS, self._per_file // _RANGE_TOKENS
         used = -(-tokens // _RANGE_TOKENS)
         self._file.truncate(used * size)
-        index = np.full((count, 2), 2**64 - 1, "<u8")  # what zarr says of a range that is absent
+        index = np.full((count, 2), 2**64 - 1, "<u8")  # zarr's entry for an absent range
         index[:used, 0], index[:used, 1] = np.arange(used) * size, size
         self._file.write(index.tobytes())
         self._file.close()
         sync(self._file.name)
 
     def close(self) -> tuple[str, ...]:
-        """Writes the last index and zarr.json, to the disk; returns each file's SHA-256."""
+        """Writes and syncs the last index and zarr.json; returns each file's SHA-256."""
         if self.tokens % self._per_file:
             self._end_file(self.tokens % self._per_file)
         else:
@@ -191,7 +197,7 @@ class Writer:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, and to the disk."""
+    """Replaces a file atomically, and syncs it to disk."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
     sync(partial)
@@ -200,7 +206,7 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def sync(path: str | Path) -> None:
-    """Returns when a file's contents, or a folder's entries, are on the disk."""
+    """Syncs a file's contents, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -217,34 +223,38 @@ def _sha256(path: Any) -> str:
 
 
 def read_manifest(store: str) -> Manifest:
-    """The manifest of a store whose files have the sizes that it says. Raises DataError."""
+    """The manifest of a store. Raises DataError where a file's size disagrees with it."""
     folder = epath.Path(store)
     file = folder / MANIFEST
     if not file.exists():
-        raise DataError(f"{store}: is no token store; make it with `gptjax data prepare CONFIG`")
+        raise DataError(
+            f"{store}: not a token store (no {MANIFEST}); make it with `gptjax data prepare CONFIG`"
+        )
     manifest = parse_manifest(file.read_bytes(), str(file))
     itemsize = np.dtype(manifest.dtype).itemsize
     index = manifest.file_tokens // _RANGE_TOKENS * 16
     for name, split in manifest.splits.items():
         for i in range(len(split.files_sha256)):
             tokens = min(manifest.file_tokens, split.tokens - i * manifest.file_tokens)
-            wanted = -(-tokens // _RANGE_TOKENS) * _RANGE_TOKENS * itemsize + index
+            expected = -(-tokens // _RANGE_TOKENS) * _RANGE_TOKENS * itemsize + index
             path = folder / name / "c" / str(i)
             size = path.stat().length if path.exists() else 0
-            if size != wanted:
+            if size != expected:
                 raise DataError(
-                    f"{path}: {size} bytes, the manifest says {wanted}; prepare the store anew"
+                    f"{path}: {size} bytes where the manifest says {expected}; delete the store "
+                    "and prepare it again"
                 )
     return manifest
 
 
 def parse_manifest(text: str | bytes, place: str = "a store's manifest") -> Manifest:
-    """The manifest in a JSON text, which is from `place`. Raises DataError."""
+    """The manifest in a JSON text; errors call it `place`. Raises DataError."""
     try:
         values = json.loads(text)
         if values["format"] != FORMAT:
             raise DataError(
-                f"{place} has store format {values['format']}: this gptjax reads {FORMAT}"
+                f"{place}: store format {values['format']}; this version of gptjax reads format "
+                f"{FORMAT}"
             )
         values["splits"] = {
             name: Split(**{**split, "files_sha256": tuple(split["files_sha256"])})
@@ -253,11 +263,13 @@ def parse_manifest(text: str | bytes, place: str = "a store's manifest") -> Mani
         np.dtype(values["dtype"])
         return Manifest(**values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{place} is damaged ({error}); prepare the store anew") from None
+        raise DataError(
+            f"{place} is damaged ({error}); delete the store and prepare it again"
+        ) from None
 
 
 def write_manifest(store: Path, manifest: Manifest) -> None:
-    """Writes manifest.json whole or not at all."""
+    """Writes manifest.json atomically. Raises OutputError."""
     try:
         replace_file(store / MANIFEST, json.dumps(asdict(manifest), indent=2))
     except OSError as error:
@@ -265,10 +277,13 @@ def write_manifest(store: Path, manifest: Manifest) -> None:
 
 
 def verify(store: str) -> Iterator[str]:
-    """Hashes every file; yields a line for each that is not what the manifest says."""
+    """Hashes every file; yields a message for each that differs from the manifest."""
     manifest = read_manifest(store)
     for name, split in manifest.splits.items():
-        for i, wanted in enumerate(split.files_sha256):
+        for i, expected in enumerate(split.files_sha256):
             path = epath.Path(store) / name / "c" / str(i)
-            if _sha256(path) != wanted:
-                yield f"{path}: its SHA-256 is not the manifest's; prepare the store anew"
+            if _sha256(path) != expected:
+                yield (
+                    f"{path}: its SHA-256 differs from the manifest's; delete the store and "
+                    "prepare it again"
+                )

@@ -1,4 +1,4 @@
-"""A tokenizer trained on text sources, and what it is worth on text that it has not seen."""
+"""Training of a tokenizer on data sources, and its measurement on held-out text."""
 
 import time
 from dataclasses import dataclass
@@ -6,28 +6,28 @@ from pathlib import Path
 
 from gptjax import tokenizer as tokenizers
 from gptjax.config import Config
-from gptjax.data import prepare, sources
+from gptjax.data import prepare
 from gptjax.data.prepare import Tell
-from gptjax.data.sources import Counts
+from gptjax.data.sources import Counts, Source, resolve
 from gptjax.errors import DataError, OutputError
 
 
 @dataclass(frozen=True)
 class Report:
-    """Sizes are in bytes, times in seconds."""
+    """The size, speed and compression of a trained tokenizer. Sizes are in bytes."""
 
-    pieces: int
+    vocab_size: int
     trained_on: int
     train_seconds: float
     held_out: int
     held_out_documents: int
     held_out_tokens: int
     encode_seconds: float
-    """Of one core: processor time, so that threads are no advantage."""
+    """Processor time of all threads, and so the time that one core would take."""
 
     def __str__(self) -> str:
         return (
-            f"{self.pieces:,} pieces trained on {self.trained_on / 1e6:.2f} MB in "
+            f"{self.vocab_size:,} pieces trained on {self.trained_on / 1e6:.2f} MB in "
             f"{self.train_seconds:.1f} s ({self.trained_on / 1e6 / self.train_seconds:.2f} MB/s); "
             f"encodes {self.held_out / 1e6 / self.encode_seconds:.2f} MB/s on one core and "
             f"{self.held_out / self.held_out_tokens:.3f} bytes per token, on the "
@@ -38,17 +38,18 @@ class Report:
 def train(cfg: Config, folder: Path, tell: Tell = lambda *_: None) -> Report:
     """Trains the configured tokenizer on the training documents and saves it into a folder.
 
-    It is measured on the documents that data.valid_fraction holds out, on as many bytes of them as
-    it was trained on at most.
+    Measures it on documents that data.valid_fraction holds out, up to tokenizer.sample_bytes.
 
     Raises DataError for text that cannot be used, or too little of it; OutputError where the folder
     holds a tokenizer already or cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if held := [name for name in tokenizers.FILES.values() if (folder / name).exists()]:
-            raise OutputError(f"{folder}: holds a tokenizer already ({held[0]}); give a new folder")
-        found = sources.resolve(cfg.data.sources)
+        if existing := [name for name in tokenizers.FILES.values() if (folder / name).exists()]:
+            raise OutputError(
+                f"{folder}: holds a tokenizer already ({existing[0]}); give a new folder"
+            )
+        found = resolve(cfg.data.sources)
         held_out = _held_out(cfg, found)
         texts = list(prepare.tokenizer_sample(cfg, found, tell))
         began = time.perf_counter()
@@ -71,7 +72,7 @@ def train(cfg: Config, folder: Path, tell: Tell = lambda *_: None) -> Report:
     )
 
 
-def _held_out(cfg: Config, found: list[sources.Source]) -> list[str]:
+def _held_out(cfg: Config, found: list[Source]) -> list[str]:
     texts, size = [], 0
     for document in prepare.read_documents(cfg, found, "valid", Counts()):
         texts.append(document.text)
@@ -81,7 +82,7 @@ def _held_out(cfg: Config, found: list[sources.Source]) -> list[str]:
     if not texts:
         raise DataError(
             f"data.valid_fraction={cfg.data.valid_fraction}: no document was held out to measure "
-            "on; give more documents, or a larger --valid-fraction"
+            "on; give more documents, or raise --valid-fraction"
         )
     return texts
 

@@ -1,8 +1,9 @@
-"""Evaluators: `run(params) -> {name: value}`.
+"""Evaluators, each with `run(params) -> {name: value}`, and the parts they are made of.
 
-`ValidationLoss` is of a run's own split, `TextLoss` of any text, `Task` of a file of questions.
-Below the last two, `Scorer` gives the log-probability of continuations, and `bootstrap` says how
-far an average over examples can be trusted. `LMEvalAdapter` is a model of lm_eval, which it needs.
+`ValidationLoss` measures the loss on a run's own validation split, `TextLoss` on any text, and
+`TaskEvaluator` accuracy on a file of examples. The last two score continuations by log-likelihood
+with a `Scorer`. A `Statistic` is a mean with its bootstrap confidence interval. `LMEvalAdapter`
+makes a model available to EleutherAI's lm_eval, and needs the extra `lm-eval`.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ from gptjax.evaluate.bootstrap import Statistic
 from gptjax.evaluate.documents import TextLoss
 from gptjax.evaluate.formats import TaskFile, read_tasks
 from gptjax.evaluate.scoring import Score, Scorer
-from gptjax.evaluate.tasks import Task, named
+from gptjax.evaluate.tasks import TaskEvaluator, task_names
 from gptjax.evaluate.validation import ValidationLoss
 
 __all__ = [
@@ -19,17 +20,17 @@ __all__ = [
     "Score",
     "Scorer",
     "Statistic",
-    "Task",
+    "TaskEvaluator",
     "TaskFile",
     "TextLoss",
     "ValidationLoss",
-    "named",
     "read_tasks",
+    "task_names",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LMEvalAdapter":  # imported when asked for: lm_eval is an extra
+    if name == "LMEvalAdapter":  # imported on first use: lm_eval is an extra
         from gptjax.evaluate.lm_eval import LMEvalAdapter
 
         return LMEvalAdapter

@@ -1,4 +1,4 @@
-"""The loss of documents, each on its own and each of its tokens once, however long they are."""
+"""Language-modelling loss of documents: each is scored on its own, and every token once."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -20,25 +20,24 @@ Pair = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Documents:
-    """Whole texts; `more` where there are others after them."""
+    """Whole documents; `more` if the sources have others after them."""
 
     texts: list[str]
     more: bool
 
     @property
     def counted(self) -> tuple[int, int | None]:
-        """How many, and of how many; None: of more."""
+        """The number of documents, and of all in the sources; None if that is not known."""
         return len(self.texts), None if self.more else len(self.texts)
 
     @classmethod
     def read(cls, patterns: Sequence[str], cfg: DataConfig, limit: int = 0) -> "Documents":
-        """The documents of sources as `data.sources` takes them; with `limit`, the first so many.
+        """The documents of sources, named as in `data.sources`; at most `limit`, or all with 0.
 
-        Raises DataError naming the file, and the record, that cannot be read, and where there is no
-        text at all.
+        Raises DataError for a file or record that cannot be read, and for sources without text.
         """
         texts: list[str] = []
-        for text in _whole(patterns, cfg):
+        for text in _documents(patterns, cfg):
             if limit and len(texts) == limit:
                 return cls(texts, True)
             texts.append(text)
@@ -47,22 +46,24 @@ class Documents:
         return cls(texts, False)
 
 
-def _whole(patterns: Sequence[str], cfg: DataConfig) -> Iterator[str]:
-    pieces: list[str] = []
+def _documents(patterns: Sequence[str], cfg: DataConfig) -> Iterator[str]:
+    """Whole documents, joined where reading splits a long one."""
+    parts: list[str] = []
     for source in sources.resolve(tuple(patterns), "--text"):
-        for document in sources.read(source, cfg, sources.Counts()):
-            pieces.append(document.text)
+        for document in source.documents(cfg, sources.Counts()):
+            parts.append(document.text)
             if document.ends:
-                yield "".join(pieces)
-                pieces = []
+                yield "".join(parts)
+                parts = []
 
 
-def windows(ids: np.ndarray, length: int, stride: int) -> Iterator[Pair]:
-    """Pairs (context, continuation) whose continuations are ids[1:], each token in one of them.
+def sliding_windows(ids: np.ndarray, length: int, stride: int) -> Iterator[Pair]:
+    """Pairs (context, continuation) of a sliding window; each token of ids[1:] is in exactly one
+    continuation.
 
-    The model reads at most `length` tokens of a pair. The first window has as many targets, and
-    each that follows `stride`, after as much context as there is room for; so a target of theirs
-    has at least length - stride + 1 tokens before it. With stride=length and a prefix at ids[0]
+    The model reads at most `length` tokens of a pair. The first continuation has up to `length`
+    tokens, each later one up to `stride`, after as much context as fits: at least
+    length - stride + 1 tokens before every target. With stride=length and a prefix token at ids[0]
     these are the windows of lm_eval's rolling log-likelihood.
     """
     start = 1
@@ -73,10 +74,11 @@ def windows(ids: np.ndarray, length: int, stride: int) -> Iterator[Pair]:
 
 
 class TextLoss:
-    """Loss, perplexity and bits per byte of documents, each predicted from its own beginning alone.
+    """An evaluator: loss, perplexity and bits per byte of documents, none of which sees another.
 
-    loss is nats per token; no EOS is predicted, and the first token is predicted from BOS (or EOS).
-    bits_per_byte divides by the UTF-8 bytes of the text, so it compares across tokenizers.
+    loss is nats per token; the first token is predicted from BOS (or EOS), and no EOS is predicted.
+    bits_per_byte divides by the UTF-8 bytes of the text, so it compares across tokenizers. `length`
+    and `stride` are those of `sliding_windows`, in tokens.
     """
 
     def __init__(
@@ -93,21 +95,21 @@ class TextLoss:
         self.bytes = int(self._bytes.sum())
         prefix = np.array([prefix_id(tokenizer)], np.uint32)
         self._pairs: list[Pair] = []
-        self._owner: list[int] = []
+        self._document: list[int] = []  # of each pair
         self.tokens = 0
         for number, text in enumerate(documents.texts):
             ids = np.concatenate([prefix, tokenizer.encode_documents([text], [False])])
-            cut = list(windows(ids, length, stride))
-            self._pairs += cut
-            self._owner += [number] * len(cut)
+            pairs = list(sliding_windows(ids, length, stride))
+            self._pairs += pairs
+            self._document += [number] * len(pairs)
             self.tokens += len(ids) - 1
 
     def measure(self, params: Params) -> list[Statistic]:
-        """loss, perplexity and bits_per_byte, over documents."""
+        """loss, perplexity and bits_per_byte, with a sample for each document."""
         scores = self._scorer.score(params, self._pairs, self._name)
-        total = lambda values: np.bincount(self._owner, values, len(self._bytes))
-        nats = -total([score.logprob for score in scores])
-        tokens = total([score.tokens for score in scores])
+        per_document = lambda values: np.bincount(self._document, values, len(self._bytes))
+        nats = -per_document([score.logprob for score in scores])
+        tokens = per_document([score.tokens for score in scores])
         return [
             Statistic(f"{self._name}_loss", nats, tokens),
             Statistic(f"{self._name}_perplexity", nats, tokens, perplexity),
@@ -117,7 +119,7 @@ class TextLoss:
     def run(self, params: Params) -> dict[str, float]:
         """text_loss, text_perplexity, text_bits_per_byte, text_tokens, text_bytes."""
         return {
-            **{one.name: one.value for one in self.measure(params)},
+            **{statistic.name: statistic.value for statistic in self.measure(params)},
             f"{self._name}_tokens": self.tokens,
             f"{self._name}_bytes": self.bytes,
         }

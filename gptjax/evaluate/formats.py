@@ -1,6 +1,6 @@
-r"""Files of questions in their published formats, and the prompts that they become.
+r"""Task files: examples in their published formats, and the prompts made from them.
 
-A line is an object, as the authors publish them; a wrong one is named by file and line:
+A line is a JSON object with the fields that the dataset's authors publish:
 
 hellaswag  activity_label, ctx_a, ctx_b, endings, label
 arc        question, with stem and choices in it as AI2 has them or beside it as on the Hugging Face
@@ -8,12 +8,14 @@ arc        question, with stem and choices in it as AI2 has them or beside it as
 lambada    text, whose last word is to be predicted
 squad      SQuAD's own nested JSON (.json), 1.1 or 2.0; or a line for each question, as on the hub
 
-Prompts are those of lm_eval, without examples before them, so numbers compare:
+Prompts are those of lm_eval, zero-shot, so that results can be compared:
 
-hellaswag  "<activity>: <context>", then each ending; brackets, which WikiHow left, are taken out
+hellaswag  "<activity>: <context>", then each ending; without the bracketed markup of WikiHow
 arc        "Question: <question>\nAnswer:", then each choice's text
-lambada    all words but the last, then it
-squad      "Title: ...\n\nBackground: ...\n\nQuestion: ...\n\nAnswer:", continued to the line's end
+lambada    all words but the last, then the last
+squad      "Title: ...\n\nBackground: ...\n\nQuestion: ...\n\nAnswer:", answered to the line's end
+
+Errors name the file and the line.
 """
 
 import hashlib
@@ -29,8 +31,8 @@ from gptjax.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A context, the texts that may follow it (after a space), and which of them does."""
+class MultipleChoice:
+    """A context, choices that may follow it after a space, and the index of the right one."""
 
     context: str
     choices: tuple[str, ...]
@@ -39,7 +41,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Cloze:
-    """A context and its continuation, space included."""
+    """A context and its continuation, with the space between them."""
 
     context: str
     continuation: str
@@ -47,18 +49,18 @@ class Cloze:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and the answers that are right; none: there is no answer."""
+    """A prompt and its reference answers; with none, the question has no answer."""
 
     prompt: str
     answers: tuple[str, ...]
 
 
-Example = Choice | Cloze | Question
+Example = MultipleChoice | Cloze | Question
 
 
 @dataclass(frozen=True)
 class TaskFile:
-    """The examples of a file, or the first of them; `total` counts all."""
+    """The examples of a task file, all of one kind, or the first of its `total` examples."""
 
     kind: str
     path: str
@@ -70,15 +72,20 @@ class TaskFile:
 def read_tasks(
     entries: Sequence[str], limit: int = 0, option: str = "eval.tasks"
 ) -> list[TaskFile]:
-    """The tasks that entries KIND:FILE name; with `limit`, the first so many examples of each.
+    """Reads the task files of entries KIND:FILE; keeps at most `limit` examples of each, or all
+    with 0.
 
-    Reads every line whatever the limit. Raises ConfigError for an entry that names no kind, or that
-    is given twice, DataError for a file or a line that cannot be used.
+    Every line is read and checked whatever the limit. Raises ConfigError for an entry of unknown
+    kind or given twice, naming `option`; DataError for a file or a line that cannot be used.
     """
     problems = list(task_problems(entries, option))
     if problems:
         raise ConfigError(problems)
-    return [_read(*entry.split(":", 1), limit, option) for entry in entries]
+    tasks = []
+    for entry in entries:
+        kind, _, path = entry.partition(":")
+        tasks.append(_read(kind, path, limit, option))
+    return tasks
 
 
 def _read(kind: str, name: str, limit: int, option: str) -> TaskFile:
@@ -96,103 +103,105 @@ def _read(kind: str, name: str, limit: int, option: str) -> TaskFile:
     return TaskFile(kind, name, hashlib.sha256(raw).hexdigest(), tuple(kept), len(examples))
 
 
-class _Wrong(Exception):
-    """What is wrong with a record, without its place."""
+class _RecordError(Exception):
+    """A problem of a record, without its location."""
 
 
 def _lines(raw: bytes, name: str, read: Callable[[Any], Example]) -> Iterator[Example]:
     lines = raw.split(b"\n")
     for number, line in enumerate(lines[:-1] if not lines[-1] else lines, 1):
-        place = f"{name}:{number}"
+        location = f"{name}:{number}"
         if not line.strip():
-            raise DataError(f"{place}: is empty; a line is an object")
+            raise DataError(f"{location}: is empty; must be a JSON object")
         try:
             record = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{place}: is no JSON: {error}") from None
-        yield _example(record, place, read)
+            raise DataError(f"{location}: is not JSON: {error}") from None
+        yield _example(record, location, read)
 
 
 def _nested(raw: bytes, name: str, read: Callable[[Any], Example]) -> Iterator[Example]:
-    """SQuAD's own file: articles of paragraphs of questions."""
+    """Examples of SQuAD's own file: articles of paragraphs of questions."""
     try:
         whole = json.loads(raw.decode("utf-8"))
     except json.JSONDecodeError as error:
-        raise DataError(f"{name}:{error.lineno}: is no JSON: {error}") from None
+        raise DataError(f"{name}:{error.lineno}: is not JSON: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{name}: is no JSON: {error}") from None
-    place = name
+        raise DataError(f"{name}: is not JSON: {error}") from None
+    location = name
     try:
         for i, article in enumerate(_field(whole, "data", list)):
-            place = f"{name}, data[{i}]"
+            location = f"{name}, data[{i}]"
             title = _field(article, "title", str)
             for j, paragraph in enumerate(_field(article, "paragraphs", list)):
-                place = f"{name}, data[{i}].paragraphs[{j}]"
+                location = f"{name}, data[{i}].paragraphs[{j}]"
                 context = _field(paragraph, "context", str)
-                for k, asked in enumerate(_field(paragraph, "qas", list)):
-                    place = f"{name}, data[{i}].paragraphs[{j}].qas[{k}]"
-                    given = [
-                        _field(answer, "text", str) for answer in _field(asked, "answers", list)
+                for k, entry in enumerate(_field(paragraph, "qas", list)):
+                    location = f"{name}, data[{i}].paragraphs[{j}].qas[{k}]"
+                    answers = [
+                        _field(answer, "text", str) for answer in _field(entry, "answers", list)
                     ]
                     yield read(
                         {
                             "title": title,
                             "context": context,
-                            "question": _field(asked, "question", str),
-                            "answers": {"text": given},
+                            "question": _field(entry, "question", str),
+                            "answers": {"text": answers},
                         }
                     )
-    except _Wrong as error:
-        raise DataError(f"{place}: {error}") from None
+    except _RecordError as error:
+        raise DataError(f"{location}: {error}") from None
 
 
-def _example(record: Any, place: str, read: Callable[[Any], Example]) -> Example:
+def _example(record: Any, location: str, read: Callable[[Any], Example]) -> Example:
     try:
         return read(record)
-    except _Wrong as error:
-        raise DataError(f"{place}: {error}") from None
+    except _RecordError as error:
+        raise DataError(f"{location}: {error}") from None
 
 
-_NAMES = {str: "text", list: "list", dict: "object"}
+_TYPE_NAMES: dict[type, str] = {str: "text", list: "list", dict: "object"}
 
 
 def _field(record: Any, name: str, kind: type) -> Any:
-    """A field of a record that must be there, of this type."""
+    """A required field of a record, of this type. Raises _RecordError."""
     if not isinstance(record, dict):
-        raise _Wrong(f"is a {type(record).__name__}; must be an object with {name!r}")
+        raise _RecordError(f"is a {type(record).__name__}; must be an object with {name!r}")
     if name not in record:
-        raise _Wrong(f"has no {name!r}; it has {', '.join(record) or 'nothing'}")
+        raise _RecordError(f"has no {name!r}; it has {', '.join(record) or 'nothing'}")
     if not isinstance(record[name], kind):
-        raise _Wrong(f"{name}={str(record[name])[:40]!r}: must be a {_NAMES[kind]}")
+        raise _RecordError(f"{name}={str(record[name])[:40]!r}: must be a {_TYPE_NAMES[kind]}")
     return record[name]
 
 
 def _texts(record: Any, name: str, least: int = 0) -> tuple[str, ...]:
+    """A required list of at least `least` texts. Raises _RecordError."""
     values = _field(record, name, list)
     if not all(isinstance(value, str) for value in values) or len(values) < least:
-        raise _Wrong(f"{name}: must be a list of {f'at least {least} ' * bool(least)}texts")
+        raise _RecordError(f"{name}: must be a list of {f'at least {least} ' * bool(least)}texts")
     return tuple(values)
 
 
-def _hellaswag(record: Any) -> Choice:
+def _hellaswag(record: Any) -> MultipleChoice:
     activity, first, second = (_field(record, k, str) for k in ("activity_label", "ctx_a", "ctx_b"))
     endings = _texts(record, "endings", 2)
     label = record.get("label")
     if not str(label).isdecimal() or not int(label) < len(endings):
-        raise _Wrong(
+        raise _RecordError(
             f"label={label!r}: must be the number of an ending, from 0 to {len(endings) - 1} (the "
             "test split has none)"
         )
-    context = _without_brackets(f"{activity}: {first} {second.capitalize()}")
-    return Choice(context, tuple(map(_without_brackets, endings)), int(label))
+    context = _without_markup(f"{activity}: {first} {second.capitalize()}")
+    return MultipleChoice(context, tuple(map(_without_markup, endings)), int(label))
 
 
-def _without_brackets(text: str) -> str:
+def _without_markup(text: str) -> str:
+    """The text without WikiHow's bracketed markup, as lm_eval cleans it."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def _arc(record: Any) -> Choice:
+def _arc(record: Any) -> MultipleChoice:
     if isinstance(record, dict) and isinstance(record.get("question"), dict):
         question = _field(record["question"], "stem", str)
         choices = _field(record["question"], "choices", list)
@@ -203,17 +212,17 @@ def _arc(record: Any) -> Choice:
         choices = _field(record, "choices", dict)
         texts, labels = _texts(choices, "text"), _texts(choices, "label")
     if len(texts) != len(labels) or len(texts) < 2 or not all(texts):
-        raise _Wrong("choices: must be at least two, each with a text and a label")
+        raise _RecordError("choices: must be at least two, each with a text and a label")
     key = _field(record, "answerKey", str)
     if key not in labels:
-        raise _Wrong(f"answerKey={key!r}: must be one of the labels {', '.join(labels)}")
-    return Choice(f"Question: {question}\nAnswer:", texts, labels.index(key))
+        raise _RecordError(f"answerKey={key!r}: must be one of the labels {', '.join(labels)}")
+    return MultipleChoice(f"Question: {question}\nAnswer:", texts, labels.index(key))
 
 
 def _lambada(record: Any) -> Cloze:
     *words, last = _field(record, "text", str).split(" ")
     if not words or not last.strip():
-        raise _Wrong("text: must end with a word after a space, which is to be predicted")
+        raise _RecordError("text: must end with a space and the word to be predicted")
     return Cloze(" ".join(words), f" {last}")
 
 

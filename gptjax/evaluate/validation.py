@@ -1,7 +1,4 @@
-"""A run's own validation split, in windows as training has them.
-
-Shapes: B rows of a batch, T sequence.
-"""
+"""Loss on a run's own validation split, cut into sequences as in training."""
 
 import math
 from typing import Any
@@ -21,10 +18,10 @@ from gptjax.training.objective import next_token
 
 
 class ValidationLoss:
-    """Loss, perplexity and bits per byte over the whole validation split, each token once.
+    """An evaluator: loss, perplexity and bits per byte over the whole split, each token once.
 
-    loss is nats per token (the EOS of each document is one); bits_per_byte divides by the bytes of
-    text, so it compares across tokenizers, and with a compressor.
+    loss is nats per token, the EOS of each document included; bits_per_byte divides by the UTF-8
+    bytes of the text, so it compares across tokenizers, and with a compressor.
     """
 
     def __init__(self, cfg: Config, manifest: Manifest, progress: Progress) -> None:
@@ -42,10 +39,11 @@ class ValidationLoss:
     def run(self, params: Params) -> dict[str, float]:
         """valid_loss, valid_perplexity, valid_bits_per_byte, valid_tokens."""
         statistics, tokens = self.measure(params)
-        return {one.name: one.value for one in statistics} | {"valid_tokens": tokens}
+        values = {statistic.name: statistic.value for statistic in statistics}
+        return values | {"valid_tokens": tokens}
 
     def measure(self, params: Params) -> tuple[list[Statistic], float]:
-        """The first three of those by batch, for `bootstrap`, and the number of tokens."""
+        """Loss, perplexity and bits per byte, a sample for each batch; and the number of tokens."""
         cfg = self._cfg
         rows = arrays.host_rows(cfg.eval.batch)
         batches = loader.eval_batches(
@@ -58,9 +56,9 @@ class ValidationLoss:
                 on_devices = arrays.global_batch(vars(batch), cfg.eval.batch)
                 done.append(self._sums(params, on_devices))
                 if len(done) > 1:
-                    jax.block_until_ready(done[-2])  # keeps the queue of batches short
+                    jax.block_until_ready(done[-2])  # at most two batches are queued on the device
                 bar.update(len(done))
-        nats, tokens = np.float64(jax.device_get(done)).T
+        nats, tokens = np.asarray(jax.device_get(done), np.float64).T
         total = float(tokens.sum())
         return [
             Statistic("valid_loss", nats, tokens),

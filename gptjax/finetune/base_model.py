@@ -1,70 +1,55 @@
-"""What a fine-tuned run begins from: a run folder or a Hugging Face folder."""
+"""The base of a fine-tuned run: the model whose parameters it starts from."""
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
+from typing import Protocol
 
-from gptjax import config
-from gptjax import tokenizer as tokenizers
 from gptjax.config import Config
-from gptjax.errors import CheckpointError, ConfigError, DataError
-from gptjax.finetune import tokenize
+from gptjax.errors import ConfigError, DataError
+from gptjax.finetune.tokenize import check_vocab_size
+from gptjax.model.decoder import Params
 from gptjax.tokenizer import Tokenizer
 
-
-@dataclass(frozen=True)
-class Base:
-    """A base; `step` is the checkpoint to take, None the newest that is whole."""
-
-    path: str
-    cfg: Config
-    tokenizer: Tokenizer
-    step: int | None = None
+BASE_STEP = "base step"
+"""The key in RUN/finetune.json of the base's checkpoint that a run's adapters go with."""
 
 
-def base_of(path: str) -> Base:
-    """Looks at a base, and reads no parameters. Touches no device.
+class BaseModel(Protocol):
+    """A model on disk, of which only the configuration and the tokenizer have been read."""
 
-    Raises ConfigError and DataError for what is none, CheckpointError for a run without parameters.
-    """
-    if path.startswith("hf:"):
-        from gptjax.hf import safetensors
+    @property
+    def path(self) -> str:
+        """A run folder, or hf:FOLDER."""
 
-        source = safetensors.open_source(Path(path.removeprefix("hf:")))
-        told: list[str] = []
-        tokenizer = safetensors.tokenizer_of(source, told.append)
-        if tokenizer is None:
-            raise DataError(told[-1])
-        kind = config.TokenizerConfig(kind=tokenizer.kind, path=path.removeprefix("hf:"))
-        kind = replace(kind, vocab_size=tokenizer.vocab_size)
-        cfg = Config(model=source.model, tokenizer=kind)
-        short = min(cfg.eval.sample_tokens, max(1, source.model.context // 2))
-        cfg = replace(cfg, eval=replace(cfg.eval, sample_tokens=short))
-        return Base(path, cfg, tokenizer)
-    from gptjax.checkpoint.checkpointer import Checkpointer
-    from gptjax.checkpoint.run_dir import CHECKPOINTS
+    @property
+    def cfg(self) -> Config:
+        """Its configuration; of a Hugging Face folder, one that has its model and tokenizer."""
 
-    cfg, folder = config.load(path), Path(path)
-    if not folder.is_dir():
-        raise ConfigError([f"{path}: must be a run folder, or hf:FOLDER"])
-    if cfg.finetune.lora.rank:
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Its tokenizer, if it has one."""
+
+    @property
+    def step(self) -> int | None:
+        """The checkpoint to read; None: the newest valid one, or there are no checkpoints."""
+
+    def at_step(self, step: int | None) -> "BaseModel":
+        """The same base at a checkpoint; None: at its newest. A Hugging Face folder has but one."""
+
+    def read_params(self, say: Callable[[str], None]) -> tuple[Params, int | None]:
+        """The parameters on the ambient mesh, and their step. Raises CheckpointError."""
+
+
+def tokenizer_of(base: BaseModel) -> Tokenizer:
+    """The base's tokenizer. Raises DataError where it has none."""
+    if base.tokenizer is None:
+        raise DataError(f"{base.path}: has no tokenizer, which fine-tuning needs")
+    return base.tokenizer
+
+
+def check_base(base: BaseModel) -> None:
+    """Raises ConfigError or DataError for a model that cannot be fine-tuned."""
+    if base.cfg.finetune.lora.rank:
         raise ConfigError(
-            [f"{path}: is adapters beside a base; merge them: gptjax convert {path} NEW"]
+            [f"{base.path}: has adapters beside a base; merge: gptjax convert {base.path} NEW"]
         )
-    if not Checkpointer(folder / CHECKPOINTS).steps():
-        raise CheckpointError(f"{path}: this run has no checkpoint yet")
-    tokenizer = tokenizers.load(folder)
-    tokenize.check_ids(tokenizer, cfg.model.vocab_size)
-    return Base(path, cfg, tokenizer)
-
-
-def pinned(base: Base, recorded: int | None) -> Base:
-    """The base at the step that a run has recorded, or otherwise at its newest: for adapters, which
-    go with those parameters and no others."""
-    if base.path.startswith("hf:"):
-        return base
-    from gptjax.checkpoint.checkpointer import Checkpointer
-    from gptjax.checkpoint.run_dir import CHECKPOINTS
-
-    if recorded is None:
-        recorded = Checkpointer(Path(base.path) / CHECKPOINTS).steps()[-1]
-    return replace(base, step=recorded)
+    check_vocab_size(tokenizer_of(base), base.cfg.model.vocab_size)

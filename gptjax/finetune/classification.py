@@ -6,7 +6,7 @@ mean over each example's, so that a long text weighs no more than a short one.
 Shapes: B examples, C sequences of each, S = B*C, T tokens, N = S*T, D embed, K scores.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,14 +15,18 @@ import numpy as np
 from jax import lax
 
 from gptjax.config import Config
-from gptjax.finetune.tokenize import Rows
+from gptjax.finetune.base_model import BaseModel
+from gptjax.finetune.task import FinetuneTask
+from gptjax.finetune.tokenize import TokenizedExamples
 from gptjax.model import decoder, heads, layers
 from gptjax.model.decoder import Params
 from gptjax.parallel import sequence, sharding
 from gptjax.runtime.progress import Progress
 from gptjax.sample.engine import place_rows
 from gptjax.training import loss, objective
-from gptjax.training.objective import DeviceBatch, Sums
+from gptjax.training.callbacks import Evaluator
+from gptjax.training.objective import DeviceBatch
+from gptjax.training.step import Sums
 
 
 def task_loss(
@@ -44,7 +48,7 @@ def task_loss(
         out_sharding=sharding.spec("batch", *[None] * (a_BC.ndim - 2)),
     )
     tokens_ST, lengths_S = flat(batch["tokens_BCT"]), flat(batch["lengths_BC"])
-    keys_S2 = None if keys_B2 is None else flat(layers.place_keys(keys_B2, c))
+    keys_S2 = None if keys_B2 is None else flat(layers.position_keys(keys_B2, c))
     out = decoder.apply(
         params, cfg.model, cfg.compute, tokens_ST, keys_B2=keys_S2, training=training
     )
@@ -87,8 +91,8 @@ def _own_tokens(
     return loss.cross_entropy(
         x_ND,
         decoder.head(params),
-        sequence.to_rows(next_ST),
-        sequence.to_rows(jnp.where(counts_ST, share_S[:, None], 0).astype(jnp.float32)),
+        sequence.flatten(next_ST),
+        sequence.flatten(jnp.where(counts_ST, share_S[:, None], 0).astype(jnp.float32)),
         cfg.train.z_loss,
         cfg.compute.loss_chunks,
         cfg.model.vocab_size,
@@ -96,9 +100,41 @@ def _own_tokens(
     )
 
 
-def training_loss(cfg: Config) -> Any:
-    """The loss, as `train.fit` takes it."""
-    return lambda params, batch, keys_B2: task_loss(params, cfg, batch, keys_B2, training=True)[:2]
+class _LabelledTask(FinetuneTask[TokenizedExamples]):
+    """A task whose examples have one right label or choice."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        base: BaseModel,
+        rows: Mapping[str, TokenizedExamples],
+        say: Callable[[str], None],
+    ) -> None:
+        loss = lambda params, batch, keys_B2: task_loss(params, cfg, batch, keys_B2, training=True)[
+            :2
+        ]
+        super().__init__(cfg, base, rows, loss, say)
+
+    def evaluators(self, progress: Progress) -> list[tuple[int, Evaluator]]:
+        self._quality = LabelQuality(self.cfg, self.rows["valid"], progress)
+        return [(self.cfg.eval.every, self._quality)]
+
+    def report(self, progress: Progress) -> Mapping[str, Any]:
+        return self._quality.report
+
+
+class ChooseTask(_LabelledTask):
+    """Multiple choice: a score of each choice behind the text, and a softmax over them."""
+
+
+class ClassifyTask(_LabelledTask):
+    """Classification of a text, or of a pair of texts."""
+
+    def report(self, progress: Progress) -> Mapping[str, Any]:
+        report = super().report(progress)
+        matrix = table(self.cfg.finetune.labels, report["confusion"])
+        progress.say(f"confusion matrix, true labels down and predicted ones across\n{matrix}")
+        return report
 
 
 class Classifier:
@@ -109,7 +145,7 @@ class Classifier:
         whole = lambda a_BK: jax.sharding.reshard(a_BK, jax.P(None, None))
         self._scores = jax.jit(lambda p, batch: whole(task_loss(p, cfg, batch)[2]))
 
-    def scores(self, params: Params, rows: Rows, name: str) -> np.ndarray:
+    def scores(self, params: Params, rows: TokenizedExamples, name: str) -> np.ndarray:
         """Scores of each example's labels or choices, float32 [E, K]; NEVER where there is none."""
         shards, count = sharding.axis_size("batch"), len(rows)
         size = -(-self._cfg.eval.batch // shards) * shards
@@ -134,7 +170,7 @@ class LabelQuality:
     `report` is of the last evaluation: beside those, per label, and the confusion matrix.
     """
 
-    def __init__(self, cfg: Config, rows: Rows, progress: Progress) -> None:
+    def __init__(self, cfg: Config, rows: TokenizedExamples, progress: Progress) -> None:
         self._labels, self._rows = cfg.finetune.labels, rows
         self._classifier = Classifier(cfg, progress)
         self.report: dict[str, Any] = {}

@@ -12,11 +12,11 @@ from gptjax import config
 from gptjax.config import Config, FinetuneConfig, ModelConfig
 from gptjax.errors import ConfigError
 from gptjax.finetune import conversations, packing, tokenize
-from gptjax.finetune.base_model import Base
+from gptjax.finetune.base_model import BaseModel, tokenizer_of
 from gptjax.finetune.conversations import Conversations
 from gptjax.finetune.examples import Examples, labels_of
 from gptjax.finetune.packing import PackedRows
-from gptjax.finetune.tokenize import Rows, Special
+from gptjax.finetune.tokenize import SpecialTokens, TokenizedExamples
 from gptjax.tokenizer import Tokenizer
 
 BATCH = 32
@@ -29,7 +29,7 @@ WARMUP = 0.002
 _STEP = 8  # rows are as long as the longest example, rounded up to a multiple of this
 
 
-def begun(base: Base, task: str, data: str, valid: str) -> Config:
+def begun(base: BaseModel, task: str, data: str, valid: str) -> Config:
     """The recipe's configuration (Radford et al. 2018, section 4.1), for overrides to change."""
     name = Path(base.path.removeprefix("hf:")).name
     parent = Path("runs") if base.path.startswith("hf:") else Path(base.path).parent
@@ -110,17 +110,17 @@ def resolved(cfg: Config, longest: int, rows: int) -> Config:
 
 def labelled(
     cfg: Config, tokenizer: Tokenizer, train: Examples, valid: Examples
-) -> tuple[Config, Rows, Rows]:
+) -> tuple[Config, TokenizedExamples, TokenizedExamples]:
     """The configuration for labelled examples, and their rows.
 
     The vocabulary grows where it has no room for the special tokens. Raises DataError as
-    `labels_of` and `encoding.rows` do.
+    `labels_of` and `tokenize.to_arrays` do.
     """
     labels = labels_of(train, valid) if cfg.finetune.task == "classify" else ()
     if cfg.finetune.labels:
         raise ConfigError(["finetune.labels: are those of the data; give none"])
-    special = Special.of(tokenizer)
-    texts = [tokenize.encoded(examples, tokenizer) for examples in (train, valid)]
+    special = SpecialTokens.of(tokenizer)
+    texts = [tokenize.encode(examples, tokenizer) for examples in (train, valid)]
     cfg = resolved(cfg, max(map(tokenize.longest, texts)), len(train))
     if cfg.train.seq_len < len(special) + 2:
         raise ConfigError([f"train.seq_len={cfg.train.seq_len}: too short for two texts"])
@@ -130,14 +130,14 @@ def labelled(
         finetune=replace(cfg.finetune, labels=labels),
     )
     rows = [
-        tokenize.rows(one, ids, special, cfg.train.seq_len, labels, tokenizer.eos_id)
+        tokenize.to_arrays(one, ids, special, cfg.train.seq_len, labels, tokenizer.eos_id)
         for one, ids in zip((train, valid), texts, strict=True)
     ]
     return cfg, rows[0], rows[1]
 
 
 def answered(
-    cfg: Config, base: Base, train: Conversations, valid: Conversations
+    cfg: Config, base: BaseModel, train: Conversations, valid: Conversations
 ) -> tuple[Config, PackedRows, PackedRows]:
     """The configuration for exchanges, and their rows: as long as the base's, or as the longest
     exchange where that is more and fits the context. Raises DataError as `packing.pack` does.
@@ -147,6 +147,6 @@ def answered(
         longest = max(-(-longest // _STEP) * _STEP, base.cfg.train.seq_len)
         seq_len = min(longest, cfg.model.context)
         cfg = replace(cfg, train=replace(cfg.train, seq_len=seq_len))
-    length, fill = cfg.train.seq_len, base.tokenizer.eos_id
+    length, fill = cfg.train.seq_len, tokenizer_of(base).eos_id
     rows = [packing.pack(one, length, fill) for one in (train, valid)]
     return resolved(cfg, length, len(rows[0])), rows[0], rows[1]

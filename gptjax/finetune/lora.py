@@ -1,16 +1,16 @@
-"""LoRA (Hu et al. 2021): a weight W stays as it is, and W + scale * a b of low rank is used.
+"""LoRA (Hu et al. 2021): a frozen weight W is used as W + scale * a b, of low rank.
 
-Adapters are a tree of their own, by the same paths, with {"a": [L, in..., R], "b": [L, R, out...]}
-in the place of each target [L, in..., out...]; experts' have [L, E, ...]. In training the two trees
-travel as one, {"base": ..., "adapters": ...}, of which the factors (see parameters.py) freeze the
-base: it is an argument of the step, has no optimizer state, and is passed through.
+Adapters are a tree with the paths of the weights: a target [L, in..., out...] has
+{"a": [L, in..., R], "b": [L, R, out...]}, an expert's [L, E, ...]. In training the two trees are
+one, {"base": ..., "adapters": ...}, and learning-rate multipliers of 0 freeze the base: the step
+takes it as an argument, keeps no optimizer state for it, and returns it as it was.
 
-The product is added within the step. That costs one product of the weights' size for each target, R
-deep, and the memory of the sums; gradients of the whole targets exist while the step runs. What
-LoRA saves here is the optimizer's state, two thirds of what AdamW holds, and the checkpoints. Since
-the sum sees no activations, there is no dropout on the adapter's input.
+The product is added to the weight within the step. That costs, for each target, a matrix product of
+the weight's size and inner dimension R, and memory for the sum and for its gradient while the step
+runs. LoRA here saves the optimizer's state, two thirds of the memory of AdamW's training state, and
+the size of checkpoints. There is no dropout on the adapter's input, which is never computed.
 
-Shapes: L layers (rows of a stack), E experts, R rank.
+Shapes: L layers of a stack, E experts, R rank.
 """
 
 import math
@@ -34,28 +34,28 @@ BASE, ADAPTERS = "base", "adapters"
 
 
 def targets(params: Params, cfg: LoraConfig) -> list[str]:
-    """Paths of the weights that get adapters, among the matrices of the blocks.
+    """Paths of the weights that get adapters: the matrices of the blocks that cfg.targets matches.
 
-    Raises ConfigError, with all of those, for a pattern that matches none.
+    Raises ConfigError for a pattern that matches no matrix; the message lists all of them.
     """
 
-    def matrix(path: str, leaf: Any) -> bool:
+    def is_matrix(path: str, leaf: Any) -> bool:
         vector = path.endswith(("bias", "scale"))
         return path.startswith("blocks/") and leaf.ndim > 2 and not vector
 
-    candidates = [path for path, leaf in leaves_by_path(params).items() if matrix(path, leaf)]
+    candidates = [path for path, leaf in leaves_by_path(params).items() if is_matrix(path, leaf)]
     return sorted(param_tree.matching(candidates, cfg.targets, "finetune.lora.targets"))
 
 
 def init(params: Params, cfg: LoraConfig, key: jax.Array) -> Params:
-    """Fresh adapters, laid out as their weights are: a uniform, b zero, so that nothing changes.
+    """Fresh adapters, sharded as their weights are: a random, b zero, so the product is zero.
 
-    a is uniform over +-1/sqrt(inputs) (Kaiming-uniform with a slope of sqrt(5), as PEFT has it). An
-    adapter's numbers depend on the key and its path alone. Raises ConfigError as `targets` does.
+    a is uniform over +-1/sqrt(inputs): Kaiming-uniform with a slope of sqrt(5), as in PEFT. It
+    depends on nothing but the key and the path. Raises ConfigError as `targets` does.
     """
     leaves = leaves_by_path(params)
 
-    def one(path: str) -> Params:
+    def adapter(path: str) -> Params:
         shape, axes = leaves[path].shape, jax.typeof(leaves[path]).sharding.spec
         inputs, outputs = sides(path, len(shape))
         stack = tuple(range(inputs[0]))
@@ -71,15 +71,15 @@ def init(params: Params, cfg: LoraConfig, key: jax.Array) -> Params:
         )
         return {"a": a, "b": b}
 
-    return nested({path: one(path) for path in targets(params, cfg)})
+    return nested({path: adapter(path) for path in targets(params, cfg)})
 
 
-def merged(params: Params, adapters: Params, cfg: LoraConfig) -> Params:
-    """Plain parameters: each target plus what its adapter adds, in float32."""
-    leaves, halves = leaves_by_path(params), leaves_by_path(adapters)
+def merge_adapters(params: Params, adapters: Params, cfg: LoraConfig) -> Params:
+    """Plain parameters: each target plus its adapter's scaled product, computed in float32."""
+    leaves, matrices = leaves_by_path(params), leaves_by_path(adapters)
     changed = {}
-    for path in (name.removesuffix("/a") for name in halves if name.endswith("/a")):
-        w, a, b = leaves[path], halves[f"{path}/a"], halves[f"{path}/b"]
+    for path in (name.removesuffix("/a") for name in matrices if name.endswith("/a")):
+        w, a, b = leaves[path], matrices[f"{path}/a"], matrices[f"{path}/b"]
         stack = tuple(range(sides(path, w.ndim)[0][0]))
         product = lax.dot_general(
             a,
@@ -97,25 +97,27 @@ def merged(params: Params, adapters: Params, cfg: LoraConfig) -> Params:
 
 
 def with_adapters(params: Params, cfg: LoraConfig, key: jax.Array) -> Params:
-    """The tree that training takes: the base as given, and fresh adapters."""
+    """The tree that training takes: the given base and fresh adapters."""
     return {BASE: params, ADAPTERS: jax.jit(init, static_argnums=1)(params, cfg, key)}
 
 
 def merge(params: Params, cfg: LoraConfig) -> Params:
-    """The plain parameters that a tree of both stands for: to evaluate, sample and export. Outside
-    of a jit, those without adapters are the base's own arrays."""
+    """Plain parameters for evaluation, sampling and export, from the tree that training takes.
+
+    Outside of jit, parameters without adapters are the base's own arrays.
+    """
     leaves = leaves_by_path(params[BASE])
     paths = {path.rpartition("/")[0] for path in leaves_by_path(params[ADAPTERS])}
-    below = nested({path: leaves[path] for path in paths})
-    above = jax.jit(merged, static_argnums=2)(below, params[ADAPTERS], cfg)
-    return param_groups.combine(params[BASE], above)
+    adapted = nested({path: leaves[path] for path in paths})
+    merged = jax.jit(merge_adapters, static_argnums=2)(adapted, params[ADAPTERS], cfg)
+    return param_groups.combine(params[BASE], merged)
 
 
 def lr_multipliers(params: Params, tune: TuneConfig, model: ModelConfig) -> LrMultipliers:
-    """Of a tree of both: the base is frozen, and `parameters.lr_multipliers` says how adapters learn.
+    """Learning-rate multipliers of the tree that training takes: 0 for the base, 1 for its task
+    head, and those of `param_groups.lr_multipliers` for the adapters.
 
-    A task's layer in the base learns as it does without adapters. Patterns of tune.freeze are those
-    of the adapters' own paths, ending in a or b.
+    Patterns of tune.freeze match the adapters' own paths, which end in a or b.
     """
     base = {
         f"{BASE}/{path}": float(path.startswith(f"{heads.NAME}/"))

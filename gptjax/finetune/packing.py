@@ -1,7 +1,7 @@
-"""Exchanges side by side in rows, each seeing itself alone.
+"""Packing: several conversations in one row, where none attends to another.
 
-Best-fit decreasing: the longest first, each into the row with the least room that holds it; of
-equals the first. So rows are a function of the examples and of their length alone.
+Best-fit decreasing: the longest first, each into the row with the least room that still holds it,
+the first of equals. So the rows depend on nothing but the examples and the length.
 
 Shapes: R rows, T tokens.
 """
@@ -12,13 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from gptjax.finetune.conversations import Conversations
-from gptjax.finetune.examples import refuse
+from gptjax.finetune.examples import raise_problems
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """int32 [R, T] each: tokens, the next tokens, segments (0: none), positions within them, and
-    whether a target counts. `cut` exchanges were too long and lost the beginning of their prompt.
+    """Packed conversations, int32 [R, T] each: tokens, next tokens as targets, segments (the number
+    of the conversation within its row, 0 for padding), positions within the conversation, and
+    whether a target counts in the loss. `cut` counts the conversations that were too long, whose
+    prompt was truncated at its beginning.
     """
 
     tokens_RT: np.ndarray
@@ -32,7 +34,7 @@ class PackedRows:
         return len(self.tokens_RT)
 
     def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        """The rows of a batch, by the names that the objective knows."""
+        """The rows of these numbers as a batch, by the names that the objective expects."""
         return {
             "tokens_BT": self.tokens_RT[ids],
             "targets_BT": self.targets_RT[ids],
@@ -42,14 +44,14 @@ class PackedRows:
         }
 
 
-def places(lengths: list[int], room: int) -> list[list[int]]:
-    """For each row the numbers of what lies in it, none longer than `room`."""
+def best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
+    """For each row the indices of its items, the sum of whose lengths is at most `capacity`."""
     rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # room left and row, ascending
+    free: list[tuple[int, int]] = []  # room left in a row, and the row; ascending
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         at = bisect.bisect_left(free, (lengths[i], -1))
         if at == len(free):
-            left, row = room, len(rows)
+            left, row = capacity, len(rows)
             rows.append([])
         else:
             left, row = free.pop(at)
@@ -59,20 +61,23 @@ def places(lengths: list[int], room: int) -> list[list[int]]:
 
 
 def pack(given: Conversations, length: int, fill: int) -> PackedRows:
-    """Rows of `length` tokens. Raises DataError for an answer that is longer than that."""
-    ids, learnt, cut, problems = [], [], 0, []
+    """Rows of `length` tokens, padded with the token `fill`.
+
+    Raises DataError for an answer that is longer than a row.
+    """
+    ids, loss_masks, cut, problems = [], [], 0, []
     for one in given.all:
         answer = len(one.ids) - len(one.prompt)
         if answer > length:
             problems.append(
-                f"{one.place}: the answer has {answer} tokens, more than train.seq_len={length}"
+                f"{one.location}: the answer has {answer} tokens, more than train.seq_len={length}"
             )
         over = max(0, len(one.ids) - 1 - length)
         cut += over > 0
         ids.append(one.ids[over:])
-        learnt.append(one.learnt[over:])
-    refuse(problems)
-    rows = places([len(one) - 1 for one in ids], length)
+        loss_masks.append(one.loss_mask[over:])
+    raise_problems(problems)
+    rows = best_fit_decreasing([len(one) - 1 for one in ids], length)
     shape = len(rows), length
     tokens, targets = np.full(shape, fill, np.int32), np.full(shape, fill, np.int32)
     segments, positions, counts = (np.zeros(shape, np.int32) for _ in range(3))
@@ -80,9 +85,9 @@ def pack(given: Conversations, length: int, fill: int) -> PackedRows:
         start = 0
         for segment, i in enumerate(members, 1):
             n = len(ids[i]) - 1
-            here = slice(start, start + n)
-            tokens[row, here], targets[row, here] = ids[i][:-1], ids[i][1:]
-            segments[row, here], positions[row, here] = segment, np.arange(n)
-            counts[row, here] = learnt[i][1:]
+            span = slice(start, start + n)
+            tokens[row, span], targets[row, span] = ids[i][:-1], ids[i][1:]
+            segments[row, span], positions[row, span] = segment, np.arange(n)
+            counts[row, span] = loss_masks[i][1:]
             start += n
     return PackedRows(tokens, targets, segments, positions, counts, cut)

@@ -1,14 +1,16 @@
 """Answers in words: the objective, the loss on others, and how many of them are right."""
 
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 
 from gptjax.config import Config
 from gptjax.evaluate import answers
+from gptjax.finetune.base_model import BaseModel, tokenizer_of
 from gptjax.finetune.conversations import UNANSWERABLE, Conversations
 from gptjax.finetune.packing import PackedRows
+from gptjax.finetune.task import FinetuneTask
 from gptjax.model.decoder import Params
 from gptjax.parallel import sharding
 from gptjax.runtime.progress import Progress
@@ -16,8 +18,10 @@ from gptjax.sample import Sampler, SamplingParams
 from gptjax.sample.engine import place_rows
 from gptjax.tokenizer import Tokenizer
 from gptjax.training import objective
+from gptjax.training.callbacks import Evaluator
 from gptjax.training.metrics import perplexity
-from gptjax.training.objective import DeviceBatch, Sums, TokenBatch
+from gptjax.training.objective import DeviceBatch, TokenBatch
+from gptjax.training.step import Sums
 
 
 def answer_loss(
@@ -34,9 +38,29 @@ def answer_loss(
     return objective.predicted(params, cfg, given, keys_B2, training=training)
 
 
-def training_loss(cfg: Config) -> Any:
-    """The loss, as `train.fit` takes it."""
-    return lambda params, batch, keys_B2: answer_loss(params, cfg, batch, keys_B2, training=True)
+class SFTTask(FinetuneTask[PackedRows]):
+    """Supervised fine-tuning on conversations: the loss is on the answers' tokens alone."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        base: BaseModel,
+        rows: Mapping[str, PackedRows],
+        valid: Conversations,
+        say: Callable[[str], None],
+    ) -> None:
+        """`valid`: the conversations that greedy answers are generated for."""
+        loss = lambda params, batch, keys_B2: answer_loss(
+            params, cfg, batch, keys_B2, training=True
+        )
+        super().__init__(cfg, base, rows, loss, say)
+        self._valid = valid
+
+    def evaluators(self, progress: Progress) -> list[tuple[int, Evaluator]]:
+        cfg = self.cfg
+        loss = AnswerLoss(cfg, self.rows["valid"], progress)
+        right = AnswersRight(cfg, self._valid, tokenizer_of(self.base))
+        return [(cfg.eval.every, loss), (cfg.eval.tasks_every, right)]
 
 
 class AnswerLoss:
@@ -62,7 +86,7 @@ class AnswerLoss:
                 batch["counts_BT"] = batch["counts_BT"] * (ids < count)[:, None]
                 done.append(jax.device_get(self._sums(params, place_rows(batch))))
                 bar.update(min(start + size, count))
-        nats, targets = np.float64(done).sum(0)
+        nats, targets = np.asarray(done, np.float64).sum(0)
         loss = float(nats / targets)
         return {"valid_loss": loss, "valid_perplexity": perplexity(loss)}
 

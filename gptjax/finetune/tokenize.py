@@ -1,12 +1,13 @@
-"""Labelled examples as rows of tokens, with the start, delimiter and extract tokens around them.
+"""Labelled examples as arrays of tokens, with start, delimiter and extract tokens around the texts
+(Radford et al. 2018, section 3.3).
 
 one text     start text extract
 two texts    start text delimiter text extract
 
-The three have the ids that follow the tokenizer's own. A model whose vocabulary ends there grows by
-three, into rows that its table has been filled up with or else into new ones. All three begin with
-random embeddings, and are predicted like other tokens by the auxiliary loss. What comes out at the
-extract token is what the task's layer sees; being the last, it is also what other libraries take.
+The ids of these special tokens follow the tokenizer's own. A model whose vocabulary ends there
+grows by three, into the embedding table's padding or into new rows. The embeddings start at random,
+and the auxiliary language-modelling loss predicts these tokens like others. The task head reads the
+hidden state at the extract token: the last one, which other libraries read too.
 
 Shapes: E examples, C sequences of each, T tokens.
 """
@@ -18,29 +19,29 @@ from typing import NamedTuple
 import numpy as np
 
 from gptjax.errors import DataError
-from gptjax.finetune.examples import Examples, refuse
+from gptjax.finetune.examples import Examples, raise_problems
 from gptjax.tokenizer import Tokenizer
 
 Ids = list[int]
 
 
-class Special(NamedTuple):
-    """The ids of the tokens around texts."""
+class SpecialTokens(NamedTuple):
+    """The ids of the special tokens."""
 
     start: int
     delimiter: int
     extract: int
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "Special":
-        """Those that follow the tokenizer's vocabulary."""
+    def of(cls, tokenizer: Tokenizer) -> "SpecialTokens":
+        """The three ids after the tokenizer's vocabulary."""
         return cls(*range(tokenizer.vocab_size, tokenizer.vocab_size + 3))
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Examples as arrays: tokens_ECT, int32, filled up with `fill`; lengths_EC, 0 where there is no
-    such choice; labels_E, -1 for none. `cut` counts examples that were too long and lost text.
+class TokenizedExamples:
+    """Examples as int32 arrays: tokens_ECT; lengths_EC in tokens, 0 for a padded choice; labels_E,
+    -1 for an unlabelled example. `cut` counts the examples whose texts were truncated.
     """
 
     tokens_ECT: np.ndarray
@@ -52,7 +53,7 @@ class Rows:
         return len(self.labels_E)
 
     def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        """The rows of a batch, by the names that the objective knows."""
+        """The examples of these numbers as a batch, by the names that the objective expects."""
         return {
             "tokens_BCT": self.tokens_ECT[ids],
             "lengths_BC": self.lengths_EC[ids],
@@ -60,44 +61,41 @@ class Rows:
         }
 
 
-def encoded(examples: Examples, tokenizer: Tokenizer) -> list[list[list[Ids]]]:
+def encode(examples: Examples, tokenizer: Tokenizer) -> list[list[list[Ids]]]:
     """Token ids of each text of each sequence of each example."""
-    known: dict[str, Ids] = {}  # the context of choices is there as often as they are
+    cache: dict[str, Ids] = {}  # a text repeats for each of its choices
 
     def ids(text: str) -> Ids:
-        if text not in known:
-            known[text] = tokenizer.encode(text)
-        return known[text]
+        if text not in cache:
+            cache[text] = tokenizer.encode(text)
+        return cache[text]
 
     return [[[*map(ids, texts)] for texts in one.sequences] for one in examples.all]
 
 
 def longest(texts: Sequence[Sequence[Sequence[Ids]]]) -> int:
-    """Tokens of the longest sequence, those around its texts included."""
+    """Tokens of the longest sequence, special tokens included."""
     return max(1 + sum(len(ids) + 1 for ids in one) for example in texts for one in example)
 
 
-def rows(
+def to_arrays(
     examples: Examples,
     texts: Sequence[Sequence[Sequence[Ids]]],
-    special: Special,
+    special: SpecialTokens,
     length: int,
     labels: Sequence[str],
     fill: int,
-) -> Rows:
-    """The rows, of `length` tokens; see `fitted` for what is longer.
+) -> TokenizedExamples:
+    """Pads the sequences to `length` tokens with the token `fill`; truncates as `truncate` does.
 
-    Raises DataError for a choice that leaves no room for its context.
+    Raises DataError for a choice that leaves no room for its text.
     """
     choices = max(map(len, texts))
     tokens_ECT = np.full((len(texts), choices, length), fill, np.int32)
     lengths_EC = np.zeros((len(texts), choices), np.int32)
-    number = {label: i for i, label in enumerate(labels)}
+    index = {label: i for i, label in enumerate(labels)}
     labels_E = np.array(
-        [
-            -1 if one.label is None else number.get(str(one.label), one.label)
-            for one in examples.all
-        ],
+        [-1 if one.label is None else index.get(str(one.label), one.label) for one in examples.all],
         np.int32,
     )
     cut, problems = 0, []
@@ -111,7 +109,7 @@ def rows(
                     f"leaves no room for the text in train.seq_len={length}"
                 )
                 continue
-            kept = fitted(parts, room, last_whole=not labels)
+            kept = truncate(parts, room, last_whole=not labels)
             was_cut |= kept != list(parts)
             ids = [special.start]
             for part in kept:
@@ -119,13 +117,14 @@ def rows(
             ids[-1] = special.extract
             tokens_ECT[e, c, : len(ids)], lengths_EC[e, c] = ids, len(ids)
         cut += was_cut
-    refuse(problems)
-    return Rows(tokens_ECT, lengths_EC, labels_E, cut)
+    raise_problems(problems)
+    return TokenizedExamples(tokens_ECT, lengths_EC, labels_E, cut)
 
 
-def fitted(parts: Sequence[Ids], room: int, *, last_whole: bool) -> list[Ids]:
-    """The parts in `room` tokens together, cut at their ends: the longer one first, of a choice the
-    text before it alone.
+def truncate(parts: Sequence[Ids], room: int, *, last_whole: bool) -> list[Ids]:
+    """The texts truncated at their ends to `room` tokens together, the longer one first.
+
+    With `last_whole`, as for a choice, only the text before it is truncated.
     """
     if len(parts) == 1:
         return [parts[0][:room]]
@@ -143,9 +142,9 @@ def fitted(parts: Sequence[Ids], room: int, *, last_whole: bool) -> list[Ids]:
     return [first[:half], second[: room - half]]
 
 
-def check_ids(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises DataError where a tokenizer has more pieces than the model predicts."""
+def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises DataError for a tokenizer with more tokens than the model's vocabulary."""
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces, and the model {vocab_size}"
+            f"the tokenizer has {tokenizer.vocab_size} tokens, and model.vocab_size={vocab_size}"
         )

@@ -1,183 +1,157 @@
-"""Fine-tuning: the base's parameters, the rows of the examples and an objective, to `train.fit`.
+"""Fine-tuning: a base's parameters and the rows of examples, handed to the training loop.
 
 RUN/finetune.json          the examples' fingerprints, the special tokens
 RUN/classification.json    accuracy, F1 and confusion matrix of the last evaluation
 """
 
-import functools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from gptjax import config
 from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import Checkpointer, sha256_of
 from gptjax.config import Config
-from gptjax.data.permutation import Order
-from gptjax.finetune import adapter_checkpoint, classification, sft
+from gptjax.finetune import adapter_checkpoint
 from gptjax.finetune import params as base_params
-from gptjax.finetune.adapter_checkpoint import BASE_STEP, SeparateCheckpoints
-from gptjax.finetune.base_model import Base, pinned
+from gptjax.finetune.adapter_checkpoint import AdapterCheckpointer
+from gptjax.finetune.base_model import BASE_STEP, BaseModel, tokenizer_of
+from gptjax.finetune.classification import ChooseTask, ClassifyTask
 from gptjax.finetune.conversations import Conversations
 from gptjax.finetune.examples import Examples
-from gptjax.finetune.tokenize import Special
-from gptjax.model import decoder, flops, heads
-from gptjax.parallel import arrays, sharding
-from gptjax.param_tree import Tree
+from gptjax.finetune.sft import SFTTask
+from gptjax.finetune.task import FinetuneTask
+from gptjax.finetune.tokenize import SpecialTokens
+from gptjax.model import decoder
+from gptjax.parallel import sharding
 from gptjax.runtime import distributed
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
-from gptjax.training import metrics, param_groups, trainer
-from gptjax.training.param_groups import LrMultipliers
-from gptjax.training.step import TrainState, state_of
-from gptjax.training.trainer import Evaluator
+from gptjax.training import callbacks, metrics, param_groups
+from gptjax.training.trainer import Trainer
 
 REPORT = "classification.json"
 
 
-def tune(
+def finetune(
     cfg: Config,
-    base: Base,
-    given: Mapping[str, Examples | Conversations],
+    base: BaseModel,
+    examples: Mapping[str, Examples | Conversations],
     rows: Mapping[str, Any],
-    watch: Watchdog,
+    watchdog: Watchdog,
     progress: Progress,
 ) -> dict[str, float]:
-    """Learns from the rows of "train" and measures on those of "valid"; the last evaluation.
+    """Trains on the rows of "train" and evaluates on those of "valid"; the last evaluation.
 
-    The run folder is claimed already. Raises what `train.fit` raises, and MismatchError for a run
+    The run folder is claimed already. Raises what `Trainer.fit` raises, and MismatchError for a run
     that was begun with other examples.
     """
-    answers, lr_multipliers = cfg.finetune.task == "answer", base_params.lr_multipliers(cfg)
-    learning, total = param_groups.count_trainable(base_params.abstract(cfg), lr_multipliers)
     if cfg.finetune.lora.rank:
-        base = pinned(base, run_dir.examples_of(cfg.run).get(BASE_STEP))
-    _record(cfg, base, given, rows, progress)
-    backends = decoder.attention_backends(
+        base = base.at_step(run_dir.examples_of(cfg.run).get(BASE_STEP))
+    task = _task(cfg, base, examples, rows, progress)
+    trainable, total = param_groups.count_trainable(
+        base_params.abstract_tree(cfg), task.lr_multipliers
+    )
+    _record(cfg, base, examples, rows, progress)
+    backends = _attention_backends(cfg)
+    progress.say(f"attention: {', '.join(dict.fromkeys(backends))}")
+    progress.say(f"trains {trainable:,} of {total:,} parameters, {trainable / total:.2%}")
+    checkpointer = _checkpointer(task, backends, progress)
+    writers = metrics.metric_writers(cfg)
+    evaluate = callbacks.Evaluate(task.evaluators(progress), writers, watchdog, progress)
+    trainer = Trainer(
+        cfg,
+        task,
+        checkpointer,
+        [
+            callbacks.Profile(cfg.log, Path(cfg.run) / "profile"),
+            callbacks.ShowProgress(progress),
+            callbacks.NonfiniteGuard(cfg.train.nonfinite_limit, progress),
+            callbacks.LogMetrics(cfg.log, writers, metrics.throughput(cfg), progress),
+            callbacks.Save(cfg.checkpoint.every, checkpointer, watchdog, progress),
+            evaluate,
+        ],
+        watchdog=watchdog,
+        progress=progress,
+    )
+    trainer.fit()
+    report = task.report(progress)
+    if report and distributed.first():
+        run_dir.write_json(Path(cfg.run) / REPORT, report)
+    return evaluate.results
+
+
+def _task(
+    cfg: Config,
+    base: BaseModel,
+    examples: Mapping[str, Examples | Conversations],
+    rows: Mapping[str, Any],
+    progress: Progress,
+) -> FinetuneTask[Any]:
+    """The configured kind of task."""
+    if cfg.finetune.task == "answer":
+        valid = examples["valid"]
+        assert isinstance(valid, Conversations)
+        return SFTTask(cfg, base, rows, valid, progress.say)
+    kind = ClassifyTask if cfg.finetune.task == "classify" else ChooseTask
+    return kind(cfg, base, rows, progress.say)
+
+
+def _attention_backends(cfg: Config) -> tuple[str, ...]:
+    return decoder.attention_backends(
         cfg.model,
         cfg.compute,
         sharding.platform(),
         cfg.train.seq_len,
-        segments=answers,
+        segments=cfg.finetune.task == "answer",
         training=True,
     )
-    progress.say(f"attention: {', '.join(dict.fromkeys(backends))}")
-    progress.say(f"learns {learning:,} of {total:,} parameters, {learning / total:.2%}")
-    order = Order(len(rows["train"]), cfg.train.batch, cfg.train.seed)
-
-    def batches(first: int, last: int) -> Iterator[Any]:
-        own = arrays.host_rows(cfg.train.batch)
-        return (rows["train"].take(order.ids(step, own)) for step in range(first, last))
-
-    def begin() -> TrainState:
-        tree = base_params.tree(cfg, base_params.params(cfg, base, progress.say))
-        return jax.jit(lambda t: state_of(cfg, t, lr_multipliers), donate_argnums=0)(tree)
-
-    def plain(evaluator: Evaluator) -> Evaluator:
-        return _Plain(cfg, evaluator) if cfg.finetune.lora.rank else evaluator
-
-    labels = classification.LabelQuality(cfg, rows["valid"], progress) if not answers else None
-    right = sft.AnswersRight(cfg, given["valid"], base.tokenizer) if answers else None
-    loss = (sft if answers else classification).training_loss(cfg)
-    _, evaluated = trainer.fit(
-        cfg,
-        init_fn=lambda key: base_params.tree(cfg, heads.init_params(cfg, key)),
-        start=begin,
-        lr_multipliers=lr_multipliers,
-        loss_fn=lambda tree, batch, keys_B2: loss(base_params.plain(cfg, tree), batch, keys_B2),
-        abstract_batch=_abstract(cfg, rows["train"].take(np.arange(1))),
-        batches=batches,
-        evaluators=[plain(labels or sft.AnswerLoss(cfg, rows["valid"], progress))],
-        tasks=[plain(right)] if right else [],
-        sampler=lambda step, params: None,
-        checkpoints=_checkpoints(cfg, base, backends, lr_multipliers, progress.say),
-        writers=functools.partial(metrics.writers, cfg),
-        throughput=metrics.Throughput(
-            flops.flops_per_token(cfg.model, cfg.train.seq_len),
-            cfg.compute.dtype,
-            cfg.log.peak_tflops,
-        ),
-        watch=watch,
-        progress=progress,
-    )
-    if labels and distributed.first():
-        run_dir.write_json(Path(cfg.run) / REPORT, labels.report)
-    if labels and (names := cfg.finetune.labels):
-        matrix = classification.table(names, labels.report["confusion"])
-        progress.say(f"confusion, true labels down and predicted ones across\n{matrix}")
-    return evaluated
 
 
-@dataclass(frozen=True)
-class _Plain:
-    """An evaluator of the model's parameters, given the tree that training takes."""
-
-    cfg: Config
-    evaluator: Evaluator
-
-    def run(self, tree: Tree) -> dict[str, float]:
-        return self.evaluator.run(base_params.plain(self.cfg, tree))
-
-
-def _checkpoints(
-    cfg: Config,
-    base: Base,
-    backends: tuple[str, ...],
-    lr_multipliers: LrMultipliers | None,
-    say: Callable[[str], None],
+def _checkpointer(
+    task: FinetuneTask[Any], backends: tuple[str, ...], progress: Progress
 ) -> Checkpointer:
-    """Of everything; with adapters, of what learns, beside the base."""
-    given = Path(cfg.run) / run_dir.CHECKPOINTS, cfg.checkpoint, _describe(cfg, backends), say
-    if lr_multipliers is None or not cfg.finetune.lora.rank:
-        return Checkpointer(*given)
-    frozen = lambda: adapter_checkpoint.frozen_of(cfg, base, lr_multipliers, say)
-    return SeparateCheckpoints(*given, lr_multipliers=lr_multipliers, frozen=frozen)
-
-
-def _abstract(cfg: Config, row: Mapping[str, np.ndarray]) -> Any:
-    """Shapes and layouts of a training batch on the ambient mesh, from one of its rows."""
-    mesh = jax.sharding.get_mesh()
-
-    def one(example: np.ndarray) -> jax.ShapeDtypeStruct:
-        axes = sharding.spec("batch", *[None] * (example.ndim - 1))
-        shape = (cfg.train.batch, *example.shape[1:])
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=jax.NamedSharding(mesh, axes))
-
-    return jax.tree.map(one, dict(row))
+    """The run's checkpointer: of whole states, or with adapters of their trainable part."""
+    cfg, base, multipliers = task.cfg, task.base, task.lr_multipliers
+    describe = lambda step: _metadata(cfg, backends, step)
+    common = Path(cfg.run) / run_dir.CHECKPOINTS, cfg.checkpoint, describe, progress.say
+    if multipliers is None or not cfg.finetune.lora.rank:
+        return Checkpointer(*common)
+    frozen = lambda: adapter_checkpoint.frozen_part(cfg, base, multipliers, progress.say)
+    return AdapterCheckpointer(*common, lr_multipliers=multipliers, frozen=frozen)
 
 
 def _record(
     cfg: Config,
-    base: Base,
-    given: Mapping[str, Examples | Conversations],
+    base: BaseModel,
+    examples: Mapping[str, Examples | Conversations],
     rows: Mapping[str, Any],
     progress: Progress,
 ) -> None:
-    """Writes down and tells what is learnt from."""
+    """Writes and tells what the run is trained on."""
     facts: dict[str, Any] = {}
+    tokenizer = tokenizer_of(base)
     if base.step is not None:
         facts[BASE_STEP] = base.step
     if cfg.finetune.outputs:
-        facts["special"] = Special.of(base.tokenizer)._asdict()
-    for name, examples in given.items():
+        facts["special"] = SpecialTokens.of(tokenizer)._asdict()
+    for name, given in examples.items():
         cut = rows[name].cut
-        facts[name] = {"sha256": examples.sha256, "examples": len(examples), "cut": cut}
+        facts[name] = {"sha256": given.sha256, "examples": len(given), "cut": cut}
         progress.say(
-            f"{name}: {len(examples):,} examples of {examples.path} in {len(rows[name]):,} rows, "
+            f"{name}: {len(given):,} examples of {given.path} in {len(rows[name]):,} rows, "
             f"{cut:,} of them cut to train.seq_len={cfg.train.seq_len}"
         )
     distributed.agree(run_dir.facts(cfg) | {"the examples": repr(facts)})
-    run_dir.record_tuned(cfg, base.tokenizer, facts)
+    run_dir.record_tuned(cfg, tokenizer, facts)
 
 
-def _describe(cfg: Config, backends: tuple[str, ...]) -> Callable[[int], dict[str, Any]]:
-    """What a checkpoint's metadata say of the run."""
-    return lambda step: {
+def _metadata(cfg: Config, backends: tuple[str, ...], step: int) -> dict[str, Any]:
+    """The run's part of a checkpoint's metadata."""
+    return {
         "tokens_seen": step * cfg.train.batch_tokens,
         "config": config.to_dict(cfg),
         "config_sha256": sha256_of(config.to_dict(cfg)),

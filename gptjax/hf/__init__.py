@@ -1,1 +1,1 @@
-"""Hugging Face folders: families, the mapping of their tensors, and their files."""
+"""Hugging Face checkpoints: model families, the mapping of their tensors, reading and writing."""

@@ -1,9 +1,9 @@
-"""The Hugging Face families that are known, and the choice of one for a model.
+"""The supported model families, and the choice of the one that fits a model.
 
-A family is declared once, in the file of its kind (gpt.py, llama.py, falcon.py): how its
-`config.json` reads as a ModelConfig and back, and which of its tensors holds which parameters
-(mapping.py). safetensors.py follows the declaration both ways. Family names appear there, here and
-in configs/ only.
+A family is declared once, in gpt.py, llama.py or falcon.py: how its `config.json` is read as a
+ModelConfig and written, and which parameters each of its tensors holds (mapping.py).
+safetensors.py follows the declaration in both directions. Family names appear only in gptjax/hf/
+and configs/.
 """
 
 import json
@@ -12,39 +12,68 @@ from dataclasses import replace
 from gptjax.config import ModelConfig, RopeConfig, from_dict, model_problems, to_dict
 from gptjax.errors import ConfigError, DataError, MismatchError
 from gptjax.hf import falcon, gpt, llama
-from gptjax.hf.reader import Family, Json, Reader
+from gptjax.hf.reader import ConfigReader, Family, Json
 
 FAMILIES: dict[str, Family] = gpt.FAMILIES | llama.FAMILIES | falcon.FAMILIES
+"""By `model_type`."""
 
 
-def read_config(config: Json, place: str) -> tuple[Family, ModelConfig, set[str]]:
-    """The family and the model of a config.json, and the keys that were not read.
+def read_config(config: Json, location: str) -> tuple[Family, ModelConfig, set[str]]:
+    """The family and the model of a config.json, and the keys that were not used.
 
-    Raises DataError for one that makes no sense, MismatchError for a model with no counterpart.
+    `location` names the file in messages. Raises DataError for a missing or invalid value,
+    MismatchError for a family or a setting that is not supported.
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise MismatchError(
-            f"{place}: model_type={kind!r} is not known (known: {', '.join(FAMILIES)})"
+            f"{location}: model_type={kind!r}: not supported; supported: {', '.join(FAMILIES)}"
         )
-    reader = Reader(config, place)
+    reader = ConfigReader(config, location)
     try:
         model = FAMILIES[kind].to_model(reader)
-        from_dict(to_dict(model), ModelConfig, "model.")  # which looks at the types
+        from_dict(to_dict(model), ModelConfig, "model.")  # checks the types
         problems = list(model_problems(model))
         if problems:
             raise ConfigError(problems)
     except (TypeError, ValueError, ZeroDivisionError, ConfigError) as error:
-        raise DataError(f"{place}: has a value that makes no sense ({error})") from None
-    return FAMILIES[kind], model, reader.unread()
+        raise DataError(f"{location}: invalid value ({error})") from None
+    return FAMILIES[kind], model, reader.unused()
 
 
 def family_of(model: ModelConfig) -> tuple[str, Json]:
-    """The `model_type` that has this very model, and its config.json.
+    """The `model_type` whose models include this one, and the model's config.json.
 
-    Raises MismatchError, with what the nearest family lacks, where there is none.
+    Raises MismatchError if there is none, with the fields in which the nearest family differs.
     """
-    neutral = lambda m: replace(
+    differences: dict[str, list[str]] = {}
+    unreadable = set()
+    for name, family in FAMILIES.items():
+        config = {"model_type": name, "architectures": [family.architecture]}
+        config |= family.to_config(model)
+        try:
+            converted = family.to_model(ConfigReader(json.loads(json.dumps(config)), name))
+        except (MismatchError, DataError) as error:
+            differences[name] = [str(error)]
+            unreadable.add(name)
+            continue
+        if not model.moe.experts:
+            converted = replace(converted, moe=model.moe)
+        ours, theirs = vars(_normalized(model)), vars(_normalized(converted))
+        differs = [f"{k}: {ours[k]!r}, {theirs[k]!r} there" for k in ours if ours[k] != theirs[k]]
+        if not differs:
+            return name, config
+        differences[name] = differs
+    nearest = min(differences, key=lambda name: (name in unreadable, len(differences[name])))
+    raise MismatchError(
+        f"no Hugging Face architecture has this model; the nearest, {nearest}, differs in",
+        differences[nearest],
+    )
+
+
+def _normalized(m: ModelConfig) -> ModelConfig:
+    """The model with the fields fixed that change no logits, and defaults filled in."""
+    return replace(
         m,
         dropout=0.0,
         init_std=0.0,
@@ -59,27 +88,4 @@ def family_of(model: ModelConfig) -> tuple[str, Json]:
         pattern=m.pattern[:1] if len(set(m.pattern)) == 1 else m.pattern,
         window=m.window if "window" in m.pattern else None,
         norm_bias=m.norm_bias or m.norm == "rmsnorm",
-    )
-    differences: dict[str, list[str]] = {}
-    refused = set()
-    for name, family in FAMILIES.items():
-        config = {"model_type": name, "architectures": [family.architecture]}
-        config |= family.to_config(model)
-        try:
-            back = family.to_model(Reader(json.loads(json.dumps(config)), name))
-        except (MismatchError, DataError) as error:
-            differences[name] = [str(error)]
-            refused.add(name)
-            continue
-        if not model.moe.experts:
-            back = replace(back, moe=model.moe)
-        ours, theirs = vars(neutral(model)), vars(neutral(back))
-        differs = [f"{k}: {ours[k]!r}, {theirs[k]!r} there" for k in ours if ours[k] != theirs[k]]
-        if not differs:
-            return name, config
-        differences[name] = differs
-    nearest = min(differences, key=lambda name: (name in refused, len(differences[name])))
-    raise MismatchError(
-        f"no Hugging Face architecture has this model; the nearest, {nearest}, differs in",
-        differences[nearest],
     )

@@ -1,39 +1,46 @@
-"""GPT-1 and GPT-2: configuration and tensors of their Hugging Face checkpoints.
-
-Shapes: D embed, H query heads, K key heads, R = H/K, C head_dim, F hidden, E experts.
-"""
+"""GPT-1 and GPT-2: the configuration and the tensors of their Hugging Face checkpoints."""
 
 import functools
 
 from gptjax.config import ModelConfig
-from gptjax.hf.mapping import TensorMapping, concatenated_qkv, matrix, norm, one, table, vector
-from gptjax.hf.reader import BUFFERS, Family, Json, Reader, unless_default
+from gptjax.hf.mapping import (
+    TensorMapping,
+    concatenated_qkv,
+    embedding,
+    linear,
+    norm,
+    unchanged,
+    vector,
+)
+from gptjax.hf.reader import BUFFERS, ConfigReader, Family, Json, unless_default
 
 
-def _gpt(c: Reader, *, activation: str, post: bool) -> ModelConfig:
-    embed = c.need("n_embd")
-    # What post-norm models of this kind call gelu is the tanh approximation as well.
-    names = ("gelu_new", "gelu") if post else ("gelu_new", "gelu_pytorch_tanh")
-    c.demand(activation, *names, default=names[post])
-    if not post:
-        c.demand("scale_attn_weights", True, default=True)
-        c.demand("scale_attn_by_inverse_layer_idx", False, default=False)
-        c.demand("add_cross_attention", False, default=False)
+def _read_gpt(c: ConfigReader, *, activation_key: str, post_norm: bool) -> ModelConfig:
+    """The model of a config.json. GPT-1 normalises after the residual (post-norm), GPT-2 before."""
+    embed = c.require("n_embd")
+    # GPT-1's "gelu" is the tanh approximation as well.
+    names = ("gelu_new", "gelu") if post_norm else ("gelu_new", "gelu_pytorch_tanh")
+    c.one_of(activation_key, *names, default=names[post_norm])
+    if not post_norm:
+        c.one_of("scale_attn_weights", True, default=True)
+        c.one_of("scale_attn_by_inverse_layer_idx", False, default=False)
+        c.one_of("add_cross_attention", False, default=False)
     return ModelConfig(
-        vocab_size=c.need("vocab_size"),
-        context=c.need("n_positions"),
-        layers=c.need("n_layer"),
+        vocab_size=c.require("vocab_size"),
+        context=c.require("n_positions"),
+        layers=c.require("n_layer"),
         embed=embed,
-        heads=c.need("n_head"),
-        mlp=None if post else unless_default(c.get("n_inner", 4 * embed), 4 * embed),
+        heads=c.require("n_head"),
+        mlp=None if post_norm else unless_default(c.get("n_inner", 4 * embed), 4 * embed),
         norm_eps=float(c.get("layer_norm_epsilon", 1e-5)),
-        norm_position="post" if post else "pre",
+        norm_position="post" if post_norm else "pre",
         tied_embeddings=bool(c.get("tie_word_embeddings", True)),
     )
 
 
-def _gpt_config(m: ModelConfig, activation: Json) -> Json:
-    return activation | {
+def _write_gpt(m: ModelConfig, own: Json) -> Json:
+    """The config.json of a model; `own` are the keys that GPT-1 and GPT-2 do not share."""
+    return own | {
         "vocab_size": m.vocab_size,
         "n_positions": m.context,
         "n_layer": m.layers,
@@ -45,47 +52,50 @@ def _gpt_config(m: ModelConfig, activation: Json) -> Json:
     }
 
 
-def _gpt_pieces(
-    m: ModelConfig, *, embed: str, positions: str, final: str | None
+def _gpt_mappings(
+    m: ModelConfig, *, embed: str, positions: str, final_norm: str | None
 ) -> list[TensorMapping]:
-    conv = functools.partial(matrix, conv1d=True)
+    """All tensors, given the names of those that GPT-1 and GPT-2 name differently."""
+    conv1d = functools.partial(linear, conv1d=True)
     h = "transformer.h.{i}"
-    pieces = [
-        table(f"transformer.{embed}.weight", "embed", m),
-        one(f"transformer.{positions}.weight", "positions", lambda t: t, lambda x: x),
+    mappings = [
+        embedding(f"transformer.{embed}.weight", "embed", m),
+        unchanged(f"transformer.{positions}.weight", "positions"),
         *norm(f"{h}.ln_1", "norm_attn", m),
         *norm(f"{h}.ln_2", "norm_mlp", m),
         concatenated_qkv(f"{h}.attn.c_attn.weight", m),
         concatenated_qkv(f"{h}.attn.c_attn.bias", m, "_bias"),
-        conv(f"{h}.attn.c_proj.weight", "attn/o", (m.heads, m.head, m.embed), inputs=2),
+        conv1d(f"{h}.attn.c_proj.weight", "attn/o", (m.heads, m.head, m.embed), input_dims=2),
         vector(f"{h}.attn.c_proj.bias", "attn/o_bias"),
-        conv(f"{h}.mlp.c_fc.weight", "mlp/up", (m.embed, m.hidden)),
+        conv1d(f"{h}.mlp.c_fc.weight", "mlp/up", (m.embed, m.hidden)),
         vector(f"{h}.mlp.c_fc.bias", "mlp/up_bias"),
-        conv(f"{h}.mlp.c_proj.weight", "mlp/down", (m.hidden, m.embed)),
+        conv1d(f"{h}.mlp.c_proj.weight", "mlp/down", (m.hidden, m.embed)),
         vector(f"{h}.mlp.c_proj.bias", "mlp/down_bias"),
     ]
-    if final:
-        pieces += norm(f"transformer.{final}", "norm_final", m)
+    if final_norm:
+        mappings += norm(f"transformer.{final_norm}", "norm_final", m)
     if not m.tied_embeddings:
-        pieces.append(table("lm_head.weight", "head", m))
-    return pieces
+        mappings.append(embedding("lm_head.weight", "head", m))
+    return mappings
 
 
 FAMILIES: dict[str, Family] = {
     "openai-gpt": Family(
         "OpenAIGPTLMHeadModel",
         "transformer.",
-        lambda c: _gpt(c, activation="afn", post=True),
-        lambda m: _gpt_config(m, {"afn": "gelu"}),
-        lambda m: _gpt_pieces(m, embed="tokens_embed", positions="positions_embed", final=None),
+        lambda c: _read_gpt(c, activation_key="afn", post_norm=True),
+        lambda m: _write_gpt(m, {"afn": "gelu"}),
+        lambda m: _gpt_mappings(
+            m, embed="tokens_embed", positions="positions_embed", final_norm=None
+        ),
         BUFFERS,
     ),
     "gpt2": Family(
         "GPT2LMHeadModel",
         "transformer.",
-        lambda c: _gpt(c, activation="activation_function", post=False),
-        lambda m: _gpt_config(m, {"activation_function": "gelu_new", "n_inner": m.mlp}),
-        lambda m: _gpt_pieces(m, embed="wte", positions="wpe", final="ln_f"),
+        lambda c: _read_gpt(c, activation_key="activation_function", post_norm=False),
+        lambda m: _write_gpt(m, {"activation_function": "gelu_new", "n_inner": m.mlp}),
+        lambda m: _gpt_mappings(m, embed="wte", positions="wpe", final_norm="ln_f"),
         BUFFERS,
     ),
 }

@@ -1,4 +1,4 @@
-"""A family's declaration, and a reader of `config.json` that knows which keys were read."""
+"""The declaration of a model family, and a reader of `config.json` that records the keys used."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,23 +11,28 @@ from gptjax.hf.mapping import TensorMapping
 Json = dict[str, Any]
 
 BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
-"""Parts of names of tensors that older checkpoints hold and that are no parameters."""
+"""Parts of the names of buffers that older checkpoints hold beside the parameters."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A `model_type`. `ignored` are parts of names of tensors that hold no parameter."""
+    """A `model_type` of `transformers`: its configuration both ways, and its tensors.
+
+    `architecture` is its class for causal language modelling. `prefix` begins the names of its
+    tensors in a full checkpoint, and is absent from those of the bare model. Tensors whose name has
+    one of `ignored` in it hold no parameter.
+    """
 
     architecture: str
     prefix: str
-    to_model: Callable[["Reader"], ModelConfig]
+    to_model: Callable[["ConfigReader"], ModelConfig]
     to_config: Callable[[ModelConfig], Json]
-    pieces: Callable[[ModelConfig], list[TensorMapping]]
+    mappings: Callable[[ModelConfig], list[TensorMapping]]
     ignored: tuple[str, ...] = ()
 
     @property
     def classifier(self) -> str:
-        """The architecture with a layer of scores, score.weight, in place of the output layer."""
+        """The class for sequence classification: score.weight in place of the output layer."""
         for ending in ("LMHeadModel", "ForCausalLM"):
             name = self.architecture.removesuffix(ending)
             if name != self.architecture:
@@ -35,41 +40,46 @@ class Family:
         raise ValueError(self.architecture)
 
 
-class Reader:
-    """Values of a config.json, remembering which were asked for."""
+class ConfigReader:
+    """Values of a config.json, which records the keys that are asked for.
 
-    def __init__(self, values: Json, place: str) -> None:
-        self.values, self.place = values, place
-        self.read: set[str] = set()
-        self.inner: dict[str, Reader] = {}
+    `location` names the file in messages; `nested` holds the readers of objects within it.
+    """
 
-    def unread(self) -> set[str]:
-        """Keys that nobody asked for, those of inner objects with a dot."""
-        inner = {f"{name}.{key}" for name, r in self.inner.items() for key in r.unread()}
-        return set(self.values) - self.read | inner
+    def __init__(self, values: Json, location: str) -> None:
+        self.values, self.location = values, location
+        self.used: set[str] = set()
+        self.nested: dict[str, ConfigReader] = {}
+
+    def unused(self) -> set[str]:
+        """Keys that were never asked for, those of nested objects with a dot."""
+        nested = {f"{name}.{key}" for name, r in self.nested.items() for key in r.unused()}
+        return set(self.values) - self.used | nested
 
     def get(self, name: str, default: Any = None) -> Any:
-        self.read.add(name)
+        """The value of a key, `default` where it is absent or null."""
+        self.used.add(name)
         value = self.values.get(name, default)
         return default if value is None else value
 
-    def need(self, name: str) -> Any:
+    def require(self, name: str) -> Any:
+        """The value of a key. Raises DataError where it is absent or null."""
         value = self.get(name)
         if value is None:
-            raise DataError(f"{self.place}: has no {name}")
+            raise DataError(f"{self.location}: has no {name}")
         return value
 
-    def demand(self, name: str, *allowed: Any, default: Any = None) -> Any:
-        """The value, which must be one that can be represented here."""
+    def one_of(self, name: str, *supported: Any, default: Any = None) -> Any:
+        """The value of a key. Raises MismatchError unless it is one of those supported."""
         value = self.get(name, default)
-        if value not in allowed:
+        if value not in supported:
             raise MismatchError(
-                f"{self.place}: {name}={value!r} has no counterpart here (known: "
-                f"{', '.join(map(repr, allowed))})"
+                f"{self.location}: {name}={value!r}: not supported; supported: "
+                f"{', '.join(map(repr, supported))}"
             )
         return value
 
 
 def unless_default(value: Any, default: Any) -> Any:
-    """None where a field has its default, so that equal models are equal."""
+    """None where a field has its default, so that equal models have equal configurations."""
     return None if value == default else value

@@ -1,51 +1,60 @@
-"""Rotary position settings of a `config.json`, in both directions."""
+"""RoPE settings (Su et al. 2021) of `config.json`, context scaling included: read and written."""
 
 from dataclasses import replace
+from typing import Any
 
 from gptjax.config import RopeConfig
 from gptjax.errors import MismatchError
-from gptjax.hf.reader import Json, Reader
+from gptjax.hf.reader import ConfigReader, Json
+
+# Our RopeConfig.scaling by the `rope_type` of `transformers`.
+_SCALING: dict[str, Any] = {
+    "default": "none",
+    "linear": "linear",
+    "llama3": "low_frequency",
+    "yarn": "yarn",
+}
+_ROPE_TYPE = {scaling: rope_type for rope_type, scaling in _SCALING.items()}
 
 
-def read_rope(c: Reader, theta: float | None = None) -> RopeConfig:
-    """Rotary settings, from `rope_parameters` or the older `rope_theta` and `rope_scaling`.
+def read_rope(c: ConfigReader, default_theta: float | None = None) -> RopeConfig:
+    """RoPE settings from `rope_parameters`, or from the older `rope_theta` and `rope_scaling`.
 
-    `theta` is what an absent base stands for.
+    `default_theta` is the base frequency where config.json gives none; with None it must. Raises
+    MismatchError for a scaling that is not supported, DataError for a setting that is missing.
     """
     older = c.get("rope_scaling", {})
-    given = c.get("rope_parameters", older)
-    settings = c.inner["rope_parameters"] = Reader(given, f"{c.place}: rope_parameters")
+    location = f"{c.location}: rope_parameters"
+    settings = ConfigReader(c.get("rope_parameters", older), location)
+    c.nested["rope_parameters"] = settings
     kind = settings.get("rope_type", settings.get("type", "default"))
-    names = {"default": "none", "linear": "linear", "llama3": "low_frequency", "yarn": "yarn"}
-    if kind not in names:
+    if kind not in _SCALING:
         raise MismatchError(
-            f"{settings.place}: rope_type={kind!r} has no counterpart here (known: "
-            f"{', '.join(names)})"
+            f"{location}: rope_type={kind!r}: not supported; supported: {', '.join(_SCALING)}"
         )
-    for reader in (c, settings):  # these architectures turn whole heads
-        reader.demand("partial_rotary_factor", 1, default=1)
-    base = settings.get("rope_theta", c.get("rope_theta", theta))
+    for reader in (c, settings):  # the decoder rotates whole heads in these architectures
+        reader.one_of("partial_rotary_factor", 1, default=1)
+    theta = settings.get("rope_theta", c.get("rope_theta", default_theta))
     rope = RopeConfig(
-        theta=float(c.need("rope_theta") if base is None else base),
-        scaling=names[kind],  # type: ignore[arg-type]
+        theta=float(c.require("rope_theta") if theta is None else theta), scaling=_SCALING[kind]
     )
     if kind == "default":
         return rope
-    rope = replace(rope, factor=float(settings.need("factor")))
+    rope = replace(rope, factor=float(settings.require("factor")))
     if kind == "linear":
         return rope
     original = settings.get("original_max_position_embeddings")
-    original = c.need("max_position_embeddings") if original is None else original
+    original = c.require("max_position_embeddings") if original is None else original
     rope = replace(rope, original_context=int(original))
     if kind == "llama3":
         return replace(
             rope,
-            low_freq_factor=float(settings.need("low_freq_factor")),
-            high_freq_factor=float(settings.need("high_freq_factor")),
+            low_freq_factor=float(settings.require("low_freq_factor")),
+            high_freq_factor=float(settings.require("high_freq_factor")),
         )
     for name in ("mscale", "mscale_all_dim"):
-        settings.demand(name, None)
-    settings.demand("truncate", True, default=True)
+        settings.one_of(name, None)
+    settings.one_of("truncate", True, default=True)
     factor = settings.get("attention_factor")
     return replace(
         rope,
@@ -56,20 +65,19 @@ def read_rope(c: Reader, theta: float | None = None) -> RopeConfig:
 
 
 def write_rope(rope: RopeConfig) -> Json:
-    """Keys of config.json, as `transformers` 5 writes them and as its older versions do."""
-    values = write_rope_parameters(rope)
-    old = {k: v for k, v in values.items() if k != "rope_theta"}
+    """RoPE's keys of config.json, as `transformers` 5 writes them and as older versions do."""
+    values = _rope_parameters(rope)
+    older = {k: v for k, v in values.items() if k != "rope_theta"}
     return {
         "rope_parameters": values,
         "rope_theta": rope.theta,
-        "rope_scaling": None if rope.scaling == "none" else old,
+        "rope_scaling": None if rope.scaling == "none" else older,
     }
 
 
-def write_rope_parameters(rope: RopeConfig) -> Json:
-    """The `rope_parameters` of a `config.json`."""
-    names = {"none": "default", "linear": "linear", "low_frequency": "llama3", "yarn": "yarn"}
-    values: Json = {"rope_type": names[rope.scaling], "rope_theta": rope.theta}
+def _rope_parameters(rope: RopeConfig) -> Json:
+    """The value of `rope_parameters`, as `transformers` 5 writes it."""
+    values: Json = {"rope_type": _ROPE_TYPE[rope.scaling], "rope_theta": rope.theta}
     if rope.scaling != "none":
         values["factor"] = rope.factor
     if rope.scaling in ("low_frequency", "yarn"):

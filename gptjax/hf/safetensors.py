@@ -1,9 +1,10 @@
-"""The tensors of Hugging Face folders: every one accounted for, read one at a time.
+"""Hugging Face checkpoint folders: opened and checked, read as parameters, and written.
 
-Each device's share of a parameter is filled layer by layer and brought to it before the next, so
-host memory holds one share and two tensors beyond what is on the devices. Files are written of up
-to 4 GB, which are held whole. Pickled checkpoints are refused: loading one runs code from it. What
-a tensor holds is declared in families.py.
+A tensor is read when it is needed. One device's shard of a parameter is filled layer by layer and
+copied to the device before the next, so host memory holds one shard and two tensors beyond the
+parameters on the devices. While a file is written, of up to 4 GB, all of it is in memory. Pickled
+checkpoints are rejected: loading one runs code from it. families.py says which parameters a tensor
+holds.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import ml_dtypes
@@ -35,73 +36,21 @@ from gptjax.parallel import mesh, sharding
 from gptjax.sample import decoding
 
 _INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_SHARD_BYTES = 4_000_000_000
-_FORMATS: dict[str, Any] = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
+_SINGLE_FILE = "model.safetensors"
+_MAX_FILE_BYTES = 4_000_000_000
+_DTYPES: dict[str, Any] = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 FORMATS_BY_NAME = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_ALIGNED = 64  # bytes
-_READERS = 2
+"""The number formats of safetensors files that are read and written, by the names of dtypes."""
+_ALIGNMENT = 64  # bytes
+_READ_THREADS = 2
+_SHOWN = 20  # problems that a message lists
 _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "consolidated*.pth")
-
-
-# --- files -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Source:
-    """A Hugging Face folder: its configuration, its family, the model, and the tensors' files."""
-
-    folder: Path
-    config: Json
-    family: Family
-    model: ModelConfig
-    unread: tuple[str, ...]
-    files: Mapping[str, Any] = field(repr=False)
-    names: Mapping[str, str] = field(repr=False)
-
-    def tensor(self, name: str) -> np.ndarray:
-        """A tensor by its full name, in the dtype of the file."""
-        stored = self.names[name]
-        return self.files[stored].get_tensor(stored)
-
-    def dtype(self, name: str) -> str:
-        """Its number format: F32, BF16, F16."""
-        return str(self.files[self.names[name]].get_slice(self.names[name]).get_dtype())
-
-
-def open_source(folder: Path, beside: Collection[str] = ()) -> Source:
-    """Opens a folder and accounts for every tensor of it; reads none. `beside` the model's tensors
-    those of these names are there too.
-
-    Raises DataError for a folder or file that cannot be used, MismatchError for a model that has no
-    counterpart here, and for tensors that are missing, left over or of another shape.
-    """
-    config_file = folder / "config.json"
-    if not config_file.exists():
-        raise DataError(f"{folder}: no config.json; give a folder of a Hugging Face model")
-    try:
-        config = json.loads(config_file.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{config_file}: cannot be read as JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise DataError(f"{config_file}: must hold an object")
-    family, model, unread = families.read_config(config, str(config_file))
-    pieces = family.pieces(model)
-    files = _open_files(folder)
-    return Source(
-        folder,
-        config,
-        family,
-        model,
-        tuple(sorted(unread - set(_NO_MATHEMATICS.split()))),
-        files,
-        _account(folder, family, model, pieces, {k: v for k, v in files.items() if k not in beside})
-        | {name: name for name in beside},
-    )
-
-
-# Keys of config.json that change no logits, and keys that a family may do without.
-_NO_MATHEMATICS = """
+_TOKENIZER_FILES: dict[Literal["huggingface", "sentencepiece"], str] = {
+    "huggingface": "tokenizer.json",
+    "sentencepiece": "tokenizer.model",
+}
+# Keys of config.json that no logits depend on, or that only some families use.
+_HARMLESS_KEYS = """
 architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id
 pad_token_id initializer_range pretraining_tp attention_dropout hidden_dropout attn_pdrop embd_pdrop
 resid_pdrop output_router_logits router_jitter_noise task_specific_params _name_or_path n_ctx
@@ -112,22 +61,83 @@ rope_parameters
 """
 
 
+# --- opening -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened Hugging Face folder: config.json, the family and model it describes, the tensors.
+
+    `unread` are keys of config.json that were not used although the logits may depend on them.
+    `files` holds the open file of each tensor, by the name stored there, and `names` the stored
+    name by the tensor's full name.
+    """
+
+    folder: Path
+    config: Json
+    family: Family
+    model: ModelConfig
+    unread: tuple[str, ...]
+    files: Mapping[str, Any] = field(repr=False)
+    names: Mapping[str, str] = field(repr=False)
+
+    def tensor(self, name: str) -> np.ndarray:
+        """A tensor by its full name, in the number format of the file."""
+        stored = self.names[name]
+        return self.files[stored].get_tensor(stored)
+
+    def dtype(self, name: str) -> str:
+        """The number format of a tensor: F32, BF16 or F16."""
+        return str(self.files[self.names[name]].get_slice(self.names[name]).get_dtype())
+
+
+def open_source(folder: Path, extra_tensors: Collection[str] = ()) -> Source:
+    """Opens a folder and accounts for every tensor in it; reads none of their values.
+
+    `extra_tensors` are names of tensors that the folder has beside the model's. Raises DataError
+    for a folder or file that cannot be used, MismatchError for a model that is not supported and
+    for tensors that are missing, unexpected or of another shape.
+    """
+    config_file = folder / "config.json"
+    if not config_file.exists():
+        raise DataError(f"{folder}: no config.json; give a folder of a Hugging Face model")
+    try:
+        config = json.loads(config_file.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{config_file}: cannot be read as JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise DataError(f"{config_file}: must hold an object")
+    family, model, unused = families.read_config(config, str(config_file))
+    files = _open_files(folder)
+    own = {name: file for name, file in files.items() if name not in extra_tensors}
+    names = _match_tensors(folder, family, model, own)
+    return Source(
+        folder,
+        config,
+        family,
+        model,
+        tuple(sorted(unused - set(_HARMLESS_KEYS.split()))),
+        files,
+        names | {name: name for name in extra_tensors},
+    )
+
+
 def _open_files(folder: Path) -> dict[str, Any]:
     """The open safetensors file of each tensor, by the name that it has there."""
     from safetensors import SafetensorError, safe_open
 
-    names: Iterable[str] | None = None
+    indexed: Iterable[str] | None = None
     if (folder / _INDEX).exists():
         try:
-            files = json.loads((folder / _INDEX).read_text())["weight_map"]
-            wanted = sorted(set(files.values()))
+            weight_map = json.loads((folder / _INDEX).read_text())["weight_map"]
+            file_names = sorted(set(weight_map.values()))
         except (ValueError, KeyError, AttributeError) as error:
             raise DataError(f"{folder / _INDEX}: cannot be read ({error!r})") from None
-        if bad := [name for name in wanted if Path(name).name != name]:
+        if bad := [name for name in file_names if Path(name).name != name]:
             raise DataError(f"{folder / _INDEX}: names a file outside its folder: {bad[0]}")
-        names = files
-    elif (folder / _SINGLE).exists():
-        wanted = [_SINGLE]
+        indexed = weight_map
+    elif (folder / _SINGLE_FILE).exists():
+        file_names = [_SINGLE_FILE]
     elif any(next(folder.glob(pattern), None) for pattern in _PICKLED):
         raise DataError(
             f"{folder}: holds pickled weights only, and loading a pickle runs code from it. In an "
@@ -135,205 +145,213 @@ def _open_files(folder: Path) -> dict[str, Any]:
             f"AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained('SAFE')\""
         )
     else:
-        raise DataError(f"{folder}: no {_SINGLE} and no {_INDEX}")
+        raise DataError(f"{folder}: no {_SINGLE_FILE} and no {_INDEX}")
     opened: dict[str, Any] = {}
-    for name in wanted:
+    for name in file_names:
         try:
             handle = safe_open(folder / name, "np")
         except (SafetensorError, OSError) as error:
             raise DataError(f"{folder / name}: cannot be read as safetensors: {error}") from None
         opened |= dict.fromkeys(handle.keys(), handle)
-    if names is not None and (missing := set(names) - set(opened)):
+    if indexed is not None and (missing := set(indexed) - set(opened)):
         raise DataError(f"{folder / _INDEX}: {min(missing)} is in none of its files")
     return opened
 
 
-def _account(
-    folder: Path,
-    family: Family,
-    model: ModelConfig,
-    pieces: list[TensorMapping],
-    files: Mapping[str, Any],
+def _match_tensors(
+    folder: Path, family: Family, model: ModelConfig, files: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Stored name of every expected tensor; raises MismatchError unless all are accounted for."""
-    expected = {name: piece for piece in pieces for name in _names(piece, model)}
+    """The stored name of every tensor of the model, by its full name.
+
+    Raises MismatchError unless each is there, of the right shape, and nothing else is.
+    """
+    mappings = family.mappings(model)
+    expected = {name: mapping for mapping in mappings for name in mapping.tensor_names(model)}
     found: dict[str, str] = {}
-    left = []
+    unexpected = []
     for stored in files:
         name = stored if stored in expected else family.prefix + stored
         if name in expected:
             found[name] = stored
         elif not any(part in f".{stored}" for part in family.ignored):
-            left.append(stored)
-    if model.tied_embeddings and "lm_head.weight" in left:
-        embed = next(piece.name for piece in pieces if piece.paths == ("embed",))
+            unexpected.append(stored)
+    if model.tied_embeddings and "lm_head.weight" in unexpected:
+        embed = next(mapping.name for mapping in mappings if mapping.paths == ("embed",))
         head = files["lm_head.weight"].get_tensor("lm_head.weight")
         if embed in found and np.array_equal(head, files[found[embed]].get_tensor(found[embed])):
-            left.remove("lm_head.weight")
+            unexpected.remove("lm_head.weight")
     problems = [f"{name}: missing" for name in expected if name not in found]
-    problems += [f"{name}: stored, and has no place in the model" for name in left]
-    shapes = {piece.name: _shape(piece, model) for piece in pieces}
+    problems += [f"{name}: unexpected; the model has no such tensor" for name in unexpected]
+    shapes = {mapping.name: _tensor_shape(mapping, model) for mapping in mappings}
     for name, stored in found.items():
         header = files[stored].get_slice(stored)
-        if header.get_dtype() not in _FORMATS:
-            known = ", ".join(_FORMATS)
-            problems.append(f"{name}: of number format {header.get_dtype()}; known: {known}")
-        shape = tuple(header.get_shape())
-        wanted = shapes[expected[name].name]
-        if shape != wanted:
-            problems.append(f"{name}: {list(shape)} stored, {list(wanted)} by config.json")
+        dtype, shape = header.get_dtype(), tuple(header.get_shape())
+        if dtype not in _DTYPES:
+            problems.append(f"{name}: number format {dtype}; supported: {', '.join(_DTYPES)}")
+        if shape != (wanted := shapes[expected[name].name]):
+            problems.append(f"{name}: shape {list(shape)}; by config.json {list(wanted)}")
     if problems:
-        shown = (
-            problems if len(problems) <= 20 else [*problems[:20], f"and {len(problems) - 20} more"]
-        )
+        more = len(problems) - _SHOWN
+        shown = [*problems[:_SHOWN], *([f"and {more} more"] if more > 0 else [])]
         raise MismatchError(f"{folder}: tensors are not those of its config.json", shown)
     return found
 
 
-def _names(piece: TensorMapping, model: ModelConfig) -> Iterator[str]:
-    layers = range(model.layers) if piece.in_layer else [0]
-    experts = range(model.moe.experts) if "{e}" in piece.name else [0]
-    return (piece.name.format(i=i, e=e) for i in layers for e in experts)
-
-
-def _shape(piece: TensorMapping, model: ModelConfig) -> tuple[int, ...]:
-    """The shape of one tensor of a piece, from those of the parameters that it joins."""
+def _tensor_shape(mapping: TensorMapping, model: ModelConfig) -> tuple[int, ...]:
+    """The shape of a mapping's tensor, from the shapes of the parameters it holds."""
     shapes = parameter_shapes(model)
-    parts = []
-    for path in piece.paths:
-        shape = shapes[f"blocks/layer_0/{path}"][1:] if piece.in_layer else shapes[path]
-        parts.append(np.broadcast_to(np.int8(0), shape[1:] if "{e}" in piece.name else shape))
-    return piece.join(*parts).shape
+    params = []
+    for path in mapping.paths:
+        shape = shapes[f"blocks/layer_0/{path}"][1:] if mapping.per_layer else shapes[path]
+        # An array of one element in memory: only shapes matter.
+        params.append(np.broadcast_to(np.int8(0), shape[1:] if mapping.per_expert else shape))
+    return mapping.to_tensor(*params).shape
 
 
 @functools.lru_cache(maxsize=8)
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter, by path."""
-    # Any mesh will do, and one that is entered already cannot be left for a smaller one.
+    """The shape of every parameter, by path."""
+    # Shapes are the same on any mesh, and an entered mesh cannot be replaced by a smaller one.
     entered = not jax.sharding.get_abstract_mesh().empty
-    alone = jax.sharding.use_abstract_mesh(mesh.abstract_mesh())
-    with contextlib.nullcontext() if entered else alone:
+    one_device = jax.sharding.use_abstract_mesh(mesh.abstract_mesh())
+    with contextlib.nullcontext() if entered else one_device:
         tree = jax.eval_shape(lambda: decoder.init(model, jax.random.key(0)))
     return {path: leaf.shape for path, leaf in leaves_by_path(tree).items()}
 
 
 @functools.lru_cache(maxsize=2)
 def _abstract(model: ModelConfig, _: jax.sharding.Mesh) -> Params:
-    """Shapes and layout of the parameters over the ambient mesh, which is the second argument."""
+    """Shapes and shardings of the parameters on the ambient mesh.
+
+    The second argument is that mesh, so that each has an entry of its own in the cache.
+    """
     return sharding.abstract(lambda: decoder.init(model, jax.random.key(0)))
 
 
-# --- import ------------------------------------------------------------------------------------
+# --- reading -----------------------------------------------------------------------------------
 
 
 def _aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """Float32 in memory that a CPU device takes as it is, where it would copy any other."""
+    """A float32 array, aligned so that a CPU device takes its memory over without a copy."""
     size = math.prod(shape)
-    memory = np.empty(size + _ALIGNED // 4, np.float32)
-    start = -memory.ctypes.data % _ALIGNED // 4
+    memory = np.empty(size + _ALIGNMENT // 4, np.float32)
+    start = -memory.ctypes.data % _ALIGNMENT // 4
     return memory[start : start + size].reshape(shape)
 
 
 def zeros(model: ModelConfig, dtype: str) -> Params:
-    """Parameters that are zero, as decoding in `dtype` has them, laid out over the ambient mesh.
+    """Parameters of zeros on the ambient mesh, in the dtypes of decoding in `dtype`.
 
-    On a CPU they take no memory: pages that nothing writes are all the same one.
+    On a CPU they take no memory: pages that are never written are all the same one.
     """
     abstract = _abstract(model, jax.sharding.get_mesh())
 
-    def make(leaf: jax.ShapeDtypeStruct, kind: np.dtype) -> jax.Array:
+    def make(leaf: jax.ShapeDtypeStruct, dtype: np.dtype) -> jax.Array:
         shape = leaf.sharding.shard_shape(leaf.shape)
-        size = math.prod(shape) * kind.itemsize
+        size = math.prod(shape) * dtype.itemsize
         pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ)
-        part = np.frombuffer(pages, kind).reshape(shape)
-        shards = [jax.device_put(part, d) for d in leaf.sharding.addressable_devices]
+        shard = np.frombuffer(pages, dtype).reshape(shape)
+        shards = [jax.device_put(shard, d) for d in leaf.sharding.addressable_devices]
         return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
 
     return jax.tree.map(make, abstract, decoding.dtypes(abstract, dtype))
 
 
 def read_params(source: Source, done: Callable[[int], None] = lambda count: None) -> Params:
-    """The parameters in float32, laid out over the ambient mesh; tells how many are done.
+    """The parameters in float32 on the ambient mesh; every element is represented exactly.
 
-    Every element of the source is exactly representable.
+    `done` is called after each parameter with the number of those read.
     """
-    model = source.model
-    pieces = source.family.pieces(model)
-    place = {path: (piece, k) for piece in pieces for k, path in enumerate(piece.paths)}
-    period = len(model.pattern)
-
-    def parameter(path: str, layer: int, index: tuple[slice, ...]) -> np.ndarray:
-        """A part of a parameter of a layer; of experts, only those in the part are read."""
-        piece, k = place[path]
-        if "{e}" not in piece.name:
-            return piece.split(source.tensor(piece.name.format(i=layer)))[k][index]
-        each = [
-            piece.split(source.tensor(piece.name.format(i=layer, e=e)))[k][index[1:]]
-            for e in range(model.moe.experts)[index[0]]
-        ]
-        return np.stack(each)
-
-    def share(path: str, leaf: jax.ShapeDtypeStruct, index: tuple[slice, ...]) -> np.ndarray:
-        """One device's part of a parameter, in float32, filled layer by layer."""
-        out = _aligned(leaf.sharding.shard_shape(leaf.shape))
-        if not path.startswith("blocks/"):
-            out[...] = parameter(path, 0, index)
-            return out
-        _, block, inner = path.split("/", 2)
-        first = int(block.removeprefix("layer_"))
-
-        def fill(at: int, row: int) -> None:
-            out[at] = parameter(inner, row * period + first, index[1:])
-
-        rows = range(leaf.shape[0])[index[0]]
-        with ThreadPoolExecutor(_READERS) as pool:  # copies transpose, and leave Python free
-            list(pool.map(fill, range(len(rows)), rows))
-        return out
-
-    def make(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        """Device by device, so that the host holds no more than one part."""
-        shards: list[jax.Array] = []
-        before: tuple[Any, np.ndarray] | None = None
-        for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
-            if before is None or before[0] != index:
-                before = index, share(path, leaf, index)
-            shards.append(jax.device_put(before[1], device))
-        return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
-
-    abstract = _abstract(model, jax.sharding.get_mesh())
+    abstract = _abstract(source.model, jax.sharding.get_mesh())
+    reader = _ParamReader(source)
     leaves = {}
     for path, leaf in leaves_by_path(abstract).items():
-        leaves[path] = make(path, leaf)
+        leaves[path] = reader.array(path, leaf)
         done(len(leaves))
     return jax.tree.unflatten(jax.tree.structure(abstract), list(leaves.values()))
 
 
-# --- export ------------------------------------------------------------------------------------
+class _ParamReader:
+    """Makes parameters from the tensors of a folder."""
+
+    def __init__(self, source: Source) -> None:
+        self._source, self._model = source, source.model
+        # By path: the mapping that has the parameter, and its place among the mapping's paths.
+        self._mapping = {
+            path: (mapping, k)
+            for mapping in source.family.mappings(source.model)
+            for k, path in enumerate(mapping.paths)
+        }
+
+    def array(self, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        """A parameter, made device by device so that the host holds one shard at a time."""
+        shards: list[jax.Array] = []
+        last: tuple[Any, np.ndarray] | None = None
+        for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
+            if last is None or last[0] != index:
+                last = index, self._shard(path, leaf, index)
+            shards.append(jax.device_put(last[1], device))
+        return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+
+    def _shard(self, path: str, leaf: jax.ShapeDtypeStruct, index: tuple[slice, ...]) -> np.ndarray:
+        """One device's shard of a parameter, in float32, filled layer by layer."""
+        out = _aligned(leaf.sharding.shard_shape(leaf.shape))
+        if not path.startswith("blocks/"):
+            out[...] = self._slice(path, 0, index)
+            return out
+        _, block, inner = path.split("/", 2)
+        period, first = len(self._model.pattern), int(block.removeprefix("layer_"))
+
+        def fill(at: int, repeat: int) -> None:
+            out[at] = self._slice(inner, repeat * period + first, index[1:])
+
+        repeats = range(leaf.shape[0])[index[0]]  # of the pattern's blocks
+        with ThreadPoolExecutor(_READ_THREADS) as pool:  # numpy's copies release Python's lock
+            list(pool.map(fill, range(len(repeats)), repeats))
+        return out
+
+    def _slice(self, path: str, layer: int, index: tuple[slice, ...]) -> np.ndarray:
+        """A slice of one layer's parameter; of experts, only those in the slice are read."""
+        mapping, k = self._mapping[path]
+        tensor = self._source.tensor
+        if not mapping.per_expert:
+            return mapping.to_params(tensor(mapping.name.format(i=layer)))[k][index]
+        experts = range(self._model.moe.experts)[index[0]]
+        names = [mapping.name.format(i=layer, e=e) for e in experts]
+        return np.stack([mapping.to_params(tensor(name))[k][index[1:]] for name in names])
+
+
+# --- writing -----------------------------------------------------------------------------------
 
 
 def tensors(params: Params, model: ModelConfig, family: Family) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of theirs, by name, in float32; a layer at a time is brought to the host."""
+    """The name and value of every tensor of the checkpoint, in float32.
+
+    Parameters are copied to the host one layer at a time.
+    """
     leaves, period = leaves_by_path(params), len(model.pattern)
-    for piece in family.pieces(model):
-        experts = "{e}" in piece.name
-        for layer in range(model.layers) if piece.in_layer else [0]:
-            row, block = divmod(layer, period)
-            parts = [
+    for mapping in family.mappings(model):
+        for layer in range(model.layers) if mapping.per_layer else [0]:
+            repeat, block = divmod(layer, period)
+            values = [
                 jax.device_get(
-                    leaves[f"blocks/layer_{block}/{path}"][row] if piece.in_layer else leaves[path]
+                    leaves[f"blocks/layer_{block}/{path}"][repeat]
+                    if mapping.per_layer
+                    else leaves[path]
                 )
-                for path in piece.paths
+                for path in mapping.paths
             ]
-            if not experts:
-                yield piece.name.format(i=layer), piece.join(*parts)
+            if not mapping.per_expert:
+                yield mapping.name.format(i=layer), mapping.to_tensor(*values)
                 continue
             for e in range(model.moe.experts):
-                yield piece.name.format(i=layer, e=e), piece.join(*(part[e] for part in parts))
+                name = mapping.name.format(i=layer, e=e)
+                yield name, mapping.to_tensor(*(value[e] for value in values))
 
 
 def cast(tensor: np.ndarray, dtype: str) -> np.ndarray:
-    """In one of the number formats of safetensors files: F32, BF16, F16."""
-    return np.ascontiguousarray(tensor.astype(_FORMATS[dtype], copy=False))
+    """The tensor in a number format of safetensors files: F32, BF16 or F16."""
+    return np.ascontiguousarray(tensor.astype(_DTYPES[dtype], copy=False))
 
 
 def write_folder(
@@ -343,76 +361,90 @@ def write_folder(
     *,
     dtype: str = "F32",
     dtypes: Mapping[str, str] | None = None,
-    extra: Json | None = None,
-    beside: Mapping[str, np.ndarray] | None = None,
-    instead: Json | None = None,
-    done: Callable[[str], None] = lambda name: None,
+    extra_config: Json | None = None,
+    config_overrides: Json | None = None,
+    extra_tensors: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Writes config.json and safetensors files of at most 4 GB, with an index if several.
+    """Writes config.json and safetensors files of at most 4 GB, with an index if there are several.
 
-    `dtypes` are the formats of single tensors that have another; `extra` goes into config.json
-    where the model says nothing, `instead` where it does; `beside` are further tensors. Raises
-    MismatchError where no family has this model.
+    `dtype` is the number format of all tensors but those in `dtypes`, which has theirs by name. In
+    config.json the model's keys take precedence over `extra_config`, and `config_overrides` over
+    both. `extra_tensors` are written beside the model's. Raises MismatchError for a model that no
+    family has.
     """
-    from safetensors.numpy import save_file
-
     kind, config = families.family_of(model)
     config = {
-        **(extra or {}),
+        **(extra_config or {}),
         **config,
         "dtype": next(k for k, v in FORMATS_BY_NAME.items() if v == dtype),
-        **(instead or {}),
+        **(config_overrides or {}),
     }
-    shards: list[dict[str, np.ndarray]] = [{}]
-    files: list[tuple[str, list[str]]] = []
-    size = total = 0
-
-    def flush() -> None:
-        name = f".part-{len(files):05d}.safetensors"
-        save_file(shards[0], folder / name, {"format": "pt"})
-        files.append((name, list(shards[0])))
-        shards[0] = {}
-
     own = tensors(params, model, families.FAMILIES[kind])
-    for name, value in itertools.chain(own, (beside or {}).items()):
-        value = cast(value, (dtypes or {}).get(name, dtype))
-        if shards[0] and size + value.nbytes > _SHARD_BYTES:
-            flush()
-            size = 0
-        shards[0][name] = value
-        size, total = size + value.nbytes, total + value.nbytes
-        done(name)
-    flush()
-    if len(files) == 1:
-        (folder / files[0][0]).replace(folder / _SINGLE)
-    else:
-        weight_map = {}
-        for number, (part, names) in enumerate(files, 1):
-            final = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-            (folder / part).replace(folder / final)
-            weight_map |= dict.fromkeys(names, final)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2))
+    writer = _TensorWriter(folder)
+    for name, value in itertools.chain(own, (extra_tensors or {}).items()):
+        writer.add(name, cast(value, (dtypes or {}).get(name, dtype)))
+    writer.finish()
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
-# --- the tokenizer beside them ---------------------------------------------------------------
+class _TensorWriter:
+    """Writes tensors to safetensors files of at most _MAX_FILE_BYTES, unless one tensor is larger.
+
+    Files get their names at the end, when their number is known.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._pending: dict[str, np.ndarray] = {}
+        self._files: list[tuple[str, list[str]]] = []  # each one's name, and its tensors' names
+        self._size = self._total = 0
+
+    def add(self, name: str, tensor: np.ndarray) -> None:
+        if self._pending and self._size + tensor.nbytes > _MAX_FILE_BYTES:
+            self._flush()
+        self._pending[name] = tensor
+        self._size += tensor.nbytes
+        self._total += tensor.nbytes
+
+    def finish(self) -> None:
+        """Writes the last file, names all of them, and writes the index of several."""
+        self._flush()
+        if len(self._files) == 1:
+            (self._folder / self._files[0][0]).replace(self._folder / _SINGLE_FILE)
+            return
+        weight_map: dict[str, str] = {}
+        for number, (part, names) in enumerate(self._files, 1):
+            final = f"model-{number:05d}-of-{len(self._files):05d}.safetensors"
+            (self._folder / part).replace(self._folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+        (self._folder / _INDEX).write_text(json.dumps(index, indent=2))
+
+    def _flush(self) -> None:
+        from safetensors.numpy import save_file
+
+        name = f".part-{len(self._files):05d}.safetensors"
+        save_file(self._pending, self._folder / name, {"format": "pt"})
+        self._files.append((name, list(self._pending)))
+        self._pending, self._size = {}, 0
+
+
+# --- the tokenizer -----------------------------------------------------------------------------
 
 
 def tokenizer_of(source: Source, say: Callable[[str], None]) -> tokenizers.Tokenizer | None:
-    """The folder's own; or none, which is told, where it has none that can be used."""
+    """The folder's tokenizer; None if it has none that can be used, and `say` is told why."""
     folder = source.folder
-    why = "no tokenizer.json and no tokenizer.model"
-    for kind, file in (("huggingface", "tokenizer.json"), ("sentencepiece", "tokenizer.model")):
+    why = f"no {' and no '.join(_TOKENIZER_FILES.values())}"
+    for kind, file in _TOKENIZER_FILES.items():
         if (folder / file).exists():
-            given = TokenizerConfig(kind=kind, path=str(folder / file))  # type: ignore[arg-type]
             try:
-                tokenizer = tokenizers.make(given, ())
+                tokenizer = tokenizers.make(TokenizerConfig(kind, str(folder / file)), ())
             except DataError as error:
                 why = str(error)
                 continue
             if tokenizer.vocab_size <= source.model.vocab_size:
                 return tokenizer
-            why = f"{file} has {tokenizer.vocab_size} pieces, the model {source.model.vocab_size}"
+            why = f"{file} has {tokenizer.vocab_size} tokens, the model {source.model.vocab_size}"
     say(f"{folder}: {why}; so the run cannot read text")
     return None

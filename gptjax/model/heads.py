@@ -1,10 +1,11 @@
-"""The task's layer: one matrix on the hidden state of each sequence's last token.
+"""Task heads: a linear layer on the hidden state of each sequence's last token.
 
-As generative pre-training has it (Radford et al. 2018, section 3.2), without a bias: to a score of
-each label, or of several sequences to one score each. Its parameters lie beside the decoder's.
+As in generative pre-training (Radford et al. 2018, section 3.2), without a bias: classification has
+one sequence for each example and a score for each label, multiple choice a sequence and one score
+for each choice. The head's parameters are beside the decoder's.
 
-Shapes: B examples, C sequences of each, S = B*C, T tokens, N = S*T, D embed, O outputs, K = C*O
-scores.
+Shapes: B examples, C sequences of each, S = B*C, T positions, N = S*T tokens, D embed, O outputs,
+K = C*O scores.
 """
 
 from typing import Any
@@ -14,17 +15,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from gptjax.config import Config
-from gptjax.model import decoder
+from gptjax.model import decoder, layers
 from gptjax.model.decoder import Params
 from gptjax.model.init import normal
 from gptjax.parallel import sequence, sharding
 
 NAME = "head_task"
-NEVER = -1e30  # the score of a choice that there is not
+NEVER = layers.NEVER  # the score of a padded choice
 
 
 def init(cfg: Config, key: jax.Array) -> dict[str, Any]:
-    """Fresh parameters by their name, or none where the task has no layer."""
+    """Fresh parameters of the head by name; empty where the task has no head."""
     outputs = cfg.finetune.outputs
     if not outputs:
         return {}
@@ -34,16 +35,18 @@ def init(cfg: Config, key: jax.Array) -> dict[str, Any]:
 
 
 def last(x_ND: jax.Array, lengths_S: jax.Array) -> jax.Array:
-    """What the decoder gives at each sequence's last token, [S, D]; zeros where it has none."""
+    """Hidden states of each sequence's last token, [S, D]; zeros for an empty sequence."""
     s = len(lengths_S)
-    held_ND = jax.sharding.reshard(x_ND, sharding.spec("tokens", "embed"))
-    x_STD = sequence.natural(sequence.sequences(held_ND, s, (x_ND.shape[-1],), ("embed",)))
+    gathered_ND = jax.sharding.reshard(x_ND, sharding.spec("tokens", "embed"))
+    x_STD = sequence.gather_natural(
+        sequence.unflatten(gathered_ND, s, (x_ND.shape[-1],), ("embed",))
+    )
     last_ST = jnp.arange(x_STD.shape[1])[None] == lengths_S[:, None] - 1
     return jnp.where(last_ST[..., None], x_STD, 0).sum(1)
 
 
 def scores(params: dict[str, Any], x_SD: jax.Array, examples: int) -> jax.Array:
-    """Scores of each example's labels, or of its choices, [B, K] in float32."""
+    """Scores of each example's labels or choices, [B, K] in float32."""
     w_DO = params[NAME]["score"]
     y_SO = jnp.einsum(
         "sd,do->so", x_SD.astype(jnp.float32), w_DO, out_sharding=sharding.spec("batch", None)
@@ -54,13 +57,13 @@ def scores(params: dict[str, Any], x_SD: jax.Array, examples: int) -> jax.Array:
 
 def losses(scores_BK: jax.Array, labels_B: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy of each example in nats, and whether its label's score is the largest."""
-    at_BK = jnp.arange(scores_BK.shape[1])[None] == labels_B[:, None]
-    own_B = jnp.where(at_BK, scores_BK, 0).sum(1)
+    hit_BK = jnp.arange(scores_BK.shape[1])[None] == labels_B[:, None]
+    label_B = jnp.where(hit_BK, scores_BK, 0).sum(1)
     top_B1 = lax.stop_gradient(scores_BK.max(1, keepdims=True))
-    log_total_B = jnp.log(jnp.exp(scores_BK - top_B1).sum(1)) + top_B1[:, 0]
-    return log_total_B - own_B, own_B >= top_B1[:, 0]
+    lse_B = jnp.log(jnp.exp(scores_BK - top_B1).sum(1)) + top_B1[:, 0]
+    return lse_B - label_B, label_B >= top_B1[:, 0]
 
 
 def init_params(cfg: Config, key: jax.Array) -> Params:
-    """Fresh parameters of a run: the decoder's, and its task's layer where it has one."""
+    """Fresh parameters of a run: the decoder's, and the task head's where it has one."""
     return decoder.init(cfg.model, key) | init(cfg, key)

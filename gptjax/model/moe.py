@@ -1,18 +1,20 @@
-"""Mixture of experts: the router, and the two ways to bring tokens to their experts.
+"""Mixture of experts: the router, and two ways to dispatch tokens to their experts.
 
-Dropless: tokens are sorted by expert, and a product over ragged groups serves them all; where
-experts are split over devices, each gathers its group's tokens and serves those that are its own.
-With a capacity (in training only), each sequence fills a buffer of fixed size for every expert, the
-buffers are exchanged, and what finds no place is dropped and counted. A sequence's capacity and its
-balance loss depend on that sequence alone, so both are the same on every mesh and however a batch
-is split.
+Dropless: tokens are sorted by expert, and a grouped (ragged) matrix product serves all of them;
+where experts are split over devices, each device gathers its group's tokens and serves those of its
+own experts. With a capacity (in training only; GShard, Lepikhin et al. 2020), each sequence fills a
+buffer of fixed size for every expert, the buffers are exchanged, and assignments beyond the
+capacity are dropped and counted. A sequence's capacity and its balance loss depend on that sequence
+alone, so both are the same on every mesh and however a batch is split.
 
-Shapes: B sequences, T positions, N = B*T tokens, k experts of a token, E experts, D embed, F hidden
-width of an expert, P places in an expert's buffer, M rows sorted by expert.
+Shapes: B sequences, T positions, N = B*T tokens, K experts of a token, E experts, D embed, F hidden
+width of an expert, P capacity of an expert's buffer, M assignments of tokens to experts; in lower
+case, one device's share.
 """
 
 import functools
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,24 +22,27 @@ from flax import linen as nn
 from jax import lax
 
 from gptjax.config import ModelConfig
+from gptjax.model.feed_forward import activate, input_projections
 from gptjax.model.layers import weight
 from gptjax.parallel import sequence, sharding
 from gptjax.parallel.matmul import (
+    Layout,
     column_parallel,
-    gather_rows,
+    gather_tokens,
     gather_weight,
     row_parallel,
-    rows_of,
-    sum_rows,
+    sum_tokens,
 )
+
+_EXPERT = "expert"
 
 
 class Routing(NamedTuple):
-    """What a layer's router did, as sums over its tokens: divided by their number, means.
+    """Statistics of a layer's router, summed over its tokens; divided by their number, means.
 
-    balance: 1 where every expert has its even share, and more otherwise. router_z: the squared
-    log-partition. load_E: each expert's assignments, times E/k. dropped: the share of a token's
-    assignments that found no place.
+    balance: the load-balancing loss (Fedus et al. 2021), 1 where every expert has its even share
+    and more otherwise. router_z: the squared log-partition (Zoph et al. 2022). load_E: each
+    expert's assignments, times E/K. dropped: the share of a token's assignments that were dropped.
     """
 
     balance: jax.Array
@@ -47,41 +52,42 @@ class Routing(NamedTuple):
 
 
 def route(
-    cfg: ModelConfig, logits_NE: jax.Array, rows: int
+    cfg: ModelConfig, logits_NE: jax.Array, sequences: int, axis: str = "tokens"
 ) -> tuple[jax.Array, jax.Array, Routing]:
-    """The experts of each token and their weights, [N, k], and the sums for the losses.
+    """The experts of each token and their weights, [N, K], and the sums for the losses.
 
-    `logits_NE` are float32. The softmax is over all experts; with `normalize` the chosen ones are
-    then scaled to sum to one, which is the softmax over their logits alone.
+    `logits_NE` are float32, of so many sequences, their tokens on the logical axis `axis`. The
+    softmax is over all experts; with `moe.normalize` the weights of the chosen ones are then scaled
+    to sum to one, which is the softmax over their logits alone.
     """
     moe = cfg.moe
     n, e = logits_NE.shape
     p_NE = jax.nn.softmax(logits_NE, -1)
-    weights_Nk, ids_Nk = lax.top_k(p_NE, moe.top_k)
+    weights_NK, ids_NK = lax.top_k(p_NE, moe.top_k)
     if moe.normalize:
-        weights_Nk = weights_Nk / weights_Nk.sum(-1, keepdims=True)
-    chosen_NE = (ids_Nk[..., None] == jnp.arange(e)).sum(1).astype(jnp.float32)
-    by_row = lambda a_NE: sequence.sequences(a_NE, rows, (e,), (None,), rows_of(a_NE))
-    share_BE = by_row(chosen_NE).mean(1) / moe.top_k
-    balance_B = e * (lax.stop_gradient(share_BE) * by_row(p_NE).mean(1)).sum(-1)
+        weights_NK = weights_NK / weights_NK.sum(-1, keepdims=True)
+    chosen_NE = (ids_NK[..., None] == jnp.arange(e)).sum(1).astype(jnp.float32)
+    by_sequence = lambda a_NE: sequence.unflatten(a_NE, sequences, (e,), (None,), axis)
+    share_BE = by_sequence(chosen_NE).mean(1) / moe.top_k
+    balance_B = e * (lax.stop_gradient(share_BE) * by_sequence(p_NE).mean(1)).sum(-1)
     routing = Routing(
-        balance=balance_B.sum() * (n // rows),
+        balance=balance_B.sum() * (n // sequences),
         router_z=jnp.square(jax.nn.logsumexp(logits_NE, -1)).sum(),
         load_E=chosen_NE.sum(0) * (e / moe.top_k),
         dropped=jnp.float32(0),
     )
-    return ids_Nk, weights_Nk, routing
+    return ids_NK, weights_NK, routing
 
 
-# --- products over ragged groups --------------------------------------------------------------
+# --- grouped products -----------------------------------------------------------------------------
 
 
 def grouped_product(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """Rows times their group's matrix, [M, F]; rows are sorted by group, and those past the sum of
-    `sizes_E` belong to none and give zero.
+    """Rows times their group's matrix, [M, F].
 
-    Accelerators have an instruction for it. XLA:CPU would multiply every row with every matrix, so
-    there rows are laid out in blocks that belong to one group each.
+    Rows are sorted by group; those past the sum of `sizes_E` belong to none and give zero.
+    Accelerators have an instruction for it (`lax.ragged_dot`). XLA:CPU would multiply every row
+    with every matrix, so there rows are padded into blocks that belong to one group each.
     """
     if sharding.platform() != "cpu":
         y_MF = lax.ragged_dot(x_MD, w_EDF, sizes_E)
@@ -92,146 +98,197 @@ def grouped_product(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> ja
     blocks_E = -(-sizes_E // block)
     block_ends_E = jnp.cumsum(blocks_E)
     group_M = jnp.searchsorted(ends_E, jnp.arange(m), side="right")
-    inside_M = jnp.arange(m) - (ends_E - sizes_E)[group_M]
-    place_M = (block_ends_E - blocks_E)[group_M] * block + inside_M
-    place_M = jnp.where(group_M < e, place_M, -1)
+    offset_M = jnp.arange(m) - (ends_E - sizes_E)[group_M]
+    slot_M = (block_ends_E - blocks_E)[group_M] * block + offset_M
+    slot_M = jnp.where(group_M < e, slot_M, -1)
     count = m // block + min(e, m)
     padded = jnp.zeros((count * block, x_MD.shape[1]), x_MD.dtype)
-    padded = padded.at[place_M].set(x_MD, mode="drop", wrap_negative_indices=False)
+    padded = padded.at[slot_M].set(x_MD, mode="drop", wrap_negative_indices=False)
     group_of_block = jnp.searchsorted(block_ends_E, jnp.arange(count), side="right")
     w = w_EDF[jnp.minimum(group_of_block, e - 1)]
     y = jnp.einsum("nbd,ndf->nbf", padded.reshape(count, block, -1), w)
     y = y.reshape(count * block, -1)
-    return y.at[place_M].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    return y.at[slot_M].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
-# --- dispatch: one device's share, inside an island over the mesh -------------------------------
+# --- dispatch, on one device's share inside a shard_map -------------------------------------------
 
 
-def _dropless(x_nD, ids_nk, weights_nk, gate_eDF, up_eDF, down_eFD):
-    """Every token reaches its experts; see the module."""
-    axis = sharding.RULES["experts"]
-    mine = len(gate_eDF)
-    gather = functools.partial(lax.all_gather, axis_name=axis, axis=0, tiled=True)
-    x_nD, ids_nk, weights_nk = gather(x_nD), gather(ids_nk), gather(weights_nk)
-    n, k = ids_nk.shape
-    local_M = ids_nk.reshape(-1) - lax.axis_index(axis) * mine
-    group_M = jnp.where((local_M >= 0) & (local_M < mine), local_M, mine)
+@dataclass(frozen=True)
+class _Dispatch:
+    """Sizes of a dispatch: positions of a sequence, experts, and their capacity (0: dropless)."""
+
+    positions: int
+    experts: int
+    capacity: int
+    activation: str
+
+
+class _Assigned(NamedTuple):
+    """Tokens, and the experts and weights of each."""
+
+    x_nD: jax.Array
+    ids_nK: jax.Array
+    weights_nK: jax.Array
+
+
+class _Experts(NamedTuple):
+    """Weights of the experts at hand."""
+
+    gate_eDf: jax.Array
+    up_eDf: jax.Array
+    down_efD: jax.Array
+
+
+def _dropless(tokens: _Assigned, experts: _Experts, activation: str) -> jax.Array:
+    """The experts' output for every token, [n, D]; see the module."""
+    local_experts = len(experts.gate_eDf)
+    gather = functools.partial(lax.all_gather, axis_name=_EXPERT, axis=0, tiled=True)
+    x_ND, ids_NK, weights_NK = map(gather, tokens)
+    n, k = ids_NK.shape
+    expert_M = ids_NK.reshape(-1) - lax.axis_index(_EXPERT) * local_experts
+    local_M = (expert_M >= 0) & (expert_M < local_experts)
+    group_M = jnp.where(local_M, expert_M, local_experts)
     order_M = jnp.argsort(group_M)
-    sizes_e = jnp.bincount(group_M, length=mine + 1)[:mine]
-    rows_MD = x_nD[order_M // k]
-    h_MF = jax.nn.silu(grouped_product(rows_MD, gate_eDF, sizes_e))
-    h_MF *= grouped_product(rows_MD, up_eDF, sizes_e)
-    y_MD = grouped_product(h_MF, down_eFD, sizes_e)
-    y_nkD = y_MD[jnp.argsort(order_M)].reshape(n, k, -1)
-    y_nD = (y_nkD * weights_nk[..., None].astype(y_nkD.dtype)).sum(1)
-    return lax.psum_scatter(y_nD, axis, scatter_dimension=0, tiled=True)
+    sizes_e = jnp.bincount(group_M, length=local_experts + 1)[:local_experts]
+    x_MD = x_ND[order_M // k]
+    projected = [grouped_product(x_MD, w_eDf, sizes_e) for w_eDf in experts[:2]]
+    h_Mf = activate(activation, projected)
+    y_MD = grouped_product(h_Mf, experts.down_efD, sizes_e)
+    y_NKD = y_MD[jnp.argsort(order_M)].reshape(n, k, -1)
+    y_ND = (y_NKD * weights_NK[..., None].astype(y_NKD.dtype)).sum(1)
+    return lax.psum_scatter(y_ND, _EXPERT, scatter_dimension=0, tiled=True)
 
 
-def _with_capacity(x_nD, ids_nk, weights_nk, gate_eDF, up_eDF, down_eFD, *, seq, experts, places):
-    """Buffers of `places` for each (sequence, expert); first choices go first. Also the dropped."""
-    axis = sharding.RULES["experts"]
-    d, k = x_nD.shape[1], ids_nk.shape[1]
-    choices_bkT = ids_nk.reshape(-1, seq, k).swapaxes(1, 2)
-    b = len(choices_bkT)
-    hits_bME = choices_bkT.reshape(b, k * seq, 1) == jnp.arange(experts)
+def _with_capacity(
+    tokens: _Assigned, experts: _Experts, sizes: _Dispatch
+) -> tuple[jax.Array, jax.Array]:
+    """The experts' output for every token, [n, D], and the number of dropped assignments.
+
+    Each sequence has a buffer of P slots for each expert; all first choices take slots before any
+    second choice.
+    """
+    t, e, p = sizes.positions, sizes.experts, sizes.capacity
+    x_nD, ids_nK, weights_nK = tokens
+    d, k = x_nD.shape[1], ids_nK.shape[1]
+    choices_bKT = ids_nK.reshape(-1, t, k).swapaxes(1, 2)
+    b = len(choices_bKT)
+    hits_bME = choices_bKT.reshape(b, k * t, 1) == jnp.arange(e)
     place_bM = jnp.where(hits_bME, jnp.cumsum(hits_bME, 1) - 1, 0).sum(-1)
-    slot_bM = jnp.where(
-        place_bM < places, choices_bkT.reshape(b, -1) * places + place_bM, experts * places
-    )
-    rows_b1 = jnp.arange(b)[:, None]
-    x_bMD = jnp.tile(x_nD.reshape(b, seq, d), (1, k, 1))
-    buffer = jnp.zeros((b, experts * places, d), x_nD.dtype)
-    buffer = buffer.at[rows_b1, slot_bM].set(x_bMD, mode="drop").reshape(b, experts, places, d)
-    swap = functools.partial(lax.all_to_all, axis_name=axis, tiled=True)
-    x_beP = swap(buffer, split_axis=1, concat_axis=0)
-    h = jax.nn.silu(jnp.einsum("bepd,edf->bepf", x_beP, gate_eDF))
-    h *= jnp.einsum("bepd,edf->bepf", x_beP, up_eDF)
-    y = swap(jnp.einsum("bepf,efd->bepd", h, down_eFD), split_axis=0, concat_axis=1)
-    y_bMD = y.reshape(b, experts * places, d).at[rows_b1, slot_bM].get(mode="fill", fill_value=0)
-    y_nkD = y_bMD.reshape(b, k, seq, d).swapaxes(1, 2).reshape(-1, k, d)
-    return (y_nkD * weights_nk[..., None].astype(y_nkD.dtype)).sum(1), (place_bM >= places).sum()
+    slot_bM = jnp.where(place_bM < p, choices_bKT.reshape(b, -1) * p + place_bM, e * p)
+    b_b1 = jnp.arange(b)[:, None]
+    x_bMD = jnp.tile(x_nD.reshape(b, t, d), (1, k, 1))
+    buffer = jnp.zeros((b, e * p, d), x_nD.dtype)
+    buffer_bEPD = buffer.at[b_b1, slot_bM].set(x_bMD, mode="drop").reshape(b, e, p, d)
+    exchange = functools.partial(lax.all_to_all, axis_name=_EXPERT, tiled=True)
+    x_BePD = exchange(buffer_bEPD, split_axis=1, concat_axis=0)
+    projected = [jnp.einsum("bepd,edf->bepf", x_BePD, w_eDf) for w_eDf in experts[:2]]
+    h_BePf = activate(sizes.activation, projected)
+    y_BePD = jnp.einsum("bepf,efd->bepd", h_BePf, experts.down_efD)
+    y_bEPD = exchange(y_BePD, split_axis=0, concat_axis=1)
+    y_bMD = y_bEPD.reshape(b, e * p, d).at[b_b1, slot_bM].get(mode="fill", fill_value=0)
+    y_nKD = y_bMD.reshape(b, k, t, d).swapaxes(1, 2).reshape(-1, k, d)
+    return (y_nKD * weights_nK[..., None].astype(y_nKD.dtype)).sum(1), (place_bM >= p).sum()
 
 
-def _serve(
-    x_nD, ids_nk, weights_nk, gate_eDF, up_eDF, down_eFD, *, seq, experts, places, rows, axes
-):
-    """The island: weights gathered over fsdp, tokens to experts and back, summed over tensor."""
-    x_nD = gather_rows(x_nD, rows)
-    # Marked as each copy's own before they are gathered, so that gradients are scattered first and
-    # their parts summed over the copies, not the reverse.
-    copies = tuple(axis for axis in axes if axis in ("data", "stage", "context"))
-    own = lambda w: lax.pcast(w.astype(x_nD.dtype), copies, to="varying")
-    into = (gather_weight(own(w_eDF), x_nD.dtype, 1) for w_eDF in (gate_eDF, up_eDF))
-    args = x_nD, ids_nk, weights_nk, *into, gather_weight(own(down_eFD), x_nD.dtype, 2)
-    if places:
-        y_nD, dropped = _with_capacity(*args, seq=seq, experts=experts, places=places)
+def _dispatch(
+    tokens: _Assigned,
+    experts: _Experts,
+    *,
+    sizes: _Dispatch,
+    axis: str,
+    token_axes: tuple[str, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """Gathers weights over fsdp, dispatches tokens to experts, sums their outputs over tensor.
+
+    `axis` is the tokens' logical axis, `token_axes` are the mesh axes of its gathered form. Returns
+    the output, [n, D], and the number of dropped assignments on all devices.
+    """
+    tokens = tokens._replace(x_nD=gather_tokens(tokens.x_nD, axis))
+    dtype = tokens.x_nD.dtype
+    # Marked as varying over the copies before they are gathered, so that gradients are scattered
+    # first and their parts summed over the copies, not the reverse.
+    copies = tuple(name for name in token_axes if name in ("data", "stage", "context"))
+    vary = lambda w: lax.pcast(w.astype(dtype), copies, to="varying")
+    gate_eDf, up_eDf = (gather_weight(vary(w_edf), dtype, 1) for w_edf in experts[:2])
+    down_efD = gather_weight(vary(experts.down_efD), dtype, 2)
+    whole = _Experts(gate_eDf, up_eDf, down_efD)
+    if sizes.capacity:
+        y_nD, dropped = _with_capacity(tokens, whole, sizes)
     else:
-        y_nD, dropped = _dropless(*args), jnp.int32(0)
-    dropped = lax.psum(dropped.astype(jnp.float32), axes)
-    return sum_rows(y_nD, rows), dropped
+        y_nD, dropped = _dropless(tokens, whole, sizes.activation), jnp.int32(0)
+    dropped = lax.psum(dropped.astype(jnp.float32), token_axes)
+    return sum_tokens(y_nD, axis), dropped
 
 
 class MoE(nn.Module):
-    """The experts, and shared ones beside them. Parameters router, gate, up, down, shared_*."""
+    """The router and its experts, and shared experts beside them.
+
+    Parameters router, gate, up, down, shared_gate, shared_up, shared_down. `__call__` takes the
+    number of sequences, and returns [N, D] and the routing statistics.
+    """
 
     cfg: ModelConfig
     training: bool
+    layout: Layout
 
     @nn.compact
-    def __call__(self, x_ND: jax.Array, rows: int) -> tuple[jax.Array, Routing]:
-        cfg, moe = self.cfg, self.cfg.moe
+    def __call__(self, x_ND: jax.Array, sequences: int) -> tuple[jax.Array, Routing]:
+        cfg, moe, axis = self.cfg, self.cfg.moe, self.layout.gathered
         d, f, e = cfg.embed, cfg.expert_hidden, moe.experts
-        std = cfg.init_std / (2 * cfg.layers) ** 0.5
         router_DE = weight(self, "router", (d, e), ("w_embed", None), cfg.init_std)
-        into = [
-            weight(self, name, (e, d, f), ("experts", "w_embed", "mlp"), cfg.init_std)
-            for name in ("gate", "up")
+        in_axes, out_axes = ("experts", "w_embed", "mlp"), ("experts", "mlp", "w_embed")
+        weights = [
+            weight(self, name, (e, d, f), in_axes, cfg.init_std)
+            for name in input_projections(cfg.activation)
         ]
-        down_EFD = weight(self, "down", (e, f, d), ("experts", "mlp", "w_embed"), std)
+        weights.append(weight(self, "down", (e, f, d), out_axes, self._out_std))
 
-        rows_axis = rows_of(x_ND)
-        x_rows = sharding.spec(rows_axis, None)
+        x_spec = sharding.spec(self.layout.axis, None)
         # The choice of experts is discrete: it is made in float32, whatever the compute dtype.
         logits_NE = jnp.einsum(
             "nd,de->ne",
             x_ND.astype(jnp.float32),
             router_DE,
             precision="highest",
-            out_sharding=x_rows,
+            out_sharding=x_spec,
         )
-        held = "batch" if rows_axis == "batch" else "tokens"
-        logits_NE = jax.sharding.reshard(logits_NE, sharding.spec(held, None))
-        ids_Nk, weights_Nk, routing = route(cfg, logits_NE, rows)
+        token_spec = sharding.spec(axis, None)
+        logits_NE = jax.sharding.reshard(logits_NE, token_spec)
+        ids_NK, weights_NK, routing = route(cfg, logits_NE, sequences, axis)
 
-        seq, places = len(x_ND) // rows, 0
+        t, capacity = len(x_ND) // sequences, 0
         if self.training and moe.capacity:
-            places = min(seq, -(-int(moe.capacity * moe.top_k * seq) // e))
-        tokens = sharding.spec(held, None)
-        expert = sharding.spec("experts", "w_embed", "mlp")
-        down = sharding.spec("experts", "mlp", "w_embed")
+            capacity = min(t, -(-int(moe.capacity * moe.top_k * t) // e))
+        token_specs: list[Any] = [x_spec, token_spec, token_spec]
+        weight_specs: list[Any] = [sharding.spec(*axes) for axes in (in_axes, in_axes, out_axes)]
         y_ND, dropped = jax.shard_map(
             functools.partial(
-                _serve,
-                seq=seq,
-                experts=e,
-                places=places,
-                rows=rows_axis,
-                axes=sharding.mesh_axes(held),
+                _dispatch,
+                sizes=_Dispatch(t, e, capacity, cfg.activation),
+                axis=self.layout.axis,
+                token_axes=sharding.mesh_axes(axis),
             ),
-            in_specs=(x_rows, tokens, tokens, expert, expert, down),
-            out_specs=(x_rows, jax.P()),
-        )(x_ND, ids_Nk, weights_Nk, *into, down_EFD)
-        routing = routing._replace(dropped=dropped / moe.top_k)
-
+            in_specs=(_Assigned(*token_specs), _Experts(*weight_specs)),
+            out_specs=(x_spec, jax.P()),
+        )(_Assigned(x_ND, ids_NK, weights_NK), _Experts(*weights))
         if moe.shared:
-            width = moe.shared * f
-            axes = ("w_embed", "mlp")
-            into = tuple(
-                weight(self, f"shared_{name}", (d, width), axes, cfg.init_std)
-                for name in ("gate", "up")
-            )
-            gate_NF, up_NF = column_parallel(x_ND, into, "mlp")
-            w_FD = weight(self, "shared_down", (width, d), ("w_mlp", None), std)
-            y_ND += row_parallel(jax.nn.silu(gate_NF) * up_NF, w_FD, rows_axis)
-        return y_ND, routing
+            y_ND += self._shared_experts(x_ND)
+        return y_ND, routing._replace(dropped=dropped / moe.top_k)
+
+    @property
+    def _out_std(self) -> float:
+        return self.cfg.init_std / (2 * self.cfg.layers) ** 0.5
+
+    def _shared_experts(self, x_ND: jax.Array) -> jax.Array:
+        """The experts that every token goes to, as one feed-forward layer."""
+        cfg = self.cfg
+        width = cfg.moe.shared * cfg.expert_hidden
+        in_weights = tuple(
+            weight(self, f"shared_{name}", (cfg.embed, width), ("w_embed", "mlp"), cfg.init_std)
+            for name in input_projections(cfg.activation)
+        )
+        projected = column_parallel(x_ND, in_weights, "mlp", self.layout)
+        shape = (width, cfg.embed)
+        w_FD = weight(self, "shared_down", shape, ("w_mlp", None), self._out_std)
+        return row_parallel(activate(cfg.activation, projected), w_FD, self.layout)

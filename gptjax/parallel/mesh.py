@@ -2,13 +2,17 @@
 
 On a TPU, devices lie on a torus, and XLA scatters (on three rings: gathers, too) along one ring at
 a time only; along several it sums whole arrays instead, at twice the bytes. So fsdp is up to three
-mesh axes, a ring each: "fsdp", "fsdp_2" and "fsdp_3", of which the last two are of one part where
-devices have no coordinates, or need no second ring.
+axes of JAX's mesh, a ring each: "fsdp", "fsdp_2" and "fsdp_3", of which the last two have size 1
+where devices have no coordinates, or need no second ring.
+
+To add an axis: a field of `MeshConfig`, an entry of `MESH_AXES`, and the logical axes that it
+splits in sharding.RULES.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -20,10 +24,42 @@ from gptjax.config import Config, MeshConfig
 from gptjax.errors import ConfigError
 from gptjax.runtime import compilation_cache
 
-FSDP = ("fsdp", "fsdp_2", "fsdp_3")
+
+@dataclass(frozen=True)
+class MeshAxis:
+    """An axis of the mesh as a configuration names it: a field of `MeshConfig`."""
+
+    name: str
+    splits: frozenset[str]
+    """Among "sequences", "positions", "parameters", "features", "experts" and "layers"."""
+    crosses_slices: bool = False
+    """Whether slices of a TPU, joined by a slower network, may lie along it."""
+    rings: tuple[str, ...] = ()
+    """Names in JAX's mesh where it is several axes there, outermost first."""
+
+    @property
+    def jax_names(self) -> tuple[str, ...]:
+        """Names of its axes in JAX's mesh."""
+        return self.rings or (self.name,)
 
 
-AXES = ("data", "stage", *FSDP, "expert", "context", "tensor")
+MESH_AXES = (  # outermost first: devices that are neighbours lie along the last ones
+    MeshAxis("data", frozenset({"sequences"}), crosses_slices=True),
+    MeshAxis("stage", frozenset({"layers"})),
+    MeshAxis("fsdp", frozenset({"sequences", "parameters"}), rings=("fsdp", "fsdp_2", "fsdp_3")),
+    MeshAxis("expert", frozenset({"sequences", "experts"})),
+    MeshAxis("context", frozenset({"positions"})),
+    MeshAxis("tensor", frozenset({"features"})),
+)
+
+
+def axes_splitting(kind: str) -> tuple[str, ...]:
+    """Names in JAX's mesh of the axes that split this, outermost first; see `MeshAxis.splits`."""
+    return tuple(name for axis in MESH_AXES if kind in axis.splits for name in axis.jax_names)
+
+
+AXES = tuple(name for axis in MESH_AXES for name in axis.jax_names)
+FSDP = axes_splitting("parameters")
 
 
 def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -33,50 +69,58 @@ def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
 
 
 def arrange(cfg: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
-    """The devices by their places along AXES; slices of a TPU lie along the data axis.
+    """The devices as an array with a dimension for each of AXES.
 
-    Raises ConfigError if the sizes do not fit.
+    Slices of a TPU lie along the data axis. Raises ConfigError if the sizes do not fit.
     """
     sizes = cfg.shape(len(devices))
     # XLA numbers the nodes of GPUs as slices too; a mesh axis may cross those.
     tpu = devices[0].platform == "tpu"
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpu else 1
-    if sizes["data"] % slices:
-        raise ConfigError(
-            [f"mesh.data={sizes['data']}: the {slices} slices lie along it; use a multiple of them"]
-        )
-    rest = [sizes[axis] for axis in ("expert", "context", "tensor")]
-    within = (sizes["data"] // slices, sizes["stage"], sizes["fsdp"], *rest)
+    across = [slices if axis.crosses_slices else 1 for axis in MESH_AXES]
+    for axis, parts in zip(MESH_AXES, across, strict=True):
+        if sizes[axis.name] % parts:
+            raise ConfigError(
+                [
+                    f"mesh.{axis.name}={sizes[axis.name]}: the {slices} slices lie along it; use a "
+                    "multiple of them"
+                ]
+            )
+    within = [sizes[axis.name] // n for axis, n in zip(MESH_AXES, across, strict=True)]
     if slices > 1:
         arranged = mesh_utils.create_hybrid_device_mesh(
-            within, (slices, 1, 1, 1, 1, 1), devices, allow_split_physical_axes=True
+            within, across, devices, allow_split_physical_axes=True
         )
     else:
         arranged = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
-    arranged = _boxes(arranged)
-    along = rings(arranged[0, 0, :, 0, 0, 0])
-    return arranged.reshape(sizes["data"], sizes["stage"], *along, *rest)
+    arranged = _sort_fsdp(arranged)
+    fsdp_line = np.moveaxis(arranged, _FSDP_DIM, -1).reshape(-1, sizes["fsdp"])[0]
+    sizes |= dict(zip(FSDP, rings(list(fsdp_line)), strict=True))
+    return arranged.reshape([sizes[name] for name in AXES])
 
 
-def _boxes(arranged: np.ndarray) -> np.ndarray:
-    """The same, each line of devices along fsdp in the order of its coordinates: through whole
-    rings one after another, where it may have been a snake through them.
+_FSDP_DIM = [axis.name for axis in MESH_AXES].index("fsdp")
+
+
+def _sort_fsdp(arranged: np.ndarray) -> np.ndarray:
+    """Each line of devices along fsdp in the order of its coordinates: through whole rings one
+    after another, where it may have been a snake through them.
     """
     if arranged.flat[0].platform != "tpu":
         return arranged
-    lines = np.moveaxis(arranged, 2, -1)
+    lines = np.moveaxis(arranged, _FSDP_DIM, -1)
     ordered = np.empty_like(lines)
     for index in np.ndindex(lines.shape[:-1]):
-        place = lambda device: (*device.coords, device.core_on_chip)
-        ordered[index][:] = sorted(lines[index], key=place)
-    return np.moveaxis(ordered, -1, 2)
+        key = lambda device: (*device.coords, device.core_on_chip)
+        ordered[index][:] = sorted(lines[index], key=key)
+    return np.moveaxis(ordered, -1, _FSDP_DIM)
 
 
 def rings(line: Sequence[Any]) -> tuple[int, int, int]:
     """Sizes of up to three rings of a torus that a line of devices runs through, outermost first.
 
     (n, 1, 1) where devices have no coordinates, or where a step along the line moves in more than
-    one dimension. Whether the rings are whole is the machine's affair.
+    one dimension. Whether the rings close is not checked.
     """
     n = len(line)
     if not all(hasattr(device, "coords") for device in line):
@@ -93,21 +137,22 @@ def rings(line: Sequence[Any]) -> tuple[int, int, int]:
     ]
     if math.prod(sizes) != n or len(sizes) > 3 or any(len(one) != 1 for one in along):
         return n, 1, 1
-    return (*sizes, 1, 1, 1)[:3]
+    outer, middle, inner, *_ = (*sizes, 1, 1, 1)
+    return outer, middle, inner
 
 
 def abstract_mesh(**sizes: int) -> AbstractMesh:
-    """A mesh with no devices behind it, of one part along every axis that is not given."""
+    """A mesh without devices, by size of each of AXES; 1 for those that are not given."""
     axes = dict.fromkeys(AXES, 1) | sizes
     return AbstractMesh(tuple(axes.values()), tuple(axes), (AxisType.Explicit,) * len(axes))
 
 
 @contextmanager
 def entered_mesh(cfg: Config) -> Iterator[None]:
-    """The configured mesh over all devices as the ambient one, and the compilation cache on.
+    """Makes the configured mesh over all devices the ambient one, with the compilation cache on.
 
-    With compute.dtype=float32, matrix products are float32 on accelerators too, whose default is
-    less.
+    With compute.dtype=float32, matrix products are float32 on accelerators too, where the default
+    precision is lower.
     """
     compilation_cache.enable_cache(cfg.log.compile_cache)
     exact = cfg.compute.dtype == "float32"

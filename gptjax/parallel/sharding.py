@@ -1,10 +1,10 @@
-"""Sharding: the one table from logical axes to mesh axes, and layouts made from it.
+"""Sharding: the table from logical axes to mesh axes, and partitions made from it.
 
-Everything runs in explicit-sharding mode: an array's sharding is part of its type, initialisers are
-given the sharding of what they make, and so no array ever exists unsharded. The mesh (mesh.py) is
+Everything runs in explicit-sharding mode: an array's sharding is part of its type, and initialisers
+are given the sharding of their result, so no array ever exists unsharded. The mesh (mesh.py) is
 ambient: `mesh.entered_mesh(cfg)` is entered once, by the command that runs.
 
-Logical axes are named beside each parameter and activation; `RULES` alone says where they lie.
+Logical axes are named beside each parameter and activation; `RULES` maps them to axes of the mesh.
 """
 
 import math
@@ -15,23 +15,28 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gptjax.parallel.mesh import FSDP
+from gptjax.parallel.mesh import axes_splitting
 
-_COPIES = ("data", *FSDP, "expert")  # axes that sequences are split over, beside the stages
+_FSDP = axes_splitting("parameters")
+_REPLICAS = axes_splitting("sequences")  # without the stages, over which a batch is split as well
+_TOKENS = (*axes_splitting("positions"), "stage", *_REPLICAS)
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
-    "batch": ("stage", *_COPIES),  # sequences
-    "microbatch": _COPIES,  # those that are in one stage of the pipeline
-    "tokens": ("context", "stage", *_COPIES),  # positions x sequences, flat: see `to_rows`
-    "stream": ("context", "stage", *_COPIES, "tensor"),  # the same between products
+    "batch": ("stage", *_REPLICAS),  # sequences
+    "microbatch": _REPLICAS,  # sequences that are in one stage of the pipeline
+    "tokens": _TOKENS,  # positions x sequences, flat: see sequence.py
+    "residual": (*_TOKENS, "tensor"),  # tokens of the residual stream, between products
     "seq": "context",  # positions
     "embed": None,  # the residual stream's width
-    "w_embed": FSDP,  # the same width, of a parameter
+    "w_embed": _FSDP,  # the same width, of a parameter
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
-    "w_mlp": ("tensor", *FSDP),  # the feed-forward's width, of its last matrix: never the minor one
+    "w_mlp": (
+        "tensor",
+        *_FSDP,
+    ),  # the feed-forward's width, of its last matrix: never the minor one
     "experts": "expert",
     "vocab": "tensor",
     "layers": "stage",
@@ -51,9 +56,9 @@ def spec(*logical: str | None) -> PartitionSpec:
 
 
 def entry(logical: str) -> str | tuple[str, ...] | None:
-    """What stands for a logical axis in a partition: its mesh axes as RULES has them.
+    """The entry of a logical axis in a partition: its mesh axes as RULES has them.
 
-    Inside the pipeline, where each stage is alone with its layers, none lies on the stages' axis.
+    Inside the pipeline, which is manual over the stages' axis, that axis is left out.
     """
     axes = RULES[logical]
     if not axes or "stage" not in axes:
@@ -66,25 +71,19 @@ def entry(logical: str) -> str | tuple[str, ...] | None:
 
 
 def axis_size(logical: str) -> int:
-    """Parts into which the ambient mesh splits a logical axis."""
+    """Number of parts into which the ambient mesh splits a logical axis."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in mesh_axes(logical))
 
 
 def mesh_axes(logical: str) -> tuple[str, ...]:
-    """The mesh axes that a logical axis lies on, outermost first."""
+    """The mesh axes that split a logical axis, outermost first."""
     axes = entry(logical) or ()
     return (axes,) if isinstance(axes, str) else axes
 
 
-# --- sequences and rows --------------------------------------------------------------------------
-
-
-# --- parameters ----------------------------------------------------------------------------------
-
-
 def abstract(function: Callable[..., Any], *args: Any) -> Any:
-    """Shapes, dtypes and shardings, on the ambient mesh, of what `function(*args)` would return."""
+    """Shapes, dtypes and shardings on the ambient mesh of the result of `function(*args)`."""
     mesh = jax.sharding.get_mesh()
 
     def concrete(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -95,14 +94,14 @@ def abstract(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def platform() -> str:
-    """The platform of the ambient mesh: "cpu", "gpu" or "tpu"; of a mesh with no devices, "cpu"."""
+    """The platform of the ambient mesh: "cpu", "gpu" or "tpu"; "cpu" if it has no devices."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return "cpu" if device is None else device.platform
 
 
 def wide(dtype: Any) -> Any:
-    """The element type to ask of a matrix product whose result is wanted in float32.
+    """The `preferred_element_type` of a matrix product whose result is to be float32.
 
-    Matrix units add up in float32 anyway; XLA:CPU cannot give that out for every shape.
+    Matrix units accumulate in float32 anyway; XLA:CPU does not support it for every shape.
     """
     return dtype if platform() == "cpu" else jnp.float32

@@ -206,7 +206,7 @@ def _all(cfg: Config, sizes: Mapping[str, int], attention: Sequence[str]) -> Ite
             **outside,
             hidden=False,
         )
-    axes = tuple(a for a in sharding.mesh_axes("stream" if split else "tokens") if sizes[a] > 1)
+    axes = tuple(a for a in sharding.mesh_axes("residual" if split else "tokens") if sizes[a] > 1)
     parts = math.prod(sizes[a] for a in axes)
     if m.positions == "learned":
         places = cfg.train.seq_len * m.embed

@@ -1,1 +1,1 @@
-"""The process and its job: other processes, signals, locks, caches, progress."""
+"""The process and its job: other processes, preemption, the watchdog, locks, caches, progress."""

@@ -1,9 +1,9 @@
-"""A job of several processes: joining it, agreeing within it, and leaving it.
+"""Jobs of several processes: joining a job, agreeing within it, and leaving it.
 
-The environment says that there is one: JAX's own detection (SLURM, Open MPI, TPU pods, Kubernetes),
-or JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID. Process 0 coordinates: it
-alone writes logs and claims folders, and what the others must know they ask it for. In a process
-that is alone each function here does the obvious and costs nothing.
+The environment describes the job: through JAX's own detection (SLURM, Open MPI, TPU pods,
+Kubernetes), or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Process 0 is the
+coordinator: it alone writes logs and claims folders, and the others ask it for shared values. In a
+single process every function here is trivial and free.
 """
 
 import ctypes
@@ -26,86 +26,85 @@ from jax.errors import JaxRuntimeError
 
 from gptjax.errors import ConfigError, MismatchError, PeerError
 
-_PATIENCE_MS = 7 * 24 * 3600 * 1000  # for what process 0 does first; a watch ends it if it is lost
-_MEETING_S = 1800  # that a job waits for its last process to come
-_SHUTDOWN_S = 300  # and the first to end for the last
-_LEAVING_S = 30  # within which who has a verdict has ended; JAX's own end, an abort, comes after it
-_FOR_EVER_S = 10**6
+_WAIT_MS = 7 * 24 * 3600 * 1000  # timeout of waiting for process 0; the watchdog ends it earlier
+_JOIN_S = 1800  # timeout of waiting for all processes to join
+_SHUTDOWN_S = 300  # timeout of waiting for all processes to end
+_LEAVE_S = 30  # time to end with a verdict, before JAX aborts the process
+_NO_LIMIT_S = 10**6
 
-_uses = itertools.count()
+_uses = itertools.count()  # numbers barriers and keys, in the same order in every process
 
 
 def join(lost: int, say: Callable[[str], None] = lambda line: None) -> None:
-    """Joins the job that the environment describes, if it describes one.
+    """Joins the job that the environment describes, if there is one.
 
-    `lost` is after how many seconds of silence a process counts as lost, 0 for never. JAX's own
-    limit is well above that: it ends a process without a word of whose fault it was, so it comes
-    second.
+    A process without a heartbeat for `lost` seconds is dead (0: never). JAX's own limit is set well
+    above that, because JAX ends a process without saying which one is at fault.
 
-    Raises ConfigError where the environment says only half, PeerError where they do not meet.
+    Raises ConfigError for an incomplete environment, PeerError if processes do not join in time.
     """
     given = {name: os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
     try:
         count, own = (None if value is None else int(value) for value in given.values())
     except ValueError:
-        raise ConfigError([f"{given}: must be numbers"]) from None
+        raise ConfigError([f"{given}: must be integers"]) from None
     address = os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     if not address and (count is not None or own is not None):
-        raise ConfigError(["JAX_NUM_PROCESSES, JAX_PROCESS_ID: JAX_COORDINATOR_ADDRESS is missing"])
+        raise ConfigError(["JAX_NUM_PROCESSES, JAX_PROCESS_ID: JAX_COORDINATOR_ADDRESS is not set"])
     if address:
-        say(f"waiting for the other processes, which meet at {address}")
+        say(f"waiting for the other processes to join at {address}")
     host, _, port = address.rpartition(":")
     loopback = host in ("127.0.0.1", "localhost", "[::1]")
     _readers.seconds = min(_readers.seconds, lost or _readers.seconds)
     if address:
-        _tell_of_an_abort()
+        _explain_abort()
     try:
         jax.distributed.initialize(
             num_processes=count,
             process_id=own,
-            # Where the meeting place is this machine only, nobody else is to come near it.
+            # A coordinator on loopback must not be reachable from other machines.
             coordinator_bind_address=f"{host}:{port}" if loopback else None,
-            initialization_timeout=_MEETING_S,
-            heartbeat_timeout_seconds=3 * lost + _LEAVING_S if lost else _FOR_EVER_S,
+            initialization_timeout=_JOIN_S,
+            heartbeat_timeout_seconds=3 * lost + _LEAVE_S if lost else _NO_LIMIT_S,
             shutdown_timeout_seconds=_SHUTDOWN_S,
         )
     except JaxRuntimeError as error:
-        raise PeerError(f"the processes did not meet at {address}: {error}") from None
+        raise PeerError(f"the processes did not all join at {address}: {error}") from None
     except (ValueError, RuntimeError) as error:
-        # A process alone; or one whose devices are in use already, as in a notebook.
+        # A single process, or one that has already used its devices, as in a notebook.
         if address or not ("coordinator_address" in str(error) or "before any" in str(error)):
-            raise ConfigError([f"the environment describes half a job: {error}"]) from None
+            raise ConfigError([f"the environment describes an incomplete job: {error}"]) from None
     else:
-        _tell_of_an_abort()
+        _explain_abort()
 
 
 def client() -> Any:
-    """The coordination service's key-value store; JAX has no public name for it."""
+    """The client of JAX's coordination service, a key-value store without a public name in JAX."""
     return service.global_state.client
 
 
 def index() -> int:
-    """Number of this process; asks no device, so it can be had before there is one."""
+    """Number of this process; available before any device is initialised."""
     return service.global_state.process_id
 
 
 def count() -> int:
-    """Processes of the job."""
+    """Number of processes of the job."""
     return service.global_state.num_processes or 1
 
 
 def several() -> bool:
-    """Whether there are other processes."""
+    """Whether the job has more than one process."""
     return count() > 1
 
 
 def first() -> bool:
-    """Whether this is process 0, which speaks for the job."""
+    """Whether this is process 0, which writes logs and claims folders for the job."""
     return index() == 0
 
 
 def name() -> str:
-    """This process, for a person: its number, its host and its id there."""
+    """Name of this process in messages: its number, process id and host."""
     return f"process {index()} ({os.getpid()} on {socket.gethostname()})"
 
 
@@ -113,24 +112,24 @@ def name() -> str:
 
 
 def barrier() -> None:
-    """Waits until every process is here."""
+    """Waits until every process has reached this call."""
     if several():
-        client().wait_at_barrier(f"gptjax/barrier/{next(_uses)}", _PATIENCE_MS)
+        client().wait_at_barrier(f"gptjax/barrier/{next(_uses)}", _WAIT_MS)
 
 
 def from_first(value: str) -> str:
-    """What process 0 has for `value`."""
+    """Broadcast: the `value` of process 0."""
     if not several():
         return value
     key = f"gptjax/first/{next(_uses)}"
     if first():
         client().key_value_set(key, value)
         return value
-    return client().blocking_key_value_get(key, _PATIENCE_MS)
+    return client().blocking_key_value_get(key, _WAIT_MS)
 
 
 def first_of(problem: str | None) -> str | None:
-    """The problem of the first process that has one, or None."""
+    """The problem of the lowest-numbered process that has one, or None."""
     if not several():
         return problem
     folder = f"gptjax/problems/{next(_uses)}/"
@@ -142,7 +141,7 @@ def first_of(problem: str | None) -> str | None:
 
 @contextmanager
 def first_before_others() -> Iterator[None]:
-    """Process 0 goes through the body before any other does."""
+    """Process 0 runs the body before any other process does."""
     if not first():
         barrier()
     yield
@@ -151,7 +150,7 @@ def first_before_others() -> Iterator[None]:
 
 
 def agree(facts: Mapping[str, str]) -> None:
-    """Raises MismatchError where this process has other facts than process 0, naming them."""
+    """Raises MismatchError with the facts that differ between this process and process 0."""
     theirs = json.loads(from_first(json.dumps(dict(facts))))
     differences = [
         f"{what}: {own} here, {theirs.get(what)} in process 0"
@@ -165,14 +164,14 @@ def agree(facts: Mapping[str, str]) -> None:
 
 # --- leaving -------------------------------------------------------------------------------------
 
-_VERDICT = "gptjax/verdict/"  # why the job ends, once it does
-_READ = "gptjax/read/"  # by whom that was read
-_leaving = threading.Lock()  # never given back
+_VERDICT = "gptjax/verdict/"  # the reason why the job ends
+_READ = "gptjax/read/"  # the processes that have read it
+_leaving = threading.Lock()  # never released
 
 
 @dataclass
 class _Readers:
-    """How long process 0 waits for the others to read: when it goes, JAX aborts them."""
+    """Time that process 0 waits for the others to read a verdict; JAX aborts them when it ends."""
 
     seconds: float = 8.0
 
@@ -181,10 +180,10 @@ _readers = _Readers()
 
 
 def leave(code: int, why: str) -> None:
-    """Ends this process of several at once, with an exit code; a sentence tells the others why.
+    """Posts the reason to the other processes and ends this one at once, with an exit code.
 
-    Leaving the interpreter as usual would wait for them, and they for this one. In a process that
-    is alone it does nothing. Of several threads that come here the first is the one that leaves.
+    A normal interpreter exit would wait for the others, and they for this one. Does nothing in a
+    single process. If several threads call it, the first one ends the process.
     """
     if not several():
         return
@@ -193,25 +192,25 @@ def leave(code: int, why: str) -> None:
         if verdict() is None:
             client().key_value_set(f"{_VERDICT}{index()}", why)
         client().key_value_set(f"{_READ}{index()}", "")
-        ends = time.monotonic() + _readers.seconds
-        while first() and time.monotonic() < ends:
+        deadline = time.monotonic() + _readers.seconds
+        while first() and time.monotonic() < deadline:
             if len(client().key_value_dir_get(_READ)) == count():
-                ends = min(ends, time.monotonic() + 1)  # in which the readers end
+                deadline = min(deadline, time.monotonic() + 1)  # the readers end within this
             time.sleep(0.1)
-    except Exception as error:  # there is nobody to tell
-        print(f"gptjax: the other processes were not told: {error}", file=sys.stderr)
+    except Exception as error:  # the coordinator cannot be reached
+        print(f"gptjax: could not notify the other processes: {error}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def verdict() -> str | None:
-    """Why the job ends, once a process has said so."""
+    """The reason why the job ends, once a process has posted one."""
     return next((why for _, why in client().key_value_dir_get(_VERDICT)), None)
 
 
-_ABORTED = b"""gptjax: JAX has ended this process, for the reason above. Where that is an error of
-the coordination service: process 0, which runs it, has died or cannot be reached; run the job again
+_ABORTED = b"""gptjax: JAX has aborted this process for the reason above. If that is an error of the
+coordination service, then process 0, which runs it, is dead or unreachable; run the job again
 """
 
 
@@ -220,6 +219,6 @@ def _on_abort(_: int) -> None:
     os.write(2, _ABORTED)
 
 
-def _tell_of_an_abort() -> None:
-    """Adds a sentence to JAX's abort, which is C's and passes Python's handlers by."""
+def _explain_abort() -> None:
+    """Adds a sentence to JAX's abort by a C signal handler, since Python's would not run."""
     ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)

@@ -1,4 +1,4 @@
-"""A lock on a folder: the kernel holds it for a process, and lets go however the process ends."""
+"""File locks on folders (flock): the kernel releases one however its process ends."""
 
 import fcntl
 import os
@@ -18,10 +18,10 @@ def held(
     waiting: Callable[[str], None] | None = None,
     patience: float = float("inf"),
 ) -> Iterator[None]:
-    """Holds the lock that a file stands for; the file says by whom.
+    """Holds the lock of a file while entered; the file contains the name of the process.
 
-    `name` is what errors call the folder. Where another process has it, `waiting` is told and the
-    lock awaited for `patience` seconds. Raises OutputError after them, or at once without
+    `name` is the folder's name in errors. If another process holds the lock, calls `waiting` with a
+    message and waits up to `patience` seconds. Raises OutputError after that, or at once without
     `waiting`; OSError if the file cannot be written.
     """
     with file.open("a+") as lock:

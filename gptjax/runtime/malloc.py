@@ -1,10 +1,9 @@
-"""glibc's malloc, told to keep the memory that XLA:CPU asks for anew at every step.
+"""Tuning of glibc's malloc to keep the memory that XLA:CPU allocates in every step.
 
-XLA:CPU allocates its temporaries each step; by default glibc gives the pages back and the kernel
-clears them again, hundreds of thousands of page faults a step. One arena, no mmap and no trimming
-keep them, and huge pages spare most look-ups of their addresses (LOG.md has the measurements). It
-works only before the first threads allocate, so the command line calls it before it imports
-anything large.
+XLA:CPU allocates its temporaries in each step; by default glibc returns their pages and the kernel
+zeroes them again, hundreds of thousands of page faults a step. One arena, no mmap and no trimming
+keep the pages, and huge pages avoid most TLB misses (LOG.md has the measurements). It only works
+before the first threads allocate, so the command line calls it before any large import.
 """
 
 import ctypes
@@ -17,7 +16,7 @@ _MADV_HUGEPAGE, _HUGE = 14, 2 << 20
 
 
 def keep_memory() -> bool:
-    """Tunes malloc on Linux with glibc where there is no accelerator; says whether it did."""
+    """Tunes malloc on Linux with glibc and without an accelerator; returns whether it did."""
     accelerators = any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/accel0", "/dev/vfio/0"))
     on_cpu = os.environ.get("JAX_PLATFORMS", "" if accelerators else "cpu") == "cpu"
     if platform.libc_ver()[0] != "glibc" or not on_cpu:
@@ -29,15 +28,16 @@ def keep_memory() -> bool:
         (_M_TRIM_THRESHOLD, -1),  # never
         (_M_TOP_PAD, 256 << 20),
     )
-    taken = [libc.mallopt(option, value) for option, value in settings]
-    _ask_for_huge_pages(libc, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
-    return all(taken)
+    accepted = [libc.mallopt(option, value) for option, value in settings]
+    _request_huge_pages(libc, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    return all(accepted)
 
 
-def _ask_for_huge_pages(libc: ctypes.CDLL, size: int) -> None:
-    """Lets the heap grow by `size` bytes of addresses, none of them touched, marked for huge pages.
+def _request_huge_pages(libc: ctypes.CDLL, size: int) -> None:
+    """Grows the heap by `size` bytes of untouched addresses that are marked for huge pages.
 
-    Freed at once, they are what malloc takes from next. Where the kernel refuses, nothing changes.
+    They are freed at once, so malloc allocates from them next. If the kernel refuses, nothing
+    changes.
     """
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]

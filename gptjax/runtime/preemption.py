@@ -1,11 +1,11 @@
-"""Being told to stop: SIGTERM from a scheduler, Ctrl-C from a person.
+"""Preemption: SIGTERM from a scheduler or Ctrl-C from a user saves and ends the run.
 
-The first signal asks the loop to save and end; a later one ends the process at once. Launchers
-often forward one signal twice, so what follows within a second counts as the same.
+The first signal asks the training loop to save and end; a second one ends the process at once.
+Launchers often forward one signal twice, so signals within a second of each other count as one.
 
-Of several processes all must end at the same step, whichever of them was told. There JAX's
-coordination service takes SIGTERM and makes them agree (see `PreemptionHandler.poll`), Ctrl-C counts as
-SIGTERM, and no phase is left halfway.
+Several processes must end at the same step, whichever of them was signalled. There JAX's
+coordination service handles SIGTERM and makes them agree on a step (see `PreemptionHandler.poll`),
+Ctrl-C counts as SIGTERM, and no phase is interrupted.
 """
 
 import os
@@ -17,24 +17,25 @@ from types import FrameType
 
 
 class Interrupted(Exception):
-    """Told to stop, in a phase that may be left at any point."""
+    """Raised by a signal within `PreemptionHandler.at_once`."""
 
 
 class PreemptionHandler:
-    """While it is entered, notes SIGTERM and SIGINT instead of dying of them.
+    """While entered, records SIGTERM and SIGINT in `signal` instead of ending the process.
 
-    `agreed(step)`, of several processes, says whether they have agreed to end at a step.
+    With several processes, `agreed(step)` says whether they have agreed to end at a step.
     """
 
     def __init__(self, agreed: Callable[[int], bool] | None = None) -> None:
         self.signal: signal.Signals | None = None
         self._agreed = agreed
-        self._noted = 0.0
+        self._received = 0.0
         self._raises = False
 
     def __enter__(self) -> "PreemptionHandler":
+        handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]]
         if self._agreed is None:
-            handlers = {signal.SIGTERM: self._note, signal.SIGINT: self._note}
+            handlers = {signal.SIGTERM: self._receive, signal.SIGINT: self._receive}
         else:
             handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
         self._before = {s: signal.signal(s, handler) for s, handler in handlers.items()}
@@ -45,13 +46,13 @@ class PreemptionHandler:
             signal.signal(number, handler)
 
     def poll(self, step: int) -> None:
-        """To be called after each step: notes what several processes have agreed upon."""
+        """Records SIGTERM if several processes have agreed to end at this step; call after each."""
         if self._agreed is not None and self._agreed(step):
             self.signal = signal.SIGTERM
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """In here a signal raises Interrupted, also one that was noted before."""
+        """Within this block a signal raises Interrupted, as does one that was recorded before."""
         self._raises = True
         try:
             if self.signal is not None:
@@ -60,11 +61,11 @@ class PreemptionHandler:
         finally:
             self._raises = False
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _receive(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None:
-            if time.monotonic() - self._noted > 1:
+            if time.monotonic() - self._received > 1:
                 os._exit(128 + number)
             return
-        self.signal, self._noted = signal.Signals(number), time.monotonic()
+        self.signal, self._received = signal.Signals(number), time.monotonic()
         if self._raises:
             raise Interrupted

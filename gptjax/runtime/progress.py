@@ -1,4 +1,4 @@
-"""Progress on the terminal: a bar for every long phase, and lines between."""
+"""Progress on the terminal: a bar for each long phase, and log lines."""
 
 import sys
 import time
@@ -9,13 +9,13 @@ from tqdm import tqdm
 
 
 class Bar:
-    """A bar over `total` units."""
+    """The progress bar of one phase."""
 
     def __init__(self, bar: tqdm) -> None:
         self._bar = bar
 
     def update(self, done: int, total: int | None = None, **values: float) -> None:
-        """Moves to `done`, showing values such as loss and tokens_per_second beside it."""
+        """Moves the bar to `done` units and shows values such as loss beside it."""
         shown = {
             name.replace("tokens_per_second", "tok/s"): _short(v) for name, v in values.items()
         }
@@ -30,7 +30,7 @@ def _short(value: float) -> str:
 
 
 class Progress:
-    """Where bars and lines go: standard error of one process, nothing elsewhere."""
+    """Writes bars and lines to standard error; with shown=False (other processes) to nowhere."""
 
     def __init__(self, shown: bool = True) -> None:
         self._shown = shown
@@ -38,7 +38,7 @@ class Progress:
 
     @contextmanager
     def bar(self, name: str, total: int | None, done: int = 0, unit: str = "step") -> Iterator[Bar]:
-        """A bar for a phase; it shows rate and time left. Ends its line when left."""
+        """A bar for a phase, with rate and remaining time; its line ends at exit."""
         with tqdm(
             total=total,
             initial=done,
@@ -52,6 +52,6 @@ class Progress:
             yield Bar(bar)
 
     def say(self, line: str) -> None:
-        """A line, with the seconds since the start."""
+        """Prints a line, after the seconds since the start."""
         if self._shown:
             tqdm.write(f"[{time.monotonic() - self._began:6.1f} s] {line}", file=sys.stderr)

@@ -1,10 +1,10 @@
-"""The watch: a job in which a process dies or hangs ends, and says which and where.
+"""The hang watchdog: ends a job in which a process died or hangs, and says which one and where.
 
-Each process posts where it is (stage, step, for how long, and its stack) to the coordination
-service, and process 0 reads them all. What is silent for `watch.lost` seconds is lost. Of the
-others, the one furthest behind is what they wait for, and it is late when it stays in its stage
-beyond that stage's limit. Process 0 then posts a verdict, everyone prints it, and the job ends with
-LOST for a scheduler to start it again. A process alone watches itself.
+Each process posts heartbeats (its stage and step, for how long, and its stack) to the coordination
+service, and process 0 reads them all. A process without a heartbeat for `watch.lost` seconds is
+dead. Of the others, the one furthest behind is the one that all wait for, and it hangs when it is
+past the deadline of its stage. Process 0 then posts a verdict, every process prints it, and the job
+ends with EXIT_CODE, so that a scheduler starts it again. A single process watches itself.
 """
 
 import json
@@ -22,43 +22,43 @@ from gptjax.config import WatchConfig
 from gptjax.errors import PeerError
 from gptjax.runtime import distributed
 
-LOST = PeerError.exit_code
-STAGES = ("prepare", "restore", "compile", "data", "step", "save", "eval")  # a run, in order
-_BEAT = "gptjax/beat/"
-_FRAMES = 8  # innermost frames of the main thread that are posted
+EXIT_CODE = PeerError.exit_code
+STAGES = ("prepare", "restore", "compile", "data", "step", "save", "eval")  # in a run's order
+_HEARTBEATS = "gptjax/heartbeat/"
+_FRAMES = 8  # innermost frames of the main thread that a heartbeat carries
 
 
 @dataclass(frozen=True)
-class Beat:
-    """Where a process was, `seconds` after it came there; `count` grows with every beat."""
+class Heartbeat:
+    """A process's stage and step, and its seconds in that stage; `count` grows by one each time."""
 
     count: int
     stage: str
     step: int
     seconds: float
-    who: str
+    process: str
     stack: str
 
-    def place(self) -> tuple[int, int]:
-        """How far it had come, to compare."""
+    def position(self) -> tuple[int, int]:
+        """How far the process has come, for comparison."""
         return self.step, STAGES.index(self.stage)
 
 
-def judge(
-    beats: Mapping[int, Beat], silent: Mapping[int, float], cfg: WatchConfig
+def find_fault(
+    heartbeats: Mapping[int, Heartbeat], silence: Mapping[int, float], cfg: WatchConfig
 ) -> tuple[int, str] | None:
-    """The process at fault and a sentence about it, or None while all is well.
+    """The dead or hung process and a sentence about it; None while there is none.
 
-    `silent` is for how many seconds nothing new was heard of each process.
+    `heartbeats` has the last one of each process, `silence` the seconds since it came.
     """
-    if lost := [i for i, seconds in silent.items() if cfg.lost and seconds > cfg.lost]:
-        worst = max(lost, key=lambda i: silent[i])
-        beat = beats[worst]
+    if dead := [i for i, seconds in silence.items() if cfg.lost and seconds > cfg.lost]:
+        worst = max(dead, key=lambda i: silence[i])
+        last = heartbeats[worst]
         return worst, (
-            f"{beat.who} has not been heard of for {silent[worst]:.0f} s (watch.lost={cfg.lost}); "
-            f"it was in stage {beat.stage} of step {beat.step}"
+            f"{last.process} is dead: no heartbeat for {silence[worst]:.0f} s (limit watch.lost="
+            f"{cfg.lost}); it was in stage {last.stage} of step {last.step}"
         )
-    limits = {
+    deadlines = {
         "prepare": 0,
         "restore": cfg.restore,
         "compile": cfg.compile,
@@ -67,127 +67,129 @@ def judge(
         "save": cfg.save,
         "eval": cfg.eval,
     }
-    ages = {i: beat.seconds + silent[i] for i, beat in beats.items()}
-    worst = min(beats, key=lambda i: (beats[i].place(), -ages[i]))
-    beat = beats[worst]
-    if not 0 < limits[beat.stage] < ages[worst]:
+    seconds = {i: last.seconds + silence[i] for i, last in heartbeats.items()}
+    worst = min(heartbeats, key=lambda i: (heartbeats[i].position(), -seconds[i]))
+    last = heartbeats[worst]
+    if not 0 < deadlines[last.stage] < seconds[worst]:
         return None
     return worst, (
-        f"{beat.who} is late: in stage {beat.stage} of step {beat.step} for {ages[worst]:.0f} s "
-        f"(watch.{beat.stage}={limits[beat.stage]}; raise it if this is only slow)"
+        f"{last.process} hung: in stage {last.stage} of step {last.step} for "
+        f"{seconds[worst]:.0f} s (limit watch.{last.stage}={deadlines[last.stage]}; raise it if "
+        "this is only slow)"
     )
 
 
 class Watchdog:
-    """While it is entered, watches this process, and with process 0 the whole job."""
+    """While entered, watches this process; in process 0 it watches the whole job."""
 
     def __init__(self, cfg: WatchConfig) -> None:
         self._cfg = cfg
         self._interval = min(5.0, (cfg.lost or 30) / 6)
-        self._place = "restore", 0, time.monotonic()
+        self._stage = "restore", 0, time.monotonic()  # stage, step, and when it began
         self._count = 0
-        self._heard: dict[int, tuple[Beat, float]] = {}  # each process's last, and when it was new
-        self._answered = time.monotonic()  # when the coordinator last did
+        self._last: dict[int, tuple[Heartbeat, float]] = {}  # by process, with its arrival
+        self._answered = time.monotonic()  # when the coordination service last answered
         self._stopping = threading.Event()
 
     def __enter__(self) -> "Watchdog":
         now = self._answered = time.monotonic()
         for i in range(distributed.count()):
-            self._heard[i] = Beat(0, "restore", 0, 0.0, f"process {i}", ""), now
-        threading.Thread(target=self._run, name="watch", daemon=True).start()
-        if distributed.several():  # apart: a call to a coordinator that is stopped never returns
-            threading.Thread(target=self._talk, name="watch-talk", daemon=True).start()
+            self._last[i] = Heartbeat(0, "restore", 0, 0.0, f"process {i}", ""), now
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        if distributed.several():  # its own thread: a call to a stopped coordinator never returns
+            threading.Thread(target=self._exchange, name="heartbeat", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, _: object) -> None:
-        """Where a computation over several processes failed, waits for who was lost to show."""
+        """After a failed computation of several processes, waits for the verdict on the cause."""
         if kind is not None and issubclass(kind, JaxRuntimeError) and distributed.several():
             print(f"gptjax: {error}", file=sys.stderr)
-            ends = time.monotonic() + self._cfg.lost + 2 * self._interval
-            while time.monotonic() < ends and distributed.verdict() is None:
+            deadline = time.monotonic() + self._cfg.lost + 2 * self._interval
+            while time.monotonic() < deadline and distributed.verdict() is None:
                 time.sleep(0.2)
             if verdict := distributed.verdict():
                 _end(verdict)
         self._stopping.set()
 
     def at(self, stage: str, step: int) -> None:
-        """This process is now in a stage (of STAGES) of a step, counted from 1."""
-        self._place = stage, step, time.monotonic()
+        """Notes that this process enters a stage (of STAGES) of a step, counted from 1."""
+        self._stage = stage, step, time.monotonic()
 
-    def _beat(self) -> Beat:
-        stage, step, since = self._place
+    def _heartbeat(self) -> Heartbeat:
+        stage, step, since = self._stage
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         stack = "".join(traceback.format_stack(frame)[-_FRAMES:]) if frame else ""
         self._count += 1
         seconds = time.monotonic() - since
-        return Beat(self._count, stage, step, seconds, distributed.name(), stack)
+        return Heartbeat(self._count, stage, step, seconds, distributed.name(), stack)
 
-    # --- talking to the others ---
+    # --- heartbeats ---
 
-    def _talk(self) -> None:
-        """Posts this process's beats; process 0 hears everyone's, the others its verdict."""
-        store, own = distributed.client(), f"{_BEAT}{distributed.index()}"
+    def _exchange(self) -> None:
+        """Posts this process's heartbeats; process 0 reads everyone's, the others its verdict."""
+        store, own = distributed.client(), f"{_HEARTBEATS}{distributed.index()}"
         while not self._stopping.wait(self._interval):
             try:
-                store.key_value_set(own, json.dumps(asdict(self._beat())), allow_overwrite=True)
+                posted = json.dumps(asdict(self._heartbeat()))
+                store.key_value_set(own, posted, allow_overwrite=True)
                 if distributed.first():
-                    for key, posted in store.key_value_dir_get(_BEAT):
-                        self._hear(int(key.rpartition("/")[2]), Beat(**json.loads(posted)))
+                    for key, value in store.key_value_dir_get(_HEARTBEATS):
+                        self._receive(int(key.rpartition("/")[2]), Heartbeat(**json.loads(value)))
                 self._answered = time.monotonic()
                 if verdict := distributed.verdict():
                     _end(verdict)
-            except Exception as error:  # of many kinds; what lasts shows in the silence
+            except Exception as error:  # of many types; if it lasts, heartbeats stop
                 print(f"gptjax: the coordination service did not answer: {error}", file=sys.stderr)
 
-    def _hear(self, i: int, beat: Beat) -> None:
-        if self._heard[i][0].count != beat.count:
-            self._heard[i] = beat, time.monotonic()
+    def _receive(self, i: int, heartbeat: Heartbeat) -> None:
+        if self._last[i][0].count != heartbeat.count:
+            self._last[i] = heartbeat, time.monotonic()
 
-    # --- judging ---
+    # --- faults ---
 
-    def _run(self) -> None:
-        began = time.monotonic()
+    def _watch(self) -> None:
+        before = time.monotonic()
         while not self._stopping.wait(self._interval):
             now = time.monotonic()
-            self._forgive(now - began - self._interval)
-            began = now
+            self._discount(now - before - self._interval)
+            before = now
             if not distributed.first():
                 unanswered = now - self._answered
                 if 0 < self._cfg.lost < unanswered:
-                    _tell(
-                        f"process 0, which coordinates, has not answered for {unanswered:.0f} s "
-                        f"(watch.lost={self._cfg.lost})"
+                    _print(
+                        f"process 0 (the coordinator) is dead: no answer for {unanswered:.0f} s "
+                        f"(limit watch.lost={self._cfg.lost})"
                     )
-                    os._exit(LOST)
+                    os._exit(EXIT_CODE)
                 continue
             if not distributed.several():
-                self._hear(0, self._beat())
-            beats = {i: beat for i, (beat, _) in self._heard.items()}
-            silent = {i: now - when for i, (_, when) in self._heard.items()}
-            if fault := judge(beats, silent, self._cfg):
-                who, sentence = fault
-                _end(f"{sentence}\n{beats[who].stack}".rstrip())
+                self._receive(0, self._heartbeat())
+            heartbeats = {i: heartbeat for i, (heartbeat, _) in self._last.items()}
+            silence = {i: now - arrival for i, (_, arrival) in self._last.items()}
+            if fault := find_fault(heartbeats, silence, self._cfg):
+                i, sentence = fault
+                _end(f"{sentence}\n{heartbeats[i].stack}".rstrip())
 
-    def _forgive(self, overslept: float) -> None:
-        """Takes no account of time in which this process was itself stopped."""
-        if overslept > self._interval:
-            stage, step, since = self._place
-            self._place = stage, step, since + overslept
-            self._answered += overslept
-            self._heard = {i: (beat, when + overslept) for i, (beat, when) in self._heard.items()}
-
-
-_ending = threading.Lock()  # never given back: of several threads one tells, and ends them all
+    def _discount(self, stopped: float) -> None:
+        """Leaves out of all durations the seconds in which this process itself was stopped."""
+        if stopped > self._interval:
+            stage, step, since = self._stage
+            self._stage = stage, step, since + stopped
+            self._answered += stopped
+            self._last = {i: (beat, arrival + stopped) for i, (beat, arrival) in self._last.items()}
 
 
-def _tell(verdict: str) -> None:
+_ending = threading.Lock()  # never released: the first thread prints and ends the process
+
+
+def _print(verdict: str) -> None:
     _ending.acquire()
     print(f"gptjax: {verdict}\ngptjax: ending; run the same command again", file=sys.stderr)
     sys.stderr.flush()
 
 
 def _end(verdict: str) -> None:
-    """Tells the verdict here and to the others, and ends this process."""
-    _tell(verdict)
-    distributed.leave(LOST, verdict)
-    os._exit(LOST)
+    """Prints the verdict, posts it to the other processes, and ends this process."""
+    _print(verdict)
+    distributed.leave(EXIT_CODE, verdict)
+    os._exit(EXIT_CODE)

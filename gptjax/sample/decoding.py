@@ -108,9 +108,7 @@ def prefill(
 ) -> Caches:
     """The caches with a chunk's tokens [b, T] in them, at its positions; below zero is no token."""
     tokens_bT, positions_bT = chunk
-    return decoder.apply(
-        params, model, compute, tokens_bT, positions_BT=positions_bT, caches=caches
-    ).caches
+    return decoder.decode(params, model, compute, tokens_bT, positions_bT, caches)[1]
 
 
 @functools.partial(jax.jit, donate_argnums=(0,))
@@ -186,13 +184,13 @@ def next_logits(
 
     Ids from `vocab_size` on are NEVER: a table may have more rows than the tokenizer has pieces.
     """
-    out = decoder.apply(
-        params, model, compute, token_B[:, None], positions_BT=position_B[:, None], caches=caches
+    x_BD, caches = decoder.decode(
+        params, model, compute, token_B[:, None], position_B[:, None], caches
     )
-    logits_BV = decoder.logits(params, model, out.x_ND)
+    logits_BV = decoder.logits(params, model, x_BD)
     logits_BV = jax.sharding.reshard(logits_BV, sharding.spec("batch", None))
     logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < vocab_size, logits_BV, NEVER)
-    return logits_BV, out.caches
+    return logits_BV, caches
 
 
 @functools.partial(jax.jit, static_argnums=(6, 7, 8), donate_argnums=(1, 2))

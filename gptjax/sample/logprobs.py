@@ -36,18 +36,18 @@ def score(
     b, t = tokens_BT.shape
     x_ND = decoder.apply(params, model, compute, tokens_BT).x_ND
     held_ND = jax.sharding.reshard(x_ND, sharding.spec("tokens", "embed"))
-    x_BTD = sequence.natural(sequence.sequences(held_ND, b, (x_ND.shape[-1],), ("embed",)))
+    x_BTD = sequence.gather_natural(sequence.unflatten(held_ND, b, (x_ND.shape[-1],), ("embed",)))
     whole = lambda x: jax.sharding.reshard(x, jax.P(*[None] * x.ndim))
     parts = []
     width = max(1, SLICE // b)
     for start in range(0, t - 1, width):
         stop = min(start + width, t - 1)
         n = b * (stop - start)
-        x_nD = sequence.to_rows(x_BTD[:, start:stop], "batch")
+        x_nD = sequence.flatten(x_BTD[:, start:stop], "batch")
         scores_nV = decoder.logits(params, model, x_nD)
         scores_nV = jax.sharding.reshard(scores_nV, sharding.spec("batch", None))
         scores_nV = jnp.where(jnp.arange(scores_nV.shape[-1]) < vocab_size, scores_nV, NEVER)
-        next_n = sequence.to_rows(tokens_BT[:, start + 1 : stop + 1], "batch")
+        next_n = sequence.flatten(tokens_BT[:, start + 1 : stop + 1], "batch")
         logprobs_nV = jax.nn.log_softmax(scores_nV, -1)
         at_nV = jnp.arange(scores_nV.shape[-1]) == next_n[:, None]
         own_n = jnp.where(at_nV, logprobs_nV, 0).sum(-1)

@@ -104,12 +104,12 @@ def _open_and_serve(
 ) -> None:
     import uvicorn
 
-    from gptjax import load
+    from gptjax import load_model
     from gptjax.serve.api import Served, make_app
     from gptjax.serve.metrics import Metrics
     from gptjax.serve.worker import Worker
 
-    with load.load_model(path, dtype=options.dtype, say=say) as model:
+    with load_model.load_model(path, dtype=options.dtype, say=say) as model:
         context = model.cfg.model.context
         capacity = options.max_tokens_limit or min(context, CAPACITY)
         if capacity > context:

@@ -1,8 +1,8 @@
-"""Tokenizers behind one interface: raw bytes, SentencePiece models and Hugging Face files.
+"""Tokenizers behind one interface: raw bytes, SentencePiece and Hugging Face.
 
-The last two are loaded or trained here. A tokenizer is a few files with a fingerprint. They are
-copied into the token store and into the run folder, and whoever uses either checks the fingerprint,
-so text is never read with another vocabulary.
+The last two are loaded or trained. A tokenizer is a few files with a fingerprint. They are copied
+into the token store and the run folder, and the fingerprint is checked at each use, so text is
+never encoded with a different vocabulary.
 """
 
 from collections.abc import Iterable
@@ -31,14 +31,14 @@ __all__ = [
 
 
 def load(folder: Any) -> Tokenizer:
-    """The tokenizer whose files a folder, a pathlib or epath Path, holds. Raises DataError."""
+    """The tokenizer whose files are in a folder (a pathlib or epath Path). Raises DataError."""
     for kind, name in FILES.items():
         if (folder / name).exists():
             try:
                 return _read(kind, folder / name)
             except DataError as error:
                 raise DataError(f"{folder}: {error}") from None
-    raise DataError(f"{folder}: holds no tokenizer ({' or '.join(FILES.values())})")
+    raise DataError(f"{folder}: no tokenizer found; needs {' or '.join(FILES.values())}")
 
 
 def _read(kind: str, file: Any) -> Tokenizer:
@@ -48,7 +48,7 @@ def _read(kind: str, file: Any) -> Tokenizer:
 
 
 def make(cfg: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
-    """The configured tokenizer: loaded from `cfg.path`, or trained on texts. Raises DataError."""
+    """The configured tokenizer, loaded from `cfg.path` or trained on texts. Raises DataError."""
     if cfg.kind == "bytes":
         return ByteTokenizer()
     if not cfg.path:
@@ -58,7 +58,7 @@ def make(cfg: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
         path /= FILES[cfg.kind]
     if not path.is_file():
         raise DataError(
-            f"tokenizer.path={cfg.path}: no such file, nor a folder with {FILES[cfg.kind]}"
+            f"tokenizer.path={cfg.path}: no such file, and no folder with {FILES[cfg.kind]}"
         )
     try:
         return _read(cfg.kind, path)
@@ -67,7 +67,7 @@ def make(cfg: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
 
 
 def train(texts: Iterable[str], cfg: TokenizerConfig) -> Tokenizer:
-    """Trains the configured kind and algorithm. Raises DataError as the kinds do."""
+    """A tokenizer of the configured kind and algorithm, trained on texts. Raises DataError."""
     if cfg.kind == "huggingface":
         return train_huggingface(texts, cfg)
     return train_sentencepiece(texts, cfg)

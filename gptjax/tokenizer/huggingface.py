@@ -1,4 +1,4 @@
-"""Hugging Face's tokenizer.json: read with the special tokens declared beside it, and trained."""
+"""Hugging Face tokenizers: tokenizer.json with the special tokens declared beside it; training."""
 
 import json
 from collections import Counter
@@ -12,26 +12,26 @@ from gptjax.config import TokenizerConfig
 from gptjax.errors import DataError
 from gptjax.tokenizer.interface import FILES, Tokenizer, slices, valid_text
 
-_PIECE = 1 << 17  # characters that the `tokenizers` library gets at once, if it may be
+_CHUNK = 1 << 17  # characters that the `tokenizers` library encodes at once, where that is exact
 
 
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json` of the `tokenizers` library, with the special tokens declared beside it.
 
-    EOS and BOS are the first that tokenizer_config.json, special_tokens_map.json (by name) and
-    generation_config.json, config.json (by id, perhaps several) declare, in this order; every EOS
-    of theirs is a stop id.
+    EOS and BOS are the first ones declared by tokenizer_config.json, special_tokens_map.json (by
+    name), generation_config.json and config.json (by id, maybe several), in this order; every
+    declared EOS is a stop id.
 
-    Text of a document that reads like a special token stays text, so no document can end another's
-    context. A prompt is what `transformers` makes of it: there such text does become the token.
+    Special tokens spelled out in a document stay plain text, so that no document can end itself. In
+    a prompt they become tokens, as in `transformers`.
     """
 
     kind = "huggingface"
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
-        """From the contents of tokenizer.json and of the files beside it, by name.
+        """Loads the contents of tokenizer.json and of the files beside it, given by name.
 
-        Raises DataError where they are damaged, declare no EOS, or declare one that is no token.
+        Raises DataError if they are damaged, or declare no EOS or one outside the vocabulary.
         """
         self._files = dict(files)
         self._declared = {
@@ -47,27 +47,27 @@ class HuggingFaceTokenizer(Tokenizer):
         self._stop_ids = self._token_ids(library, "eos")
         if not self._stop_ids:
             raise DataError(
-                "no end-of-sequence token is declared, which ends documents; name one as eos_token "
-                "in tokenizer_config.json beside tokenizer.json"
+                "no end-of-sequence token is declared, which must end documents; set eos_token in "
+                "tokenizer_config.json beside tokenizer.json"
             )
         self.eos_id = self._stop_ids[0]
-        self._documents = _blind_to_special(library)
+        self._documents = _without_special_parsing(library)
         self._splits_lines = _splits_lines(library)
         if self.eos_id in self.encode(library.id_to_token(self.eos_id)):
             raise DataError(
-                f"the text {library.id_to_token(self.eos_id)!r} in a document would end it; give "
-                "the end-of-sequence token a name that its pre-tokenizer splits"
+                f"the text {library.id_to_token(self.eos_id)!r} in a document would end it; rename "
+                "the end-of-sequence token to text that the pre-tokenizer splits"
             )
 
     def _library(self) -> Any:
-        """A fresh `tokenizers.Tokenizer`, to which every declared token is a special one."""
+        """A new `tokenizers.Tokenizer` in which every declared token is special."""
         from tokenizers import AddedToken, Tokenizer
 
         name = FILES[self.kind]
         try:
             library = Tokenizer.from_buffer(self._files.get(name, b""))
         except ValueError as error:
-            raise DataError(f"{name} is damaged, or of another version: {error}") from None
+            raise DataError(f"{name} is damaged, or of an unknown version: {error}") from None
         library.no_truncation()
         library.no_padding()
         added = {token.content: token for token in library.get_added_tokens_decoder().values()}
@@ -80,15 +80,16 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def _prompts(self) -> Any:
+        """The library object that parses special tokens, loaded when first used."""
         return self._library()
 
     def _token_ids(self, library: Any, which: str) -> tuple[int, ...]:
-        """The declared ids of "bos" or "eos", each once, the most specific declaration first."""
+        """The declared ids of "bos" or "eos" without repetition, in the order of the files."""
         found: list[Any] = []
         if content := self._declared.get(f"{which}_token"):
             found.append(library.token_to_id(content))
             if found[0] is None:
-                raise DataError(f"{which}_token={content!r} is declared and not in the vocabulary")
+                raise DataError(f"{which}_token={content!r}: declared, but not in the vocabulary")
         for name in _ID_FILES:
             ids = _parsed(self._files, name).get(key := f"{which}_token_id")
             ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
@@ -105,14 +106,15 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._encode_plain(valid_text(text))
 
     def _encode_plain(self, text: str) -> list[int]:
-        # encode_batch_fast alone leaves out the offsets, which take half of the time.
+        # Only encode_batch_fast skips the offsets, which take half of the time.
         return self._documents.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def _encode_long(self, text: str) -> np.ndarray:
-        # The library takes 150 bytes of memory for each one of a text.
-        text, parts, start = valid_text(text), [], 0
+        # In parts, because the library needs 150 bytes of memory for each byte of text.
+        text, start = valid_text(text), 0
+        parts: list[np.ndarray] = []
         while start < len(text) or not parts:
-            end = _line_end(text, start + _PIECE) if self._splits_lines else len(text)
+            end = _line_end(text, start + _CHUNK) if self._splits_lines else len(text)
             parts.append(np.array(self._encode_plain(text[start:end]), np.uint32))
             start = end
         return np.concatenate(parts)
@@ -125,22 +127,21 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._prompts.id_to_token(token) or ""
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt as `transformers` 5 gives them, special tokens and all.
+        """Token ids of a prompt as in `transformers` 5, with special tokens parsed and added.
 
-        The template is that of tokenizer.json, beside which add_bos_token means nothing to it.
+        The post-processor of tokenizer.json decides what is added; add_bos_token is ignored, as
+        there.
         """
         ids = self._prompts.encode(valid_text(text)).ids
         return ids or [self.eos_id if self.bos_id is None else self.bos_id]
 
     def markup(self, text: str) -> list[int]:
-        """Token ids of text in which special tokens are spelled out, and none are added."""
+        """Token ids of text with spelled-out special tokens parsed, and none added."""
         return self._prompts.encode(valid_text(text), add_special_tokens=False).ids
 
     @property
     def chat_template(self) -> str | None:
-        """The template for conversations, from a file of its own or tokenizer_config.json; of
-        several there the default.
-        """
+        """The chat template: chat_template.jinja, or the (default) one of tokenizer_config.json."""
         if _TEMPLATE in self._files:
             return self._files[_TEMPLATE].decode()
         given = _parsed(self._files, "tokenizer_config.json").get("chat_template")
@@ -151,7 +152,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @property
     def named_tokens(self) -> dict[str, str]:
-        """The special tokens by the names that they are declared under, such as bos_token."""
+        """Special tokens by the names of their declarations, such as bos_token."""
         return dict(self._declared)
 
     def serialized(self) -> bytes:
@@ -164,12 +165,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 _TEMPLATE = "chat_template.jinja"
-_TOKEN_IDS = "token_ids.json"  # those of a model's config.json; a run has its own file of that name
+_TOKEN_IDS = "token_ids.json"  # special token ids of config.json, which is another file in a run
 _ID_FILES = ("generation_config.json", _TOKEN_IDS)
 
 
 def read_files(file: Any) -> dict[str, bytes]:
-    """The contents of a tokenizer.json, whatever it is called, and of the files beside it."""
+    """Contents by name of a tokenizer.json (`file`, of any name) and of the files beside it."""
     found = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json", _TEMPLATE, *_ID_FILES):
         if (path := file.parent / name).exists():
@@ -183,18 +184,18 @@ def read_files(file: Any) -> dict[str, bytes]:
 
 
 def _parsed(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    """The object in a JSON file; an absent file has an empty one."""
+    """The JSON object of a file; an empty one for an absent file. Raises DataError."""
     try:
         value = json.loads(files.get(name, b"{}"))
     except ValueError as error:
-        raise DataError(f"{name} is no JSON: {error}") from None
+        raise DataError(f"{name}: invalid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise DataError(f"{name} is no JSON object")
+        raise DataError(f"{name}: not a JSON object")
     return value
 
 
 def _named(declared: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens that a file declares, as strings or as objects, by role."""
+    """The special tokens declared in a file, as strings or objects, by role."""
     found = dict(declared)
     for key in ("additional_special_tokens", "extra_special_tokens"):
         more = found.pop(key, None) or []
@@ -204,17 +205,17 @@ def _named(declared: Mapping[str, Any]) -> dict[str, str]:
     return {k: t for k, t in contents.items() if k.endswith("_token") and isinstance(t, str) and t}
 
 
-def _blind_to_special(library: Any) -> Any:
-    """The same tokenizer, to which text that reads like a special token is text."""
+def _without_special_parsing(library: Any) -> Any:
+    """The same tokenizer, changed to encode spelled-out special tokens as plain text."""
     from tokenizers import Tokenizer, models
 
     if isinstance(library.model, models.Unigram):
-        # Its special tokens are pieces as well, which text would match; an empty one matches none.
+        # Its vocabulary has the special tokens too, which would match text; empty ones match none.
         changed = json.loads(library.to_str())
-        pieces, added = changed["model"]["vocab"], changed["added_tokens"]
-        own = [token for token in added if token["special"] and token["id"] < len(pieces)]
+        vocab, added = changed["model"]["vocab"], changed["added_tokens"]
+        own = [token for token in added if token["special"] and token["id"] < len(vocab)]
         for token in own:
-            pieces[token["id"]][0] = ""
+            vocab[token["id"]][0] = ""
         changed["added_tokens"] = [token for token in added if token not in own]
         library = Tokenizer.from_str(json.dumps(changed))
     library.encode_special_tokens = True
@@ -222,17 +223,17 @@ def _blind_to_special(library: Any) -> Any:
 
 
 def _line_end(text: str, start: int) -> int:
-    """The first place at or after `start` where a letter ends a line."""
+    """The first line end at or after `start` that follows a letter, or the length of the text."""
     while (end := text.find("\n", start)) > 0 and not text[end - 1].isalpha():
         start = end + 1
     return end if end > 0 else len(text)
 
 
 def _splits_lines(library: Any) -> bool:
-    """Whether a word and the line's end after it are split whatever is around them.
+    """Whether the pre-tokenizer always splits at a line end after a letter.
 
-    It is tried rather than proved. So it is with the patterns of GPT-2, Llama 3, Falcon and BERT;
-    not where text gets a prefix, nor where words of several lines are one piece of work.
+    Tested on examples, not proved. True of the patterns of GPT-2, Llama 3, Falcon and BERT; false
+    where the text gets a prefix, or where words of several lines are encoded together.
     """
     if library.pre_tokenizer is None:
         return False
@@ -249,17 +250,16 @@ def _splits_lines(library: Any) -> bool:
 def train_huggingface(texts: Iterable[str], cfg: TokenizerConfig) -> HuggingFaceTokenizer:
     """Trains byte-level BPE (Radford et al. 2019) or WordPiece (Devlin et al. 2019).
 
-    Byte-level BPE splits words as GPT-2 does and encodes any text without loss. WordPiece splits
-    and cleans text as BERT does, case kept, and so promises no round trip: runs of spaces are lost,
-    and an unknown character makes its word [UNK]. Raises DataError where the texts cannot fill the
-    vocabulary.
+    Byte-level BPE splits words like GPT-2 and is lossless. WordPiece splits and cleans text like
+    BERT (cased) and is not: runs of spaces are lost, and a word with an unknown character becomes
+    [UNK]. Raises DataError if the texts are too small for the vocabulary.
     """
     make = _byte_bpe if cfg.algorithm == "byte_bpe" else _wordpiece
     library, special = make(list(slices(texts)), cfg.vocab_size)
     if library.get_vocab_size() != cfg.vocab_size:
         raise DataError(
-            f"tokenizer.vocab_size={cfg.vocab_size}: the text makes {library.get_vocab_size()} "
-            "pieces; give more text or ask for fewer pieces"
+            f"tokenizer.vocab_size={cfg.vocab_size}: the text yields only "
+            f"{library.get_vocab_size()} pieces; give more text, or lower it"
         )
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
     return HuggingFaceTokenizer(
@@ -302,11 +302,15 @@ def _wordpiece(texts: list[str], vocab_size: int) -> tuple[Any, dict[str, str]]:
     for text in texts:
         counts.update(text)
     seen = (c for c in counts if library.normalizer.normalize_str(c).strip())
-    kept = sorted(seen, key=lambda c: (-counts[c], c))[: vocab_size // 8]  # they take x and ##x
-    options = {"initial_alphabet": kept, "limit_alphabet": len(kept), "show_progress": False}
+    kept = sorted(seen, key=lambda c: (-counts[c], c))[: vocab_size // 8]  # each as x and ##x
+    options: dict[str, Any] = {
+        "initial_alphabet": kept,
+        "limit_alphabet": len(kept),
+        "show_progress": False,
+    }
 
-    # The trainer numbers x and ##x in the order of a hash table, and among pairs that are as
-    # frequent it merges the one of lower numbers. Numbers given beforehand make it repeatable.
+    # The trainer numbers x and ##x in the order of a hash table, and of equally frequent pairs it
+    # merges the one with the lower numbers. Assigning the numbers first makes it reproducible.
     library.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=0, **options))
     first = [*special.values(), *sorted(library.get_vocab())]
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=first, **options)

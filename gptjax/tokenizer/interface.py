@@ -1,4 +1,4 @@
-"""What every tokenizer does, and the simplest one: raw bytes."""
+"""The tokenizer interface, and the byte tokenizer."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-FILES = {  # by kind, the one that tells it
+FILES = {  # the file that identifies each kind
     "huggingface": "tokenizer.json",
     "sentencepiece": "tokenizer.model",
     "bytes": "tokenizer.bytes",
@@ -17,11 +17,10 @@ FILES = {  # by kind, the one that tells it
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back.
+    """Converts text to token ids and back.
 
-    Attributes: `vocab_size`, above every id; `eos_id`, which ends every document; `bos_id`, which
-    begins a prompt where the tokenizer has one; `stop_ids`, each of which ends a continuation,
-    `eos_id` first.
+    Attributes: `vocab_size`, greater than every id; `eos_id`, which ends every document; `bos_id`,
+    which begins a prompt, or None; `stop_ids`, each of which ends a generated text, `eos_id` first.
     """
 
     kind: str
@@ -35,49 +34,49 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Token ids of a document's text: no special token is added, and none is read from it."""
+        """Token ids of a document's text; no special token is added, and none is parsed."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; special tokens have none, invalid UTF-8 becomes U+FFFD."""
+        """Text of token ids, without special tokens; invalid UTF-8 becomes U+FFFD."""
 
     @abstractmethod
     def piece(self, token: int) -> str:
-        """How the vocabulary spells a token, for people to read."""
+        """The vocabulary entry of a token, for display."""
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt, by the tokenizer's own convention; never empty.
+        """Token ids of a prompt, by the tokenizer's convention; never empty.
 
-        Here it begins as a document does: after a BOS, or after the EOS of the document before.
+        By default it begins with BOS or, without one, with the EOS of the previous document.
         """
         return [self.eos_id if self.bos_id is None else self.bos_id, *self.encode(text)]
 
     def encode_documents(self, texts: Sequence[str], ends: Sequence[bool]) -> np.ndarray:
-        """All texts one after the other, uint32; an EOS after each that ends a document."""
+        """Token ids of all texts joined, uint32 [N]; EOS follows each text that ends a document."""
         parts = [np.zeros(0, np.uint32)]
         for text, end in zip(texts, ends, strict=True):
             parts += [self._encode_long(text), np.array([self.eos_id][:end], np.uint32)]
         return np.concatenate(parts)
 
     def _encode_long(self, text: str) -> np.ndarray:
-        """The ids of `encode`, uint32, by the fastest way."""
+        """The ids of `encode`, uint32 [N], computed as fast as possible."""
         return np.array(self.encode(text), np.uint32)
 
     @abstractmethod
     def serialized(self) -> bytes:
-        """All that decides what it does."""
+        """All that determines the tokenizer's behaviour."""
 
     def files(self) -> dict[str, bytes]:
-        """The files that hold it, by name; last the one that tells its kind."""
+        """Contents of its files by name; the last one identifies the kind."""
         return {FILES[self.kind]: self.serialized()}
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the kind and of all that decides what it does."""
+        """SHA-256 of the kind and of all that determines the tokenizer's behaviour."""
         return hashlib.sha256(self.kind.encode() + b"\0" + self.serialized()).hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Writes the tokenizer's files into a folder, each whole or not at all."""
+        """Writes the tokenizer's files into a folder, each atomically."""
         for name, contents in self.files().items():
             partial = folder / f".{name}.partial"
             partial.write_bytes(contents)
@@ -85,7 +84,7 @@ class Tokenizer(ABC):
 
 
 class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes 0..255; 256 is EOS, 257 is reserved for padding."""
+    """UTF-8 bytes as ids 0 to 255; 256 is EOS, 257 is reserved for padding."""
 
     kind, vocab_size, eos_id = "bytes", 258, 256
 
@@ -106,7 +105,7 @@ class ByteTokenizer(Tokenizer):
 
 
 def valid_text(text: str) -> str:
-    """Text without lone surrogates, which have no UTF-8."""
+    """Replaces lone surrogates, which UTF-8 cannot encode, by question marks."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -114,7 +113,7 @@ SLICE = 4096  # characters
 
 
 def slices(texts: Iterable[str]) -> Iterator[str]:
-    """Texts in slices, which the trainer takes for sentences."""
+    """Cuts texts into slices of SLICE characters, the sentences of the trainer."""
     for text in texts:
         plain = valid_text(text)
         for start in range(0, len(plain), SLICE):

@@ -1,5 +1,6 @@
-"""SentencePiece models: read, trained, and made fast on text that repeats itself."""
+"""SentencePiece tokenizers: loading, training, and fast encoding by caching repeated words."""
 
+import importlib
 import io
 import os
 import re
@@ -12,12 +13,12 @@ from gptjax.config import TokenizerConfig
 from gptjax.errors import DataError
 from gptjax.tokenizer.interface import SLICE, Tokenizer, slices, valid_text
 
-_KNOWN = 1 << 17  # units of text whose ids are remembered; some 25 MB
-_KNOWN_LENGTH = 64  # characters of the longest one; longer ones seldom recur
+_CACHE_SIZE = 1 << 17  # units of text whose ids are cached; about 25 MB
+_CACHED_LENGTH = 64  # characters of the longest cached unit; longer ones seldom recur
 _SLICE = 1 << 20  # characters of a text that are cut into units at once
 
-# Ways to cut a text where no piece of a model may cross, finest first: Latin letters from all else,
-# words with the spaces before them, lines.
+# Ways to cut a text into units that no piece of a model may span, finest first: runs of Latin
+# letters and of other characters, words with the spaces before them, lines.
 _LETTERS = "A-Za-zªºÀ-ÖØ-öø-ʸḀ-ỿ"
 _WORDS = (rf"\n| *(?:[{_LETTERS}]+|[^{_LETTERS} \n]+)| +", r"\n| *[^ \n]+| +")
 _LINES = r"\n|[^\n]+"
@@ -36,19 +37,19 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.vocab_size = self._processor.vocab_size()
         except RuntimeError as error:
-            raise DataError(f"this is no SentencePiece model: {error}") from None
+            raise DataError(f"not a SentencePiece model: {error}") from None
         if not self.vocab_size:
-            raise DataError("this is no SentencePiece model: it has no pieces")
+            raise DataError("not a SentencePiece model: its vocabulary is empty")
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:
             raise DataError(
-                "this SentencePiece model has no end-of-sentence piece, which ends documents; "
+                "this SentencePiece model has no end-of-sentence token, which must end documents; "
                 "train it with an eos_id"
             )
         if self._processor.bos_id() >= 0:
             self.bos_id = self._processor.bos_id()
         self._units = _units(model)
-        self._known = _Known(self._processor)
+        self._cache = _Cache(self._processor)
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(valid_text(text))
@@ -62,11 +63,11 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode_long(self, text: str) -> np.ndarray:
         if self._units is None:
             return super()._encode_long(text)
-        plain, known = valid_text(text), self._known
-        parts, start = [], 0
+        plain, start = valid_text(text), 0
+        parts: list[bytes] = []
         while start < len(plain):
             end = plain.find("\n", start + _SLICE) + 1 or len(plain)
-            parts += map(known.__getitem__, self._units.findall(plain, start, end))
+            parts += map(self._cache.__getitem__, self._units.findall(plain, start, end))
             start = end
         return np.frombuffer(b"".join(parts), np.uint32)
 
@@ -74,30 +75,29 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model
 
 
-class _Known(dict[str, bytes]):
-    """The ids of units of text, uint32; a unit is encoded when it is first met."""
+class _Cache(dict[str, bytes]):
+    """Cached token ids of units of text, as uint32 bytes; a missing unit is encoded."""
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
 
     def __missing__(self, unit: str) -> bytes:
         ids = np.array(self._processor.encode(unit), np.uint32).tobytes()
-        if len(unit) <= _KNOWN_LENGTH:
-            if len(self) >= _KNOWN:
+        if len(unit) <= _CACHED_LENGTH:
+            if len(self) >= _CACHE_SIZE:
                 self.clear()
             self[unit] = ids
         return ids
 
 
 def train_sentencepiece(texts: Iterable[str], cfg: TokenizerConfig) -> SentencePieceTokenizer:
-    """Trains a model that encodes any text without loss.
+    """Trains a lossless model.
 
-    Bytes stand in for characters outside the vocabulary, text is not normalised, runs of spaces may
-    become pieces, and a newline is a piece of its own. Raises DataError where the texts cannot fill
-    the vocabulary.
+    Characters outside the vocabulary are encoded as bytes, text is not normalised, runs of spaces
+    may become pieces, and a newline is always one piece. Raises DataError if the texts are too
+    small for the vocabulary.
     """
     import sentencepiece
-    from sentencepiece import sentencepiece_model_pb2
 
     model = io.BytesIO()
     try:
@@ -113,7 +113,7 @@ def train_sentencepiece(texts: Iterable[str], cfg: TokenizerConfig) -> SentenceP
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             user_defined_symbols=["\n"],
-            max_sentence_length=4 * SLICE,  # in bytes; a longer one is dropped without a word
+            max_sentence_length=4 * SLICE,  # in bytes; longer ones are dropped silently
             unk_id=0,
             eos_id=1,
             bos_id=-1,
@@ -124,35 +124,40 @@ def train_sentencepiece(texts: Iterable[str], cfg: TokenizerConfig) -> SentenceP
     except RuntimeError as error:
         reason = str(error).rsplit("] ", 1)[-1].strip()
         raise DataError(
-            f"tokenizer.vocab_size={cfg.vocab_size}: training failed; give more text or ask for "
-            f"fewer pieces ({reason})"
+            f"tokenizer.vocab_size={cfg.vocab_size}: training failed ({reason}); give more text, "
+            "or lower it"
         ) from None
-    # SentencePiece writes a space as U+2581, and so takes a real U+2581 for one. Spaces themselves
-    # in the pieces encode the same and keep the two apart.
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    # SentencePiece writes a space as U+2581, and so confuses a real U+2581 with it. Plain spaces in
+    # the pieces encode alike and are unambiguous.
+    proto = _parse(model.getvalue())
     for piece in proto.pieces:
         piece.piece = piece.piece.replace("\u2581", " ")
     proto.normalizer_spec.escape_whitespaces = False
     return SentencePieceTokenizer(proto.SerializeToString())
 
 
+def _parse(model: bytes) -> Any:
+    """The protocol buffer of a serialized model."""
+    protos: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    return protos.ModelProto.FromString(model)
+
+
 def _units(model: bytes) -> re.Pattern[str] | None:
-    """The finest cut of a text whose units can be encoded one by one, if there is one.
+    """The finest way to cut text into units that may be encoded one by one, or None.
 
-    It is one that no piece crosses. Words are for BPE alone: its merges look no farther than the
-    pieces that they join, while Unigram adds up the scores of a whole text, which rounds.
+    No piece of the model spans two units. Words are only for BPE, whose merges depend on nothing
+    but the merged pieces; Unigram adds the scores of a whole text, with rounding.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
-    spec, piece = proto.normalizer_spec, sentencepiece_model_pb2.ModelProto.SentencePiece
+    proto = _parse(model)
+    spec = proto.normalizer_spec
     if spec.add_dummy_prefix or spec.remove_extra_whitespaces or spec.name != "identity":
         return None
+    piece = type(proto).SentencePiece
     in_text = [p for p in proto.pieces if p.type not in (piece.BYTE, piece.CONTROL, piece.UNKNOWN)]
     if not any(p.piece == "\n" and p.type == piece.USER_DEFINED for p in in_text):
         return None
     trainer = proto.trainer_spec
-    # An unknown character that has no bytes is merged with an unknown one before it.
+    # Without byte fallback, successive unknown characters are merged into one unknown token.
     local = trainer.model_type == trainer.BPE and trainer.byte_fallback
     for pattern in (*_WORDS, _LINES) if local and not spec.escape_whitespaces else (_LINES,):
         units = re.compile(pattern)

@@ -1,23 +1,64 @@
-"""Cross-entropy over the vocabulary, in chunks, with its gradient taken in the same pass.
+"""Cross-entropy over the vocabulary, in chunks, with its gradient computed in the same pass.
 
-The logits of a chunk are made, turned into the loss and its gradient, and dropped; so neither
-logits nor their gradient of the whole batch ever exist. It runs as one island over the mesh with
-its collectives written out: the output layer is gathered over fsdp once, each chunk sums over the
-vocabulary's shards, and the output layer's gradient is summed over the batch's shards once.
+The logits of a chunk of tokens are computed, turned into the loss and its gradient, and dropped: so
+neither the logits nor their gradient ever exist for the whole batch. It is one shard_map over the
+mesh with its collectives written out: the output layer is gathered over fsdp once, each chunk sums
+over the vocabulary's shards, and the output layer's gradient is summed over the batch's shards
+once.
 
-Shapes: N tokens, D embed, V vocabulary; inside the island these are one device's share.
+Shapes: N tokens, D embed, V vocabulary; in lower case, one device's share. C tokens of a chunk.
 """
 
 import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from gptjax.model.layers import NEVER
 from gptjax.parallel import matmul, sharding
 
-NEVER = -1e30  # a logit that is no token's: finite, so that zero times it stays a number
+_VOCAB = "tensor"
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Settings of a cross-entropy, see `cross_entropy`, and the layout of its inputs."""
+
+    z_loss: float
+    chunks: int
+    vocab_size: int | None
+    """None where no entry of the output layer is padding."""
+    soft_cap: float
+    axis: str
+    """Logical axis of the tokens."""
+    copies: tuple[str, ...]
+    """Mesh axes that hold the same output layer, see `matmul.weight_copies`."""
+
+
+class _Chunk(NamedTuple):
+    """One device's tokens of a chunk, or of all chunks [chunks, ...]."""
+
+    x_CD: jax.Array
+    targets_C: jax.Array
+    weights_C: jax.Array
+
+
+class _Softmax(NamedTuple):
+    """Results of a chunk's forward pass that its gradient is computed from.
+
+    exp_Cv are shifted by the largest logit, and total_C1 their sum over the vocabulary; bounded_Cv
+    the tanh of soft-capped logits; hit_Cv true at the target.
+    """
+
+    exp_Cv: jax.Array
+    total_C1: jax.Array
+    lse_C: jax.Array
+    hit_Cv: jax.Array
+    bounded_Cv: jax.Array | None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
@@ -33,113 +74,174 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Sums over tokens of weight * -log p(target), and of weight * z_loss * logsumexp**2.
 
-    Rows of `w_VD` from `vocab_size` on are no tokens. `soft_cap` bounds the logits.
-    Returns (cross-entropy sum, z-loss sum) in nats. The gradient flows through their sum.
+    Entries of `w_VD` from `vocab_size` on are padding. `soft_cap` bounds the logits. `chunks` is
+    the number of chunks, or where that does not divide a device's tokens, the nearest number below
+    that does. Returns (cross-entropy sum, z-loss sum) in nats; the gradient flows through their
+    sum.
     """
-    settings = (z_loss, chunks, vocab_size, soft_cap)
-    return _island(x_ND, w_VD, targets_N, weights_N, *settings, gradients=False)
+    settings = _settings(x_ND, w_VD, z_loss, chunks, vocab_size, soft_cap)
+    in_specs, _ = _specs(x_ND)
+    return jax.shard_map(
+        functools.partial(_local_loss, settings),
+        in_specs=in_specs,
+        out_specs=(P(), P()),
+        check_vma=False,
+    )(x_ND, w_VD, targets_N, weights_N)
 
 
-def _fwd(x_ND, w_VD, targets_N, weights_N, *settings):
-    ce, z, *gradients = _island(x_ND, w_VD, targets_N, weights_N, *settings, gradients=True)
+def _cross_entropy_fwd(
+    x_ND: jax.Array, w_VD: jax.Array, targets_N: jax.Array, weights_N: jax.Array, *options: Any
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    in_specs, gradient_specs = _specs(x_ND)
+    ce, z, *gradients = jax.shard_map(
+        functools.partial(_local_loss_and_gradients, _settings(x_ND, w_VD, *options)),
+        in_specs=in_specs,
+        out_specs=(P(), P(), *gradient_specs),
+        check_vma=False,
+    )(x_ND, w_VD, targets_N, weights_N)
     if sharding.axis_size("w_embed") > 1:
-        # The output layer's gradient is scattered before the layers' backward pass begins; a TPU's
-        # scheduler would keep it whole until that ends, to hide what takes a thousandth of a step.
+        # Scatters the output layer's gradient before the layers' backward pass begins; a TPU's
+        # scheduler would keep it whole until that ends, to hide a thousandth of a step.
         gradients = lax.optimization_barrier(gradients)
     return (ce, z), tuple(gradients)
 
 
-def _bwd(z_loss, chunks, vocab_size, soft_cap, residuals, cotangents):
+def _cross_entropy_bwd(
+    z_loss: float,
+    chunks: int,
+    vocab_size: int | None,
+    soft_cap: float,
+    gradients: Any,
+    cotangents: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array, None, None]:
     # Only the sum of the two is ever differentiated, so both cotangents are the same number.
-    dx_ND, dw_VD = residuals
+    dx_ND, dw_VD = gradients
     g = cotangents[0]
     return dx_ND * g.astype(dx_ND.dtype), dw_VD * g, None, None
 
 
-cross_entropy.defvjp(_fwd, _bwd)
+cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
-def _island(x_ND, w_VD, targets_N, weights_N, z_loss, chunks, vocab_size, soft_cap, *, gradients):
-    x_spec, row_spec = jax.typeof(x_ND).sharding.spec, sharding.spec("tokens")
-    w_spec = sharding.spec("vocab", "w_embed")
-    out_specs = (P(), P(), x_spec, w_spec) if gradients else (P(), P())
-    local = functools.partial(
-        _local,
-        z_loss=z_loss,
-        chunks=chunks,
-        vocab_size=None if vocab_size == len(w_VD) else vocab_size,
-        soft_cap=soft_cap,
-        gradients=gradients,
-        rows=matmul.rows_of(x_ND),
-        copies=matmul.copies(),
+def _settings(
+    x_ND: jax.Array,
+    w_VD: jax.Array,
+    z_loss: float,
+    chunks: int,
+    vocab_size: int | None,
+    soft_cap: float,
+) -> _Settings:
+    padded = vocab_size is not None and vocab_size != len(w_VD)
+    return _Settings(
+        z_loss,
+        chunks,
+        vocab_size if padded else None,
+        soft_cap,
+        matmul.layout_of(x_ND).axis,
+        matmul.weight_copies(),
     )
-    return jax.shard_map(
-        local, in_specs=(x_spec, w_spec, row_spec, row_spec), out_specs=out_specs, check_vma=False
-    )(x_ND, w_VD, targets_N, weights_N)
 
 
-def _local(
-    x_ND,
-    w_VD,
-    targets_N,
-    weights_N,
-    *,
-    z_loss,
-    chunks,
-    vocab_size,
-    soft_cap,
-    gradients,
-    rows,
-    copies,
-):
-    columns = sharding.RULES["vocab"]
-    x_ND = matmul.gather_rows(x_ND, rows)
-    n, d = x_ND.shape
-    w_VD = matmul.gather_weight(w_VD, x_ND.dtype, 1)
-    vocab_ids_V = lax.axis_index(columns) * w_VD.shape[0] + jnp.arange(w_VD.shape[0])
+def _specs(x_ND: jax.Array) -> tuple[tuple[P, ...], tuple[P, P]]:
+    """Partitions of the four arrays, and of the gradients of the first two."""
+    x, w = jax.typeof(x_ND).sharding.spec, sharding.spec("vocab", "w_embed")
+    tokens = sharding.spec("tokens")
+    return (x, w, tokens, tokens), (x, w)
 
-    def chunk(dw_VD, args):
-        x_nD, targets_n, weights_n = args
-        wide = sharding.wide(x_nD.dtype)
-        logits_nV = jnp.einsum("nd,vd->nv", x_nD, w_VD, preferred_element_type=wide)
-        logits_nV = logits_nV.astype(jnp.float32)
-        if soft_cap:
-            bounded_nV = jnp.tanh(logits_nV / soft_cap)
-            logits_nV = soft_cap * bounded_nV
-        if vocab_size is not None:
-            logits_nV = jnp.where(vocab_ids_V < vocab_size, logits_nV, NEVER)
-        hit_nV = targets_n[:, None] == vocab_ids_V
-        top_n1 = lax.pmax(logits_nV.max(-1, keepdims=True), columns)
-        e_nV = jnp.exp(logits_nV - top_n1)
-        total_n1 = lax.psum(e_nV.sum(-1, keepdims=True), columns)
-        hit_n = lax.psum(jnp.where(hit_nV, logits_nV, 0).sum(-1), columns)
-        lse_n = (jnp.log(total_n1) + top_n1)[:, 0]
-        ce = (weights_n * (lse_n - hit_n)).sum()
-        z = z_loss * (weights_n * lse_n * lse_n).sum()
-        if not gradients:
-            return dw_VD, (ce, z)
-        # d ce = weight * (softmax - hit);  d z = weight * 2 z_loss lse * softmax
-        scale_n1 = (weights_n * (1 + 2 * z_loss * lse_n))[:, None] / total_n1
-        dlogits_nV = e_nV * scale_n1 - jnp.where(hit_nV, weights_n[:, None], 0)
-        if soft_cap:
-            dlogits_nV *= 1 - bounded_nV * bounded_nV
-        dlogits_nV = dlogits_nV.astype(x_nD.dtype)
-        dx_nD = jnp.einsum("nv,vd->nd", dlogits_nV, w_VD)
-        dw_VD += jnp.einsum("nv,nd->vd", dlogits_nV, x_nD, preferred_element_type=wide).astype(
-            jnp.float32
-        )
-        return dw_VD, (ce, z, dx_nD)
 
-    chunks = next(c for c in range(min(chunks, n), 0, -1) if n % c == 0)
-    split = lambda a: a.reshape(chunks, n // chunks, *a.shape[1:])
-    zero_VD = jnp.zeros(w_VD.shape if gradients else (), jnp.float32)
-    args = (x_ND, targets_N, weights_N)
+# --- one device's share --------------------------------------------------------------------------
+
+
+def _local_loss(
+    settings: _Settings,
+    x_nD: jax.Array,
+    w_vd: jax.Array,
+    targets_n: jax.Array,
+    weights_n: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    x_nD = matmul.gather_tokens(x_nD, settings.axis)
+    w_vD = matmul.gather_weight(w_vd, x_nD.dtype, 1)
+
+    def loss(carry: None, chunk: _Chunk) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        losses, _ = _forward(settings, w_vD, chunk)
+        return carry, losses
+
+    _, (ce, z) = _over_chunks(settings, loss, None, _Chunk(x_nD, targets_n, weights_n))
+    return lax.psum((ce.sum(), z.sum()), sharding.RULES["tokens"])
+
+
+def _local_loss_and_gradients(
+    settings: _Settings,
+    x_nD: jax.Array,
+    w_vd: jax.Array,
+    targets_n: jax.Array,
+    weights_n: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    x_nD = matmul.gather_tokens(x_nD, settings.axis)
+    w_vD = matmul.gather_weight(w_vd, x_nD.dtype, 1)
+
+    def loss_and_gradients(dw_vD: jax.Array, chunk: _Chunk) -> tuple[jax.Array, Any]:
+        losses, softmax = _forward(settings, w_vD, chunk)
+        dx_CD, dw_chunk_vD = _backward(settings, w_vD, chunk, softmax)
+        return dw_vD + dw_chunk_vD, (*losses, dx_CD)
+
+    zero_vD = jnp.zeros(w_vD.shape, jnp.float32)
+    tokens = _Chunk(x_nD, targets_n, weights_n)
+    dw_vD, (ce, z, dx) = _over_chunks(settings, loss_and_gradients, zero_vD, tokens)
+    ce, z = lax.psum((ce.sum(), z.sum()), sharding.RULES["tokens"])
+    dx_nD = matmul.sum_tokens(dx.reshape(x_nD.shape), settings.axis)
+    return ce, z, dx_nD, matmul.scatter_weight(dw_vD, 1, settings.copies)
+
+
+def _over_chunks(settings: _Settings, function: Any, carry: Any, tokens: _Chunk) -> Any:
+    """`lax.scan` of a function over chunks of the tokens; a call where there is one chunk."""
+    n = len(tokens.x_CD)
+    chunks = next(c for c in range(min(settings.chunks, n), 0, -1) if n % c == 0)
     if chunks == 1:
-        dw_VD, (ce, z, *dx) = chunk(zero_VD, args)
-    else:
-        dw_VD, (ce, z, *dx) = lax.scan(chunk, zero_VD, jax.tree.map(split, args))
-    sums = lax.psum((ce.sum(), z.sum()), sharding.RULES["tokens"])
-    if not gradients:
-        return sums
-    dx_ND = matmul.sum_rows(dx[0].reshape(n, d), rows)
-    return *sums, dx_ND, matmul.scatter_weight(dw_VD, 1, copies)
+        return function(carry, tokens)
+    split = lambda a: a.reshape(chunks, n // chunks, *a.shape[1:])
+    return lax.scan(function, carry, jax.tree.map(split, tokens))
+
+
+def _forward(
+    settings: _Settings, w_vD: jax.Array, chunk: _Chunk
+) -> tuple[tuple[jax.Array, jax.Array], _Softmax]:
+    """Cross-entropy and z-loss of a chunk, and its softmax."""
+    x_CD, targets_C, weights_C = chunk
+    logits_Cv = jnp.einsum(
+        "nd,vd->nv", x_CD, w_vD, preferred_element_type=sharding.wide(x_CD.dtype)
+    )
+    logits_Cv, bounded_Cv = logits_Cv.astype(jnp.float32), None
+    if cap := settings.soft_cap:
+        bounded_Cv = jnp.tanh(logits_Cv / cap)
+        logits_Cv = cap * bounded_Cv
+    ids_v = lax.axis_index(_VOCAB) * len(w_vD) + jnp.arange(len(w_vD))
+    if settings.vocab_size is not None:
+        logits_Cv = jnp.where(ids_v < settings.vocab_size, logits_Cv, NEVER)
+    hit_Cv = targets_C[:, None] == ids_v
+    top_C1 = lax.pmax(logits_Cv.max(-1, keepdims=True), _VOCAB)
+    exp_Cv = jnp.exp(logits_Cv - top_C1)
+    total_C1 = lax.psum(exp_Cv.sum(-1, keepdims=True), _VOCAB)
+    target_C = lax.psum(jnp.where(hit_Cv, logits_Cv, 0).sum(-1), _VOCAB)
+    lse_C = (jnp.log(total_C1) + top_C1)[:, 0]
+    ce = (weights_C * (lse_C - target_C)).sum()
+    z = settings.z_loss * (weights_C * lse_C * lse_C).sum()
+    return (ce, z), _Softmax(exp_Cv, total_C1, lse_C, hit_Cv, bounded_Cv)
+
+
+def _backward(
+    settings: _Settings, w_vD: jax.Array, chunk: _Chunk, softmax: _Softmax
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of a chunk's losses: of its tokens, [C, D], and of the output layer, [v, D]."""
+    x_CD, _, weights_C = chunk
+    exp_Cv, total_C1, lse_C, hit_Cv, bounded_Cv = softmax
+    # d ce = weight * (softmax - hit);  d z = weight * 2 z_loss lse * softmax
+    scale_C1 = (weights_C * (1 + 2 * settings.z_loss * lse_C))[:, None] / total_C1
+    dlogits_Cv = exp_Cv * scale_C1 - jnp.where(hit_Cv, weights_C[:, None], 0)
+    if bounded_Cv is not None:
+        dlogits_Cv *= 1 - bounded_Cv * bounded_Cv
+    dlogits_Cv = dlogits_Cv.astype(x_CD.dtype)
+    dx_CD = jnp.einsum("nv,vd->nd", dlogits_Cv, w_vD)
+    wide = sharding.wide(x_CD.dtype)
+    dw_vD = jnp.einsum("nv,nd->vd", dlogits_Cv, x_CD, preferred_element_type=wide)
+    return dx_CD, dw_vD.astype(jnp.float32)

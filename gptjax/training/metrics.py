@@ -7,13 +7,15 @@ data_wait (share of the wall time that the loop waited for a batch), mfu, …
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 
 from gptjax.config import Config
+from gptjax.config.registry import METRIC_WRITERS
+from gptjax.model.flops import flops_per_token
 from gptjax.runtime import distributed
 
 METRICS_FILE = "metrics.jsonl"
@@ -66,13 +68,22 @@ class Throughput:
         return metrics
 
 
+def throughput(cfg: Config) -> Throughput:
+    """The throughput of a configured run."""
+    flops = flops_per_token(cfg.model, cfg.train.seq_len)
+    return Throughput(flops, cfg.compute.dtype, cfg.log.peak_tflops)
+
+
 def perplexity(loss: float) -> float:
     """exp(loss), infinite where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 class Writer(Protocol):
-    """A sink of metrics."""
+    """A place that metrics are written to; made with the run folder and the step it resumes after.
+
+    Further ones are registered in config/registry.py's METRIC_WRITERS and named in log.writers.
+    """
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records the metrics of a step."""
@@ -81,6 +92,7 @@ class Writer(Protocol):
         """Flushes and ends."""
 
 
+@METRIC_WRITERS.register("jsonl")
 class JsonlWriter:
     """metrics.jsonl: one object a line, with its step.
 
@@ -115,6 +127,7 @@ def _lines(file: Path) -> list[str]:
     return [line for line in file.read_text().splitlines(keepends=True) if line.endswith("}\n")]
 
 
+@METRIC_WRITERS.register("tensorboard")
 class TensorBoardWriter:
     """TensorBoard event files in the run folder; a resume hides what came after its step."""
 
@@ -132,34 +145,38 @@ class TensorBoardWriter:
 
 
 class Writers:
-    """All sinks of a run. One that fails is dropped with a warning and never stops training."""
+    """The metric writers of a run. One that fails is dropped with a warning; training goes on."""
 
-    def __init__(self, writers: list[Writer]) -> None:
-        self._writers = writers
+    def __init__(self, factories: Sequence[Callable[[Path, int], Writer]], folder: Path) -> None:
+        """`factories` make writers of (run folder, first step); `open` calls them."""
+        self._factories, self._folder = factories, folder
+        self._writers: list[Writer] = []
+
+    def open(self, first_step: int) -> None:
+        """Opens each writer, for a run that is resumed after a step."""
+        self._writers = [make(self._folder, first_step) for make in self._factories]
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hands the metrics to each sink."""
+        """Hands the metrics to each writer."""
         self._each(lambda writer: writer.write(step, metrics))
 
     def close(self) -> None:
-        """Closes each sink."""
+        """Closes each writer."""
         self._each(lambda writer: writer.close())
+        self._writers = []
 
     def _each(self, call: Callable[[Writer], None]) -> None:
         for writer in list(self._writers):
             try:
                 call(writer)
-            except Exception as error:  # whatever a sink raises, training goes on
+            except Exception as error:  # whatever a writer raises, training goes on
                 self._writers.remove(writer)
                 name = type(writer).__name__
                 print(f"gptjax: {name} failed and is left out: {error}", file=sys.stderr)
 
 
-def writers(cfg: Config, step: int) -> Writers:
-    """The sinks of the metrics of a run that goes on after a step; of the first process alone."""
-    kinds: list[Any] = [JsonlWriter]
-    if cfg.log.tensorboard:
-        kinds.append(TensorBoardWriter)
-    if not distributed.first():
-        kinds = []
-    return Writers([kind(Path(cfg.run), step) for kind in kinds])
+def metric_writers(cfg: Config) -> Writers:
+    """The configured metric writers, of the first process alone. Raises ConfigError."""
+    names = ["jsonl", *["tensorboard"] * cfg.log.tensorboard, *cfg.log.writers]
+    factories = [METRIC_WRITERS[name] for name in dict.fromkeys(names)]
+    return Writers(factories if distributed.first() else [], Path(cfg.run))

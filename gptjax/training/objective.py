@@ -5,7 +5,7 @@ row's targets count (see data/pipeline.py). Shapes: B batch, T sequence, W = T+1
 """
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ from gptjax.model.decoder import Params
 from gptjax.model.moe import Routing
 from gptjax.parallel import sequence, sharding
 from gptjax.training import loss
+from gptjax.training.step import LossFn, Sums
 
 DeviceBatch = dict[str, jax.Array]
-Sums = dict[str, jax.Array]
 
 
 def documents(tokens_BT: jax.Array, eos_id: int) -> tuple[jax.Array, jax.Array]:
@@ -38,7 +38,7 @@ def documents(tokens_BT: jax.Array, eos_id: int) -> tuple[jax.Array, jax.Array]:
     return segments_BT, index_BT - starts_BT
 
 
-def abstract_batch(cfg: Config) -> DeviceBatch:
+def abstract_batch(cfg: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and layouts of a training batch on the ambient mesh."""
     b, t = cfg.train.batch, cfg.train.seq_len
     mesh = jax.sharding.get_mesh()
@@ -50,8 +50,11 @@ def abstract_batch(cfg: Config) -> DeviceBatch:
     return {"windows_BW": rows(b, t + 1), "lengths_B": rows(b)}
 
 
-def backends(cfg: Config) -> tuple[str, ...]:
-    """The attention backends that training uses on the ambient mesh. Raises ConfigError."""
+def attention_backends(cfg: Config) -> tuple[str, ...]:
+    """The attention backend of each layer of a period in training on the ambient mesh.
+
+    Raises ConfigError.
+    """
     return decoder.attention_backends(
         cfg.model,
         cfg.compute,
@@ -115,11 +118,11 @@ def predicted(
         keys_B2=keys_B2,
         training=training,
     )
-    weights_N = sequence.to_rows(given.counts_BT.astype(jnp.float32))
+    weights_N = sequence.flatten(given.counts_BT.astype(jnp.float32))
     ce, z = loss.cross_entropy(
         out.x_ND,
         decoder.head(params),
-        sequence.to_rows(given.targets_BT),
+        sequence.flatten(given.targets_BT),
         weights_N,
         cfg.train.z_loss,
         cfg.compute.loss_chunks,
@@ -152,8 +155,8 @@ def routing(cfg: Config, per_layer: Routing, scale: jax.Array) -> tuple[jax.Arra
     return moe.balance_loss * sums["moe_balance"] + moe.router_z_loss * sums["moe_router_z"], sums
 
 
-def training_loss(cfg: Config, eos_id: int) -> Any:
-    """The loss of pre-training, as `train.fit` takes it."""
+def training_loss(cfg: Config, eos_id: int) -> LossFn:
+    """The loss of pre-training, as `step.train_step` takes it."""
     return lambda params, batch, keys_B2: next_token(
         params, cfg, batch, eos_id, keys_B2, training=True
     )

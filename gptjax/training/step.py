@@ -14,17 +14,21 @@ import optax
 from jax import lax
 
 from gptjax.config import Config
-from gptjax.model.decoder import Params
 from gptjax.parallel import sharding
+from gptjax.param_tree import Tree
 from gptjax.runtime import compilation_cache
 from gptjax.training import optimizer, param_groups
 from gptjax.training.param_groups import LrMultipliers
 
-LossFn = Callable[[Params, Any, jax.Array | None], tuple[jax.Array, dict[str, jax.Array]]]
-"""(params, batch, dropout key data [B, 2] or None) -> (sum to differentiate, sums by name).
+Sums = dict[str, jax.Array]
+"""Sums over a batch's targets by name; their number is "targets", the cross-entropy is "loss".
 
-Both are sums over the batch's targets, whose number is the sum "targets"; "loss" is there too. Each
-other sum, divided by the targets, is a metric; an array gives its largest and smallest entry."""
+Each other sum, divided by the targets, is a metric; an array gives its largest and smallest
+entry."""
+LossFn = Callable[[Tree, Any, jax.Array | None], tuple[jax.Array, Sums]]
+"""(training tree, batch, dropout key data [B, 2] or None) -> (loss to differentiate, sums).
+
+The loss is a sum over the batch's targets, as the sums are."""
 
 
 @jax.tree_util.register_dataclass
@@ -32,84 +36,92 @@ other sum, divided by the targets, is a metric; an array gives its largest and s
 class TrainState:
     """Everything that a step changes.
 
-    step: int32, steps done. nonfinite: int32, how many in a row just now changed nothing because
-    loss or gradient was not finite. ema: a second set of the parameters that learn, or None.
+    step: int32, number of steps done. params: the training tree. ema: the moving average of its
+    trainable part, or None. nonfinite: int32, number of the newest consecutive steps that changed
+    no parameter because loss or gradient was not finite.
     """
 
     step: jax.Array
-    params: Params
+    params: Tree
     opt_state: optax.OptState
-    ema: Params | None
+    ema: Tree | None
     nonfinite: jax.Array
 
     @property
-    def averaged(self) -> Params:
-        """The parameters to evaluate and to sample from: the moving average where one is kept."""
+    def averaged(self) -> Tree:
+        """The training tree to evaluate and sample: averaged where a moving average is kept."""
         return self.params if self.ema is None else param_groups.combine(self.params, self.ema)
 
 
+def init_and_dropout_keys(cfg: Config) -> jax.Array:
+    """The run's two random keys: of the initial parameters, and of the steps' dropout."""
+    return jax.random.split(jax.random.key(cfg.train.seed))
+
+
 def dropout_keys(cfg: Config, step: jax.Array) -> jax.Array:
-    """Key data [B, 2] for the sequences of a step's batch: one for each, however it is split."""
+    """Key data [B, 2], one for each sequence of a step's batch, however the batch is split."""
     key = jax.random.fold_in(init_and_dropout_keys(cfg)[1], step)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(cfg.train.batch))
     return jax.sharding.reshard(jax.random.key_data(keys_B), sharding.spec("batch", None))
 
 
 def create_state(
-    cfg: Config, init_fn: Callable[[jax.Array], Params], lr_multipliers: LrMultipliers | None = None
+    cfg: Config, init_fn: Callable[[jax.Array], Tree], lr_multipliers: LrMultipliers | None = None
 ) -> TrainState:
     """The state before the first step, laid out over the ambient mesh. To be jitted."""
-    return state_of(cfg, init_fn(init_and_dropout_keys(cfg)[0]), lr_multipliers)
+    return state_from_params(cfg, init_fn(init_and_dropout_keys(cfg)[0]), lr_multipliers)
 
 
-def state_of(
-    cfg: Config, params: Params, lr_multipliers: LrMultipliers | None = None
+def state_from_params(
+    cfg: Config, params: Tree, lr_multipliers: LrMultipliers | None = None
 ) -> TrainState:
-    """The state before the first step from these parameters. To be jitted, and they donated.
+    """The state before the first step, from given parameters. To be jitted, with them donated.
 
-    With `lr_multipliers` (parameters.py), what is frozen has no optimizer state and no moving average.
+    Frozen leaves (see param_groups.py) have no optimizer state and no moving average.
     """
-    learning, _ = param_groups.partition(params, lr_multipliers)
+    trainable, _ = param_groups.partition(params, lr_multipliers)
     return TrainState(
         step=jnp.int32(0),
         params=params,
-        opt_state=optimizer.make_optimizer(cfg, lr_multipliers).init(learning),
-        ema=jax.tree.map(jnp.copy, learning) if cfg.train.ema_decay else None,
+        opt_state=optimizer.make_optimizer(cfg, lr_multipliers).init(trainable),
+        ema=jax.tree.map(jnp.copy, trainable) if cfg.train.ema_decay else None,
         nonfinite=jnp.int32(0),
     )
 
 
 def gradients(
-    cfg: Config, loss_fn: LossFn, params: Params, batch: Any, keys_B2: jax.Array | None
-) -> tuple[Params, dict[str, jax.Array]]:
-    """Gradient of the mean loss over the batch's targets, and the batch's sums.
+    cfg: Config, loss_fn: LossFn, params: Tree, batch: Any, keys_B2: jax.Array | None
+) -> tuple[Tree, Sums]:
+    """The gradient of the mean loss over the batch's targets, and the batch's sums.
 
-    With accumulation, sums and gradients of sums are added up and divided once, so a target weighs
-    the same whichever part it is in.
+    With accumulation, sums and gradients of sums are added up over the microbatches and divided
+    once, so every target has the same weight whichever microbatch it is in.
     """
     grad_fn = jax.grad(loss_fn, has_aux=True)
-    parts = cfg.train.accumulation
-    if parts == 1:
+    count = cfg.train.accumulation
+    if count == 1:
         grads, sums = grad_fn(params, batch, keys_B2)
     else:
 
-        def add(total: Any, part: tuple[Any, jax.Array | None]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, grad_fn(params, *part)), None
+        def add(total: Any, microbatch: tuple[Any, jax.Array | None]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, grad_fn(params, *microbatch)), None
 
-        split = jax.tree.map(lambda rows: _split(rows, parts), (batch, keys_B2))
-        shapes = jax.eval_shape(grad_fn, params, *jax.tree.map(lambda rows: rows[0], split))
+        microbatches = jax.tree.map(lambda a: _microbatches(a, count), (batch, keys_B2))
+        shapes = jax.eval_shape(grad_fn, params, *jax.tree.map(lambda a: a[0], microbatches))
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding.spec), shapes
         )
-        (grads, sums), _ = lax.scan(add, zeros, split)
+        (grads, sums), _ = lax.scan(add, zeros, microbatches)
     return jax.tree.map(lambda g: g / sums["targets"], grads), sums
 
 
-def _split(rows_B: jax.Array, parts: int) -> jax.Array:
-    """[B, ...] to [parts, B/parts, ...], part i taking every parts-th row: each device its own."""
-    b, *rest = rows_B.shape
+def _microbatches(a_B: jax.Array, count: int) -> jax.Array:
+    """[B, ...] as [count, B/count, ...]; a microbatch has every count-th sequence, so that each
+    device keeps its own.
+    """
+    b, *rest = a_B.shape
     axes = sharding.spec("batch", *[None] * (len(rest) + 1))
-    return lax.reshape(rows_B, (b // parts, parts, *rest), out_sharding=axes).swapaxes(0, 1)
+    return lax.reshape(a_B, (b // count, count, *rest), out_sharding=axes).swapaxes(0, 1)
 
 
 def train_step(
@@ -119,38 +131,37 @@ def train_step(
     batch: Any,
     lr_multipliers: LrMultipliers | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step, and its metrics. `lr_multipliers` are those that the state was made with.
+    """One optimizer step, and its metrics; `lr_multipliers` as the state was created with.
 
-    Where loss or gradient is not finite, parameters and optimizer stay as they are. What is frozen
-    counts neither for the gradient's norm nor for that of the parameters, and keeps its bits.
+    Where loss or gradient is not finite, parameters and optimizer stay as they are. Frozen leaves
+    and layers keep their bits and count in no norm.
     """
     keys_B2 = dropout_keys(cfg, state.step) if cfg.drops else None
-    learning, frozen = param_groups.partition(state.params, lr_multipliers)
-    held = lambda new, old: param_groups.where_trainable(new, old, lr_multipliers)
-    loss_of = lambda learning, *rest: loss_fn(param_groups.combine(frozen, learning), *rest)
-    grads, sums = gradients(cfg, loss_of, learning, batch, keys_B2)
-    grads = held(grads, jax.tree.map(jnp.zeros_like, grads))
+    trainable, frozen = param_groups.partition(state.params, lr_multipliers)
+    where_trainable = lambda new, old: param_groups.where_trainable(new, old, lr_multipliers)
+    loss_of = lambda tree, *rest: loss_fn(param_groups.combine(frozen, tree), *rest)
+    grads, sums = gradients(cfg, loss_of, trainable, batch, keys_B2)
+    grads = where_trainable(grads, jax.tree.map(jnp.zeros_like, grads))
     grad_norm = optimizer.global_norm(grads)
-    updates, opt_state = optimizer.make_optimizer(cfg, lr_multipliers).update(
-        grads, state.opt_state, learning
-    )
-    params = held(optax.apply_updates(learning, updates), learning)
+    rule = optimizer.make_optimizer(cfg, lr_multipliers)
+    updates, opt_state = rule.update(grads, state.opt_state, trainable)
+    params = where_trainable(optax.apply_updates(trainable, updates), trainable)
     ema = state.ema
     if ema is not None:
         decay = cfg.train.ema_decay
-        ema = held(jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params), ema)
+        average = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
+        ema = where_trainable(average, ema)
 
-    means = {k: v / sums["targets"] for k, v in sums.items() if k != "targets"}
-    loss = means["loss"]
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-    params = keep(params, learning)
+    means = {name: total / sums["targets"] for name, total in sums.items() if name != "targets"}
+    finite = jnp.isfinite(means["loss"]) & jnp.isfinite(grad_norm)
+    if_finite = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    params = if_finite(params, trainable)
     new = TrainState(
         step=state.step + 1,
         params=param_groups.combine(frozen, params),
-        # The schedule goes by the step, whether or not it changed anything.
-        opt_state=keep(opt_state, state.opt_state) | {"rate": opt_state["rate"]},
-        ema=keep(ema, state.ema),
+        # The schedule advances with the step, whether or not the step changed any parameter.
+        opt_state=if_finite(opt_state, state.opt_state) | {"rate": opt_state["rate"]},
+        ema=if_finite(ema, state.ema),
         nonfinite=jnp.where(finite, 0, state.nonfinite + 1),
     )
     metrics = {
@@ -159,12 +170,18 @@ def train_step(
         "lr": jnp.float32(optimizer.learning_rate(cfg)(state.step)),
         "nonfinite": new.nonfinite,
     }
+    return new, metrics | _scalars(means)
+
+
+def _scalars(means: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Metrics of means: scalars as they are, of arrays the largest and the smallest entry."""
+    metrics: dict[str, jax.Array] = {}
     for name, mean in means.items():
         if mean.ndim:
             metrics |= {f"{name}_max": mean.max(), f"{name}_min": mean.min()}
         else:
             metrics[name] = mean
-    return new, metrics
+    return metrics
 
 
 def compile_step(
@@ -174,12 +191,7 @@ def compile_step(
     batch: Any,
     lr_multipliers: LrMultipliers | None = None,
 ) -> Any:
-    """The train step for the ambient mesh, compiled; `state` and `batch` may be abstract."""
+    """The train step compiled for the ambient mesh; `state` and `batch` may be abstract."""
     step = jax.jit(lambda s, b: train_step(cfg, loss_fn, s, b, lr_multipliers), donate_argnums=0)
     kind = jax.sharding.get_mesh().devices.flat[0].device_kind
     return step.lower(state, batch).compile(compiler_options=compilation_cache.options(kind))
-
-
-def init_and_dropout_keys(cfg: Config) -> jax.Array:
-    """The two keys that all of a run's randomness in parameters and steps comes from."""
-    return jax.random.split(jax.random.key(cfg.train.seed))

@@ -1,263 +1,198 @@
-"""The training loop.
+"""The training loop: restore, compile, step, report.
 
-`fit` takes the initialiser and the loss, so that pre-training and fine-tuning share the loop.
-
-A step is a pure function of (state, batch, seed); a batch is a pure function of (seed, step); so a
-run continued from a checkpoint is the run that was never interrupted.
+The loop dispatches a step and then looks at the metrics of the step before it, so that the devices
+never wait for the host. All else that happens during training is a callback (callbacks.py).
 """
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from gptjax.checkpoint.checkpointer import Checkpointer
-from gptjax.config import Config, LogConfig
-from gptjax.errors import NumericError, Preempted
-from gptjax.model.decoder import Params
+from gptjax.config import Config
+from gptjax.errors import Preempted
 from gptjax.parallel import arrays, sharding
 from gptjax.runtime import compilation_cache, distributed
 from gptjax.runtime.preemption import Interrupted, PreemptionHandler
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
-from gptjax.training.metrics import Throughput, Writers, perplexity
-from gptjax.training.param_groups import LrMultipliers
-from gptjax.training.step import LossFn, TrainState, compile_step, create_state
-
-# --- the loop --------------------------------------------------------------------------------
+from gptjax.training.callbacks import Callback, Snapshot, StepTimer
+from gptjax.training.step import TrainState, compile_step, create_state, state_from_params
+from gptjax.training.task import Task
 
 
-class Evaluator(Protocol):
-    """Anything that measures parameters."""
+class Trainer:
+    """Trains a task to the end of its budget, from its newest valid checkpoint if there is one.
 
-    def run(self, params: Params) -> Mapping[str, float]:
-        """Names and values of what was measured."""
-
-
-def fit(
-    cfg: Config,
-    *,
-    init_fn: Callable[[jax.Array], Params],
-    loss_fn: LossFn,
-    abstract_batch: Any,
-    batches: Callable[[int, int], Iterator[Any]],
-    evaluators: Iterable[Evaluator],
-    tasks: Iterable[Evaluator] = (),
-    sampler: Callable[[int, Params], None],
-    checkpoints: Checkpointer,
-    writers: Callable[[int], Writers],
-    throughput: Throughput,
-    watch: Watchdog,
-    progress: Progress,
-    start: Callable[[], TrainState] | None = None,
-    lr_multipliers: LrMultipliers | None = None,
-) -> tuple[TrainState, dict[str, float]]:
-    """Trains to the end of the budget; returns the last state and the last evaluation.
-
-    `batches(first, last)` yields this process's rows, on the host, of the batches of steps
-    first..last-1, counted from 0; `abstract_batch` is what they are on the devices, all rows;
-    `writers(step)` opens the metrics of a run that goes on after that step. `evaluators` are run
-    every eval.every steps, `tasks` every eval.tasks_every. Restores the newest valid checkpoint if
-    there is one, and otherwise begins with what `init_fn` draws, or with the state, laid out alike,
-    that `start` makes; tells `watch` where it is. `lr_multipliers` say what learns (parameters.py). What
-    is due at a step is done after its checkpoint, and again by a run that goes on from there.
-
-    Raises Preempted when told to stop, after saving; NumericError after nonfinite_limit steps in a
-    row; CheckpointError and OutputError as `Checkpointer` does.
+    Callbacks run in the order of their list: with `Save` before `Evaluate`, a step's checkpoint is
+    committed to before anything is measured at that step, and a resumed run measures it again.
     """
-    groups = [(cfg.eval.every, list(evaluators)), (cfg.eval.tasks_every, list(tasks))]
-    evaluated: dict[str, float] = {}
-    agreed = reached_preemption_sync_point if distributed.several() else None
-    with checkpoints, PreemptionHandler(agreed) as interrupt:
-        # --- state, restored or fresh; the step compiles while the first batch is read ---
+
+    def __init__(
+        self,
+        cfg: Config,
+        task: Task,
+        checkpointer: Checkpointer,
+        callbacks: Sequence[Callback],
+        *,
+        watchdog: Watchdog,
+        progress: Progress,
+    ) -> None:
+        self._cfg, self._task, self._checkpointer = cfg, task, checkpointer
+        self._callbacks, self._watchdog, self._progress = callbacks, watchdog, progress
+        self._timer = StepTimer(cfg.train.batch_tokens)
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+
+    def fit(self) -> TrainState:
+        """Trains; returns the last state.
+
+        Raises Preempted when told to stop, after saving; NumericError where the loss stays not
+        finite; CheckpointError and OutputError as `Checkpointer` does.
+        """
+        agreed = reached_preemption_sync_point if distributed.several() else None
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._checkpointer)
+            self._preemption = stack.enter_context(PreemptionHandler(agreed))
+            for callback in self._callbacks:
+                stack.callback(callback.close)
+            state = self._start()
+            repeated = [callback for callback in self._callbacks if callback.repeats_on_resume]
+            self._run_due(repeated, self._first, state)
+            for step in range(self._first + 1, self._last + 1):
+                state = self._train_one(step, state)
+            self._report()
+            if self._preemption.signal:
+                raise Preempted(f"{self._told_to_stop}; saved step {self._last}")
+        return state
+
+    # --- before the first step ---
+
+    def _start(self) -> TrainState:
+        """The state, restored or fresh, with the step compiled and the first batch read."""
         try:
-            with interrupt.at_once():
-                fresh = lambda: create_state(cfg, init_fn, lr_multipliers)
-                watch.at("restore", 0)
-                restored = checkpoints.restore_newest(sharding.abstract(fresh))
-                state: TrainState = restored or (start or jax.jit(fresh))()
-                first = int(state.step)
-                last = max(first, cfg.train.steps)
-                if restored is not None:
-                    progress.say(f"resumed after step {first} of {last}")
-                sink, source = writers(first), batches(first, last)
-                watch.at("compile", first)
-                if first < last:
-                    began = time.monotonic()
-                    with (
-                        ThreadPoolExecutor(1) as reader,
-                        compilation_cache.cache_report() as cached,
-                    ):
-                        reading = reader.submit(next, source)
-                        step_fn = compile_step(cfg, loss_fn, state, abstract_batch, lr_multipliers)
-                        progress.say(f"compiled in {time.monotonic() - began:.1f} s ({cached()})")
-                        batch = reading.result()
-                    progress.say(throughput.description)
+            with self._preemption.at_once():
+                self._watchdog.at("restore", 0)
+                state, resumed = self._restore()
+                self._first = int(state.step)
+                self._last = max(self._first, self._cfg.train.steps)
+                if resumed:
+                    self._progress.say(f"resumed after step {self._first} of {self._last}")
+                for callback in self._callbacks:
+                    callback.begin(self._first, self._last)
+                self._batches = self._task.batches(self._first, self._last)
+                self._watchdog.at("compile", self._first)
+                if self._first < self._last:
+                    self._compile(state)
+                return state
         except Interrupted:
-            assert interrupt.signal is not None
-            raise Preempted(f"told to stop by {interrupt.signal.name} before a step") from None
+            raise Preempted(f"{self._told_to_stop} before a step") from None
 
-        def due(period: int, step: int) -> bool:
-            return period > 0 and step % period == 0 and 0 < step < last
+    def _restore(self) -> tuple[TrainState, bool]:
+        """The state of the newest valid checkpoint, or a fresh one; whether it was restored."""
+        cfg, task = self._cfg, self._task
+        fresh = lambda: create_state(cfg, task.init, task.lr_multipliers)
+        restored: TrainState | None = self._checkpointer.restore_newest(sharding.abstract(fresh))
+        if restored is not None:
+            return restored, True
+        params = task.starting_params()
+        if params is None:
+            return jax.jit(fresh)(), False
+        from_params = lambda tree: state_from_params(cfg, tree, task.lr_multipliers)
+        return jax.jit(from_params, donate_argnums=0)(params), False
 
-        def evaluators_at(step: int, end: bool = False) -> list[Evaluator]:
-            """Those that are due; at the end all are."""
-            return [one for period, group in groups if end or due(period, step) for one in group]
+    def _compile(self, state: TrainState) -> None:
+        """Compiles the step, and reads the first batch meanwhile."""
+        began = time.monotonic()
+        with ThreadPoolExecutor(1) as reader, compilation_cache.cache_report() as cached:
+            reading = reader.submit(next, self._batches)
+            self._step_fn = compile_step(
+                self._cfg,
+                self._task.loss,
+                state,
+                self._task.abstract_batch(),
+                self._task.lr_multipliers,
+            )
+            self._progress.say(f"compiled in {time.monotonic() - began:.1f} s ({cached()})")
+            self._batch = reading.result()
+        self._timer.reset()
 
-        def observe(step: int, now: list[Evaluator], sample: bool) -> None:
-            """Evaluation and samples; a signal ends them, for they can be had again."""
-            with contextlib.suppress(Interrupted), interrupt.at_once():
-                if now:
-                    values: dict[str, float] = {}
-                    for evaluator in now:
-                        watch.at("eval", step)
-                        values.update(evaluator.run(state.averaged))
-                    evaluated.update(values)
-                    sink.write(step, values)
-                    shown = ", ".join(f"{k} {v:.4f}" for k, v in values.items())
-                    progress.say(f"step {step}: {shown}")
-                if sample:
-                    watch.at("eval", step)
-                    sampler(step, state.averaged)
+    # --- one step ---
 
-        # --- the loop: dispatch a step, then look at the one before it ---
-        observe(first, evaluators_at(first), due(cfg.eval.sample_every, first))
-        pending: tuple[int, Mapping[str, jax.Array]] | None = None
-        clock = _Clock(cfg.train.batch_tokens)
-        with progress.bar("train", last, first) as bar, _Profile(cfg.log, checkpoints) as profile:
+    def _train_one(self, step: int, state: TrainState) -> TrainState:
+        """Dispatches a step, reports the one before it, and runs what is due."""
+        for callback in self._callbacks:
+            callback.before_step(step)
+        self._watchdog.at("step", step)
+        batch = arrays.global_batch(self._batch, self._cfg.train.batch)
+        state, metrics = self._step_fn(state, batch)
+        if step < self._last:
+            self._read_batch(step)
+        self._report()
+        self._pending = step, metrics
+        for callback in self._callbacks:
+            callback.dispatched(step, metrics)
+        self._preemption.poll(step)
+        self._run_due(self._callbacks, step, state)
+        if self._preemption.signal and step < self._last:
+            self._stop(step, state)
+        return state
 
-            def look() -> None:
-                """Waits for the pending step and reports it."""
-                nonlocal pending
-                if pending is None:
-                    return
-                step, values = pending[0], jax.device_get(pending[1])
-                metrics, pending = {k: float(v) for k, v in values.items()}, None
-                clock.step_done()
-                dropped = metrics.get("moe_dropped", 0.0)  # of a mixture's assignments
-                more = {"dropped": dropped} if dropped else {}
-                bar.update(step, loss=metrics["loss"], tokens_per_second=clock.rate, **more)
-                if metrics["nonfinite"]:
-                    progress.say(
-                        f"step {step}: loss or gradient not finite; parameters left as they are"
-                    )
-                if metrics["nonfinite"] >= cfg.train.nonfinite_limit:
-                    raise NumericError(
-                        f"loss or gradient was not finite {cfg.train.nonfinite_limit} steps in a "
-                        f"row, the last of them step {step}; lower optim.lr, or look at the data"
-                    )
-                if step % cfg.log.every == 0 or step == last:
-                    metrics["perplexity"] = perplexity(metrics["loss"])
-                    metrics |= throughput.of(clock.rate) | clock.report()
-                    sink.write(step, metrics)
+    def _read_batch(self, step: int) -> None:
+        """Reads the batch of the next step while the devices compute this one."""
+        self._watchdog.at("data", step + 1)
+        with self._timer.waiting():
+            self._batch = next(self._batches)
+        self._watchdog.at("step", step)
 
-            for step in range(first + 1, last + 1):
-                profile.before(step)
-                watch.at("step", step)
-                state, metrics = step_fn(state, arrays.global_batch(batch, cfg.train.batch))
-                if step < last:
-                    watch.at("data", step + 1)
-                    with clock.waiting():
-                        batch = next(source)
-                    watch.at("step", step)
-                look()
-                pending = step, metrics
-                profile.after(step, metrics)
+    def _report(self) -> None:
+        """Waits for the pending step, and hands its metrics to the callbacks."""
+        if self._pending is None:
+            return
+        (step, on_device), self._pending = self._pending, None
+        metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
+        self._timer.step_done()
+        for callback in self._callbacks:
+            callback.on_metrics(step, metrics, self._timer)
 
-                save = due(cfg.checkpoint.every, step) or step == last
-                now, sample = evaluators_at(step), due(cfg.eval.sample_every, step)
-                interrupt.poll(step)
-                if save or now or sample or interrupt.signal:
-                    look()
-                    with clock.paused():
-                        if save:
-                            watch.at("save", step)
-                            checkpoints.save(step, state)
-                        observe(step, now, sample)
-                for problem in checkpoints.failures():
-                    progress.say(f"{problem}; training goes on")
-                if interrupt.signal:
-                    watch.at("save", step)
-                    if not save:
-                        checkpoints.save(step, state)
-                    checkpoints.finish()
-                    raise Preempted(f"told to stop by {interrupt.signal.name}; saved step {step}")
-
-        # --- the end: the last checkpoint is safe, then evaluation and samples ---
-        watch.at("save", last)
-        checkpoints.finish()
-        observe(last, evaluators_at(last, end=True), sample=True)
-        sink.close()
-        if interrupt.signal:
-            raise Preempted(f"told to stop by {interrupt.signal.name}; saved step {last}")
-    return state, evaluated
-
-
-class _Clock:
-    """Tokens per second, and the share of time spent waiting for data, since the last report."""
-
-    def __init__(self, tokens: int) -> None:
-        self._tokens = tokens
-        self.rate = 0.0
-        self._reset()
-
-    def _reset(self) -> None:
-        self._began, self._steps, self._waited = time.monotonic(), 0, 0.0
-
-    def step_done(self) -> None:
-        self._steps += 1
-        self.rate = self._steps * self._tokens / (time.monotonic() - self._began)
-
-    def report(self) -> dict[str, float]:
-        """The share of waiting; begins the next window."""
-        share = self._waited / (time.monotonic() - self._began)
-        self._reset()
-        return {"data_wait": share}
+    def _run_due(self, callbacks: Sequence[Callback], step: int, state: TrainState) -> None:
+        """Runs the callbacks that are due at a step; a signal ends those that can be repeated."""
+        due = [callback for callback in callbacks if callback.due(step)]
+        if not due:
+            return
+        self._report()
+        snapshot = Snapshot(step, state, self._task)
+        with self._timer.paused():
+            for callback in due:
+                with self._left_when_told(callback):
+                    callback.run(snapshot)
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time in here is spent waiting for data."""
-        began = time.monotonic()
-        yield
-        self._waited += time.monotonic() - began
+    def _left_when_told(self, callback: Callback) -> Iterator[None]:
+        """In here a signal to stop ends a callback that a resumed run repeats."""
+        if not callback.repeats_on_resume:
+            yield
+            return
+        with contextlib.suppress(Interrupted), self._preemption.at_once():
+            yield
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time in here does not count."""
-        began = time.monotonic()
-        yield
-        self._began += time.monotonic() - began
+    # --- told to stop ---
 
+    def _stop(self, step: int, state: TrainState) -> None:
+        """Saves the step, if that has not been done, and raises Preempted."""
+        self._report()
+        self._watchdog.at("save", step)
+        if self._checkpointer.last_step != step:
+            self._checkpointer.save(step, state)
+        self._checkpointer.finish()
+        raise Preempted(f"{self._told_to_stop}; saved step {step}")
 
-class _Profile:
-    """A trace of the configured steps by jax.profiler, in the run folder; none if they are past."""
-
-    def __init__(self, cfg: LogConfig, checkpoints: Checkpointer) -> None:
-        self._first, self._steps = cfg.profile_start, cfg.profile_steps
-        self._folder = checkpoints.folder.parent / "profile"
-        self._tracing = False
-
-    def __enter__(self) -> "_Profile":
-        return self
-
-    def before(self, step: int) -> None:
-        """Begins the trace if this is its first step."""
-        if step == self._first:
-            jax.profiler.start_trace(str(self._folder))
-            self._tracing = True
-
-    def after(self, step: int, metrics: Any) -> None:
-        """Ends the trace if this was its last step."""
-        if self._tracing and step == self._first + self._steps - 1:
-            jax.block_until_ready(metrics)
-            self.__exit__()
-
-    def __exit__(self, *_: object) -> None:
-        if self._tracing:
-            jax.profiler.stop_trace()
-            self._tracing = False
+    @property
+    def _told_to_stop(self) -> str:
+        signal: Any = self._preemption.signal
+        return f"told to stop by {signal.name}"

@@ -35,11 +35,11 @@ def gptjax_arm(model: str, dtype: str) -> Round:
     from gptjax.runtime import malloc
 
     malloc.keep_memory()
-    from gptjax import load
+    from gptjax import load_model
     from gptjax.cli import benchmark
 
     mesh = contextlib.ExitStack()
-    sampler = mesh.enter_context(load.load_model(model, dtype=dtype)).sampler()
+    sampler = mesh.enter_context(load_model.load_model(model, dtype=dtype)).sampler()
 
     def round_of(batch: int, _entered: contextlib.ExitStack = mesh) -> tuple[float, float]:
         rate = benchmark.measure(sampler, batch, PROMPT, NEW)

@@ -94,7 +94,7 @@ def build_gptjax_step(shape: Shape, dtype: str, without: str = "") -> tuple[Step
             x = x - x.mean(-1, keepdims=True)
             return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps) * scale
 
-        layers.layer_norm, feed_forward._PLAIN["gelu_tanh"] = layer_norm, jax.nn.gelu
+        layers.layer_norm, feed_forward.UNGATED["gelu_tanh"] = layer_norm, jax.nn.gelu
     if without == "xent":
 
         def cross_entropy(x, w, targets, weights, z_loss, chunks):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gptjax import load_model
 from gptjax.checkpoint import checkpointer, run_dir
 from gptjax.config import Config, TokenizerConfig
 from gptjax.data import store
@@ -207,10 +208,10 @@ def cut(name: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "error", "wanted"),
     [
-        (remove("config.json"), ConfigError, "{}: this folder holds no config.json"),
+        (remove("config.json"), ConfigError, "{}: not a run folder, it has no config.json"),
         (remove("data.json"), DataError, "{}: this run has no data.json"),
-        (remove("tokenizer.bytes"), DataError, "{}: holds no tokenizer"),
-        (cut("config.json"), ConfigError, "{}/config.json: cannot be read as JSON"),
+        (remove("tokenizer.bytes"), DataError, "{}: no tokenizer found"),
+        (cut("config.json"), ConfigError, "{}/config.json: not valid JSON"),
         (cut("data.json"), DataError, "manifest is damaged"),
     ],
     ids=["no config", "no data", "no tokenizer", "cut config", "cut data"],
@@ -238,22 +239,22 @@ def test_a_run_that_was_moved_is_opened_where_it_is(cfg: Config, tmp_path: Path)
     assert opened == dataclasses.replace(cfg, run=str(tmp_path / "moved"))
 
 
-def test_a_run_of_another_machine_is_opened_with_what_there_is_here(cfg: Config) -> None:
+def test_a_run_of_another_machine_is_used_with_attention_and_mesh_of_this_one(cfg: Config) -> None:
     there = changed(changed(cfg, "mesh", data=2, fsdp=2, tensor=2), "compute", attention="splash")
     recorded(there)
-    opened, _, _ = run_dir.open_run(cfg.run)
-    assert opened == changed(there, "compute", attention="auto")  # a mesh of eight devices suits
+    here = load_model.find_model(cfg.run).config_here()
+    assert here == changed(there, "compute", attention="auto")  # a mesh of eight devices suits
     elsewhere = dataclasses.replace(
         changed(changed(cfg, "mesh", data=3), "eval", batch=21), run=f"{cfg.run}-3"
     )
     recorded(elsewhere)
-    opened, _, _ = run_dir.open_run(elsewhere.run)
-    assert opened == changed(changed(elsewhere, "mesh", data=-1), "eval", batch=24)
+    here = load_model.find_model(elsewhere.run).config_here()
+    assert here == changed(changed(elsewhere, "mesh", data=-1), "eval", batch=24)
 
 
 def test_the_store_of_a_run_is_there_and_is_its_own(cfg: Config, tmp_path: Path) -> None:
     cfg = changed(cfg, "data", store=str(tmp_path / "store"))
-    with pytest.raises(DataError, match=f"{cfg.data.store}: is no token store"):
+    with pytest.raises(DataError, match=f"{cfg.data.store}: not a token store"):
         run_dir.check_store(cfg, manifest_of())
     Path(cfg.data.store).mkdir()
     empty = dataclasses.replace(manifest_of(files=()), data={"sources": ["moved.txt"]})

@@ -1,4 +1,4 @@
-"""`gptjax eval` on text and tasks: what it prints, and how a mistake is told."""
+"""`gptjax eval` on text and task files: its output, and the errors of wrong options and files."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "a
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, byte_model, byte_params, put) -> str:
-    """A run of the tiny model, as an import leaves it."""
+    """A run of the tiny model, as `gptjax convert` makes it."""
     path = tmp_path_factory.mktemp("evaluated") / "run"
     path.mkdir()
     made = Config(run=str(path), model=byte_model, tokenizer=TokenizerConfig(kind="bytes"))
@@ -40,7 +40,7 @@ def folder(tmp_path_factory, byte_model, byte_params, put) -> str:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A task of each of two kinds, and two texts."""
+    """Task files of two kinds, and three texts."""
     path = tmp_path_factory.mktemp("files")
     cloze = [{"text": " ".join(WORDS[: 3 + i])} for i in range(6)]
     (path / "cloze.jsonl").write_text("".join(json.dumps(one) + "\n" for one in cloze))
@@ -51,7 +51,7 @@ def files(tmp_path_factory):
     return path
 
 
-def test_it_prints_a_table_and_the_same_in_json_with_all_that_repeats_it(
+def test_table_and_json_agree_and_json_has_all_that_reproduces_them(
     folder, files, command_line
 ) -> None:
     texts = [files / f"{number}.txt" for number in range(3)]
@@ -63,22 +63,22 @@ def test_it_prints_a_table_and_the_same_in_json_with_all_that_repeats_it(
     assert head == f"{folder} at step 7"
     code, out, _ = command_line(*words, "--json", "--batch", 16)
     assert code == 0
-    told = json.loads(out)
+    result = json.loads(out)
     table = {row.split()[0]: row for row in rows}
     for name in ("text_loss", "text_perplexity", "text_bits_per_byte", "lambada_acc"):
         shown = table[name].split()
-        assert float(shown[1]) == pytest.approx(told[name], rel=1e-5)
+        assert float(shown[1]) == pytest.approx(result[name], rel=1e-5)
         assert [float(shown[2]), float(shown[4])] == pytest.approx(
-            told["intervals"][name], rel=1e-3
+            result["intervals"][name], rel=1e-3
         )
     assert table["text_loss"].endswith("2 documents, the first")
     assert table["lambada_perplexity"].endswith("2 examples, the first of 6")
     assert table["arc_acc"].endswith("1 example")
-    assert "arc_acc" not in told["intervals"]  # of a single example there is none
-    assert told["text_bytes"] == sum(len(text.read_bytes()) for text in texts[:2])
-    assert told["text_tokens"] == told["text_bytes"]  # of bytes
-    repeat = told["repeat"]
-    assert (told["run"], told["step"]) == (folder, 7)
+    assert "arc_acc" not in result["intervals"]  # none for a single example
+    assert result["text_bytes"] == sum(len(text.read_bytes()) for text in texts[:2])
+    assert result["text_tokens"] == result["text_bytes"]  # of bytes
+    repeat = result["repeat"]
+    assert (result["run"], result["step"]) == (folder, 7)
     assert repeat["tokenizer"] == ByteTokenizer().fingerprint
     assert repeat["files"] == {
         str(file): hashlib.sha256(file.read_bytes()).hexdigest()
@@ -94,9 +94,7 @@ def test_it_prints_a_table_and_the_same_in_json_with_all_that_repeats_it(
     assert repeat["model"]["context"] == 64
 
 
-def test_the_parameters_have_a_fingerprint_and_the_seed_moves_intervals_alone(
-    folder, files, command_line
-) -> None:
+def test_seed_changes_confidence_intervals_and_nothing_else(folder, files, command_line) -> None:
     words = ["eval", folder, "--task", f"lambada:{files}/cloze.jsonl", "--json"]
     first, again, other = (
         json.loads(command_line(*words, "--seed", seed)[1]) for seed in (0, 0, 1)
@@ -109,48 +107,48 @@ def test_the_parameters_have_a_fingerprint_and_the_seed_moves_intervals_alone(
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "exit_code", "message"),
     [
         (["--task", "lambda:x.jsonl"], 2, "--task=lambda:x.jsonl: unknown kind 'lambda'"),
         (["--task", "lambada:absent.jsonl"], 65, "absent.jsonl: cannot be read"),
         (["--task", "lambada:bad.jsonl"], 65, "bad.jsonl:2: has no 'text'"),
         (["--text", "absent.txt"], 65, "--text=absent.txt: no such file"),
         (["--text", "bad.jsonl"], 65, "bad.jsonl:2: no text"),
-        (["--stride", "4"], 2, "--stride: means nothing without --text"),
-        (["--text-field", "body"], 2, "--text-field: means nothing without --text"),
-        (["--limit", "4"], 2, "--limit: means nothing without --text or --task"),
+        (["--stride", "4"], 2, "--stride: requires --text"),
+        (["--text-field", "body"], 2, "--text-field: requires --text"),
+        (["--limit", "4"], 2, "--limit: requires --text or --task"),
         (["--batch", "-4"], 2, "--batch=-4: must not be negative"),
     ],
 )
-def test_a_mistake_is_told_before_the_model_is_looked_for(
-    words, code, told, tmp_path, monkeypatch, command_line
+def test_wrong_options_and_files_are_reported_before_the_model_is_opened(
+    words, exit_code, message, tmp_path, monkeypatch, command_line
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text('{"text": "a b"}\n{"txt": "a b"}\n')
-    result, out, err = command_line("eval", tmp_path / "no-run", *words)
-    assert (result, out) == (code, "")
+    code, out, err = command_line("eval", tmp_path / "no-run", *words)
+    assert (code, out) == (exit_code, "")
     (line,) = err.strip().splitlines()
     assert line.startswith("gptjax: ")
-    assert told in line
+    assert message in line
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
-        (["--length", "65"], "--length=65: above model.context=64"),
-        (["--stride", "33"], "--stride=33: above the window's length of 32"),
+        (["--length", "65"], "--length=65: must not exceed model.context=64"),
+        (["--stride", "33"], "--stride=33: must not exceed the window length of 32"),
     ],
 )
-def test_windows_that_do_not_go_are_told_before_parameters_are_read(
-    words, told, folder, files, command_line, monkeypatch
+def test_invalid_windows_are_reported_before_parameters_are_read(
+    words, message, folder, files, command_line, monkeypatch
 ) -> None:
     monkeypatch.setattr(run_dir, "restore_params", None)
     code, _, err = command_line("eval", folder, "--text", files / "0.txt", *words)
     assert code == 2
-    assert told in err
+    assert message in err
 
 
-def test_a_model_without_text_of_its_own_must_be_given_some(folder, tmp_path, command_line) -> None:
+def test_without_validation_split_text_or_task_is_required(folder, tmp_path, command_line) -> None:
     code, _, err = command_line("eval", folder)
     assert code == 65
     assert "an imported or fine-tuned model" in err
@@ -181,7 +179,7 @@ def training(files, tmp_path, byte_model) -> Config:
 
 
 @pytest.mark.slow
-def test_tasks_are_measured_at_their_steps_and_written_with_the_metrics(
+def test_tasks_are_evaluated_every_tasks_every_steps_and_written_as_metrics(
     training, tmp_path, command_line
 ) -> None:
     (tmp_path / "cfg.json").write_text(json.dumps(config.to_dict(training)))
@@ -194,30 +192,30 @@ def test_tasks_are_measured_at_their_steps_and_written_with_the_metrics(
     assert json.loads(out)["lambada_perplexity"] == lines[-1]["lambada_perplexity"]
     task = training.eval.tasks[0]
     code, out, _ = command_line("eval", training.run, "--task", task, "--json")
-    told = json.loads(out)
-    assert told["step"] == 4
-    assert told["lambada_perplexity"] == pytest.approx(lines[-1]["lambada_perplexity"], rel=1e-5)
+    result = json.loads(out)
+    assert result["step"] == 4
+    assert result["lambada_perplexity"] == pytest.approx(lines[-1]["lambada_perplexity"], rel=1e-5)
     code, out, _ = command_line("eval", training.run, "--batch", 3, "--json")  # its own split
-    told = json.loads(out)
-    assert told["valid_loss"] == pytest.approx(lines[-1]["valid_loss"], rel=1e-5)
-    assert told["intervals"] == {}  # one batch says nothing of others
-    settings = told["repeat"]["settings"]
+    result = json.loads(out)
+    assert result["valid_loss"] == pytest.approx(lines[-1]["valid_loss"], rel=1e-5)
+    assert result["intervals"] == {}  # none for a single batch
+    settings = result["repeat"]["settings"]
     assert settings.items() >= {"batch": 8, "dtype": "float32", "limit": 0, "seed": 0}.items()
 
 
-def test_a_task_that_cannot_be_used_is_told_before_text_is_prepared(
+def test_unusable_task_file_is_reported_before_text_is_prepared(
     training, tmp_path, command_line
 ) -> None:
     (tmp_path / "cfg.json").write_text(json.dumps(config.to_dict(training)))
     (tmp_path / "bad.jsonl").write_text("{}\n")
-    for task, code, told in (
+    for task, exit_code, message in (
         ("cloze:x", 2, "eval.tasks=cloze:x: unknown kind"),
         (f"arc:{tmp_path}/absent", 65, "cannot be read"),
         (f"arc:{tmp_path}/bad.jsonl", 65, "bad.jsonl:1: has no 'question'"),
     ):
-        result, _, err = command_line("train", tmp_path / "cfg.json", "--eval.tasks", task)
-        assert result == code
+        code, _, err = command_line("train", tmp_path / "cfg.json", "--eval.tasks", task)
+        assert code == exit_code
         (line,) = err.strip().splitlines()
-        assert told in line
+        assert message in line
     assert not (tmp_path / "store").exists()
     assert not (tmp_path / "run").exists()

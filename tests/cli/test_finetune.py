@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import config
+from gptjax import config, load_model
 from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.config import MoeConfig, TokenizerConfig
-from gptjax.finetune import adapter_checkpoint, defaults
-from gptjax.finetune.base_model import base_of
+from gptjax.finetune import defaults
 from gptjax.parallel.mesh import entered_mesh
 
 from conftest import labelled  # isort: skip
@@ -110,7 +109,7 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(finetune, write, tmp_path, t
 
 
 def test_the_recipe_takes_the_model_and_not_how_it_was_trained(base) -> None:
-    begun_from = base_of(base)
+    begun_from = load_model.find_base(base)
     cfg = begun_from.cfg
     trained = dataclasses.replace(cfg.train, ema_decay=0.99, z_loss=0.1, accumulation=4)
     optim = dataclasses.replace(cfg.optim, name="muon", lr=0.5, weight_decay=0.3)
@@ -446,7 +445,7 @@ def test_adapters_go_to_peft_and_come_back(finetune, command_line, base, write, 
     cfg = config.load(str(tmp_path / "back"))
     with entered_mesh(cfg):
         (ours, _), (theirs, _), (plain, _) = (
-            adapter_checkpoint.restore_params(str(folder), config.load(str(folder)))
+            load_model.find_model(str(folder)).read_params()
             for folder in (tmp_path / "out", tmp_path / "back", base)
         )
         layers = (p["blocks"]["layer_0"]["attn"] for p in (ours, theirs, plain))

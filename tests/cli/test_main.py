@@ -79,7 +79,7 @@ HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorflow", "tensorstore",
 PROBE = """
 import atexit, sys
 atexit.register(lambda: print("LOADED", *{m.partition(".")[0] for m in sys.modules}))
-from gptjax.cli import main
+from gptjax.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -205,7 +205,7 @@ def test_an_override_of_another_type_is_named(run: Run, override: str, value: st
     [
         ("quickstar.py", ["quickstar.py: no such file", "quickstart.py"]),
         ("quickstart.py:mian", ["mian", "did you mean main?"]),
-        ("", ["holds no config.json"]),
+        ("", ["has no config.json"]),
     ],
 )
 @pytest.mark.parametrize("command", ["config", "train", "data prepare", "data show"])
@@ -379,7 +379,7 @@ def test_a_tokenizer_that_cannot_be_trained(
 def test_showing_a_folder_without_a_tokenizer(run: Run, tmp_path: Path) -> None:
     code, _, err = run("tokenizer", "show", tmp_path, "--text", "a")
     assert code == 65
-    assert f"{tmp_path}: holds no tokenizer" in sentence(err)
+    assert f"{tmp_path}: no tokenizer found" in sentence(err)
 
 
 # --- data ------------------------------------------------------------------------------------
@@ -452,7 +452,7 @@ def test_a_folder_that_is_no_run_is_told(run: Run, cfg, tmp_path: Path, command:
     assert "no such file" in sentence(err)
     code, _, err = run(command, tmp_path)
     assert code == 2
-    assert "no run" in sentence(err)
+    assert "not a run folder" in sentence(err)
     saved(cfg, tmp_path / "begun" / config.CONFIG_FILE)
     code, _, err = run(command, tmp_path / "begun")
     assert code == 65
@@ -622,10 +622,10 @@ def test_a_line_that_cannot_be_used_is_named_before_a_model_is_opened(
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["--beams", "3", "--stop", "x", "--seed", "1"], "--stop: means nothing with --beams"),
-        (["--length-penalty", "2"], "--length-penalty: means nothing without --beams"),
-        (["--interactive", "--samples", "2"], "--samples: means nothing with --interactive"),
-        (["--bench", "--top-k", "2"], "--top-k: means nothing with --bench"),
+        (["--beams", "3", "--stop", "x", "--seed", "1"], "--stop: has no effect with --beams"),
+        (["--length-penalty", "2"], "--length-penalty: has no effect without --beams"),
+        (["--interactive", "--samples", "2"], "--samples: has no effect with --interactive"),
+        (["--bench", "--top-k", "2"], "--top-k: has no effect with --bench"),
     ],
 )
 def test_an_option_that_would_not_be_heeded_is_refused(run, tmp_path, words, problem) -> None:
@@ -741,7 +741,7 @@ def test_a_hugging_face_folder_is_sampled_as_it_is(run, trained, tmp_path: Path)
     folder.mkdir()
     with mesh.entered_mesh(cfg):
         params, _ = runs.restore_params(trained, cfg)
-        safetensors.write_folder(folder, params, cfg.model, dtype="F32", dtypes={}, extra={})
+        safetensors.write_folder(folder, params, cfg.model)
     words = ["--temperature", 0, "--max-tokens", 5]
     code, _, err = run("sample", folder, *words, "--prompt", "ab")
     assert code == 65

@@ -1,4 +1,4 @@
-"""The configuration: JSON round trip, all problems at once, loading, resuming, no dead key."""
+"""The configuration: JSON round trip, validation, loading, resuming, no unused field."""
 
 import ast
 import dataclasses
@@ -59,7 +59,7 @@ def with_leaf(cfg: typing.Any, dotted: str, value: typing.Any) -> typing.Any:
 
 
 def another(value: typing.Any, hint: typing.Any) -> typing.Any:
-    """Some other value of a field's type."""
+    """A different value of a field's type."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return next(a for a in args if a != value)
@@ -98,7 +98,7 @@ def values_of(hint: typing.Any) -> st.SearchStrategy:
 
 @settings(max_examples=50, deadline=None)
 @given(values_of(Config))
-def test_any_configuration_survives_json(cfg: Config) -> None:
+def test_json_round_trips_any_configuration(cfg: Config) -> None:
     through_json = json.loads(json.dumps(config.to_dict(cfg)))
     back = config.from_dict(through_json)
     assert back == cfg
@@ -111,7 +111,7 @@ def test_absent_fields_take_their_defaults() -> None:
     assert cfg == Config(model=ModelConfig(layers=3))
 
 
-def test_a_whole_number_is_a_float_where_a_float_is_wanted() -> None:
+def test_integer_is_accepted_for_a_float_field() -> None:
     lr = config.from_dict({"optim": {"lr": 1}}).optim.lr
     assert lr == 1.0
     assert isinstance(lr, float)
@@ -126,7 +126,7 @@ def test_a_whole_number_is_a_float_where_a_float_is_wanted() -> None:
         ({"mesh": {"qqq": 0}}, ["mesh.qqq", "data", "fsdp", "tensor"]),
     ],
 )
-def test_an_unknown_key_is_answered_with_the_nearest(values: dict, wanted: list[str]) -> None:
+def test_unknown_field_suggests_the_nearest_names(values: dict, wanted: list[str]) -> None:
     (problem,) = problems_of(lambda: config.from_dict(values))
     assert all(part in problem for part in wanted)
     assert "unknown" in problem
@@ -152,7 +152,7 @@ def test_an_unknown_key_is_answered_with_the_nearest(values: dict, wanted: list[
         ("model", 3, "object"),
     ],
 )
-def test_a_value_of_another_type_is_named_with_what_was_wanted(
+def test_value_of_wrong_type_is_reported_with_the_expected_type(
     dotted: str, value: object, wanted: str
 ) -> None:
     section, _, name = dotted.partition(".")
@@ -174,14 +174,14 @@ def test_from_dict_reports_all_problems_at_once() -> None:
     assert {p.split("=")[0].split(":")[0] for p in found} == names
 
 
-# --- values that go together -----------------------------------------------------------------
+# --- validation ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("cfg", "wanted"),
     [
-        (Config(model=ModelConfig(heads=7)), ["model.heads=7", "768", "6 and 8"]),
-        (Config(model=ModelConfig(kv_heads=5)), ["model.kv_heads=5", "12", "4 and 6"]),
+        (Config(model=ModelConfig(heads=7)), ["model.heads=7", "768", "6 or 8"]),
+        (Config(model=ModelConfig(kv_heads=5)), ["model.kv_heads=5", "12", "4 or 6"]),
         (Config(model=ModelConfig(layers=3, pattern=("full",) * 2)), ["model.layers=3", "2 or 4"]),
         (Config(model=ModelConfig(pattern=("window",))), ["model.window=None"]),
         (Config(model=ModelConfig(pattern=())), ["model.pattern"]),
@@ -191,7 +191,7 @@ def test_from_dict_reports_all_problems_at_once() -> None:
         (Config(model=ModelConfig(dropout=1.0)), ["model.dropout=1.0"]),
         (Config(train=TrainConfig(seq_len=2048)), ["train.seq_len=2048", "model.context=1024"]),
         (Config(train=TrainConfig(batch_tokens=1500)), ["train.batch_tokens", "1024 or 2048"]),
-        (Config(train=TrainConfig(accumulation=3)), ["train.accumulation=3", "512", "2 and 4"]),
+        (Config(train=TrainConfig(accumulation=3)), ["train.accumulation=3", "512", "2 or 4"]),
         (Config(optim=OptimConfig(lr=math.nan)), ["optim.lr=nan"]),
         (Config(optim=OptimConfig(lr_schedule="wsd", decay_tokens=10**12)), ["decay_tokens"]),
         (Config(eval=EvalConfig(sample_tokens=1024)), ["eval.sample_tokens", "model.context"]),
@@ -206,7 +206,7 @@ def test_from_dict_reports_all_problems_at_once() -> None:
         (Config(data=DataConfig(valid_fraction=0.0)), ["data.valid_fraction"]),
     ],
 )
-def test_check_names_field_value_and_what_to_do(cfg: Config, wanted: list[str]) -> None:
+def test_check_reports_field_value_and_remedy(cfg: Config, wanted: list[str]) -> None:
     (problem,) = problems_of(cfg.check)
     assert all(part in problem for part in wanted), problem
 
@@ -223,7 +223,7 @@ def test_check_reports_all_problems_at_once() -> None:
 
 
 @pytest.mark.parametrize("field", ["heads", "kv_heads", "embed"])
-def test_a_dimension_of_zero_does_not_hide_other_problems(field: str) -> None:
+def test_zero_dimension_does_not_hide_other_problems(field: str) -> None:
     cfg = Config(model=ModelConfig(**{field: 0}), train=TrainConfig(seq_len=2048))
     found = problems_of(cfg.check)
     assert any(p.startswith(f"model.{field}=0") for p in found)
@@ -233,13 +233,13 @@ def test_a_dimension_of_zero_does_not_hide_other_problems(field: str) -> None:
 @pytest.mark.parametrize(
     "train", [TrainConfig(seq_len=0), TrainConfig(accumulation=0), TrainConfig(batch_tokens=0)]
 )
-def test_check_for_a_machine_tells_a_zero_as_a_problem(train: TrainConfig) -> None:
+def test_check_with_devices_reports_zeros_instead_of_dividing_by_them(train: TrainConfig) -> None:
     found = problems_of(lambda: Config(train=train).check(devices=8))
     assert any("=0: must be at least 1" in p for p in found)
 
 
 @pytest.mark.parametrize("value", [0, -4])
-def test_a_head_dim_below_one_is_refused(value: int) -> None:
+def test_head_dim_below_one_is_refused(value: int) -> None:
     found = problems_of(Config(model=ModelConfig(head_dim=value)).check)
     assert any(p.startswith(f"model.head_dim={value}") for p in found)
 
@@ -257,7 +257,7 @@ def test_a_head_dim_below_one_is_refused(value: int) -> None:
         (MeshConfig(data=1, fsdp=1, tensor=1), 1, (1, 1, 1, 1, 1, 1)),
     ],
 )
-def test_minus_one_takes_the_devices_that_are_left(mesh, devices, shape) -> None:
+def test_axis_of_minus_one_takes_the_remaining_devices(mesh, devices, shape) -> None:
     assert mesh.shape(devices) == dict(
         zip(("data", "stage", "fsdp", "expert", "context", "tensor"), shape, strict=True)
     )
@@ -274,7 +274,7 @@ def test_minus_one_takes_the_devices_that_are_left(mesh, devices, shape) -> None
         (MeshConfig(data=0), ["data=0"]),
     ],
 )
-def test_a_mesh_that_the_devices_do_not_make_up_is_told(mesh, wanted: list[str]) -> None:
+def test_mesh_that_does_not_match_the_device_count_is_refused(mesh, wanted: list[str]) -> None:
     found = "\n".join(problems_of(lambda: Config(mesh=mesh).check(devices=8)))
     assert all(part in found for part in wanted), found
 
@@ -284,7 +284,7 @@ def test_a_mesh_that_the_devices_do_not_make_up_is_told(mesh, wanted: list[str])
     [
         (
             {"mesh.tensor": 8, "model.kv_heads": 12, "model.heads": 24},
-            ["model.kv_heads=12", "tensor=8", "8 or 16", "6 and 12"],
+            ["model.kv_heads=12", "tensor=8", "8 or 16", "6 or 12"],
         ),
         (
             {"mesh.tensor": 4, "model.heads": 4, "model.kv_heads": 2},
@@ -297,9 +297,9 @@ def test_a_mesh_that_the_devices_do_not_make_up_is_told(mesh, wanted: list[str])
         ),
         (
             {"mesh.fsdp": 8, "model.embed": 36, "model.heads": 2},
-            ["model.embed=36", "fsdp=8", "32 or 40", "6 and 9"],
+            ["model.embed=36", "fsdp=8", "32 or 40", "6 or 9"],
         ),
-        ({"eval.batch": 12}, ["eval.batch=12", "data x fsdp x expert=8", "8 or 16", "6 and 12"]),
+        ({"eval.batch": 12}, ["eval.batch=12", "data x fsdp x expert=8", "8 or 16", "6 or 12"]),
         (
             {"train.batch_tokens": 12 * 1024},
             ["train.batch_tokens=12288", "data x fsdp x expert = 8", "8192 or 16384"],
@@ -310,7 +310,7 @@ def test_a_mesh_that_the_devices_do_not_make_up_is_told(mesh, wanted: list[str])
         ),
     ],
 )
-def test_a_dimension_that_the_mesh_does_not_divide_names_axis_and_nearest_legal_values(
+def test_indivisible_dimension_is_reported_with_axis_and_nearest_legal_values(
     changes: dict, wanted: list[str]
 ) -> None:
     cfg = Config()
@@ -321,7 +321,7 @@ def test_a_dimension_that_the_mesh_does_not_divide_names_axis_and_nearest_legal_
     assert all(part in problem for part in wanted), problem
 
 
-def test_processes_that_would_share_a_row_are_refused() -> None:
+def test_processes_that_would_share_a_sequence_are_refused() -> None:
     cfg = Config(mesh=MeshConfig(data=4, tensor=2), eval=EvalConfig(batch=12))
     cfg.check(devices=8, processes=2)
     assert "3 processes" in problems_of(lambda: cfg.check(devices=8, processes=3))[0]
@@ -347,13 +347,13 @@ def preset(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_preset_is_a_function_of_a_file_and_main_may_be_left_out(preset: Path) -> None:
+def test_preset_is_a_function_of_a_file_with_main_as_the_default(preset: Path) -> None:
     assert config.load(str(preset)).train.seed == 1
     assert config.load(f"{preset}:medium").train.seed == 2
     assert not list(preset.parent.glob("__pycache__"))
 
 
-def test_a_json_file_and_a_run_folder_are_configurations(tmp_path: Path) -> None:
+def test_json_file_and_run_folder_are_configurations(tmp_path: Path) -> None:
     cfg = Config(train=TrainConfig(seed=3))
     file = tmp_path / config.CONFIG_FILE
     file.write_text(json.dumps(config.to_dict(cfg)))
@@ -368,13 +368,13 @@ def test_a_json_file_and_a_run_folder_are_configurations(tmp_path: Path) -> None
         ("recipe.py:_hidden", ["_hidden", "no such preset"]),
         ("recpe.py", ["recpe.py: no such file", "recipe.py"]),
         ("nothing/like/it.py", ["nothing/like/it.py: no such file"]),
-        ("empty", ["empty", "config.json", "no run"]),
+        ("empty", ["empty", "config.json", "not a run"]),
         ("notes.txt", ["notes.txt", ".py", ".json", "run folder"]),
         ("damaged.json", ["damaged.json", "JSON"]),
         ("list.json", ["list.json", "object"]),
     ],
 )
-def test_what_cannot_be_loaded_is_named(
+def test_unloadable_argument_is_reported(
     preset: Path, monkeypatch: pytest.MonkeyPatch, argument: str, wanted: list[str]
 ) -> None:
     monkeypatch.chdir(preset.parent)
@@ -387,7 +387,7 @@ def test_what_cannot_be_loaded_is_named(
     assert "_hidden" not in problem.replace(argument, "")
 
 
-def test_provenance_says_default_preset_or_command_line(preset: Path) -> None:
+def test_provenance_is_default_preset_or_command_line(preset: Path) -> None:
     overrides = ["--model.layers", "3", "--optim.weight-decay=0.2", "--data.sources", "a", "b"]
     cfg = config.resolve(str(preset), overrides, "gptjax config")
     origins = config.provenance(cfg, str(preset), overrides)
@@ -410,7 +410,7 @@ def preset_arguments() -> list[str]:
 
 
 @pytest.mark.parametrize("argument", preset_arguments())
-def test_every_preset_builds_and_passes_its_check(argument: str) -> None:
+def test_every_preset_passes_its_check(argument: str) -> None:
     cfg = config.load(str(REPO / argument))
     assert isinstance(cfg, Config)
     cfg.check()
@@ -419,14 +419,14 @@ def test_every_preset_builds_and_passes_its_check(argument: str) -> None:
 # --- resuming --------------------------------------------------------------------------------
 
 
-def test_every_leaf_has_a_resume_class() -> None:
+def test_every_field_has_a_resume_class() -> None:
     classes = config.resume_classes()
     assert set(classes) == set(config.flatten(Config())) == set(leaf_types())
     assert set(classes.values()) == {"identity", "schedule", "free"}
 
 
 @pytest.mark.parametrize("dotted", leaf_types())
-def test_a_changed_leaf_is_refused_or_reported_as_its_class_says(dotted: str) -> None:
+def test_changed_field_is_refused_or_reported_by_its_resume_class(dotted: str) -> None:
     saved = Config()
     value = config.flatten(saved)[dotted]
     new = another(value, leaf_types()[dotted])
@@ -446,7 +446,7 @@ def test_a_changed_leaf_is_refused_or_reported_as_its_class_says(dotted: str) ->
     assert line.index(repr(value)) < line.rindex(repr(new))
 
 
-def test_a_resume_lists_all_refused_changes_at_once_and_no_other() -> None:
+def test_resume_lists_all_refused_changes_at_once() -> None:
     given = Config(
         model=ModelConfig(layers=2, embed=24),
         train=TrainConfig(seed=5),
@@ -459,7 +459,7 @@ def test_a_resume_lists_all_refused_changes_at_once_and_no_other() -> None:
     assert all(line in str(caught.value) for line in caught.value.differences)
 
 
-def test_a_resume_with_the_same_values_changes_nothing() -> None:
+def test_resume_with_equal_values_has_no_changes() -> None:
     assert config.resume_changes(Config(), Config(run="elsewhere")) == []
 
 
@@ -467,30 +467,30 @@ def test_a_resume_with_the_same_values_changes_nothing() -> None:
     "dotted",
     ["model.layers", "model.vocab_size", "train.seed", "train.batch_tokens", "data.sources"],
 )
-def test_what_makes_another_run_is_identity(dotted: str) -> None:
+def test_fields_that_define_a_run_are_identity(dotted: str) -> None:
     assert config.resume_classes()[dotted] == "identity"
 
 
 @pytest.mark.parametrize("section", ["mesh", "log", "eval", "checkpoint"])
-def test_where_and_how_often_is_free(section: str) -> None:
+def test_placement_and_period_fields_are_free(section: str) -> None:
     classes = config.resume_classes()
     assert {kind for name, kind in classes.items() if name.startswith(f"{section}.")} == {"free"}
 
 
-# --- no key that nothing reads ---------------------------------------------------------------
+# --- no unused field -------------------------------------------------------------------------
 
 
 def sections(cls: type) -> dict[str, type]:
-    """Sections by name, those within sections too."""
+    """Sections by name, nested ones included."""
     hints = typing.get_type_hints(cls)
     found = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
     return found | {name: hint for c in found.values() for name, hint in sections(c).items()}
 
 
 class _Reads(ast.NodeVisitor):
-    """Which attributes of which configuration class a file reads.
+    """Collects the attributes of configuration classes that a file reads.
 
-    Knows an expression's class from `.section` of anything, from annotations of arguments and of
+    Infers an expression's class from `.section` of a known one, from annotations of arguments and
     class attributes, and from assignments of such expressions to names.
     """
 
@@ -578,10 +578,10 @@ def _pairs(node: ast.Assign) -> Iterator[tuple[ast.expr, ast.expr]]:
 
 
 def unread_leaves(root: type, definitions: str, files: Mapping[str, str]) -> set[str]:
-    """Dotted names of leaves that no file reads.
+    """Dotted names of fields that no file reads.
 
-    `definitions` is the source of the module with the dataclasses: a method or property there reads
-    fields on behalf of whoever reads it.
+    `definitions` is the source of the dataclasses: reading a method or property there counts as
+    reading the fields that it uses.
     """
     scan = _Reads(root)
     for text in files.values():
@@ -610,13 +610,14 @@ def unread_leaves(root: type, definitions: str, files: Mapping[str, str]) -> set
     return {dotted for read, dotted in leaves.items() if read not in scan.reads}
 
 
-def test_every_configuration_key_is_read_somewhere() -> None:
+def test_every_configuration_field_is_read_somewhere() -> None:
     files = {
         str(path): path.read_text()
         for path in sorted(PACKAGE.rglob("*.py"))
         if path.parent.name != "config"
     }
-    definitions = (PACKAGE / "config" / "schema.py").read_text()
+    schema = [PACKAGE / "config" / f"{name}.py" for name in ("model", "mesh", "schema")]
+    definitions = "\n".join(file.read_text() for file in schema)
     assert unread_leaves(Config, definitions, files) == set()
 
 
@@ -648,7 +649,7 @@ class One:
          {"two.name"}),
     ],
 )  # fmt: skip
-def test_the_scan_would_catch_a_key_that_nothing_reads(source: str, unread: set[str]) -> None:
+def test_scan_finds_a_field_that_nothing_reads(source: str, unread: set[str]) -> None:
     one = dataclasses.make_dataclass("One", [("halves", int), ("name", str)])
     two = dataclasses.make_dataclass("Two", [("name", str)])
     root = dataclasses.make_dataclass("Config", [("run", str), ("one", one), ("two", two)])
@@ -666,6 +667,6 @@ def test_importing_config_loads_neither_jax_nor_tensorflow() -> None:
     assert loaded.isdisjoint({"jax", "jaxlib", "flax", "optax", "tensorflow", "numpy"})
 
 
-def test_tokenizer_vocabulary_may_be_larger_where_a_file_decides_it() -> None:
+def test_tokenizer_vocab_size_is_not_checked_when_the_tokenizer_is_loaded() -> None:
     cfg = Config(model=ModelConfig(vocab_size=512), tokenizer=TokenizerConfig(path="some.model"))
     cfg.check()

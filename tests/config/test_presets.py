@@ -32,13 +32,13 @@ def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPO)
 
 
-def test_pages_and_presets_show_commands() -> None:
+def test_readme_and_presets_contain_commands() -> None:
     assert len(PRESETS) >= 6
     assert len(SHOWN) >= 8
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_is_valid_on_its_machine_or_on_one_device_and_on_eight(preset: str) -> None:
+def test_preset_is_valid_on_its_machine_or_on_one_and_eight_devices(preset: str) -> None:
     cfg = config.load(preset)
     if machine := cfg.mesh.machine:
         cfg.check(hardware.parse(machine).devices, hardware.parse(machine).processes)
@@ -48,7 +48,7 @@ def test_a_preset_is_valid_on_its_machine_or_on_one_device_and_on_eight(preset: 
 
 
 @pytest.mark.parametrize("line", SHOWN)
-def test_a_command_that_is_shown_can_be_parsed(line: str) -> None:
+def test_documented_command_parses(line: str) -> None:
     args, rest = main._parser().parse_known_args(shlex.split(line)[1:])
     if args.takes_overrides:
         main._resolve(args, rest)
@@ -57,7 +57,7 @@ def test_a_command_that_is_shown_can_be_parsed(line: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_quickstart_learns_and_can_be_sampled_evaluated_and_resumed(tmp_path: Path) -> None:
+def test_quickstart_trains_samples_evaluates_and_resumes(tmp_path: Path) -> None:
     def gptjax(*words: str) -> str:
         command = [sys.executable, "-m", "gptjax", *words]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The input pipeline: batches are the windows that `order` names, from any step, in any process."""
+"""The input pipeline: the windows that `Order` gives, from any step, in any process."""
 
 import dataclasses
 import tempfile
@@ -23,7 +23,7 @@ SEQ = 8
 
 
 def tokens_of(count: int) -> np.ndarray:
-    """Every token another, so that a window says where it is from."""
+    """Distinct tokens, which identify a window's place."""
     return np.arange(1, count + 1)
 
 
@@ -76,11 +76,11 @@ def windows(batches: list[Batch]) -> list[list]:
 @pytest.mark.parametrize(
     ("tokens", "wanted"), [(1, 0), (SEQ, 0), (SEQ + 1, 1), (2 * SEQ, 1), (2 * SEQ + 1, 2)]
 )
-def test_training_windows_are_whole_and_share_a_token_with_the_next(tokens, wanted) -> None:
+def test_training_windows_are_complete_and_overlap_by_one_token(tokens, wanted) -> None:
     assert loader.training_windows(tokens, SEQ) == wanted
 
 
-def test_a_batch_is_the_windows_of_the_store_that_the_order_names(data: TrainData) -> None:
+def test_batches_hold_the_windows_that_the_order_gives(data: TrainData) -> None:
     tokens, order = tokens_of(len(data.reader)), Order(203, BATCH, seed=3)
     batches = train(data, 0, 40)  # more than two epochs
     assert len(batches) == 40
@@ -96,16 +96,18 @@ def test_a_batch_is_the_windows_of_the_store_that_the_order_names(data: TrainDat
 
 @pytest.mark.parametrize("prefetch", [1, 2, 7, 32])
 @pytest.mark.parametrize("first", [0, 1, 5, 16, 29])
-def test_a_stream_begun_late_is_the_rest_of_the_whole_one(data, first, prefetch) -> None:
+def test_stream_started_at_a_later_step_equals_the_tail_of_the_full_stream(
+    data, first, prefetch
+) -> None:
     whole = windows(train(data, 0, 30))
     assert windows(train(data, first, 30, prefetch=prefetch)) == whole[first:]
 
 
-def test_a_stream_begun_at_the_end_or_after_it_is_empty(data: TrainData) -> None:
+def test_stream_started_at_or_after_the_last_step_is_empty(data: TrainData) -> None:
     assert train(data, 30, 30) == train(data, 31, 30) == []
 
 
-def test_a_stream_may_begin_at_an_enormous_step(data: TrainData) -> None:
+def test_stream_starts_at_step_1e12(data: TrainData) -> None:
     first = 10**12
     (batch,) = train(data, first, first + 1)
     ids = Order(203, BATCH, seed=3).ids(first)
@@ -114,7 +116,7 @@ def test_a_stream_may_begin_at_an_enormous_step(data: TrainData) -> None:
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
 @pytest.mark.parametrize("scattered", [False, True])
-def test_the_rows_of_all_processes_are_the_batch(data, processes: int, scattered: bool) -> None:
+def test_rows_of_all_processes_form_the_global_batch(data, processes: int, scattered: bool) -> None:
     rows = np.arange(BATCH).reshape(processes, -1)
     rows = rows.reshape(-1, processes).T if scattered else rows
     streams = [train(data, 3, 9, own) for own in rows]
@@ -125,16 +127,16 @@ def test_the_rows_of_all_processes_are_the_batch(data, processes: int, scattered
 
 
 @pytest.mark.parametrize("tokens", [2, SEQ])
-def test_a_store_without_a_whole_window_is_refused(tmp_path: Path, tokens: int) -> None:
+def test_store_shorter_than_one_window_is_refused(tmp_path: Path, tokens: int) -> None:
     cfg, manifest = config(tmp_path, SEQ, 4), write(tmp_path, tokens)
-    wanted = f"data.store={tmp_path}: {tokens} training tokens are no window of train.seq_len={SEQ}"
-    with pytest.raises(DataError, match=wanted):
+    message = f"data.store={tmp_path}: {tokens} training tokens, too few for a window"
+    with pytest.raises(DataError, match=f"{message} of train.seq_len={SEQ}"):
         TrainData.open(cfg, manifest)
 
 
 @dataclass
 class Broken:
-    """A reader of whose windows one cannot be read."""
+    """A reader that fails at one window."""
 
     reader: Reader
     bad: int
@@ -145,7 +147,7 @@ class Broken:
         return self.reader.windows(starts, length)
 
 
-def test_what_goes_wrong_in_reading_ends_the_stream_with_the_reason(data: TrainData) -> None:
+def test_read_error_ends_the_stream_with_its_reason(data: TrainData) -> None:
     bad = int(data.ids(9)[4]) * LONG
     broken = dataclasses.replace(data, reader=Broken(data.reader, bad))
     stream = broken.batches(0, 17, np.arange(BATCH), prefetch=4)
@@ -173,7 +175,7 @@ def evaluate(reader: Reader, seq_len: int, batch: int, rows: tuple[int, int]) ->
 @example(tokens=2, seq_len=20, batch=8, data=None)
 @example(tokens=81, seq_len=20, batch=4, data=None)  # nothing to fill up
 @example(tokens=82, seq_len=20, batch=4, data=None)  # a batch with one target
-def test_evaluation_has_each_target_once_after_its_own_token(tokens, seq_len, batch, data) -> None:
+def test_evaluation_batches_have_each_target_exactly_once(tokens, seq_len, batch, data) -> None:
     with stored(tokens) as reader:
         batches = evaluate(reader, seq_len, batch, (0, batch))
         if data is not None and batch > 1:
@@ -194,7 +196,7 @@ def test_evaluation_has_each_target_once_after_its_own_token(tokens, seq_len, ba
         assert full.lengths_B.tolist() == [seq_len] * batch
 
 
-def test_the_last_evaluation_batch_is_filled_up_with_rows_of_no_length() -> None:
+def test_last_evaluation_batch_is_padded_with_empty_rows() -> None:
     with stored(1 + 5 * SEQ + 3) as reader:
         first, last = evaluate(reader, SEQ, 4, (0, 4))
     assert first.lengths_B.tolist() == [SEQ] * 4
@@ -206,7 +208,7 @@ def test_the_last_evaluation_batch_is_filled_up_with_rows_of_no_length() -> None
 # --- the benchmark ---------------------------------------------------------------------------
 
 
-def test_the_benchmark_gives_three_ascending_rates(tmp_path: Path) -> None:
+def test_benchmark_reports_lowest_median_and_highest_rate(tmp_path: Path) -> None:
     manifest = write(tmp_path, 2000)
     low, median, high = loader.bench(config(tmp_path, SEQ, 4), manifest, seconds=0.2)
     assert 0 < low <= median <= high

@@ -1,4 +1,4 @@
-"""The order of windows: a permutation each epoch, and a batch that its step alone decides."""
+"""The data order: a permutation for each epoch; a batch depends on seed and step alone."""
 
 import math
 
@@ -35,8 +35,8 @@ def test_each_epoch_is_a_permutation(size: int, seed: int, epoch: int) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(side=st.integers(1, 60), low=st.integers(1, 60))
-def test_it_is_a_permutation_whatever_the_round_function_gives(side: int, low: int) -> None:
-    """As if the hash of every word were near its largest: there, sums wrap around."""
+def test_permutation_is_bijective_for_any_round_function(side: int, low: int) -> None:
+    """Hashes near the largest word, where sums would wrap around."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(permutation, "_mix", lambda x: ~(x * np.uint64(5) % np.uint64(low)))
         image = whole(side**2)
@@ -46,7 +46,7 @@ def test_it_is_a_permutation_whatever_the_round_function_gives(side: int, low: i
 @settings(max_examples=100, deadline=None)
 @given(root=st.integers(10**6, 2**29), off=st.integers(-2, 2), seed=SEEDS)
 @example(root=2**28, off=1, seed=0)  # a root that is not exact in floating point
-def test_no_two_windows_of_an_enormous_store_share_a_place(root: int, off: int, seed: int) -> None:
+def test_permutation_of_a_very_large_store_is_injective(root: int, off: int, seed: int) -> None:
     size = root**2 + off
     near = np.array([0, 1, root, root**2 - root, size // 2, size - 2, size - 1], np.int64)
     index = np.unique(np.concatenate([near, np.arange(0, size, size // 200)]))
@@ -58,26 +58,26 @@ def test_no_two_windows_of_an_enormous_store_share_a_place(root: int, off: int, 
 
 @settings(max_examples=50, deadline=None)
 @given(size=SIZES, seed=SEEDS, data=st.data())
-def test_a_window_goes_where_it_goes_whatever_is_asked_with_it(size, seed, data) -> None:
+def test_permuting_a_subset_equals_the_full_permutation(size, seed, data) -> None:
     index = np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20)))
     table = whole(size, seed, 5)
     np.testing.assert_array_equal(permute(index, size, seed, 5), table[index])
     np.testing.assert_array_equal(permute(index[:, None], size, seed, 5), table[index[:, None]])
 
 
-def test_each_seed_and_each_epoch_has_its_own_order() -> None:
+def test_orders_of_different_seeds_and_epochs_differ() -> None:
     seeds = [0, 1, 2, 3, 2**31, 2**32, 2**63, 2**64 - 2, 2**64 - 1]
     orders = {whole(1000, seed, epoch).tobytes() for seed in seeds for epoch in range(20)}
     assert len(orders) == len(seeds) * 20
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """In standard deviations of that of two random orders."""
+    """Correlation in units of its standard deviation between two random orders."""
     return float(np.corrcoef(a, b)[0, 1] * math.sqrt(len(a)))
 
 
 @pytest.mark.parametrize("size", [60_000, 1_000_000])
-def test_an_order_has_no_memory_of_the_place_the_epoch_or_the_seed_before(size: int) -> None:
+def test_orders_are_uncorrelated_with_place_epoch_and_seed(size: int) -> None:
     first, later, other = whole(size, 7, 0), whole(size, 7, 1), whole(size, 8, 0)
     pairs = {
         "places": (np.arange(size), first),
@@ -89,7 +89,7 @@ def test_an_order_has_no_memory_of_the_place_the_epoch_or_the_seed_before(size: 
 
 
 @pytest.mark.parametrize("size", [2, 5, 16, 97])
-def test_every_window_is_as_likely_in_every_place(size: int) -> None:
+def test_each_window_is_equally_likely_at_each_place(size: int) -> None:
     epochs = 2000
     images = np.stack([whole(size, 3, epoch) for epoch in range(epochs)])
     counts = np.stack([np.bincount(column, minlength=size) for column in images.T])
@@ -123,7 +123,7 @@ def test_each_epoch_takes_each_window_once(windows: int, batch: int, seed: int) 
     seed=SEEDS,
     step=st.one_of(st.integers(0, 40), st.integers(0, 10**12)),
 )
-def test_the_batch_is_the_rows_of_all_processes_however_many(windows, each, seed, step) -> None:
+def test_global_batch_does_not_depend_on_the_number_of_processes(windows, each, seed, step) -> None:
     source = Order(windows, 8 * each, seed)
     whole_batch = source.ids(step)
     for processes in (1, 2, 4, 8):
@@ -136,14 +136,14 @@ def test_the_batch_is_the_rows_of_all_processes_however_many(windows, each, seed
 
 @pytest.mark.parametrize("step", [0, 1, 10**6, 10**12])
 @pytest.mark.parametrize("windows", [997, 10**12 + 39])
-def test_any_step_is_what_its_places_in_the_sequence_of_epochs_say(step, windows) -> None:
+def test_batch_of_any_step_equals_permuting_its_places_one_by_one(step, windows) -> None:
     places = range(step * 48, (step + 1) * 48)
     alone = [int(permute(np.array([p % windows]), windows, 5, p // windows)[0]) for p in places]
     assert Order(windows, 48, 5).ids(step).tolist() == alone
 
 
 @pytest.mark.parametrize("step", [1, 10**6, 10**12])
-def test_a_late_step_mixes_as_few_words_as_the_first(step: int, monkeypatch) -> None:
+def test_cost_of_a_batch_does_not_grow_with_the_step(step: int, monkeypatch) -> None:
     mixed = 0
     mix = permutation._mix
 
@@ -166,6 +166,6 @@ def test_a_late_step_mixes_as_few_words_as_the_first(step: int, monkeypatch) -> 
     assert rows - row == 9 * permutation._ROUNDS  # a process pays for its own rows only
 
 
-def test_epochs_are_counted_in_fractions() -> None:
+def test_epoch_of_a_step_is_a_fraction() -> None:
     source = Order(windows=100, batch=30, seed=0)
     assert [source.epoch(step) for step in (0, 1, 10)] == [0, 0.3, 3]

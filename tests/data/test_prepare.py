@@ -1,4 +1,4 @@
-"""Preparation: documents and their EOS, splits, resuming, and what is refused."""
+"""Preparation of a store: documents and their EOS, splits, resuming, refused input."""
 
 import concurrent.futures
 import gc
@@ -63,7 +63,7 @@ def config(folder: Path, name: str = "store", tokenizer: TokenizerConfig = BYTES
 
 @pytest.fixture
 def here(monkeypatch) -> None:
-    """Tokenizes in this process: starting others is most of what preparing a small store costs."""
+    """Tokenizes in this process, since starting workers dominates the time of a small store."""
 
     def in_order(cfg: Config, folder: Path, batches: Iterator) -> Iterator:
         monkeypatch.setattr(prepare, "_worker_tokenizer", tokenizers.load(folder), raising=False)
@@ -104,7 +104,7 @@ def source_documents(cfg: Config) -> dict[str, str]:
     """Whole texts by key, in the order of the sources."""
     whole: dict[str, str] = {}
     for source in sources.resolve(cfg.data.sources):
-        for document in sources.read(source, cfg.data, sources.Counts()):
+        for document in source.documents(cfg.data, sources.Counts()):
             whole[document.key] = whole.get(document.key, "") + document.text
     return whole
 
@@ -113,7 +113,7 @@ def source_documents(cfg: Config) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda t: t.kind)
-def test_a_store_holds_each_document_and_an_eos_after_it(tmp_path, corpus, tokenizer) -> None:
+def test_store_has_each_document_followed_by_eos(tmp_path, corpus, tokenizer) -> None:
     cfg = config(tmp_path, tokenizer=tokenizer)
     manifest = prepare.prepare(cfg)
     found = source_documents(cfg)
@@ -138,7 +138,7 @@ def test_a_store_holds_each_document_and_an_eos_after_it(tmp_path, corpus, token
 
 @HERE
 @pytest.mark.parametrize("tokenizer", [BYTES, SENTENCEPIECE], ids=lambda t: t.kind)
-def test_a_long_file_read_in_pieces_is_one_document(tmp_path, corpus, tokenizer) -> None:
+def test_long_file_read_in_parts_is_one_document(tmp_path, corpus, tokenizer) -> None:
     cfg = config(tmp_path, "whole", tokenizer)
     whole = prepare.prepare(cfg)
     same = replace(tokenizer, path="" if tokenizer == BYTES else cfg.data.store)
@@ -150,7 +150,7 @@ def test_a_long_file_read_in_pieces_is_one_document(tmp_path, corpus, tokenizer)
 
 
 @HERE
-def test_validation_sources_are_the_validation_split_whole(tmp_path: Path, corpus: Path) -> None:
+def test_validation_sources_become_the_whole_validation_split(tmp_path: Path, corpus: Path) -> None:
     cfg = config(
         tmp_path,
         sources=(f"{corpus}/0[0-4].txt",),
@@ -162,7 +162,7 @@ def test_validation_sources_are_the_validation_split_whole(tmp_path: Path, corpu
 
 
 @HERE
-def test_files_that_are_added_leave_the_split_of_the_others(tmp_path: Path, corpus: Path) -> None:
+def test_added_files_do_not_change_the_split_of_other_files(tmp_path: Path, corpus: Path) -> None:
     before, after = config(tmp_path, "before"), config(tmp_path, "after")
     prepare.prepare(before)
     for number in range(30):
@@ -178,7 +178,7 @@ def test_files_that_are_added_leave_the_split_of_the_others(tmp_path: Path, corp
 
 
 @HERE
-def test_the_tokenizer_is_not_trained_on_what_is_held_out(tmp_path: Path, corpus: Path) -> None:
+def test_tokenizer_is_not_trained_on_held_out_documents(tmp_path: Path, corpus: Path) -> None:
     made = {}
     held_out = [p for p in corpus.glob("*.txt") if sources.hash_share(p.name) < 0.3]
     assert held_out
@@ -191,7 +191,7 @@ def test_the_tokenizer_is_not_trained_on_what_is_held_out(tmp_path: Path, corpus
     assert made["before"].splits["valid"] != made["after"].splits["valid"]
 
 
-def test_any_number_of_workers_makes_the_same_store(tmp_path, corpus, monkeypatch) -> None:
+def test_store_does_not_depend_on_the_number_of_workers(tmp_path, corpus, monkeypatch) -> None:
     monkeypatch.setattr(prepare, "_BATCH_BYTES", 1500)
     made = {workers: config(tmp_path, f"{workers}", workers=workers) for workers in (1, 2)}
     for cfg in made.values():
@@ -202,7 +202,7 @@ def test_any_number_of_workers_makes_the_same_store(tmp_path, corpus, monkeypatc
 
 
 @HERE
-def test_a_store_that_is_made_is_found_made(tmp_path: Path, corpus: Path) -> None:
+def test_finished_store_is_reused(tmp_path: Path, corpus: Path) -> None:
     cfg = config(tmp_path)
     manifest = prepare.prepare(cfg)
     before = contents(cfg.data.store)
@@ -224,7 +224,7 @@ class Interrupted(Exception):
 
 
 def interrupt(cfg: Config, monkeypatch, after: int) -> dict:
-    """Prepares so many batches and breaks off; returns the journal that is left."""
+    """Interrupts a preparation after so many batches; returns the journal that is left."""
     in_order = prepare._in_order
 
     def broken(*args) -> Iterator:
@@ -244,7 +244,7 @@ def interrupt(cfg: Config, monkeypatch, after: int) -> dict:
 
 @HERE
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda t: t.kind)
-def test_an_interrupted_preparation_goes_on_to_the_same_bytes(
+def test_interrupted_preparation_continues_to_identical_bytes(
     tmp_path: Path, corpus: Path, monkeypatch, tokenizer: TokenizerConfig
 ) -> None:
     whole = config(tmp_path, "whole", tokenizer, max_document_bytes=4000)
@@ -267,7 +267,7 @@ def test_an_interrupted_preparation_goes_on_to_the_same_bytes(
 
 
 @HERE
-def test_an_interruption_within_a_long_file_leaves_it_one_document(
+def test_interruption_within_a_long_file_keeps_it_one_document(
     tmp_path: Path, corpus: Path, monkeypatch
 ) -> None:
     only = {"sources": (f"{corpus}/long.txt",), "valid_sources": (f"{corpus}/00.txt",)}
@@ -282,7 +282,7 @@ def test_an_interruption_within_a_long_file_leaves_it_one_document(
 
 
 @HERE
-def test_a_stream_of_other_files_is_not_gone_on_with(tmp_path, corpus, monkeypatch) -> None:
+def test_unfinished_store_of_other_files_is_refused(tmp_path, corpus, monkeypatch) -> None:
     cfg = config(tmp_path)
     monkeypatch.setattr(prepare, "_BATCH_BYTES", 1500)
     monkeypatch.setattr(prepare, "_JOURNAL_BYTES", 4000)
@@ -302,20 +302,33 @@ def test_a_stream_of_other_files_is_not_gone_on_with(tmp_path, corpus, monkeypat
     assert prepare.prepare(cfg).splits["train"].documents > 5
 
 
+def test_listing_hash_identifies_names_and_sizes_as_before(tmp_path: Path, monkeypatch) -> None:
+    """An unfinished store records this hash, so another value would reject the store."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.txt").write_text("hello")
+    (tmp_path / "sub" / "b.txt.gz").write_text("x" * 100)
+    monkeypatch.setattr(sources.TfdsDataset, "size_bytes", lambda self: 7)
+    found = sources.resolve((str(tmp_path), "tfds:tiny@odd"))
+    assert (
+        prepare._listing_sha256(found)
+        == "7f0158dcbc98bc5180c79ed193e4501b6a24c2edb073154815997a35e477632c"
+    )
+
+
 @HERE
-def test_what_was_written_and_is_gone_is_missed(tmp_path, corpus, monkeypatch) -> None:
+def test_missing_written_tokens_are_detected(tmp_path, corpus, monkeypatch) -> None:
     cfg = config(tmp_path)
     monkeypatch.setattr(prepare, "_BATCH_BYTES", 1500)
     monkeypatch.setattr(prepare, "_JOURNAL_BYTES", 4000)
     interrupt(cfg, monkeypatch, 8)
     file = Path(cfg.data.store, "train", "c", "0")
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(DataError, match=f"{file}: holds less than was written"):
+    with pytest.raises(DataError, match=f"{file}: shorter than the journal says"):
         prepare.prepare(cfg)
 
 
 @HERE
-def test_what_the_journal_says_is_on_the_disk_before_it(tmp_path, corpus, monkeypatch) -> None:
+def test_tokens_are_synced_to_disk_before_the_journal(tmp_path, corpus, monkeypatch) -> None:
     cfg = config(tmp_path, tokenizer=SENTENCEPIECE)
     monkeypatch.setattr(prepare, "_BATCH_BYTES", 1500)
     monkeypatch.setattr(prepare, "_JOURNAL_BYTES", 4000)
@@ -349,7 +362,7 @@ def test_what_the_journal_says_is_on_the_disk_before_it(tmp_path, corpus, monkey
 
 
 @HERE
-def test_a_journal_that_was_never_finished_is_written_anew(tmp_path: Path, corpus: Path) -> None:
+def test_partial_journal_is_written_again(tmp_path: Path, corpus: Path) -> None:
     folder = tmp_path / "store"
     folder.mkdir()
     (folder / ".journal.json.partial").write_text('{"ident')
@@ -358,7 +371,7 @@ def test_a_journal_that_was_never_finished_is_written_anew(tmp_path: Path, corpu
 
 
 @HERE
-def test_a_damaged_journal_is_named(tmp_path: Path, corpus: Path, monkeypatch) -> None:
+def test_damaged_journal_is_reported(tmp_path: Path, corpus: Path, monkeypatch) -> None:
     cfg = config(tmp_path)
     interrupt(cfg, monkeypatch, 0)
     file = Path(cfg.data.store, prepare.JOURNAL)
@@ -368,7 +381,7 @@ def test_a_damaged_journal_is_named(tmp_path: Path, corpus: Path, monkeypatch) -
             prepare.prepare(cfg)
 
 
-# Says how far it is, so that it can be killed on the way.
+# Prints its progress, so that it can be killed at a chosen point.
 CHILD = """
 import json, sys
 from gptjax import config
@@ -388,7 +401,7 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
-def test_a_killed_preparation_goes_on_and_leaves_no_worker_behind(tmp_path, corpus) -> None:
+def test_killed_preparation_continues_and_leaves_no_worker_behind(tmp_path, corpus) -> None:
     for number in range(12, 60):
         (corpus / f"{number}.txt").write_text(text(number))
     cut, whole = config(tmp_path, "cut", workers=2), config(tmp_path, "whole")
@@ -420,7 +433,7 @@ def test_a_killed_preparation_goes_on_and_leaves_no_worker_behind(tmp_path, corp
 
 
 @HERE
-def test_while_another_process_makes_the_store_it_is_waited_for(tmp_path, corpus) -> None:
+def test_preparation_waits_while_another_process_prepares_the_store(tmp_path, corpus) -> None:
     cfg = config(tmp_path)
     folder = Path(cfg.data.store)
     folder.mkdir()
@@ -446,7 +459,7 @@ def test_while_another_process_makes_the_store_it_is_waited_for(tmp_path, corpus
 
 
 @HERE
-def test_a_store_of_other_data_is_refused_made_or_half_made(tmp_path, corpus, monkeypatch) -> None:
+def test_store_of_other_data_is_refused_finished_or_not(tmp_path, corpus, monkeypatch) -> None:
     made, half = config(tmp_path, "made"), config(tmp_path, "half")
     prepare.prepare(made)
     monkeypatch.setattr(prepare, "_BATCH_BYTES", 1500)
@@ -468,8 +481,10 @@ def test_a_store_of_other_data_is_refused_made_or_half_made(tmp_path, corpus, mo
 
 
 @HERE
-def test_what_an_error_says_to_set_can_be_set(tmp_path: Path, corpus: Path) -> None:
-    """An attempt that came to nothing does not bind the next one."""
+def test_failed_preparation_without_output_does_not_fix_the_configuration(
+    tmp_path: Path, corpus: Path
+) -> None:
+    """A first attempt that wrote no tokens may be followed by one with other settings."""
     file = corpus / "records.jsonl"
     cfg = config(tmp_path, tokenizer=SENTENCEPIECE, sources=(str(file),))
     file.write_text(file.read_text().replace('"text"', '"body"'))
@@ -495,7 +510,7 @@ def test_what_an_error_says_to_set_can_be_set(tmp_path: Path, corpus: Path) -> N
         ({"valid_fraction": 1e-9}, "data.valid_fraction=1e-09: no document was held out"),
     ],
 )
-def test_a_split_without_text_is_told_and_leaves_nothing(
+def test_empty_split_is_reported_and_leaves_no_files(
     tmp_path: Path, corpus: Path, fields: dict, wanted: str
 ) -> None:
     given = {
@@ -510,38 +525,42 @@ def test_a_split_without_text_is_told_and_leaves_nothing(
 
 
 @HERE
-def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, corpus: Path) -> None:
+def test_folder_with_other_files_is_refused_unchanged(tmp_path: Path, corpus: Path) -> None:
     folder = tmp_path / "store"
     (folder / "train").mkdir(parents=True)
     (folder / "notes.md").write_text("kept")
     (folder / "train" / "poem.txt").write_text("kept")
-    with pytest.raises(OutputError, match=rf"data\.store={folder}: holds other files \(notes\.md"):
+    with pytest.raises(
+        OutputError, match=rf"data\.store={folder}: contains other files \(notes\.md"
+    ):
         prepare.prepare(config(tmp_path))
     kept = {"notes.md": b"kept", "train/poem.txt": b"kept"}
     assert {**contents(folder), "prepare.lock": b""} == {**kept, "prepare.lock": b""}
 
 
 @HERE
-def test_a_tokenizer_larger_than_the_model_is_refused_until_the_model_is_larger(
+def test_tokenizer_larger_than_the_model_vocabulary_is_refused(
     tmp_path: Path, corpus: Path
 ) -> None:
     cfg = config(tmp_path, tokenizer=SENTENCEPIECE)
     small = replace(cfg, model=replace(cfg.model, vocab_size=300))
     for _ in range(2):
-        with pytest.raises(DataError, match=r"model\.vocab_size=300: the tokenizer has 320 pieces"):
+        with pytest.raises(
+            DataError, match=r"model\.vocab_size=300: smaller than the tokenizer's 320"
+        ):
             prepare.prepare(small)
     assert prepare.prepare(cfg).tokenizer["vocab_size"] == 320
 
 
 @HERE
-def test_a_store_that_cannot_be_written_is_told(tmp_path: Path, corpus: Path) -> None:
+def test_unwritable_store_is_reported(tmp_path: Path, corpus: Path) -> None:
     cfg = config(tmp_path, "corpus/00.txt/store")
     with pytest.raises(OutputError, match=f"data.store={cfg.data.store}: cannot be written"):
         prepare.prepare(cfg)
 
 
 @HERE
-def test_a_file_that_cannot_be_read_is_not_blamed_on_the_store(tmp_path, corpus) -> None:
+def test_unreadable_source_is_reported_by_its_own_path(tmp_path, corpus) -> None:
     raw = gzip.compress(text(5).encode())
     (corpus / "cut.txt.gz").write_bytes(raw[: len(raw) // 2])
     with pytest.raises(DataError, match=f"{corpus}/cut.txt.gz: cannot be read"):
@@ -552,7 +571,7 @@ def test_a_file_that_cannot_be_read_is_not_blamed_on_the_store(tmp_path, corpus)
 
 
 @HERE
-def test_each_phase_tells_how_many_bytes_are_done(tmp_path: Path, corpus: Path) -> None:
+def test_each_phase_reports_its_progress_in_bytes(tmp_path: Path, corpus: Path) -> None:
     told: list[tuple[str, int, int | None]] = []
     manifest = prepare.prepare(
         config(tmp_path, tokenizer=SENTENCEPIECE), lambda *words: told.append(words)
@@ -565,7 +584,7 @@ def test_each_phase_tells_how_many_bytes_are_done(tmp_path: Path, corpus: Path) 
     assert expected == {sum(p.stat().st_size for p in corpus.iterdir())}
 
 
-def test_a_phase_is_shown_as_a_bar_that_ends_where_the_next_begins(capsys) -> None:
+def test_each_phase_has_a_progress_bar(capsys) -> None:
     with prepare.shown(Progress()) as tell:
         tell("tokenizer", 500, 1000)
         tell("tokenizer", 1000, 1000)

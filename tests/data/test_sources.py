@@ -1,4 +1,4 @@
-"""Sources: the same documents from any format, in a fixed order, and every defect has a place."""
+"""Data sources: equal documents from every format, in a fixed order; errors name their place."""
 
 import codecs
 import gzip
@@ -6,8 +6,8 @@ import json
 import os
 import sysconfig
 import tempfile
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptjax.config import DataConfig
+from gptjax.config.registry import DATA_SOURCES
 from gptjax.data import sources
 from gptjax.data.sources import Counts, Document
 from gptjax.errors import DataError
@@ -31,7 +32,7 @@ def documents(pattern: Path | str, counts: Counts | None = None, **fields) -> li
     cfg = replace(DataConfig(), **fields)
     counts = Counts() if counts is None else counts
     found = sources.resolve((str(pattern),))
-    return [document for source in found for document in sources.read(source, cfg, counts)]
+    return [document for source in found for document in source.documents(cfg, counts)]
 
 
 def texts(pattern: Path | str, counts: Counts | None = None, **fields) -> list[str]:
@@ -39,11 +40,11 @@ def texts(pattern: Path | str, counts: Counts | None = None, **fields) -> list[s
 
 
 def refused(pattern: Path | str, **fields) -> str:
-    """What is said of a source that cannot be used, its size asked first as `prepare` does."""
+    """The error about an unusable source; asks for the size first, as `prepare` does."""
 
     def use() -> None:
         for source in sources.resolve((str(pattern),)):
-            sources.size(source)
+            source.size_bytes()
         documents(pattern, **fields)
 
     with pytest.raises(DataError) as caught:
@@ -72,7 +73,7 @@ def parquet(file: Path, items: list, field: str = "text", kind: str = "string", 
     return file
 
 
-# --- which files -----------------------------------------------------------------------------
+# --- patterns --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def keys(pattern: str) -> list[str]:
-    return [source.key for source in sources.resolve((pattern,))]
+    return [source.name for source in sources.resolve((pattern,))]
 
 
 @pytest.mark.parametrize(
@@ -101,14 +102,16 @@ def keys(pattern: str) -> list[str]:
         ("", ["a.txt", "b.txt", "sub/c.txt", "sub/d.md", "sub/deep/a.txt", "z [1].txt"]),
     ],
 )
-def test_files_folders_and_globs_give_sorted_files(tree, monkeypatch, pattern, wanted) -> None:
+def test_files_folders_and_globs_resolve_to_sorted_files(
+    tree, monkeypatch, pattern, wanted
+) -> None:
     assert keys(f"{tree}/{pattern}") == wanted
     monkeypatch.chdir(tree)
     assert keys(pattern or ".") == wanted  # a key is the path below the source's own root
 
 
 @pytest.mark.parametrize("name", ["[ab].txt", "?.txt", "*.txt", "[ab]*"])
-def test_what_exists_is_taken_by_its_name_before_it_is_taken_for_a_glob(tree, name) -> None:
+def test_existing_path_takes_precedence_over_a_glob(tree, name) -> None:
     assert len(keys(f"{tree}/{name}")) > 1
     (tree / name).write_text("this one")
     assert keys(f"{tree}/{name}") == [name]
@@ -118,26 +121,69 @@ def test_what_exists_is_taken_by_its_name_before_it_is_taken_for_a_glob(tree, na
     assert keys(f"{tree}/{name}") == ["within.txt"]
 
 
-def test_documents_come_in_the_order_of_the_sources(tree: Path) -> None:
+def test_documents_come_in_the_order_of_the_patterns(tree: Path) -> None:
     found = sources.resolve((f"{tree}/b.txt", f"{tree}/sub", f"{tree}/a.txt"))
-    read = [d.key for source in found for d in sources.read(source, DataConfig(), Counts())]
+    read = [d.key for source in found for d in source.documents(DataConfig(), Counts())]
     assert read == ["b.txt", "c.txt", "d.md", "deep/a.txt", "a.txt"]
 
 
 @pytest.mark.parametrize("pattern", ["absent.txt", "*.absent", "absent/*.txt", "sub/absent"])
 @pytest.mark.parametrize("option", ["data.sources", "data.valid_sources"])
-def test_a_pattern_without_a_file_is_named_with_its_option(tree, pattern, option) -> None:
+def test_pattern_without_a_file_is_reported_with_its_option(tree, pattern, option) -> None:
     with pytest.raises(DataError) as caught:
         sources.resolve((f"{tree}/a.txt", f"{tree}/{pattern}"), option)
     assert str(caught.value).startswith(f"{option}={tree}/{pattern}: no such file")
 
 
-def test_a_remote_folder_is_refused_rather_than_searched() -> None:
-    with pytest.raises(DataError, match=r"gs://bucket/texts/\*\*/\*: a remote folder"):
+def test_remote_folder_is_refused() -> None:
+    with pytest.raises(DataError, match=r"gs://bucket/texts/\*\*/\*: remote folders"):
         sources._below(epath.Path("gs://bucket/texts"), "**/*")
 
 
-def test_a_link_to_nowhere_is_named(tree: Path) -> None:
+@dataclass(frozen=True)
+class Lines:
+    """A source outside gptjax: the words of its pattern, one document each."""
+
+    words: str
+
+    @property
+    def name(self) -> str:
+        return f"words:{self.words}"
+
+    def size_bytes(self) -> int:
+        return len(self.words)
+
+    def documents(self, cfg: DataConfig, counts: Counts) -> Iterator[Document]:
+        for number, word in enumerate(self.words.split()):
+            yield Document(f"{self.name}:{number}", word)
+
+
+def test_registered_scheme_resolves_to_the_sources_of_its_factory(tree, monkeypatch) -> None:
+    monkeypatch.setattr(DATA_SOURCES, "_items", dict(DATA_SOURCES._items))
+    with pytest.raises(DataError, match=r"data\.sources=words:a b: no such file.*scheme \(tfds:\)"):
+        sources.resolve(("words:a b",))
+
+    @DATA_SOURCES.register("words")
+    def words(rest: str) -> list[Lines]:
+        return [Lines(part) for part in rest.split(",")]
+
+    found = sources.resolve((f"{tree}/a.txt", "words:one two,three", "tfds:tiny@odd"))
+    assert [source.name for source in found] == [
+        "a.txt",
+        "words:one two",
+        "words:three",
+        "tfds:tiny@odd",
+    ]
+    assert texts("words:one two,three") == ["one", "two", "three"]
+
+
+def test_file_named_like_a_scheme_needs_no_colon(tree: Path, monkeypatch) -> None:
+    (tree / "tfds").write_text("a file")
+    monkeypatch.chdir(tree)
+    assert texts("tfds") == ["a file"]
+
+
+def test_dangling_link_is_reported(tree: Path) -> None:
     link = tree / "sub" / "link.txt"
     link.symlink_to(tree / "absent")
     assert refused(tree / "sub").startswith(f"{link}: cannot be read: ")
@@ -145,32 +191,32 @@ def test_a_link_to_nowhere_is_named(tree: Path) -> None:
         documents(tree / "sub")
 
 
-def test_the_python_library_is_its_sources_without_tests() -> None:
+def test_python_library_leaves_out_its_tests() -> None:
     found = keys("python-library")
     assert {"os.py", "json/decoder.py"} <= set(found)
     folders = {part for key in found for part in key.split("/")[:-1]}
     assert folders.isdisjoint({"test", "tests", "idle_test", "site-packages", "__pycache__"})
     assert len(found) > 300
     (first,) = sources.resolve((f"{sysconfig.get_paths()['stdlib']}/os.py",))
-    (same,) = (s for s in sources.resolve(("python-library",)) if s.key == "os.py")
+    (same,) = (s for s in sources.resolve(("python-library",)) if s.name == "os.py")
     assert same == first
 
 
-def test_the_size_is_in_bytes_and_more_where_compressed(tmp_path: Path) -> None:
+def test_compressed_files_count_four_times_their_size(tmp_path: Path) -> None:
     for suffix in ("", ".gz", ".zst"):
         (tmp_path / f"a.txt{suffix}").write_bytes(b"x" * 100)
     parquet(tmp_path / "b.parquet", ["a"])
-    plain, *compressed, table = map(sources.size, sources.resolve((str(tmp_path),)))
+    plain, *compressed, table = (s.size_bytes() for s in sources.resolve((str(tmp_path),)))
     assert plain == 100
     assert compressed == [400, 400]
     assert table == 4 * (tmp_path / "b.parquet").stat().st_size
 
 
-def test_a_hash_places_documents_evenly() -> None:
+def test_document_hash_is_uniform_and_stable() -> None:
     shares = sorted(sources.hash_share(f"file{n}.txt#7") for n in range(4000))
     assert all(abs(share - rank / 4000) < 0.03 for rank, share in enumerate(shares))
     assert sources.hash_share("caf\udce9.txt") < 1  # a file's name need not be UTF-8
-    # Where documents go must not change from one version to the next.
+    # Another value would move documents between the splits of existing corpora.
     assert sources.hash_share("a.txt") == pytest.approx(0.0965545, abs=1e-7)
 
 
@@ -178,7 +224,7 @@ def test_a_hash_places_documents_evenly() -> None:
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-def test_a_text_file_is_one_document(tmp_path: Path, suffix: str) -> None:
+def test_text_file_is_one_document(tmp_path: Path, suffix: str) -> None:
     for number, text in enumerate(TEXTS):
         file = tmp_path / f"{number}.txt{suffix}"
         file.write_bytes(COMPRESS[suffix](text.encode()))
@@ -188,7 +234,7 @@ def test_a_text_file_is_one_document(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("suffix", COMPRESS)
 @pytest.mark.parametrize("kind", ["jsonl", "ndjson"])
-def test_a_line_of_json_is_one_document(tmp_path: Path, kind: str, suffix: str) -> None:
+def test_json_line_is_one_document(tmp_path: Path, kind: str, suffix: str) -> None:
     name = f"records.{kind}{suffix}"
     raw = jsonl(TEXTS[:2]) + b"\n  \n" + jsonl(TEXTS[2:]).rstrip(b"\n")
     (tmp_path / name).write_bytes(COMPRESS[suffix](raw))
@@ -198,21 +244,21 @@ def test_a_line_of_json_is_one_document(tmp_path: Path, kind: str, suffix: str) 
 
 
 @pytest.mark.parametrize("kind", ["string", "large_string", "binary"])
-def test_a_row_of_parquet_is_one_document(tmp_path: Path, kind: str) -> None:
+def test_parquet_row_is_one_document(tmp_path: Path, kind: str) -> None:
     items = TEXTS * 100  # more than are read at a time, in several groups of rows
     file = parquet(tmp_path / "t.parquet", items, kind=kind, row_group_size=77)
     wanted = [Document(f"t.parquet#{n}", text) for n, text in enumerate(items, 1)]
     assert documents(file) == wanted
 
 
-def test_the_field_that_holds_the_text_can_be_named(tmp_path: Path) -> None:
+def test_text_field_selects_the_field(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS, "body"))
     parquet(tmp_path / "b.parquet", TEXTS, "body")
     assert texts(tmp_path, text_field="body") == 2 * TEXTS
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_compressed_file_of_several_parts_is_read_to_its_end(tmp_path, suffix: str) -> None:
+def test_compressed_file_of_several_members_is_read_to_its_end(tmp_path, suffix: str) -> None:
     parts = [os.urandom(30).hex() * 10 + "\n" for _ in range(40)]
     file = tmp_path / f"a.txt{suffix}"
     file.write_bytes(b"".join(COMPRESS[suffix](part.encode()) for part in parts))
@@ -220,7 +266,7 @@ def test_a_compressed_file_of_several_parts_is_read_to_its_end(tmp_path, suffix:
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-def test_what_is_empty_is_counted_and_left_out(tmp_path: Path, suffix: str) -> None:
+def test_empty_documents_are_counted_and_skipped(tmp_path: Path, suffix: str) -> None:
     counts = Counts()
     blank = ["", " \n", "\n"]
     (tmp_path / f"a.jsonl{suffix}").write_bytes(COMPRESS[suffix](jsonl([*blank, "x"])))
@@ -242,7 +288,7 @@ def test_what_is_empty_is_counted_and_left_out(tmp_path: Path, suffix: str) -> N
 )
 @example(lines=["    ", "    ", "    ", "text"], limit=5)  # blank as far as the first piece goes
 @example(lines=["🙂🙂🙂"], limit=4)
-def test_a_long_text_file_is_cut_at_line_ends_and_nothing_is_lost(lines, limit: int) -> None:
+def test_long_text_file_is_split_at_line_ends_without_loss(lines, limit: int) -> None:
     text = "\n".join(lines)
     counts = Counts()
     with tempfile.TemporaryDirectory() as folder:
@@ -262,7 +308,7 @@ def test_a_long_text_file_is_cut_at_line_ends_and_nothing_is_lost(lines, limit: 
         assert piece.text.endswith("\n") or "\n" not in piece.text  # no line end was passed by
 
 
-def test_lines_shorter_than_the_limit_stay_whole(tmp_path: Path) -> None:
+def test_lines_shorter_than_the_limit_are_not_split(tmp_path: Path) -> None:
     lines = [f"line {number}\n" for number in range(100)]
     (tmp_path / "a.txt").write_text("".join(lines))
     pieces = texts(tmp_path / "a.txt", max_document_bytes=64)
@@ -292,7 +338,7 @@ def invalid(tmp_path: Path, kind: str) -> tuple[Path, list[str], str]:
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
-def test_invalid_utf8_is_replaced_and_its_documents_counted(tmp_path: Path, kind: str) -> None:
+def test_invalid_utf8_is_replaced_and_counted_by_document(tmp_path: Path, kind: str) -> None:
     file, wanted, _ = invalid(tmp_path, kind)
     counts = Counts()
     assert texts(file, counts) == wanted
@@ -300,14 +346,14 @@ def test_invalid_utf8_is_replaced_and_its_documents_counted(tmp_path: Path, kind
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
-def test_invalid_utf8_is_refused_with_its_place_if_so_configured(tmp_path, kind: str) -> None:
+def test_invalid_utf8_is_refused_with_its_place_under_bad_utf8_fail(tmp_path, kind: str) -> None:
     file, _, place = invalid(tmp_path, kind)
     message = refused(file, bad_utf8="fail")
     assert message.startswith(place)
     assert "data.bad_utf8=replace" in message
 
 
-def test_the_place_in_a_long_file_is_that_in_the_file_and_it_counts_once(tmp_path: Path) -> None:
+def test_invalid_utf8_in_a_split_file_has_its_file_offset_and_counts_once(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes(b"0123456\n" * 5 + b"\xff bad\n" + b"0123456\n" * 5 + b"\xff bad\n")
     message = refused(file, bad_utf8="fail", max_document_bytes=16)
@@ -317,7 +363,7 @@ def test_the_place_in_a_long_file_is_that_in_the_file_and_it_counts_once(tmp_pat
     assert counts == Counts(replaced_utf8=1, split_documents=1)
 
 
-def test_a_lone_surrogate_in_json_is_read(tmp_path: Path) -> None:
+def test_lone_surrogate_in_json_is_read(tmp_path: Path) -> None:
     """JSON may spell it; the tokenizer replaces it."""
     (tmp_path / "a.jsonl").write_text('{"text": "half \\ud83d here"}\n')
     assert texts(tmp_path / "a.jsonl") == ["half \ud83d here"]
@@ -329,10 +375,10 @@ def test_a_lone_surrogate_in_json_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "wanted"),
     [
-        (b'{"text": "cut', "is no JSON"),
-        (b"not json at all", "is no JSON"),
-        (b"[" * 100_000, "is no JSON"),
-        (codecs.BOM_UTF8 + b'{"text": "x"}', "is no JSON"),
+        (b'{"text": "cut', "invalid JSON"),
+        (b"not json at all", "invalid JSON"),
+        (b"[" * 100_000, "invalid JSON"),
+        (codecs.BOM_UTF8 + b'{"text": "x"}', "invalid JSON"),
         (b'{"body": "x", "id": 1}', "no text in field 'text' (it has body, id)"),
         (b'{"text": 7}', "no text in field 'text'"),
         (b'{"text": null}', "no text in field 'text'"),
@@ -340,7 +386,7 @@ def test_a_lone_surrogate_in_json_is_read(tmp_path: Path) -> None:
         (b"3", "no text in field 'text' (it has int)"),
     ],
 )
-def test_a_line_without_a_text_is_named(tmp_path: Path, line: bytes, wanted: str) -> None:
+def test_json_line_without_text_is_reported(tmp_path: Path, line: bytes, wanted: str) -> None:
     file = tmp_path / "records.jsonl"
     file.write_bytes(jsonl(["fine", "fine"]) + line + b"\n" + jsonl(["fine"]))
     message = refused(file)
@@ -350,7 +396,7 @@ def test_a_line_without_a_text_is_named(tmp_path: Path, line: bytes, wanted: str
 
 
 @pytest.mark.parametrize(("items", "field"), [(TEXTS, "body"), (["fine", None], "text")])
-def test_a_row_without_a_text_is_named(tmp_path: Path, items: list, field: str) -> None:
+def test_parquet_row_without_text_is_reported(tmp_path: Path, items: list, field: str) -> None:
     file = parquet(tmp_path / "t.parquet", items, field)
     message = refused(file)
     place = f"{file}:1" if field == "body" else f"{file}:2"
@@ -359,7 +405,7 @@ def test_a_row_without_a_text_is_named(tmp_path: Path, items: list, field: str) 
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_a_record_longer_than_the_limit_is_named_not_cut(tmp_path: Path, kind: str) -> None:
+def test_record_longer_than_the_limit_is_refused(tmp_path: Path, kind: str) -> None:
     items = ["short", "é" * 150, "short"]
     file = tmp_path / f"records.{kind}"
     if kind == "jsonl":
@@ -397,7 +443,7 @@ BREAK: dict[str, Callable[[bytes], bytes]] = {
         if (compression, broken) != ("zst", "damaged in the middle")  # few have a checksum
     ],
 )
-def test_a_broken_compressed_file_is_named(tmp_path: Path, kind: str, broken: str) -> None:
+def test_broken_compressed_file_is_reported(tmp_path: Path, kind: str, broken: str) -> None:
     file = tmp_path / f"records.{kind}"
     raw = COMPRESS[file.suffix](jsonl([os.urandom(40).hex() for _ in range(500)]))
     file.write_bytes(BREAK[broken](raw))
@@ -405,13 +451,13 @@ def test_a_broken_compressed_file_is_named(tmp_path: Path, kind: str, broken: st
 
 
 @pytest.mark.parametrize("broken", ["cut in the middle", "cut by one byte", "of another kind"])
-def test_a_broken_parquet_file_is_named(tmp_path: Path, broken: str) -> None:
+def test_broken_parquet_file_is_reported(tmp_path: Path, broken: str) -> None:
     file = parquet(tmp_path / "t.parquet", [os.urandom(40).hex() for _ in range(500)])
     file.write_bytes(BREAK[broken](file.read_bytes()))
-    assert refused(file).startswith(f"{file}: is no readable Parquet file")
+    assert refused(file).startswith(f"{file}: not a valid Parquet file")
 
 
-def test_a_flipped_bit_of_a_parquet_file_is_no_crash(tmp_path: Path) -> None:
+def test_flipped_bit_in_a_parquet_file_raises_only_data_errors(tmp_path: Path) -> None:
     file = parquet(tmp_path / "t.parquet", [os.urandom(20).hex() for _ in range(100)])
     raw = file.read_bytes()
     said = []
@@ -457,15 +503,15 @@ def dataset(tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(folder=Path(builder.data_path))
 
 
-def test_a_tfds_folder_gives_its_records_in_their_order(dataset) -> None:
+def test_tfds_folder_gives_its_records_in_order(dataset) -> None:
     name = f"tfds:{dataset.folder}"
     (source,) = sources.resolve((name,))
-    assert sources.size(source) > sum(map(len, RECORDS))
+    assert source.size_bytes() > sum(map(len, RECORDS))
     wanted = [Document(f"{name}@train:{n}", text) for n, text in enumerate(RECORDS)]
     assert documents(name) == documents(f"{name}@train") == wanted
 
 
-def test_odd_tfds_records_are_treated_like_those_of_files(dataset) -> None:
+def test_tfds_records_follow_the_same_rules_as_files(dataset) -> None:
     name = f"tfds:{dataset.folder}@odd"
     counts = Counts()
     assert texts(name, counts) == ["fine", "caf\ufffd au lait"]
@@ -478,14 +524,16 @@ def test_odd_tfds_records_are_treated_like_those_of_files(dataset) -> None:
     assert "label" in message
 
 
-def test_a_dataset_or_split_that_is_not_there_is_named(dataset, tmp_path: Path) -> None:
-    assert refused(f"tfds:{dataset.folder}@valid").endswith("@valid: splits: train, odd")
+def test_unknown_tfds_dataset_or_split_is_reported(dataset, tmp_path: Path) -> None:
+    assert refused(f"tfds:{dataset.folder}@valid").endswith(
+        "@valid: no such split; available: train, odd"
+    )
     for name in (str(tmp_path), str(tmp_path / "absent"), "no_such_dataset"):
         assert refused(f"tfds:{name}").startswith(f"data.sources=tfds:{name}: no such dataset")
 
 
 @pytest.mark.parametrize("broken", [name for name in BREAK if name != "damaged at the start"])
-def test_a_broken_tfds_file_is_named_with_the_record_before(dataset, tmp_path, broken) -> None:
+def test_broken_tfds_file_is_reported_with_the_last_good_record(dataset, tmp_path, broken) -> None:
     folder = tmp_path / "tiny" / "1.0.0"
     folder.mkdir(parents=True)
     for file in dataset.folder.iterdir():
@@ -496,7 +544,7 @@ def test_a_broken_tfds_file_is_named_with_the_record_before(dataset, tmp_path, b
 
 
 @pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
-def test_broken_tfds_metadata_is_named(dataset, tmp_path: Path, file: str) -> None:
+def test_broken_tfds_metadata_is_reported(dataset, tmp_path: Path, file: str) -> None:
     folder = tmp_path / "tiny" / "1.0.0"
     folder.mkdir(parents=True)
     for path in dataset.folder.iterdir():

@@ -1,4 +1,4 @@
-"""The token store: what was written is read, by any zarr reader, and damage is named."""
+"""The token store: tokens round-trip, any zarr reader reads them, and damage is reported."""
 
 import dataclasses
 import json
@@ -78,7 +78,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 @given(
     length=LENGTHS, per_file=PER_FILE, cuts=CUTS, width=st.integers(1, 2 * RANGE), data=st.data()
 )
-def test_windows_are_what_was_written_and_zero_past_the_end(length, per_file, cuts, width, data):
+def test_windows_equal_the_written_tokens_and_zeros_past_the_end(
+    length, per_file, cuts, width, data
+):
     tokens = draw(length)
     starts = data.draw(st.lists(st.integers(0, length + width), min_size=1, max_size=5))
     starts += [0, length - 1, length, per_file - 1]  # over the first file's end, if it has one
@@ -90,7 +92,7 @@ def test_windows_are_what_was_written_and_zero_past_the_end(length, per_file, cu
     np.testing.assert_array_equal(windows, np.stack([padded[s : s + width] for s in starts]))
 
 
-def test_a_window_may_cross_several_files() -> None:
+def test_window_may_span_several_files() -> None:
     tokens = draw(4 * RANGE + 10)
     with stored(tokens, RANGE) as reader:
         (window,) = reader.windows(np.array([RANGE - 5]), 3 * RANGE)
@@ -98,7 +100,7 @@ def test_a_window_may_cross_several_files() -> None:
 
 
 @pytest.mark.parametrize(("vocab", "name"), [(258, "u2"), (1 << 16, "u2"), ((1 << 16) + 1, "u4")])
-def test_the_largest_id_of_any_vocabulary_comes_back(vocab: int, name: str) -> None:
+def test_largest_token_id_round_trips(vocab: int, name: str) -> None:
     dtype = store.token_dtype(vocab)
     assert dtype == np.dtype(f"<{name}")
     with stored(np.array([0, vocab - 1, 1], np.uint32), RANGE, dtype=dtype) as reader:
@@ -107,7 +109,7 @@ def test_the_largest_id_of_any_vocabulary_comes_back(vocab: int, name: str) -> N
 
 @settings(max_examples=20, deadline=None)
 @given(length=LENGTHS, per_file=PER_FILE, cuts=CUTS, dtype=st.sampled_from([NARROW, WIDE]))
-def test_a_split_is_an_array_to_any_reader_of_zarr(length, per_file, cuts, dtype) -> None:
+def test_split_is_a_valid_zarr_array(length, per_file, cuts, dtype) -> None:
     import tensorstore
 
     tokens = draw(length)
@@ -121,7 +123,7 @@ def test_a_split_is_an_array_to_any_reader_of_zarr(length, per_file, cuts, dtype
     np.testing.assert_array_equal(read, tokens)
 
 
-def test_a_remote_store_reads_as_a_local_one_does(tmp_path: Path, monkeypatch) -> None:
+def test_remote_store_reads_like_a_local_one(tmp_path: Path, monkeypatch) -> None:
     """The bucket is a folder here; TensorStore reads the same files either way."""
     import tensorstore
 
@@ -144,12 +146,12 @@ def test_a_remote_store_reads_as_a_local_one_does(tmp_path: Path, monkeypatch) -
     assert np.count_nonzero(windows[3:], axis=1).tolist() == [7, 0, 0]
 
 
-# --- going on where a writer stopped ---------------------------------------------------------
+# --- continuing where a writer stopped -------------------------------------------------------
 
 
 @settings(max_examples=25, deadline=None)
 @given(length=LENGTHS, per_file=PER_FILE, keep=st.floats(0, 1), more=LENGTHS, closed=st.booleans())
-def test_a_writer_reopened_at_fewer_tokens_undoes_what_came_after(
+def test_writer_reopened_at_fewer_tokens_truncates_the_rest(
     length: int, per_file: int, keep: float, more: int, closed: bool
 ) -> None:
     before, after = draw(length), draw(more, seed=1)
@@ -171,14 +173,14 @@ def test_a_writer_reopened_at_fewer_tokens_undoes_what_came_after(
         assert contents(cut) == contents(clean)
 
 
-def test_tokens_that_were_written_and_are_gone_are_missed(tmp_path: Path) -> None:
+def test_missing_written_tokens_are_detected(tmp_path: Path) -> None:
     writer = Writer(tmp_path, NARROW, 0, RANGE)
     writer.append(draw(RANGE + 100))
     writer.flush()
     file = tmp_path / "c" / "1"
     assert file.stat().st_size == 200
     file.write_bytes(file.read_bytes()[:198])
-    with pytest.raises(DataError, match="holds less than was written") as caught:
+    with pytest.raises(DataError, match="shorter than the journal says") as caught:
         Writer(tmp_path, NARROW, RANGE + 100, RANGE)
     assert str(file) in str(caught.value)
 
@@ -197,7 +199,7 @@ def made(tmp_path: Path) -> tuple[Path, Manifest]:
     return tmp_path, manifest
 
 
-def test_a_manifest_is_read_as_it_was_written(made) -> None:
+def test_manifest_round_trips(made) -> None:
     folder, manifest = made
     assert store.read_manifest(str(folder)) == manifest
     assert list(store.verify(str(folder))) == []
@@ -205,7 +207,7 @@ def test_a_manifest_is_read_as_it_was_written(made) -> None:
     assert names == {"train", "valid", "manifest.json"}  # nothing half-written
 
 
-def test_the_fingerprint_is_that_of_the_tokens_and_their_tokenizer(made) -> None:
+def test_fingerprint_covers_tokens_and_tokenizer_only(made) -> None:
     _, manifest = made
     changed = lambda **fields: dataclasses.replace(manifest, **fields).fingerprint()
     before = manifest.fingerprint()
@@ -243,7 +245,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_manifest_is_named(made, damage: str) -> None:
+def test_damaged_manifest_is_reported(made, damage: str) -> None:
     file = made[0] / store.MANIFEST
     file.write_bytes(DAMAGE[damage](file.read_bytes()))
     with pytest.raises(DataError) as caught:
@@ -251,8 +253,8 @@ def test_a_damaged_manifest_is_named(made, damage: str) -> None:
     assert str(file) in str(caught.value)
 
 
-def test_a_flipped_bit_of_the_manifest_is_no_crash(made) -> None:
-    """It is found, or changes what the manifest says without making it unreadable."""
+def test_flipped_bit_in_the_manifest_raises_only_data_errors(made) -> None:
+    """The flip raises DataError, or changes a value without making the manifest unreadable."""
     folder, _ = made
     file = folder / store.MANIFEST
     raw = file.read_bytes()
@@ -269,14 +271,14 @@ def test_a_flipped_bit_of_the_manifest_is_no_crash(made) -> None:
     assert found > 50
 
 
-def test_a_folder_without_a_manifest_is_no_store(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"{tmp_path}: is no token store.*gptjax data prepare"):
+def test_folder_without_a_manifest_is_not_a_store(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"{tmp_path}: not a token store.*gptjax data prepare"):
         store.read_manifest(str(tmp_path))
 
 
 @pytest.mark.parametrize("file", ["train/c/0", "train/c/2", "valid/c/0"])
 @pytest.mark.parametrize("change", [-1, 1, None])
-def test_a_file_of_another_size_is_named(made, file: str, change: int | None) -> None:
+def test_file_of_wrong_size_is_reported(made, file: str, change: int | None) -> None:
     folder, _ = made
     path = folder / file
     raw = path.read_bytes()
@@ -285,12 +287,12 @@ def test_a_file_of_another_size_is_named(made, file: str, change: int | None) ->
     else:
         path.write_bytes((raw + b"\0")[: len(raw) + change])
     for use in (store.read_manifest, lambda s: list(store.verify(s))):
-        with pytest.raises(DataError, match=f"{path}: .* bytes, the manifest says {len(raw)}"):
+        with pytest.raises(DataError, match=f"{path}: .* bytes where the manifest says {len(raw)}"):
             use(str(folder))
 
 
 @pytest.mark.parametrize("file", ["train/c/1", "valid/c/0"])
-def test_a_flipped_bit_of_a_file_is_found_and_the_file_named(made, file: str) -> None:
+def test_flipped_bit_in_a_file_is_reported(made, file: str) -> None:
     folder, _ = made
     path = folder / file
     raw = bytearray(path.read_bytes())
@@ -301,7 +303,7 @@ def test_a_flipped_bit_of_a_file_is_found_and_the_file_named(made, file: str) ->
     assert "SHA-256" in problem
 
 
-def test_a_manifest_that_cannot_be_written_is_told_with_the_folder(tmp_path: Path) -> None:
+def test_unwritable_manifest_is_reported(tmp_path: Path) -> None:
     manifest = manifest_of({"train": 1}, {"train": ()}, RANGE)
     with pytest.raises(OutputError, match=f"{tmp_path}/absent: cannot be written"):
         store.write_manifest(tmp_path / "absent", manifest)

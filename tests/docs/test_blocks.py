@@ -41,11 +41,11 @@ def gptjax_arguments(command: str) -> list[str] | None:
 
 def check_arguments(argv: list[str]) -> None:
     """Parses the arguments of gptjax as the command line does, without running the command."""
-    args, rest = main._parser().parse_known_args(argv)
-    if not args.takes_overrides:
+    args, rest = main.parser().parse_known_args(argv)
+    if not args.command.overrides:
         assert rest == []
-    elif re.match(r"configs/\w+\.py(:[a-z]|$)", args.config or ""):
-        main._resolve(args, rest)
+    elif re.match(r"(configs/\w+\.py|[a-z]\w+)(:[a-z]|$)", args.config or ""):
+        config.resolve(args.config, rest).check()
     else:  # a run, or a placeholder
         config.override(Config(), rest, "gptjax")
 

@@ -43,7 +43,7 @@ def test_the_command_reference_has_every_command_and_option(tmp_path: Path) -> N
     reference = script("reference")
     reference.write(tmp_path)
     page = (tmp_path / "cli.md").read_text()
-    found = list(reference.commands(main._parser()))
+    found = list(reference.commands(main.parser()))
     assert len(found) > 12
     for parser in found:
         section = page[page.index(f"## {parser.prog}\n") :].partition("\n## ")[0]

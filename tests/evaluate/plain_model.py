@@ -1,4 +1,4 @@
-"""The tiny model in plain numpy, float64, one text at a time: what everything here is held to."""
+"""The tiny model in plain numpy and float64, one text at a time: the reference of these tests."""
 
 import math
 
@@ -41,7 +41,7 @@ def _log_softmax(x):
 
 
 def score(params, model: ModelConfig, context, continuation) -> tuple[float, bool]:
-    """The continuation's log-probability, and whether each token is the likeliest."""
+    """The continuation's log-likelihood, and whether each token is the likeliest."""
     ids = [*context, *continuation]
     log_p = logprobs(params, model, ids[:-1])[len(context) - 1 :]
     own = [log_p[i, token] for i, token in enumerate(continuation)]
@@ -49,7 +49,7 @@ def score(params, model: ModelConfig, context, continuation) -> tuple[float, boo
 
 
 def greedy(params, model: ModelConfig, prompt, count: int) -> list[int]:
-    """The likeliest tokens, one after the other."""
+    """Tokens of greedy decoding."""
     ids = list(prompt)
     for _ in range(count):
         ids.append(int(logprobs(params, model, ids)[-1].argmax()))

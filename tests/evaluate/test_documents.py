@@ -1,4 +1,4 @@
-"""The loss of documents: every token once, and as a loop over single tokens has it."""
+"""Loss of documents: every token is scored once, as by a loop over single tokens."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from plain_model import logprobs
 from gptjax.config import DataConfig
 from gptjax.errors import DataError
 from gptjax.evaluate import TextLoss
-from gptjax.evaluate.documents import Documents, windows
+from gptjax.evaluate.documents import Documents, sliding_windows
 from gptjax.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -22,22 +22,22 @@ TEXTS = ["a", "naïve café, ünïcode" * 6, "short one", "x" * 33, "line\n" * 3
 
 @pytest.mark.parametrize(("length", "stride"), [(1, 1), (4, 1), (4, 3), (4, 4), (16, 5), (99, 99)])
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 6, 17, 64])
-def test_each_token_is_in_one_window_after_as_many_as_promised(count, length, stride) -> None:
+def test_sliding_windows_score_each_token_once_with_enough_context(count, length, stride) -> None:
     ids = np.arange(count + 1)
-    cut = list(windows(ids, length, stride))
+    cut = list(sliding_windows(ids, length, stride))
     assert np.concatenate([part for _, part in cut]).tolist() == ids[1:].tolist()
     for number, (context, part) in enumerate(cut):
-        joined = np.concatenate([context, part])
-        assert joined.tolist() == list(range(joined[0], part[-1] + 1))
-        assert 1 <= len(joined) - 1 <= length
+        window = np.concatenate([context, part])
+        assert window.tolist() == list(range(window[0], part[-1] + 1))
+        assert 1 <= len(window) - 1 <= length
         assert len(part) <= (stride if number else length)
         if number:  # as much context as there is room for
-            assert len(joined) - 1 == length
+            assert len(window) - 1 == length
             assert len(context) >= length - stride + 1
 
 
-def test_without_overlap_windows_are_those_that_lm_eval_documents() -> None:
-    cut = windows(np.array([-1, *range(10)]), 4, 4)
+def test_windows_without_overlap_are_those_of_lm_eval() -> None:
+    cut = sliding_windows(np.array([-1, *range(10)]), 4, 4)
     read = [(context.tolist(), part.tolist()) for context, part in cut]
     assert read == [([-1], [0, 1, 2, 3]), ([3], [4, 5, 6, 7]), ([5, 6, 7], [8, 9])]
 
@@ -47,7 +47,7 @@ def test_without_overlap_windows_are_those_that_lm_eval_documents() -> None:
     [((1,), 64, 64), ((1,), 16, 5), ((1,), 24, 1), ((2, 2, 2), 16, 5), ((8,), 16, 16)],
     ids=str,
 )
-def test_the_loss_is_that_of_a_loop_over_tokens(
+def test_loss_equals_that_of_a_loop_over_tokens(
     mesh, length, stride, byte_params, byte_model, put, scorer, on_mesh
 ) -> None:
     tokenizer = ByteTokenizer()
@@ -68,16 +68,16 @@ def test_the_loss_is_that_of_a_loop_over_tokens(
         measured = text_loss.run(params)
         (loss, _, bits) = text_loss.measure(params)
     size = sum(len(text.encode()) for text in TEXTS)
-    assert measured["text_tokens"] == loss.weights.sum() == tokens == len(nats)
+    assert measured["text_tokens"] == loss.denominators.sum() == tokens == len(nats)
     assert measured["text_loss"] == pytest.approx(math.fsum(nats) / tokens, rel=1e-5)
     assert measured["text_perplexity"] == pytest.approx(math.exp(measured["text_loss"]))
-    assert measured["text_bytes"] == size == bits.weights.sum()
+    assert measured["text_bytes"] == size == bits.denominators.sum()
     assert measured["text_bits_per_byte"] == pytest.approx(
         math.fsum(nats) / math.log(2) / size, rel=1e-5
     )
 
 
-def test_bits_per_byte_count_bytes_whatever_the_tokens(
+def test_bits_per_byte_divides_by_bytes_for_any_tokenizer(
     byte_params, byte_model, put, scorer, on_mesh
 ) -> None:
     class Letters(ByteTokenizer):
@@ -102,7 +102,7 @@ def test_bits_per_byte_count_bytes_whatever_the_tokens(
 # --- reading -----------------------------------------------------------------------------------
 
 
-def test_documents_are_read_whole_and_only_the_first_if_so_wanted(tmp_path) -> None:
+def test_documents_are_read_whole_up_to_a_limit(tmp_path) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
     lines = [json.dumps({"body": text}) for text in ("x", " ", "y")]
     (tmp_path / "b.jsonl").write_text("\n".join(lines))
@@ -110,13 +110,13 @@ def test_documents_are_read_whole_and_only_the_first_if_so_wanted(tmp_path) -> N
     cfg = DataConfig(text_field="body", max_document_bytes=15)
     whole = Documents.read(patterns, cfg)
     assert whole == Documents(["one\ntwo\nthree\n", "x", "y"], False)
-    pieces = Documents.read(patterns[:1], DataConfig(max_document_bytes=4))
-    assert pieces.texts == whole.texts[:1]
+    joined = Documents.read(patterns[:1], DataConfig(max_document_bytes=4))
+    assert joined.texts == whole.texts[:1]
     assert Documents.read(patterns, cfg, 2) == Documents(whole.texts[:2], True)
     assert Documents.read(patterns, cfg, 3) == whole
 
 
-def test_text_that_cannot_be_read_is_told_with_its_place(tmp_path) -> None:
+def test_unreadable_text_is_reported_with_its_location(tmp_path) -> None:
     with pytest.raises(DataError, match=r"--text=.*absent.txt: no such file"):
         Documents.read([str(tmp_path / "absent.txt")], DataConfig())
     (tmp_path / "b.jsonl").write_text('{"text": "x"}\n{"text": 3}\n')

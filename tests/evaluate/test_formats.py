@@ -1,4 +1,4 @@
-"""Files of questions: what their lines become, and how a wrong one is told."""
+"""Task files: the prompts made from their lines, and the errors of wrong lines."""
 
 import hashlib
 import json
@@ -6,8 +6,8 @@ import json
 import pytest
 
 from gptjax.errors import ConfigError, DataError
-from gptjax.evaluate import named, read_tasks
-from gptjax.evaluate.formats import Choice, Cloze, Question
+from gptjax.evaluate import read_tasks, task_names
+from gptjax.evaluate.formats import Cloze, MultipleChoice, Question
 
 HELLASWAG = {
     "ind": 25,
@@ -67,7 +67,7 @@ PROMPT = "Title: Paris\n\nBackground: Paris lies on the Seine.\n\nQuestion: {}\n
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a file of these lines, which are objects or bytes; the entry that names it."""
+    """Writes a task file of lines, objects or bytes, and returns its entry KIND:FILE."""
 
     def make(kind: str, *lines, name: str = "task.jsonl") -> str:
         raw = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
@@ -83,7 +83,7 @@ def write(tmp_path):
         (
             "hellaswag",
             HELLASWAG,
-            Choice(
+            MultipleChoice(
                 "Personal Care: How to wash your hands. Wet them. Use warm water. Then you",
                 (" Run. Fast.", "take soap and rub."),
                 1,
@@ -92,22 +92,22 @@ def write(tmp_path):
         (
             "hellaswag",
             HELLASWAG | {"ctx_a": "A man sits.", "ctx_b": "", "label": "0"},
-            Choice("Personal Care: A man sits.", (" Run. Fast.", "take soap and rub."), 0),
+            MultipleChoice("Personal Care: A man sits.", (" Run. Fast.", "take soap and rub."), 0),
         ),
-        ("arc", ARC, Choice("Question: Which is red?\nAnswer:", ("Venus", "Mars"), 1)),
-        ("arc", HUB_ARC, Choice("Question: Which is red?\nAnswer:", ("Venus", "Mars"), 1)),
+        ("arc", ARC, MultipleChoice("Question: Which is red?\nAnswer:", ("Venus", "Mars"), 1)),
+        ("arc", HUB_ARC, MultipleChoice("Question: Which is red?\nAnswer:", ("Venus", "Mars"), 1)),
         ("lambada", {"text": "a  dog\nand a cat"}, Cloze("a  dog\nand a", " cat")),
         ("squad", SQUAD, Question(PROMPT.format("Where?"), ("the Seine",))),
     ],
 )
-def test_a_line_becomes_a_prompt_and_what_may_follow_it(kind, record, example, write) -> None:
+def test_line_becomes_an_example_with_the_prompt_of_lm_eval(kind, record, example, write) -> None:
     entry = write(kind, record)
     (file,) = read_tasks([entry])
     assert file.examples == (example,)
     assert (file.kind, file.path, file.total) == (kind, entry.partition(":")[2], 1)
 
 
-def test_the_nested_file_of_squad_is_read_with_questions_that_have_no_answer(write) -> None:
+def test_nested_squad_file_includes_unanswerable_questions(write) -> None:
     (file,) = read_tasks([write("squad", NESTED, name="dev-v2.0.json")])
     assert file.examples == (
         Question(PROMPT.format("Where?"), ("the Seine",)),
@@ -115,7 +115,7 @@ def test_the_nested_file_of_squad_is_read_with_questions_that_have_no_answer(wri
     )
 
 
-def test_the_first_examples_are_kept_and_all_are_counted_and_hashed(write, tmp_path) -> None:
+def test_limit_keeps_the_first_examples_and_counts_all(write, tmp_path) -> None:
     texts = [{"text": f"a word {i}"} for i in range(5)]
     (file,) = read_tasks([write("lambada", *texts)], 2)
     assert [one.continuation for one in file.examples] == [" 0", " 1"]
@@ -128,17 +128,17 @@ LAMBADA = {"text": "a word"}
 
 
 @pytest.mark.parametrize(
-    ("kind", "lines", "told"),
+    ("kind", "lines", "message"),
     [
         ("lambada", [LAMBADA, b"", LAMBADA], ":2: is empty"),
         ("lambada", [LAMBADA, b"  "], ":2: is empty"),
-        ("lambada", [LAMBADA, b"{"], ":2: is no JSON"),
-        ("lambada", [b'{"text": "\xff x"}'], ":1: is no JSON"),
+        ("lambada", [LAMBADA, b"{"], ":2: is not JSON"),
+        ("lambada", [b'{"text": "\xff x"}'], ":1: is not JSON"),
         ("lambada", [LAMBADA, b"[1]"], ":2: is a list; must be an object with 'text'"),
         ("lambada", [{"txt": "a b"}], ":1: has no 'text'; it has txt"),
         ("lambada", [{"text": 3}], ":1: text='3': must be a text"),
-        ("lambada", [{"text": "one"}], ":1: text: must end with a word"),
-        ("lambada", [{"text": "a word "}], ":1: text: must end with a word"),
+        ("lambada", [{"text": "one"}], ":1: text: must end with a space and the word"),
+        ("lambada", [{"text": "a word "}], ":1: text: must end with a space and the word"),
         ("lambada", [], "no examples in it"),
         ("hellaswag", [HELLASWAG | {"label": ""}], ":1: label='': .* from 0 to 1"),
         ("hellaswag", [HELLASWAG, HELLASWAG | {"label": 2}], ":2: label=2: "),
@@ -151,31 +151,31 @@ LAMBADA = {"text": "a word"}
         ("squad", [{k: v for k, v in SQUAD.items() if k != "title"}], ":1: has no 'title'"),
     ],
 )
-def test_a_wrong_line_is_told_with_file_and_line(kind, lines, told, write) -> None:
-    with pytest.raises(DataError, match=rf"task.jsonl{told}|task.jsonl: {told}"):
-        read_tasks([write(kind, *lines)], 1)  # those that are not kept are read as well
+def test_wrong_line_is_reported_with_file_and_line(kind, lines, message, write) -> None:
+    with pytest.raises(DataError, match=rf"task.jsonl{message}|task.jsonl: {message}"):
+        read_tasks([write(kind, *lines)], 1)  # lines beyond the limit are checked as well
 
 
-def test_a_wrong_place_in_a_nested_file_is_told(write) -> None:
+def test_wrong_entry_of_a_nested_file_is_reported_with_its_path(write) -> None:
     wrong = json.loads(json.dumps(NESTED))
     del wrong["data"][0]["paragraphs"][0]["qas"][1]["question"]
     place = r"x.json, data\[0\].paragraphs\[0\].qas\[1\]: has no 'question'"
     with pytest.raises(DataError, match=place):
         read_tasks([write("squad", wrong, name="x.json")])
-    with pytest.raises(DataError, match=r"x.json:2: is no JSON"):
+    with pytest.raises(DataError, match=r"x.json:2: is not JSON"):
         read_tasks([write("squad", b'{"data":', b"nothing}", name="x.json")])
     with pytest.raises(DataError, match=r"x.json: has no 'data'"):
         read_tasks([write("squad", SQUAD, name="x.json")])
 
 
-def test_an_entry_that_names_nothing_is_told(write, tmp_path) -> None:
+def test_invalid_entry_is_reported(write, tmp_path) -> None:
     good = write("arc", ARC)
-    for entry, told in (
+    for entry, message in (
         ("hellaswag", "must be KIND:FILE"),
         ("arc:", "must be KIND:FILE"),
         ("helaswag:x.jsonl", "unknown kind 'helaswag'; known: arc, hellaswag, lambada, squad"),
     ):
-        with pytest.raises(ConfigError, match=f"--task={entry}: {told}"):
+        with pytest.raises(ConfigError, match=f"--task={entry}: {message}"):
             read_tasks([good, entry], option="--task")
     with pytest.raises(ConfigError, match="given twice"):
         read_tasks([good, good])
@@ -183,8 +183,8 @@ def test_an_entry_that_names_nothing_is_told(write, tmp_path) -> None:
         read_tasks([f"arc:{tmp_path}/absent"])
 
 
-def test_tasks_are_called_by_their_kind_and_by_their_file_where_several_are_of_it(write) -> None:
+def test_task_names_have_the_file_only_if_a_kind_repeats(write) -> None:
     entries = [write("arc", ARC, name=name) for name in ("Easy.jsonl", "Hard.jsonl")]
     files = read_tasks([*entries, write("lambada", LAMBADA)])
-    assert named(files) == ["arc_Easy", "arc_Hard", "lambada"]
-    assert named(files[1:]) == ["arc", "lambada"]
+    assert task_names(files) == ["arc_Easy", "arc_Hard", "lambada"]
+    assert task_names(files[1:]) == ["arc", "lambada"]

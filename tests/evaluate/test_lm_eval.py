@@ -1,4 +1,4 @@
-"""The adapter in lm_eval's own harness, offline; against its `hf` model for the same weights.
+"""LMEvalAdapter in lm_eval's own harness, offline, compared with its `hf` model.
 
 Skipped where lm_eval is not installed: pip install -e '.[lm-eval]'.
 """
@@ -15,10 +15,10 @@ lm_eval = pytest.importorskip("lm_eval")
 
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from gptjax import load  # noqa: E402
+from gptjax import load_model  # noqa: E402
 from gptjax.config import Config, EvalConfig  # noqa: E402
 from gptjax.errors import ConfigError  # noqa: E402
-from gptjax.evaluate import LMEvalAdapter, Task, read_tasks  # noqa: E402
+from gptjax.evaluate import LMEvalAdapter, TaskEvaluator, read_tasks  # noqa: E402
 from gptjax.hf import safetensors  # noqa: E402
 from gptjax.runtime.progress import Progress  # noqa: E402
 from gptjax.tokenizer import ByteTokenizer  # noqa: E402
@@ -75,7 +75,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The tasks' files, and the YAML that tells the harness of them."""
+    """Task files and the YAML files that declare them to the harness."""
     folder = tmp_path_factory.mktemp("tasks")
     arc = [
         {
@@ -118,7 +118,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def harness(files, tmp_path, monkeypatch):
-    """Results by task and metric, and what was generated or how likely it was, of a model."""
+    """Runs all tasks on a model: results by task and metric, and the model's responses."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     manager = TaskManager(include_path=str(files), include_defaults=False)
 
@@ -142,7 +142,7 @@ def harness(files, tmp_path, monkeypatch):
     return run
 
 
-def test_the_harness_has_the_numbers_of_gptjax_eval(
+def test_harness_agrees_with_gptjax_eval(
     harness, files, byte_params, byte_model, put, scorer, on_mesh
 ) -> None:
     cfg = Config(model=byte_model, eval=EvalConfig(batch=4))
@@ -152,7 +152,7 @@ def test_the_harness_has_the_numbers_of_gptjax_eval(
         adapter = LMEvalAdapter(params, cfg, ByteTokenizer(), progress=Progress(shown=False))
         results, answers = harness(adapter)
         for file in read_tasks([f"{k}:{files}/{k}.jsonl" for k in ("arc", "hellaswag", "lambada")]):
-            own |= Task(file, ByteTokenizer(), scorer(), file.kind).run(params)
+            own |= TaskEvaluator(file, ByteTokenizer(), scorer(), file.kind).run(params)
     for name in ("acc", "acc_norm"):
         assert results["arc", name] == own[f"arc_{name}"]
         assert results["hellaswag", name] == own[f"hellaswag_{name}"]
@@ -161,19 +161,17 @@ def test_the_harness_has_the_numbers_of_gptjax_eval(
     assert len(answers["local_written"]) == len(SENTENCES)
 
 
-def test_a_setting_of_generation_that_is_not_known_is_refused(
-    byte_params, byte_model, on_mesh
-) -> None:
+def test_unsupported_generation_setting_is_an_error(byte_params, byte_model, on_mesh) -> None:
     with on_mesh(1):
         adapter = LMEvalAdapter(byte_params, Config(model=byte_model), ByteTokenizer())
-    with pytest.raises(ConfigError, match="not known here: num_beams=4"):
+    with pytest.raises(ConfigError, match="not supported: num_beams=4"):
         adapter._settings({"until": "\n", "num_beams": 4})
-    drawn = adapter._settings({"do_sample": True, "temperature": 0.5, "max_new_tokens": 3})
-    assert (drawn.temperature, drawn.max_tokens, drawn.stop) == (0.5, 3, ())
+    sampled = adapter._settings({"do_sample": True, "temperature": 0.5, "max_new_tokens": 3})
+    assert (sampled.temperature, sampled.max_tokens, sampled.stop) == (0.5, 3, ())
     assert adapter._settings({"do_sample": False, "temperature": 0.5}).temperature == 0
 
 
-def test_a_real_model_has_the_numbers_of_the_hf_model(
+def test_smollm2_agrees_with_the_hf_model_of_lm_eval(
     harness, on_mesh, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "reference")
@@ -189,7 +187,7 @@ def test_a_real_model_has_the_numbers_of_the_hf_model(
     theirs = harness(HFLM(str(folder), dtype="float32", batch_size=4, max_length=256, device="cpu"))
     source = safetensors.open_source(folder)
     tokenizer = safetensors.tokenizer_of(source, print)
-    cfg = load.config_of(source.model, tokenizer, str(folder))
+    cfg = load_model.config_of(source.model, tokenizer, str(folder))
     with on_mesh():  # eight virtual devices would take minutes for it
         params = safetensors.read_params(source)
         ours = harness(LMEvalAdapter(params, cfg, tokenizer, batch_size=4, max_length=256))

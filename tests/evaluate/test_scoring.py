@@ -1,4 +1,4 @@
-"""Scores of continuations: those of plain numpy, at every batch size and on every mesh."""
+"""Log-likelihoods of continuations against plain numpy, for several batch sizes and meshes."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 @pytest.fixture(scope="module")
 def pairs(byte_params, byte_model) -> list[tuple[list[int], list[int]]]:
-    """Of many lengths, some of them greedy, one greedy but for its last token."""
+    """Pairs of many lengths; of two the continuation is greedy, of one all but its last token."""
     rng = np.random.default_rng(1)
     sizes = [(1, 1), (1, 20), (30, 3), (9, 9), (31, 1), (3, 30), (3, 2), (5, 12), (2, 15)]
     made = [tuple(rng.integers(0, 258, n).tolist() for n in size) for size in sizes]
@@ -28,7 +28,7 @@ def pairs(byte_params, byte_model) -> list[tuple[list[int], list[int]]]:
 
 
 @pytest.fixture(scope="module")
-def by_hand(pairs, byte_params, byte_model) -> list[tuple[float, bool]]:
+def expected(pairs, byte_params, byte_model) -> list[tuple[float, bool]]:
     return [score(byte_params, byte_model, *pair) for pair in pairs]
 
 
@@ -37,34 +37,34 @@ def by_hand(pairs, byte_params, byte_model) -> list[tuple[float, bool]]:
     [((1,), 1), ((1,), 64), ((8,), 5), ((1, 8), 3), ((1, 1, 8), 2), ((2, 1, 1, 1, 4), 7)],
     ids=str,
 )
-def test_scores_are_those_of_numpy_at_every_batch_size_and_mesh(
-    mesh, rows, pairs, by_hand, byte_params, byte_model, put, scorer, on_mesh
+def test_scores_equal_those_of_numpy(
+    mesh, rows, pairs, expected, byte_params, byte_model, put, scorer, on_mesh
 ) -> None:
     with on_mesh(*mesh):
         scores = scorer(rows).score(put(byte_params, byte_model), pairs)
-    assert np.ptp([logprob for logprob, _ in by_hand]) > 30  # so that a mix-up would show
+    assert np.ptp([logprob for logprob, _ in expected]) > 30  # so that a mix-up would show
     assert [one.logprob for one in scores] == pytest.approx(
-        [logprob for logprob, _ in by_hand], rel=1e-5, abs=1e-5
+        [logprob for logprob, _ in expected], rel=1e-5, abs=1e-5
     )
-    assert [one.greedy for one in scores] == [likeliest for _, likeliest in by_hand]
+    assert [one.greedy for one in scores] == [likeliest for _, likeliest in expected]
     assert [one.greedy for one in scores][-3:] == [True, True, False]
     assert [one.tokens for one in scores] == [len(continuation) for _, continuation in pairs]
 
 
-def test_few_programs_are_compiled_for_many_lengths(
+def test_padding_limits_the_number_of_compiled_programs(
     byte_params, byte_model, put, scorer, on_mesh
 ) -> None:
     pairs = [([1] * n, [2, 3]) for n in range(1, 64)]
     with on_mesh(1):
-        scoring._sums.clear_cache()
+        scoring._score.clear_cache()
         params = put(byte_params, byte_model)
         scorer(4).score(params, pairs)
-        assert scoring._sums._cache_size() == 3  # of 16, 32 and 64 tokens
+        assert scoring._score._cache_size() == 3  # of 16, 32 and 64 tokens
         scorer(4).score(params, pairs[::-3])
-        assert scoring._sums._cache_size() == 3
+        assert scoring._score._cache_size() == 3
 
 
-def test_of_equal_tokens_the_first_is_the_likeliest(
+def test_greedy_takes_the_first_of_equally_likely_tokens(
     byte_params, byte_model, put, scorer, on_mesh
 ) -> None:
     with on_mesh(2, 2, 2):
@@ -75,30 +75,31 @@ def test_of_equal_tokens_the_first_is_the_likeliest(
     assert [one.logprob / one.tokens for one in scores] == pytest.approx([-np.log(258)] * 3)
 
 
-def test_a_context_too_long_loses_its_beginning(
+def test_long_context_is_truncated_at_its_beginning(
     byte_params, byte_model, put, scorer, on_mesh
 ) -> None:
     rng = np.random.default_rng(2)
     long, short = rng.integers(0, 258, 100).tolist(), [1, 2]
     with on_mesh(1):
         params = put(byte_params, byte_model)
-        for limit in (64, 20):
-            of_limit = scorer(limit=limit)
-            whole, _ = of_limit.score(params, [(long, [3, 4]), (short, [3])])
-            kept = long[-(limit - 1) :]
+        for max_length in (64, 20):
+            limited = scorer(max_length=max_length)
+            whole, _ = limited.score(params, [(long, [3, 4]), (short, [3])])
+            kept = long[-(max_length - 1) :]
             wanted, _ = score(byte_params, byte_model, kept, [3, 4])
             assert whole.logprob == pytest.approx(wanted, rel=1e-5)
             exact = (kept, [3, 4])
-            assert of_limit.cut([(long, [3, 4]), (short, [3]), exact, ([0, *kept], [3, 4])]) == 2
+            pairs = [(long, [3, 4]), (short, [3]), exact, ([0, *kept], [3, 4])]
+            assert limited.count_truncated(pairs) == 2
 
 
 @pytest.mark.parametrize("count", [0, 65])
-def test_a_continuation_that_the_model_cannot_take_is_told(count, byte_params, scorer) -> None:
+def test_empty_or_too_long_continuation_is_an_error(count, byte_params, scorer) -> None:
     with pytest.raises(DataError, match=f"arc: continuation 1 has {count} tokens; .* 1 to 64"):
         scorer().score(byte_params, [([1], [2]), ([1], [2] * count)], "arc")
 
 
-def test_a_pair_of_texts_is_encoded_as_one_prompt() -> None:
+def test_context_and_continuation_are_encoded_as_one_prompt() -> None:
     tokenizer = ByteTokenizer()
     assert encode_pair(tokenizer, "ab", " c") == ([256, *b"ab"], [*b" c"])
     assert encode_pair(tokenizer, "ab \n", "c") == ([256, *b"ab"], [*b" \nc"])
@@ -106,7 +107,7 @@ def test_a_pair_of_texts_is_encoded_as_one_prompt() -> None:
     assert encode_pair(tokenizer, " ", "c") == ([256], [*b" c"])
 
 
-def test_what_a_tokenizer_merges_over_the_border_belongs_to_the_continuation() -> None:
+def test_token_merged_across_the_boundary_belongs_to_the_continuation() -> None:
     class Pairs(ByteTokenizer):
         """Two equal letters are one token."""
 

@@ -1,4 +1,4 @@
-"""What a model makes of examples, against plain numpy and the definitions."""
+"""Task metrics against plain numpy and their definitions."""
 
 import math
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from plain_model import greedy, score
 
-from gptjax.evaluate import Task, TaskFile, answers
-from gptjax.evaluate.formats import Choice, Cloze, Question
+from gptjax.evaluate import TaskEvaluator, TaskFile, answers
+from gptjax.evaluate.formats import Cloze, MultipleChoice, Question
 from gptjax.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -22,21 +22,21 @@ def measure(byte_params, byte_model, put, scorer, on_mesh):
     def run(*examples, mesh=(1,), rows=4, params=byte_params):
         file = TaskFile("kind", "file", "", examples, len(examples))
         with on_mesh(*mesh):
-            task = Task(file, TOKENIZER, scorer(rows), "it")
+            task = TaskEvaluator(file, TOKENIZER, scorer(rows), "it")
             return task.run(put(params, byte_model))
 
     return run
 
 
 @pytest.fixture(scope="module")
-def choices(byte_params, byte_model) -> list[tuple[Choice, np.ndarray]]:
-    """Questions with choices of many lengths, and the log-probabilities of each by hand."""
+def choices(byte_params, byte_model) -> list[tuple[MultipleChoice, np.ndarray]]:
+    """Multiple-choice examples with choices of many lengths, and their log-likelihoods by numpy."""
     rng = np.random.default_rng(3)
     letters = list("abcdefgh äöü€")
     word = lambda n: "x" + "".join(rng.choice(letters, n))
     made = []
     for number in range(12):
-        one = Choice(word(12), tuple(word(n) for n in (2, 4, 7)), number % 3)
+        one = MultipleChoice(word(12), tuple(word(n) for n in (2, 4, 7)), number % 3)
         ids = [256, *one.context.rstrip().encode()]
         spaces = " " * (len(one.context) - len(one.context.rstrip()))
         texts = [f"{spaces} {text}".encode() for text in one.choices]
@@ -45,7 +45,7 @@ def choices(byte_params, byte_model) -> list[tuple[Choice, np.ndarray]]:
 
 
 @pytest.mark.parametrize(("mesh", "rows"), [((1,), 5), ((2, 2, 2), 4)], ids=str)
-def test_choices_are_taken_by_log_probability_and_by_that_of_a_character(
+def test_acc_compares_log_likelihoods_and_acc_norm_those_per_character(
     mesh, rows, choices, measure
 ) -> None:
     right = {"acc": [], "acc_norm": [], "bytes": []}
@@ -54,7 +54,7 @@ def test_choices_are_taken_by_log_probability_and_by_that_of_a_character(
         by["bytes"] = [len(t.encode()) for t in one.choices]
         for name, lengths in by.items():
             right[name].append((logprobs / lengths).argmax() == one.gold)
-    assert len({tuple(values) for values in right.values()}) == 3  # each normalisation tells
+    assert len({tuple(values) for values in right.values()}) == 3  # all normalizations differ
     measured = measure(*(one for one, _ in choices), mesh=mesh, rows=rows)
     assert measured == {
         "it_acc": np.mean(right["acc"]),
@@ -63,9 +63,7 @@ def test_choices_are_taken_by_log_probability_and_by_that_of_a_character(
     }
 
 
-def test_a_cloze_is_right_where_every_token_is_the_likeliest(
-    byte_params, byte_model, measure
-) -> None:
+def test_cloze_is_right_if_every_token_is_the_likeliest(byte_params, byte_model, measure) -> None:
     examples, nats = [], []
     for context in ("ab", "the quick brown", "x"):
         ids = [256, *context.encode()]
@@ -88,7 +86,7 @@ def test_a_cloze_is_right_where_every_token_is_the_likeliest(
     assert measure(*found, examples[0])["it_acc"] == pytest.approx(2 / 3)
 
 
-def test_an_answer_is_the_greedy_continuation_up_to_its_lines_end(
+def test_answer_is_the_greedy_continuation_up_to_the_end_of_line(
     byte_params, byte_model, measure
 ) -> None:
     examples = []
@@ -96,13 +94,13 @@ def test_an_answer_is_the_greedy_continuation_up_to_its_lines_end(
         ids = greedy(byte_params, byte_model, [256, *prompt.encode()], 32)  # half of the context
         ids = ids[: next((i for i, token in enumerate(ids) if token in (10, 256)), 32)]
         examples.append(Question(prompt, (TOKENIZER.decode(ids),)))
-    assert all(answers.normalized(one.answers[0]) for one in examples)
+    assert all(answers.normalize(one.answers[0]) for one in examples)
     wrong = Question("a question", ("no such answer",))
     measured = measure(*examples, wrong, Question("a question", ()))
     assert measured == {"it_exact_match": 3 / 5, "it_f1": 3 / 5, "it_cut": 0}
 
 
-def test_what_follows_the_answers_line_is_no_part_of_it(byte_params, byte_model, measure) -> None:
+def test_text_after_the_answers_line_is_dropped(byte_params, byte_model, measure) -> None:
     for number in range(100):  # one that is not continued by a single token again and again
         prompt = f"question {number}"
         ids = greedy(byte_params, byte_model, [256, *prompt.encode()], 8)
@@ -114,16 +112,19 @@ def test_what_follows_the_answers_line_is_no_part_of_it(byte_params, byte_model,
     embed = byte_params["embed"].copy()
     embed[[10, ids[at]]] = embed[[ids[at], 10]]
     answer = TOKENIZER.decode(ids[:at])
-    assert answers.normalized(answer)
+    assert answers.normalize(answer)
     assert 10 not in [*prompt.encode(), *ids]
     examples = Question(prompt, (answer,)), Question(prompt, (TOKENIZER.decode(ids),))
     measured = measure(*examples, params=byte_params | {"embed": embed})
     assert measured["it_exact_match"] == 1 / 2
 
 
-def test_examples_that_are_too_long_are_counted(measure) -> None:
+def test_truncated_examples_are_counted(measure) -> None:
     long, short = "x" * 80, "x"
-    assert measure(Choice(long, ("a", "b"), 0), Choice(short, ("a", "b"), 0))["it_cut"] == 1
+    assert (
+        measure(MultipleChoice(long, ("a", "b"), 0), MultipleChoice(short, ("a", "b"), 0))["it_cut"]
+        == 1
+    )
     assert measure(Cloze(long, " a"), Cloze(short, " a"))["it_cut"] == 1
     assert measure(Question("x" * 32, ("a",)), Question("x" * 31, ("a",)))["it_cut"] == 1
 
@@ -132,7 +133,7 @@ def test_examples_that_are_too_long_are_counted(measure) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "right", "exact", "f1"),
+    ("answer", "references", "exact", "f1"),
     [
         (" The Seine.", ["Seine"], 1, 1),
         ("An apple a day", ["apple day"], 1, 1),
@@ -147,6 +148,6 @@ def test_examples_that_are_too_long_are_counted(measure) -> None:
         ("x-ray's", ["xrays"], 1, 1),
     ],
 )
-def test_answers_are_compared_as_squad_does(given, right, exact, f1) -> None:
-    assert answers.exact_match(given, right) == exact
-    assert answers.f1(given, right) == pytest.approx(f1)
+def test_exact_match_and_f1_are_those_of_squad(answer, references, exact, f1) -> None:
+    assert answers.exact_match(answer, references) == exact
+    assert answers.f1(answer, references) == pytest.approx(f1)

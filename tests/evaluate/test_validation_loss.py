@@ -1,4 +1,4 @@
-"""Validation: the mean over every target of the split, the same on one device and on eight."""
+"""Validation loss: the mean over every target of the split, on one device and on eight."""
 
 import dataclasses
 import math
@@ -38,7 +38,7 @@ def made(tokens, tiny_config, tmp_path_factory) -> tuple[Config, Manifest]:
     return cfg, manifest
 
 
-def nats_by_hand(params: decoder.Params, cfg: Config, tokens: np.ndarray) -> list[float]:
+def expected_nats(params: decoder.Params, cfg: Config, tokens: np.ndarray) -> list[float]:
     """-log p of each token after the first, given those of its window before it, one by one."""
     rows, t = -(-(len(tokens) - 1) // 32), 32
     padded = np.zeros(rows * t, int)
@@ -56,12 +56,12 @@ def nats_by_hand(params: decoder.Params, cfg: Config, tokens: np.ndarray) -> lis
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (8, 1, 1), (2, 2, 2)], ids=str)
-def test_the_loss_is_the_mean_over_all_targets(mesh, made, tokens, on_mesh, random_params) -> None:
+def test_loss_is_the_mean_over_all_targets(mesh, made, tokens, on_mesh, random_params) -> None:
     cfg, manifest = made
     with on_mesh(*mesh):
         params = random_params(cfg.model)
         measured = ValidationLoss(cfg, manifest, Progress(shown=False)).run(params)
-    nats = nats_by_hand(params, cfg, tokens)
+    nats = expected_nats(params, cfg, tokens)
     assert measured["valid_tokens"] == len(nats) == TOKENS - 1
     loss = math.fsum(nats) / len(nats)
     assert np.std(nats) > 0.5  # so that a target too many or too few would show
@@ -71,24 +71,22 @@ def test_the_loss_is_the_mean_over_all_targets(mesh, made, tokens, on_mesh, rand
     assert measured["valid_bits_per_byte"] == pytest.approx(bits, rel=2e-6)
 
 
-def test_intervals_are_over_batches(made, tokens, on_mesh, random_params) -> None:
+def test_confidence_intervals_resample_batches(made, tokens, on_mesh, random_params) -> None:
     cfg, manifest = made
     cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, batch=1))
     with on_mesh(1):
         params = random_params(cfg.model)
         statistics, total = ValidationLoss(cfg, manifest, Progress(shown=False)).measure(params)
-    nats, t = nats_by_hand(params, cfg, tokens), cfg.train.seq_len
+    nats, t = expected_nats(params, cfg, tokens), cfg.train.seq_len
     by_batch = [math.fsum(nats[start : start + t]) for start in range(0, len(nats), t)]
     assert total == len(nats)
-    np.testing.assert_allclose(statistics[0].parts, by_batch, rtol=1e-5)
+    np.testing.assert_allclose(statistics[0].numerators, by_batch, rtol=1e-5)
     for one in statistics:
-        low, high = one.interval(0)
+        low, high = one.confidence_interval(0)
         assert low < one.value < high
 
 
-def test_batches_of_any_size_give_the_same_and_are_shown(
-    made, on_mesh, random_params, capsys
-) -> None:
+def test_loss_is_independent_of_batch_size(made, on_mesh, random_params, capsys) -> None:
     cfg, manifest = made
     losses = []
     with on_mesh(1):
@@ -104,9 +102,9 @@ def test_batches_of_any_size_give_the_same_and_are_shown(
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_a_uniform_model_needs_seven_bits_for_one_of_128(made, on_mesh, random_params) -> None:
+def test_uniform_model_over_128_tokens_needs_seven_bits(made, on_mesh, random_params) -> None:
     cfg, manifest = made
-    # The z-loss of training is no part of what is measured.
+    # The z-loss of training is not part of the validation loss.
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, z_loss=0.1))
     with on_mesh(1):
         zeros = jax.tree.map(jnp.zeros_like, random_params(cfg.model))

@@ -1,8 +1,8 @@
-"""Real processes, really killed: a run goes on bit for bit where it was.
+"""Killed, preempted and damaged runs of real processes resume bit-identically.
 
 Each child is `gptjax train` on a small corpus, with accumulation, dropout, a moving average and
-asynchronous saving on. "Bit for bit" compares the fingerprint tables of the final checkpoints,
-which cover parameters, moments, moving average, step and counters, and the order of the data.
+asynchronous saving. Bit-identical means equal fingerprints in the final checkpoints, which cover
+parameters, moments, moving average, step, counters and the data order.
 """
 
 import json
@@ -61,7 +61,7 @@ def finish(workspace: Path, run: str) -> subprocess.CompletedProcess[str]:
 
 
 def logged(workspace: Path, run: str) -> list[int]:
-    """Training steps in the metrics file, in its order."""
+    """Training steps in the metrics file, in file order."""
     file = workspace / run / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     entries = [json.loads(line) for line in lines if line.endswith("}")]
@@ -77,7 +77,7 @@ def wait_for_step(process: subprocess.Popen[str], workspace: Path, run: str, ste
 
 
 def outcome(workspace: Path, run: str) -> dict:
-    """What the last checkpoint says of itself, without what may differ between equal runs."""
+    """Metadata of the last checkpoint that must agree between equal runs."""
     meta = json.loads((workspace / run / f"checkpoints/{STEPS}/meta/data.json").read_text())
     return {name: meta[name] for name in ("step", "fingerprints", "data", "tokens_seen", "rng")}
 
@@ -91,7 +91,7 @@ def unbroken(workspace: Path) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_killed_at_a_random_step_and_run_again(workspace, unbroken, seed) -> None:
+def test_run_killed_at_random_steps_ends_bit_identical(workspace, unbroken, seed) -> None:
     run = f"killed{seed}"
     draw = random.Random(seed)
     for step in sorted(draw.sample(range(1, STEPS - 1), 2)):
@@ -107,7 +107,7 @@ def test_killed_at_a_random_step_and_run_again(workspace, unbroken, seed) -> Non
 
 
 @pytest.mark.slow
-def test_told_to_stop_it_saves_and_the_same_command_goes_on(workspace, unbroken) -> None:
+def test_sigterm_saves_and_the_same_command_continues_bit_identical(workspace, unbroken) -> None:
     process = start(workspace, "stopped")
     wait_for_step(process, workspace, "stopped", 7)
     process.send_signal(signal.SIGTERM)
@@ -125,7 +125,9 @@ def test_told_to_stop_it_saves_and_the_same_command_goes_on(workspace, unbroken)
 
 
 @pytest.mark.slow
-def test_a_flipped_bit_in_the_newest_checkpoint_costs_only_time(workspace, unbroken) -> None:
+def test_flipped_bit_in_the_newest_checkpoint_falls_back_to_the_previous(
+    workspace, unbroken
+) -> None:
     process = start(workspace, "flipped")
     wait_for_step(process, workspace, "flipped", 23)
     process.kill()
@@ -146,7 +148,7 @@ def test_a_flipped_bit_in_the_newest_checkpoint_costs_only_time(workspace, unbro
 
 
 @pytest.mark.slow
-def test_a_second_job_in_the_same_folder_is_refused_and_harms_nothing(workspace, unbroken) -> None:
+def test_second_job_in_the_same_run_folder_is_refused(workspace, unbroken) -> None:
     first = start(workspace, "shared")
     wait_for_step(first, workspace, "shared", 2)
     second = finish(workspace, "shared")

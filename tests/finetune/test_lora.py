@@ -19,11 +19,11 @@ from gptjax.config import (
 )
 from gptjax.errors import ConfigError, MismatchError
 from gptjax.finetune import lora
-from gptjax.finetune.adapter_checkpoint import SeparateCheckpoints
+from gptjax.finetune.adapter_checkpoint import AdapterCheckpointer
 from gptjax.model import decoder
 from gptjax.parallel import arrays, sharding
 from gptjax.training import objective, param_groups
-from gptjax.training.step import compile_step, state_of
+from gptjax.training.step import compile_step, state_from_params
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -52,7 +52,7 @@ def fresh(params, cfg, init=lora.init):
 
 def trained(cfg, params, loss_fn, lr_multipliers, steps=3):
     """The state after some steps of random windows, and each step's (loss, gradient norm)."""
-    state = jax.jit(lambda p: state_of(cfg, p, lr_multipliers))(params)
+    state = jax.jit(lambda p: state_from_params(cfg, p, lr_multipliers))(params)
     step = compile_step(cfg, loss_fn, state, objective.abstract_batch(cfg), lr_multipliers)
     return stepped(cfg, step, state, range(steps))
 
@@ -107,7 +107,7 @@ def test_fresh_adapters_add_nothing_and_a_is_uniform_up_to_its_bound(
         params = random_params(tiny_model())
         cfg = LoraConfig(rank=64, targets=("blocks/.*/attn/(q|o)", "blocks/.*/mlp/down"))
         adapters = fresh(params, cfg)
-        merged = jax.jit(lambda p, a: lora.merged(p, a, cfg))(params, adapters)
+        merged = jax.jit(lambda p, a: lora.merge_adapters(p, a, cfg))(params, adapters)
     assert jax.tree.all(jax.tree.map(np.array_equal, params, merged))
     for path, inputs in (("attn/q", 32), ("attn/o", 32), ("mlp/down", 128)):
         a = np.asarray(leaves_by_path(adapters)[f"blocks/layer_0/{path}/a"])
@@ -139,7 +139,9 @@ def test_merging_adds_the_scaled_product_of_the_two_halves(
     with on_mesh():
         params = random_params(mixture)
         adapters = drawn(fresh(params, cfg))
-        merged = jax.device_get(jax.jit(lambda p, a: lora.merged(p, a, cfg))(params, adapters))
+        merged = jax.device_get(
+            jax.jit(lambda p, a: lora.merge_adapters(p, a, cfg))(params, adapters)
+        )
     w, new, halves = (jax.device_get(leaves_by_path(t)) for t in (params, merged, adapters))
     changed = {path for path in w if not np.array_equal(w[path], new[path])}
     assert changed == {path.rpartition("/")[0] for path in halves}
@@ -386,14 +388,14 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(
         layout = jax.tree.map(lambda x: x.sharding, param_groups.partition(both, lr_multipliers)[1])
         kinds = {
             "whole": lambda: Checkpointer(tmp_path / "whole", CheckpointConfig()),
-            "separate": lambda: SeparateCheckpoints(
+            "separate": lambda: AdapterCheckpointer(
                 tmp_path / "separate",
                 CheckpointConfig(),
                 lr_multipliers=lr_multipliers,
                 frozen=lambda: jax.device_put(frozen, layout),
             ),
         }
-        state = jax.jit(lambda p: state_of(cfg, p, lr_multipliers))(both)
+        state = jax.jit(lambda p: state_from_params(cfg, p, lr_multipliers))(both)
         loss_fn = adapted(loss_of(cfg), RANK4)
         step = compile_step(cfg, loss_fn, state, objective.abstract_batch(cfg), lr_multipliers)
         half, _ = stepped(cfg, step, state, range(2))
@@ -405,7 +407,9 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(
                 saved[kind] = one.meta(2)["tree"]
         through, seen = stepped(cfg, step, half, range(2, 4))
         through = jax.device_get(through)
-        abstract = sharding.abstract(lambda: state_of(cfg, fresh_abstract(cfg), lr_multipliers))
+        abstract = sharding.abstract(
+            lambda: state_from_params(cfg, fresh_abstract(cfg), lr_multipliers)
+        )
         for checkpoints in kinds.values():
             restored = checkpoints().restore_newest(abstract)
             again, seen_again = stepped(cfg, step, restored, range(2, 4))
@@ -432,8 +436,8 @@ def test_separate_checkpoints_are_not_restored_beside_another_base(
     cfg = tiny()
     with on_mesh():
         both, lr_multipliers = begun(cfg, random_params)
-        state = state_of(cfg, both, lr_multipliers)
-        make = lambda frozen: SeparateCheckpoints(
+        state = state_from_params(cfg, both, lr_multipliers)
+        make = lambda frozen: AdapterCheckpointer(
             tmp_path, CheckpointConfig(), lr_multipliers=lr_multipliers, frozen=lambda: frozen
         )
         frozen = param_groups.partition(both, lr_multipliers)[1]

@@ -1,4 +1,4 @@
-"""PEFT's layout, there and back; slow, the logits of PEFT itself."""
+"""Adapters in PEFT's format: round trips, and (slow) the logits of PEFT itself."""
 
 import json
 from dataclasses import replace
@@ -54,7 +54,7 @@ def of(case, **fields):
 
 @pytest.fixture
 def adapters_of(random_params):
-    """Adapters without a zero, and the base."""
+    """Draws adapters that are nowhere zero, and the base."""
 
     def make(model, cfg):
         params = random_params(model, 0.1)
@@ -67,7 +67,7 @@ def adapters_of(random_params):
 
 
 @CASES
-def test_adapters_come_back_as_they_were(on_mesh, adapters_of, tmp_path, case):
+def test_round_trip_is_bit_exact(on_mesh, adapters_of, tmp_path, case):
     model, cfg = of(case, rslora=True)
     with on_mesh():
         _, adapters = adapters_of(model, cfg)
@@ -84,7 +84,9 @@ def test_adapters_come_back_as_they_were(on_mesh, adapters_of, tmp_path, case):
         np.testing.assert_array_equal(value, host[path], err_msg=path)
 
 
-def test_fused_adapters_are_as_wide_as_those_they_are_made_of(on_mesh, adapters_of, tmp_path):
+def test_fused_adapter_has_the_sum_of_the_ranks_and_is_block_diagonal(
+    on_mesh, adapters_of, tmp_path
+):
     model, cfg = of("gpt2, some")
     with on_mesh():
         _, adapters = adapters_of(model, cfg)
@@ -101,9 +103,7 @@ def test_fused_adapters_are_as_wide_as_those_they_are_made_of(on_mesh, adapters_
     np.testing.assert_array_equal(nonzero, [[True, False], [False, False], [False, True]])
 
 
-def test_layers_with_fused_adapters_of_different_widths_are_named_one_by_one(
-    on_mesh, adapters_of, tmp_path
-):
+def test_layers_with_different_fused_ranks_are_named_one_by_one(on_mesh, adapters_of, tmp_path):
     model = replace(GPT, pattern=("full", "full"))
     cfg = LoraConfig(rank=3, targets=("blocks/layer_0/attn/[qkv]", "blocks/layer_1/attn/[kv]"))
     with on_mesh():
@@ -117,7 +117,7 @@ def test_layers_with_fused_adapters_of_different_widths_are_named_one_by_one(
     assert config["target_modules"] == ["0.attn.c_attn", "1.attn.c_attn"]
 
 
-def test_what_has_no_counterpart_is_refused(on_mesh, adapters_of, tmp_path):
+def test_unsupported_settings_and_tensors_are_errors(on_mesh, adapters_of, tmp_path):
     model, cfg = of("llama")
     with on_mesh():
         _, adapters = adapters_of(model, cfg)
@@ -125,13 +125,15 @@ def test_what_has_no_counterpart_is_refused(on_mesh, adapters_of, tmp_path):
         config = json.loads((tmp_path / peft.CONFIG).read_text())
         for change in ({"use_dora": True}, {"peft_type": "IA3"}, {"bias": "all"}):
             (tmp_path / peft.CONFIG).write_text(json.dumps(config | change))
-            with pytest.raises(MismatchError, match=f"no counterpart here:\n.*{min(change)}"):
+            with pytest.raises(MismatchError, match=f"not supported:\n.*{min(change)}"):
                 peft.read_folder(tmp_path, model)
         (tmp_path / peft.CONFIG).write_text(json.dumps(config))
         tensors = load_file(tmp_path / peft.TENSORS)
-        lost = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
-        save_file({k: v for k, v in tensors.items() if k != lost}, tmp_path / peft.TENSORS)
-        with pytest.raises(MismatchError, match=r"no place in the model:\n.*up_proj\.lora_A"):
+        missing = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
+        save_file({k: v for k, v in tensors.items() if k != missing}, tmp_path / peft.TENSORS)
+        with pytest.raises(
+            MismatchError, match=r"no pairs of the model.s modules:\n.*up_proj\.lora_A"
+        ):
             peft.read_folder(tmp_path, model)
         save_file(tensors, tmp_path / peft.TENSORS)
         with pytest.raises(MismatchError, match=r"is of another model:\n.*down_proj"):
@@ -140,11 +142,11 @@ def test_what_has_no_counterpart_is_refused(on_mesh, adapters_of, tmp_path):
         with pytest.raises(DataError, match="cannot be read as PEFT's adapters"):
             peft.read_folder(tmp_path, model)
 
-        mixture = replace(LLAMA, moe=MoeConfig(experts=4))
+        experts = replace(LLAMA, moe=MoeConfig(experts=4))
         targets = LoraConfig(rank=2, targets=("blocks/.*/mlp/(gate|router)",))
-        _, adapters = adapters_of(mixture, targets)
+        _, adapters = adapters_of(experts, targets)
         with pytest.raises(MismatchError, match="there are some of mlp/gate, mlp/router"):
-            peft.write_folder(tmp_path, adapters, targets, mixture)
+            peft.write_folder(tmp_path, adapters, targets, experts)
 
 
 # --- against PEFT itself -----------------------------------------------------------------------
@@ -176,7 +178,7 @@ def their_base(folder):
 
 @pytest.mark.slow
 @CASES
-def test_exported_adapters_give_peft_the_same_logits(on_mesh, adapters_of, tmp_path, case):
+def test_exported_adapters_have_the_same_logits_in_peft(on_mesh, adapters_of, tmp_path, case):
     theirs = pytest.importorskip("peft")
     model, cfg = of(case, rslora=case == "llama")
     (tmp_path / "base").mkdir()
@@ -184,7 +186,7 @@ def test_exported_adapters_give_peft_the_same_logits(on_mesh, adapters_of, tmp_p
         params, adapters = adapters_of(model, cfg)
         safetensors.write_folder(tmp_path / "base", params, model)
         peft.write_folder(tmp_path, adapters, cfg, model, str(tmp_path / "base"))
-        merge = jax.jit(lambda p, a: lora.merged(p, a, cfg))
+        merge = jax.jit(lambda p, a: lora.merge_adapters(p, a, cfg))
         base, want = our_logits(params, model), our_logits(merge(params, adapters), model)
     adapted = theirs.PeftModel.from_pretrained(their_base(tmp_path / "base"), tmp_path)
     assert np.abs(want - base).max() > 0.1
@@ -202,7 +204,9 @@ def test_exported_adapters_give_peft_the_same_logits(on_mesh, adapters_of, tmp_p
         ("falcon", {"target_modules": ["query_key_value"], "rank_pattern": {"h.1.*": 2}}),
     ],
 )
-def test_adapters_of_peft_give_the_same_logits_here(on_mesh, random_params, tmp_path, name, fields):
+def test_imported_adapters_of_peft_have_the_same_logits(
+    on_mesh, random_params, tmp_path, name, fields
+):
     theirs = pytest.importorskip("peft")
     import torch
 
@@ -220,7 +224,7 @@ def test_adapters_of_peft_give_the_same_logits_here(on_mesh, random_params, tmp_
                     value.normal_(0, 0.2)
         adapted.save_pretrained(tmp_path / "adapters")
         adapters, cfg = peft.read_folder(tmp_path / "adapters", model)
-        merge = jax.jit(lambda p, a: lora.merged(p, a, cfg))
+        merge = jax.jit(lambda p, a: lora.merge_adapters(p, a, cfg))
         base, got = our_logits(params, model), our_logits(merge(params, adapters), model)
     want = their_logits(adapted)
     assert np.abs(want - base).max() > 0.1

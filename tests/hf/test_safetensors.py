@@ -1,4 +1,4 @@
-"""Hugging Face folders: every family there and back, and everything that is refused."""
+"""Hugging Face folders: round trips of every family, and the errors of folders that do not fit."""
 
 import json
 from dataclasses import replace
@@ -59,13 +59,13 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def folders(on_mesh, random_params, tmp_path_factory):
-    """A folder of each family, and the parameters in it."""
+    """A checkpoint folder of each family, and its parameters."""
     made = {}
     with on_mesh():
         for name, model in MODELS.items():
             folder = tmp_path_factory.mktemp(name)
             params = random_params(model)
-            # Rows that fill up the table are not in the folder, and come back as zeros.
+            # Rows that pad the table are not written, and are read as zeros.
             rows = np.arange(model.table)[:, None] < model.vocab_size
             for table in {"embed", "head"} & set(params):
                 params[table] = params[table] * rows
@@ -75,7 +75,7 @@ def folders(on_mesh, random_params, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-def test_a_family_comes_back_bit_for_bit_on_one_device_and_on_eight(on_mesh, folders, name):
+def test_round_trip_is_bit_exact_on_one_and_on_eight_devices(on_mesh, folders, name):
     folder, params = folders[name]
     assert json.loads((folder / "config.json").read_text())["model_type"] == name
     source = safetensors.open_source(folder)
@@ -91,7 +91,7 @@ def test_a_family_comes_back_bit_for_bit_on_one_device_and_on_eight(on_mesh, fol
 
 @pytest.mark.parametrize("name", list(MODELS))
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
-def test_narrow_formats_come_back_byte_for_byte(on_mesh, folders, tmp_path, name, dtype):
+def test_round_trip_of_half_precision_is_byte_exact(on_mesh, folders, tmp_path, name, dtype):
     with on_mesh():
         params = safetensors.read_params(safetensors.open_source(folders[name][0]))
         safetensors.write_folder(tmp_path, params, MODELS[name], dtype=dtype)
@@ -103,16 +103,16 @@ def test_narrow_formats_come_back_byte_for_byte(on_mesh, folders, tmp_path, name
 
 
 def edited(folder: Path, target: Path, tensors=lambda t: t, **changes) -> Path:
-    """A copy of a folder with some of its tensors or of its config.json changed."""
+    """A copy of a checkpoint folder with changed tensors or values of config.json."""
     with safe_open(folder / "model.safetensors", "np") as file:
-        all_of_it = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    save_file(tensors(all_of_it), target / "model.safetensors")
+        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file(tensors(stored), target / "model.safetensors")
     config = json.loads((folder / "config.json").read_text()) | changes
     (target / "config.json").write_text(json.dumps(config))
     return target
 
 
-def test_a_missing_a_left_over_and_a_misshapen_tensor_are_all_named(folders, tmp_path):
+def test_missing_unexpected_and_misshapen_tensors_are_all_reported(folders, tmp_path):
     def change(tensors):
         del tensors["model.layers.1.mlp.up_proj.weight"]
         tensors["model.extra.weight"] = np.zeros(3, np.float32)
@@ -122,23 +122,23 @@ def test_a_missing_a_left_over_and_a_misshapen_tensor_are_all_named(folders, tmp
     with pytest.raises(MismatchError) as error:
         safetensors.open_source(edited(folders["llama"][0], tmp_path, change))
     assert sorted(error.value.differences) == [
-        "model.extra.weight: stored, and has no place in the model",
+        "model.extra.weight: unexpected; the model has no such tensor",
         "model.layers.1.mlp.up_proj.weight: missing",
-        "model.norm.weight: [7] stored, [32] by config.json",
+        "model.norm.weight: shape [7]; by config.json [32]",
     ]
 
 
-def test_a_tied_head_that_is_stored_must_be_the_embedding(folders, tmp_path, on_mesh):
+def test_stored_output_layer_must_equal_the_tied_embedding(folders, tmp_path, on_mesh):
     folder = folders["qwen3"][0]
     (tmp_path / "same").mkdir()
     (tmp_path / "other").mkdir()
     tie = lambda by: lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + by}
     safetensors.open_source(edited(folder, tmp_path / "same", tie(np.float32(0))))
-    with pytest.raises(MismatchError, match=r"lm_head\.weight: stored, and has no place"):
+    with pytest.raises(MismatchError, match=r"lm_head\.weight: unexpected"):
         safetensors.open_source(edited(folder, tmp_path / "other", tie(np.float32(1))))
 
 
-def test_names_without_the_prefix_and_buffers_are_understood(folders, tmp_path):
+def test_names_without_prefix_and_buffers_are_accepted(folders, tmp_path):
     def change(tensors):
         tensors = {k.removeprefix("transformer."): v for k, v in tensors.items()}
         return tensors | {"h.0.attn.bias": np.ones((1, 1, 64, 64), np.float32)}
@@ -147,8 +147,8 @@ def test_names_without_the_prefix_and_buffers_are_understood(folders, tmp_path):
     assert source.tensor("transformer.wpe.weight").shape == (64, 32)
 
 
-def test_several_files_have_an_index(folders, tmp_path, on_mesh, monkeypatch):
-    monkeypatch.setattr(safetensors, "_SHARD_BYTES", 20_000)
+def test_large_checkpoints_are_split_into_indexed_files(folders, tmp_path, on_mesh, monkeypatch):
+    monkeypatch.setattr(safetensors, "_MAX_FILE_BYTES", 20_000)
     folder, params = folders["mixtral"]
     with on_mesh():
         safetensors.write_folder(
@@ -170,25 +170,25 @@ def test_several_files_have_an_index(folders, tmp_path, on_mesh, monkeypatch):
         safetensors.open_source(tmp_path)
 
 
-def test_pickled_weights_are_refused_with_the_way_out(folders, tmp_path):
+def test_pickled_weights_are_rejected_with_a_command_to_convert_them(folders, tmp_path):
     (tmp_path / "config.json").write_text((folders["gpt2"][0] / "config.json").read_text())
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02")
     with pytest.raises(DataError, match=r"pickle runs code.*save_pretrained"):
         safetensors.open_source(tmp_path)
 
 
-def test_a_folder_without_a_model_is_told(tmp_path):
+def test_folder_without_a_usable_config_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"no config\.json"):
         safetensors.open_source(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read as JSON"):
         safetensors.open_source(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(MismatchError, match="model_type='bert' is not known"):
+    with pytest.raises(MismatchError, match="model_type='bert': not supported"):
         safetensors.open_source(tmp_path)
 
 
-def test_a_damaged_file_is_named(folders, tmp_path):
+def test_damaged_file_is_reported_by_name(folders, tmp_path):
     folder = edited(folders["llama"][0], tmp_path)
     raw = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(raw[: len(raw) // 2])
@@ -197,7 +197,7 @@ def test_a_damaged_file_is_named(folders, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "told"),
+    ("family", "changes", "message"),
     [
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type"),
@@ -205,34 +205,32 @@ def test_a_damaged_file_is_named(folders, tmp_path):
         ("llama", {"attention_bias": True}, "attention_bias and mlp_bias differ"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("gpt2", {"activation_function": "relu"}, "activation_function='relu'"),
-        ("gpt2", {"n_embd": "wide"}, "makes no sense"),
+        ("gpt2", {"n_embd": "wide"}, "invalid value"),
         ("gpt2", {"n_layer": 0}, "model.layers=0: must be at least 1"),
         ("llama", {"head_dim": 15}, "even width"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ("mistral", {"attention_bias": True}, "attention_bias=True"),
         ("mixtral", {"rms_norm_eps": None}, "has no rms_norm_eps"),
         ("mixtral", {"rope_parameters": None, "rope_theta": None}, "has no rope_theta"),
-        ("llama", {"model_type": ["llama"]}, "is not known"),
+        ("llama", {"model_type": ["llama"]}, "not supported"),
         ("llama", {"num_hidden_layers": None}, "has no num_hidden_layers"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
         ("falcon", {"activation": "relu"}, "activation='relu'"),
     ],
 )
-def test_a_configuration_with_no_counterpart_is_refused_by_its_key(
-    folders, tmp_path, family, changes, told
-):
-    with pytest.raises((DataError, MismatchError), match=told):
+def test_unsupported_setting_is_reported_by_its_key(folders, tmp_path, family, changes, message):
+    with pytest.raises((DataError, MismatchError), match=message):
         safetensors.open_source(edited(folders[family][0], tmp_path, **changes))
 
 
-def test_keys_that_nobody_reads_are_told(folders, tmp_path):
+def test_unused_config_keys_are_reported(folders, tmp_path):
     rope = {"rope_type": "default", "rope_theta": 1e4, "twist": 1}
     changes = {"new_trick": True, "rope_parameters": rope}
     source = safetensors.open_source(edited(folders["llama"][0], tmp_path, **changes))
     assert source.unread == ("new_trick", "rope_parameters.twist")
 
 
-def test_layers_with_windows_are_read_however_they_are_told(folders, tmp_path):
+def test_sliding_window_layers_are_read_from_either_form_of_config(folders, tmp_path):
     folder = folders["qwen3"][0]
     assert safetensors.open_source(folder).model.pattern == ("full", "window")
     changes = {"layer_types": None, "max_window_layers": 3}
@@ -242,7 +240,7 @@ def test_layers_with_windows_are_read_however_they_are_told(folders, tmp_path):
     assert source.model.pattern == ("full",)
 
 
-def test_an_absent_window_is_asked_for_where_it_stands_for_a_number(folders, tmp_path):
+def test_absent_sliding_window_of_mistral_is_an_error(folders, tmp_path):
     config = folders["mistral"][0] / "config.json"
     values = {k: v for k, v in json.loads(config.read_text()).items() if k != "sliding_window"}
     with pytest.raises(DataError, match="has no sliding_window"):
@@ -251,19 +249,19 @@ def test_an_absent_window_is_asked_for_where_it_stands_for_a_number(folders, tmp
     assert model.pattern == ("full",)
 
 
-def test_the_weight_of_the_balance_loss_is_theirs_times_top_k(folders):
+def test_balance_loss_weight_is_scaled_by_top_k(folders):
     config = json.loads((folders["mixtral"][0] / "config.json").read_text())
     assert config["router_aux_loss_coef"] == pytest.approx(0.01)
     _, model, _ = families.read_config(config | {"router_aux_loss_coef": 0.03}, "config.json")
     assert model.moe.balance_loss == pytest.approx(0.06)
 
 
-def test_the_nearest_family_is_one_that_could_be_read():
+def test_nearest_family_of_the_error_is_a_readable_one():
     with pytest.raises(MismatchError, match="nearest, llama, differs"):
         families.family_of(replace(LLAMA, logit_soft_cap=30.0))
 
 
-def test_the_older_way_to_write_rope_is_read_the_same(folders, tmp_path):
+def test_older_rope_keys_are_read_alike(folders, tmp_path):
     new = json.loads((folders["llama"][0] / "config.json").read_text())["rope_parameters"]
     old = {k: v for k, v in new.items() if k not in ("rope_theta", "rope_type")}
     changes = {
@@ -276,7 +274,7 @@ def test_the_older_way_to_write_rope_is_read_the_same(folders, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"rope": RopeConfig(fraction=0.5)}, "fraction=0.5"),
         ({"linear_bias": True, "qk_norm": True}, "qk_norm"),
@@ -286,7 +284,7 @@ def test_the_older_way_to_write_rope_is_read_the_same(folders, tmp_path):
         ({"moe": MoeConfig(experts=4, shared=1)}, "shared=1"),
     ],
 )
-def test_a_model_that_no_family_has_is_refused_with_what_differs(changes, told):
+def test_model_of_no_family_is_an_error_with_the_differing_fields(changes, message):
     with pytest.raises(MismatchError, match="no Hugging Face architecture") as error:
         families.family_of(replace(LLAMA, **changes))
-    assert any(told in line for line in error.value.differences)
+    assert any(message in line for line in error.value.differences)

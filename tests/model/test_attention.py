@@ -1,4 +1,4 @@
-"""Every backend against the reference, and the table of what each can do."""
+"""Every attention backend against the reference, the features of each, and the choice."""
 
 import functools
 
@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from both_passes import HEAD, assert_same, attend_on, both_passes, make, segments_of
 
+from gptjax.config.registry import ATTENTION_BACKENDS
 from gptjax.errors import ConfigError
 from gptjax.model import layers
-from gptjax.model.attention import backends, reference, vendor
-from gptjax.model.attention.backends import Requirements, Sizes, choose
+from gptjax.model.attention import reference, vendor
+from gptjax.model.attention.backends import LocalBackend, Requirements, Sizes, choose
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
-def test_the_reference_is_softmax_of_the_scaled_products_over_earlier_keys(on_mesh):
+def test_reference_is_the_softmax_of_scaled_products_over_earlier_keys(on_mesh):
     q, k, v, _ = make(9, heads=4, kv_heads=2, batch=1)
     out = attend_on(on_mesh(), (q, k, v, q), "reference")[0]
     q, k, v, out = (np.float64(a[0]) for a in (q, k, v, out))
@@ -69,7 +70,7 @@ def test_blockwise_in_bfloat16_is_near_the_reference(on_mesh):
 
 
 @pytest.mark.parametrize("backend", ["blockwise", "reference"])
-def test_a_mesh_of_rows_and_heads_equals_one_device(on_mesh, backend):
+def test_attention_split_by_sequence_and_head_equals_one_device(on_mesh, backend):
     arrays = make(70, heads=4, kv_heads=2, batch=4)
     features = {"segments": segments_of(70, batch=4), "window": 20}
     one, eight = (
@@ -78,18 +79,18 @@ def test_a_mesh_of_rows_and_heads_equals_one_device(on_mesh, backend):
     assert_same(eight, one, tolerance=1e-6)
 
 
-def test_a_window_is_as_many_keys_with_the_querys_own_among_them():
+def test_window_counts_the_querys_own_key():
     mask = np.asarray(reference.causal_mask(6, None, 3))[0]
     expected = [[max(0, t - 2) <= s <= t for s in range(6)] for t in range(6)]
     np.testing.assert_array_equal(mask, expected)
 
 
-def test_segments_hide_other_documents():
+def test_segments_mask_other_documents():
     mask = np.asarray(reference.causal_mask(4, jnp.array([[0, 0, 1, 1]]), None))[0]
     np.testing.assert_array_equal(mask, [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]])
 
 
-def test_alibi_slopes_are_those_of_the_paper():
+def test_alibi_slopes_equal_the_papers():
     eight = [2.0**-i for i in range(1, 9)]
     np.testing.assert_allclose(layers.alibi_slopes(8), eight, rtol=1e-6)
     np.testing.assert_allclose(layers.alibi_slopes(16), [2 ** (-i / 2) for i in range(1, 17)])
@@ -97,7 +98,7 @@ def test_alibi_slopes_are_those_of_the_paper():
     np.testing.assert_allclose(layers.alibi_slopes(12), twelve, rtol=1e-6)
 
 
-def test_alibi_lowers_a_score_by_the_slope_for_each_token_of_distance(on_mesh):
+def test_alibi_subtracts_the_slope_times_the_distance(on_mesh):
     q, _, v, _ = make(5, heads=8, kv_heads=8, batch=1)
     out = attend_on(on_mesh(), (0 * q, 0 * q, v, q), "reference", positions="alibi")[0]
     for head in range(8):
@@ -105,7 +106,7 @@ def test_alibi_lowers_a_score_by_the_slope_for_each_token_of_distance(on_mesh):
         np.testing.assert_allclose(out[0, 4, head], p / p.sum() @ v[0, :, head], atol=1e-6)
 
 
-def test_rounded_alibi_is_the_slope_times_the_place_in_bfloat16_scaled_with_the_scores(on_mesh):
+def test_scaled_bf16_alibi_rounds_slope_times_position_and_scales_it_with_the_scores(on_mesh):
     q, _, v, _ = make(300, heads=8, kv_heads=8, batch=1)
     arrays = (0 * q, 0 * q, v, q)
     out = attend_on(on_mesh(), arrays, "reference", positions="alibi", alibi="scaled_bf16")[0]
@@ -116,7 +117,7 @@ def test_rounded_alibi_is_the_slope_times_the_place_in_bfloat16_scaled_with_the_
         np.testing.assert_allclose(out[0, -1, head], p / p.sum() @ v[0, :, head], atol=1e-6)
 
 
-def test_a_soft_cap_bounds_the_scores_by_tanh(on_mesh):
+def test_soft_cap_bounds_the_scores_by_tanh(on_mesh):
     q, k, v, _ = make(6, heads=1, kv_heads=1, batch=1)
     out = attend_on(on_mesh(), (9 * q, k, v, q), "reference", attention_soft_cap=2.0)[0]
     score = 2 * np.tanh(k[0, :, 0] @ (9 * q[0, -1, 0]) / np.sqrt(HEAD) / 2)
@@ -124,7 +125,7 @@ def test_a_soft_cap_bounds_the_scores_by_tanh(on_mesh):
     np.testing.assert_allclose(out[0, -1, 0], p / p.sum() @ v[0, :, 0], atol=1e-6)
 
 
-def test_dropout_of_attention_weights_is_scaled_and_keyed(on_mesh):
+def test_dropout_of_attention_weights_preserves_the_mean_and_depends_on_the_key(on_mesh):
     q, *_ = make(64, batch=1)
     arrays = (0 * q, 0 * q, np.ones_like(q), q)
     out, again, other = (
@@ -136,18 +137,18 @@ def test_dropout_of_attention_weights_is_scaled_and_keyed(on_mesh):
     assert float(out[:, 32:].std()) > 0.05
 
 
-# --- the table ---------------------------------------------------------------------------------
+# --- features and the choice ---------------------------------------------------------------------
 
 BF16 = Sizes("bfloat16", 256)
 FEATURES = list(Requirements.__dataclass_fields__)
 
 
-@pytest.mark.parametrize("name", list(backends.BACKENDS))
+@pytest.mark.parametrize("name", ATTENTION_BACKENDS.names())
 @pytest.mark.parametrize("feature", FEATURES)
-def test_a_named_backend_without_a_feature_is_refused_by_name(name, feature):
-    backend = backends.BACKENDS[name]
+def test_a_named_backend_that_lacks_a_feature_is_an_error_that_names_both(name, feature):
+    backend = ATTENTION_BACKENDS[name]
     need = Requirements(
-        **dict.fromkeys(("context", feature) if backend.split else (feature,), True)
+        **dict.fromkeys(("context", feature) if backend.requires_context else (feature,), True)
     )
     platform = backend.platforms[0]
     if feature in backend.features:
@@ -160,20 +161,20 @@ def test_a_named_backend_without_a_feature_is_refused_by_name(name, feature):
     assert feature in problem
 
 
-def test_a_refusal_names_every_missing_feature():
+def test_the_error_names_every_missing_feature():
     with pytest.raises(ConfigError, match="alibi, dropout"):
         choose("blockwise", Requirements(window=True, alibi=True, dropout=True), BF16, "cpu")
 
 
 @pytest.mark.parametrize(("name", "platform"), [("splash", "cpu"), ("cudnn", "tpu")])
-def test_a_named_backend_on_another_platform_is_refused(name, platform):
+def test_a_named_backend_on_another_platform_is_an_error(name, platform):
     with pytest.raises(
-        ConfigError, match=f"{name}: needs a {backends.BACKENDS[name].platforms[0]}"
+        ConfigError, match=f"{name}: needs a {ATTENTION_BACKENDS[name].platforms[0]}"
     ):
         choose(name, Requirements(), BF16, platform)
 
 
-def test_the_ring_is_for_sequences_that_are_split_over_devices():
+def test_ring_requires_a_context_axis():
     with pytest.raises(ConfigError, match="ring: needs mesh"):
         choose("ring", Requirements(segments=True), BF16, "cpu")
     assert choose("ring", Requirements(segments=True, context=True), BF16, "cpu") == "ring"
@@ -200,7 +201,7 @@ def test_the_ring_is_for_sequences_that_are_split_over_devices():
         ("cpu", ("context", "dropout"), "reference"),
     ],
 )
-def test_auto_takes_the_fastest_that_has_every_feature(platform, features, expected):
+def test_auto_chooses_the_fastest_backend_with_every_feature(platform, features, expected):
     assert choose("auto", Requirements(**dict.fromkeys(features, True)), BF16, platform) == expected
 
 
@@ -211,18 +212,52 @@ def test_auto_takes_the_fastest_that_has_every_feature(platform, features, expec
         ("splash", Sizes("bfloat16", 200), "multiple of 128, not 200"),
     ],
 )
-def test_what_a_backend_cannot_take_is_refused_by_name_and_passed_over_by_auto(name, sizes, why):
-    platform = backends.BACKENDS[name].platforms[0]
+def test_unsupported_dtype_or_length_is_an_error_by_name_and_skipped_by_auto(name, sizes, why):
+    platform = ATTENTION_BACKENDS[name].platforms[0]
     with pytest.raises(ConfigError, match=f"compute.attention={name}: needs .*{why}"):
         choose(name, Requirements(), sizes, platform)
     assert choose("auto", Requirements(), sizes, platform) == "reference"
 
 
-# --- backends of other hardware: what their arguments mean, where it can be seen here ----------
+@pytest.fixture
+def registered(monkeypatch):
+    """Registers a backend for one test."""
+
+    def register(name, **fields):
+        monkeypatch.setattr(ATTENTION_BACKENDS, "_items", dict(ATTENTION_BACKENDS._items))
+        backend = type("Toy", (LocalBackend,), {"platforms": ("cpu",), **fields})
+        return ATTENTION_BACKENDS.register(name)(backend)
+
+    return register
+
+
+def test_a_backend_from_outside_is_chosen_by_name_and_runs(on_mesh, registered):
+    mean = lambda self, q, k, v, segments, window, scale: v * scale
+    registered("toy", attend_local=mean)
+    assert choose("toy", Requirements(), BF16, "cpu") == "toy"
+    with pytest.raises(ConfigError, match=r"compute\.attention=toy: does not support alibi"):
+        choose("toy", Requirements(alibi=True), BF16, "cpu")
+    q, k, v, do = make(8)
+    out = attend_on(on_mesh(2, 1, 2), (q, k, v, do), "toy")[0]
+    np.testing.assert_allclose(out, v * HEAD**-0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("rank", "chosen"), [(None, "blockwise"), (1, "toy"), (99, "blockwise")])
+def test_auto_considers_a_backend_from_outside_by_its_rank(registered, rank, chosen):
+    registered("toy", auto_rank=rank)
+    assert choose("auto", Requirements(), BF16, "cpu") == chosen
+
+
+def test_an_unknown_backend_is_an_error_that_names_the_known_ones():
+    with pytest.raises(ConfigError, match=r"compute\.attention=flash9: unknown; known: splash"):
+        choose("flash9", Requirements(), BF16, "cpu")
+
+
+# --- backends of other hardware, as far as they run here -----------------------------------------
 
 
 @pytest.mark.parametrize(("window", "kv_heads"), [(None, 4), (None, 2), (1, 4), (7, 2), (500, 1)])
-def test_cudnns_arguments_mean_what_the_reference_does(on_mesh, monkeypatch, window, kv_heads):
+def test_arguments_to_cudnn_mean_the_same_as_the_references(on_mesh, monkeypatch, window, kv_heads):
     original, asked = jax.nn.dot_product_attention, []
 
     def in_xla(*args, implementation, **settings):
@@ -231,7 +266,9 @@ def test_cudnns_arguments_mean_what_the_reference_does(on_mesh, monkeypatch, win
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", in_xla)
     arrays = make(40, heads=4, kv_heads=kv_heads)
-    got = both_passes(lambda q, k, v: vendor.cudnn(q, k, v, None, window), *arrays)
+    cudnn = vendor.Cudnn()
+    attend = lambda q, k, v: cudnn.attend_local(q, k, v, None, window, HEAD**-0.5)
+    got = both_passes(attend, *arrays)
     assert asked == ["cudnn"]
     assert_same(got, attend_on(on_mesh(), arrays, "reference", window=window))
 

@@ -1,4 +1,4 @@
-"""The decoder against plain numpy, against itself computed otherwise, and against its promises."""
+"""The decoder against NumPy, its ways of execution against each other, and its guarantees."""
 
 from dataclasses import replace
 
@@ -112,7 +112,7 @@ def hidden_states(cfg, params, batch):
 
 
 def assert_same(got, want, tolerance):
-    """Losses, and each gradient as a share of its largest element."""
+    """Losses, and each gradient relative to its largest element."""
     (loss, grads), (want_loss, want_grads) = got, want
     assert loss == pytest.approx(want_loss, rel=tolerance)
     for path, g in want_grads.items():
@@ -121,7 +121,7 @@ def assert_same(got, want, tolerance):
         np.testing.assert_allclose(grads[path] / scale, g / scale, atol=tolerance, err_msg=path)
 
 
-# --- against numpy -----------------------------------------------------------------------------
+# --- against NumPy ------------------------------------------------------------------------------
 
 
 def plain_norm(cfg, p, x):
@@ -133,7 +133,7 @@ def plain_norm(cfg, p, x):
 
 
 def plain_frequencies(rope, width):
-    """Radians a position, and the factor on the whole."""
+    """Radians per position, and the factor on sine and cosine."""
     base = rope.theta ** (-np.arange(0, width, 2) / width)
     turns = rope.original_context * base / (2 * np.pi)
     if rope.scaling == "low_frequency":
@@ -212,7 +212,7 @@ def plain_mlp(cfg, p, x):
 
 
 def plain_decoder(cfg, params, tokens):
-    """Final hidden states of one sequence, [T, D]: the textbook, in float64."""
+    """Final hidden states of one sequence, [T, D], in float64."""
     params = jax.tree.map(np.float64, params)
     x = params["embed"][tokens]
     if cfg.positions == "learned":
@@ -243,7 +243,7 @@ def plain_decoder(cfg, params, tokens):
         for name in VARIANTS
     ],
 )
-def test_every_variant_is_the_textbook_on_one_device_and_on_a_mesh_of_eight(
+def test_every_variant_equals_numpy_on_one_device_and_on_a_mesh(
     on_mesh, tiny_config, random_params, name
 ):
     cfg = tiny_config(model=VARIANTS[name])
@@ -274,7 +274,7 @@ def test_every_variant_is_the_textbook_on_one_device_and_on_a_mesh_of_eight(
     assert (added < -1e29).all()
 
 
-# --- against itself, computed otherwise --------------------------------------------------------
+# --- ways of execution against each other -------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +299,9 @@ def baseline(on_mesh, tiny_config, random_params):
     ],
     ids=lambda fields: "-".join(f"{k}={v}" for k, v in fields.items()),
 )
-def test_how_it_is_computed_does_not_change_loss_or_gradients(on_mesh, baseline, compute):
+def test_scan_remat_attention_and_loss_chunks_do_not_change_loss_or_gradients(
+    on_mesh, baseline, compute
+):
     cfg, params, batch, lowered, want = baseline
     with on_mesh(1, 1, 1):
         other = lowered_loss(replace(cfg, compute=replace(cfg.compute, **compute)), params, batch)
@@ -308,7 +310,7 @@ def test_how_it_is_computed_does_not_change_loss_or_gradients(on_mesh, baseline,
     assert_same(got, want, tolerance=1e-5)
 
 
-def test_unrolled_layers_are_no_loop_and_scanned_layers_are(on_mesh, baseline):
+def test_scanned_layers_compile_to_a_loop_and_unrolled_layers_do_not(on_mesh, baseline):
     cfg, params, batch, *_ = baseline
 
     def hlo(**compute):
@@ -322,7 +324,7 @@ def test_unrolled_layers_are_no_loop_and_scanned_layers_are(on_mesh, baseline):
     assert " while(" not in hlo(scan_layers=False)
 
 
-def test_remat_keeps_less_for_the_backward_pass(on_mesh, baseline):
+def test_remat_saves_fewer_residuals(on_mesh, baseline):
     cfg, params, batch, *_ = baseline
 
     def kept(remat):
@@ -383,11 +385,11 @@ def test_dropout_is_the_same_on_every_mesh_and_off_without_keys(
     assert len({off, on, other}) == 3
 
 
-# --- promises ----------------------------------------------------------------------------------
+# --- guarantees ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("positions", ["learned", "rope", "alibi", "none"])
-def test_a_later_token_does_not_change_what_was_before_it(
+def test_later_tokens_do_not_change_hidden_states_of_earlier_ones(
     on_mesh, tiny_model, random_params, positions
 ):
     cfg = tiny_model(positions=positions)
@@ -405,7 +407,7 @@ def test_a_later_token_does_not_change_what_was_before_it(
     assert (before[:, 20:] != after[:, 20:]).any(-1).all()
 
 
-def test_initial_parameters_have_the_spread_that_gpt2_gives_them(on_mesh, tiny_model):
+def test_initial_parameters_have_the_standard_deviations_of_gpt2(on_mesh, tiny_model):
     cfg = tiny_model(vocab_size=1024, context=256, embed=128, layers=3)
     with on_mesh(1, 1, 1):
         tree = jax.jit(lambda: decoder.init(cfg, jax.random.key(0)))()
@@ -465,7 +467,9 @@ def test_flops_per_token_count_grouped_heads_swiglu_and_windows_by_hand():
     )
 
 
-def test_the_model_asks_its_backend_for_exactly_what_it_needs(on_mesh, tiny_model):
+def test_attention_backends_are_chosen_by_exactly_the_features_that_the_model_needs(
+    on_mesh, tiny_model
+):
     def chosen(compute="auto", segments=False, training=False, context=1, **fields):
         with on_mesh(context=context):
             return decoder.attention_backends(
@@ -488,15 +492,15 @@ def test_the_model_asks_its_backend_for_exactly_what_it_needs(on_mesh, tiny_mode
         chosen("cudnn", dropout=0.1, training=True)
 
 
-def test_auto_trains_with_blockwise_here_and_dropout_with_the_reference(
+def test_auto_trains_with_blockwise_on_cpu_and_with_the_reference_under_dropout(
     on_mesh, tiny_config, monkeypatch
 ):
     asked = []
     attend = backends.attend
 
-    def spy(*args, backend, **rest):
-        asked.append(backend)
-        return attend(*args, backend=backend, **rest)
+    def spy(*args, backend_name):
+        asked.append(backend_name)
+        return attend(*args, backend_name=backend_name)
 
     monkeypatch.setattr(attention, "attend", spy)
     for keys, expected in ((None, "blockwise"), (jnp.zeros((ROWS, 2), jnp.uint32), "reference")):

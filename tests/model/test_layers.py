@@ -1,12 +1,13 @@
-"""Leaf layers against the same mathematics written out plainly."""
+"""Leaf layers against their formulas."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import erf
 
 from gptjax.config import RopeConfig
-from gptjax.model import layers
+from gptjax.model import feed_forward, layers
 from gptjax.parallel import sharding
 
 
@@ -26,7 +27,7 @@ def plain_gelu_tanh(x):
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_layer_norm_and_its_gradients_are_those_of_the_plain_formula(with_bias):
+def test_layer_norm_and_its_gradients_equal_the_formula(with_bias):
     x = 2 * normal(0, 6, 16) + 1
     scale, bias = normal(1, 16), normal(2, 16) if with_bias else None
     dy = normal(3, 6, 16)
@@ -54,14 +55,14 @@ def test_layer_norm_in_bfloat16_keeps_dtypes_and_computes_in_float32():
         np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=1e-2, atol=1e-4)
 
 
-def test_rms_norm_is_the_plain_formula_and_keeps_dtype():
+def test_rms_norm_equals_the_formula_and_keeps_dtype():
     x, scale = normal(0, 6, 16), normal(1, 16)
     expected = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-2) * scale
     np.testing.assert_allclose(layers.rms_norm(x, scale, 1e-2), expected, atol=1e-6, rtol=1e-6)
     assert layers.rms_norm(x.astype(jnp.bfloat16), scale, 1e-2).dtype == jnp.bfloat16
 
 
-def test_gelu_tanh_and_its_gradient_are_those_of_the_plain_formula():
+def test_gelu_tanh_and_its_gradient_equal_the_formula():
     x, dy = 3 * normal(0, 500), normal(1, 500)
     value, pull = jax.vjp(layers.gelu_tanh, x)
     expected, plain_pull = jax.vjp(plain_gelu_tanh, x)
@@ -78,12 +79,12 @@ def test_gelu_tanh_in_bfloat16_keeps_dtype():
     np.testing.assert_allclose(dx.astype(jnp.float32), slope, rtol=1e-2, atol=1e-3)
 
 
-def test_rope_leaves_position_zero_alone():
+def test_rope_does_not_rotate_position_zero():
     x = normal(0, 2, 3, 4, 8)
     assert jnp.array_equal(layers.rope(x, jnp.zeros((2, 3), jnp.int32), RopeConfig()), x)
 
 
-def test_rope_turns_pair_i_by_the_position_times_theta_to_the_minus_i_over_half():
+def test_rope_rotates_pair_i_by_position_times_theta_to_the_minus_i_over_half():
     half, theta, position = 4, 100.0, 7
     x = jnp.eye(2 * half)[:half].reshape(half, 1, 1, 2 * half)  # row i: 1 in the pair's first half
     turned = layers.rope(x, jnp.full((half, 1), position), RopeConfig(theta=theta))
@@ -95,7 +96,7 @@ def test_rope_turns_pair_i_by_the_position_times_theta_to_the_minus_i_over_half(
         np.testing.assert_allclose(turned[i], expected, atol=1e-6)
 
 
-def test_rope_scores_depend_on_the_distance_alone():
+def test_rope_scores_depend_only_on_the_distance():
     q, k = normal(0, 1, 5, 2, 8), normal(1, 1, 5, 2, 8)
 
     def scores(shift):
@@ -108,7 +109,7 @@ def test_rope_scores_depend_on_the_distance_alone():
 
 
 def keys_of(rows, seed=0):
-    """A key for each row."""
+    """A key for each of so many tokens."""
     return jax.random.key_data(jax.random.split(jax.random.key(seed), rows))
 
 
@@ -118,18 +119,18 @@ def test_dropout_without_keys_or_a_rate_is_the_identity():
     assert layers.dropout(x, 0.0, keys_of(8), 0) is x
 
 
-def test_dropout_zeroes_its_share_and_preserves_the_mean(on_mesh):
+def test_dropout_zeroes_its_rate_and_preserves_the_mean(on_mesh):
     with on_mesh(1, 1, 1):
         x = jnp.ones((400, 100), out_sharding=sharding.spec("tokens", "embed"))
-        y, other, there = (
-            layers.dropout(x, 0.3, keys_of(400, seed), site)
-            for seed, site in ((0, 0), (1, 0), (0, 1))
+        y, other_key, other_id = (
+            layers.dropout(x, 0.3, keys_of(400, seed), dropout_id)
+            for seed, dropout_id in ((0, 0), (1, 0), (0, 1))
         )
     assert set(np.unique(y).tolist()) == {0.0, float(np.float32(1 / 0.7))}
     assert abs(float((y == 0).mean()) - 0.3) < 0.01  # 4 standard deviations
     assert abs(float(y.mean()) - 1) < 0.015
-    assert not jnp.array_equal(y, other)
-    assert not jnp.array_equal(y, there)
+    assert not jnp.array_equal(y, other_key)
+    assert not jnp.array_equal(y, other_id)
     assert len(np.unique(np.asarray(y), axis=0)) == 400  # no two rows alike
 
 
@@ -139,12 +140,27 @@ def test_dropout_keeps_bfloat16(on_mesh):
         assert layers.dropout(x, 0.5, keys_of(8), 0).dtype == jnp.bfloat16
 
 
-def test_a_place_has_the_same_key_however_sequences_are_split(on_mesh):
+def test_dropout_keys_of_positions_are_the_same_on_every_mesh(on_mesh):
     def keys(*mesh):
         with on_mesh(*mesh):
             keys_B2 = jax.device_put(keys_of(8), sharding.spec("batch", None))
-            return jax.device_get(jax.jit(layers.place_keys, static_argnums=1)(keys_B2, 16))
+            return jax.device_get(jax.jit(layers.position_keys, static_argnums=1)(keys_B2, 16))
 
     whole = keys()
     assert len(np.unique(whole.reshape(-1, 2), axis=0)) == 8 * 16
     np.testing.assert_array_equal(keys(2, 2, 1, 1, 1, 2), whole)
+
+
+@pytest.mark.parametrize(
+    ("activation", "names", "formula"),
+    [
+        ("gelu_tanh", ("up",), lambda up: jax.nn.gelu(up, approximate=True)),
+        ("gelu", ("up",), lambda up: up * (1 + erf(up / np.sqrt(2))) / 2),
+        ("swiglu", ("gate", "up"), lambda gate, up: gate / (1 + np.exp(-gate)) * up),
+    ],
+)
+def test_every_activation_equals_its_formula(activation, names, formula):
+    assert feed_forward.input_projections(activation) == names
+    projected = [normal(seed, 4, 8) for seed in range(len(names))]
+    got = feed_forward.activate(activation, projected)
+    np.testing.assert_allclose(got, formula(*projected), rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The router, the products over ragged groups, and dispatch with and without a capacity."""
+"""The router, grouped products, and dispatch with and without a capacity."""
 
 from dataclasses import replace
 
@@ -44,7 +44,7 @@ def loss_sums_and_grads(cfg, params, training=True):
 @pytest.mark.parametrize(
     "sizes", [[5, 0, 7, 3], [0, 0, 0, 15], [1, 1, 1, 1], [0, 0, 0, 0], [15, 0, 0, 0], [4, 4, 4, 3]]
 )
-def test_a_grouped_product_is_each_groups_rows_times_its_matrix(on_mesh, sizes):
+def test_grouped_product_multiplies_each_groups_rows_by_its_matrix(on_mesh, sizes):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(15, 6)).astype(np.float32)
     w = rng.normal(size=(4, 6, 5)).astype(np.float32)
@@ -68,7 +68,7 @@ def test_a_grouped_product_is_each_groups_rows_times_its_matrix(on_mesh, sizes):
     assert not dx[len(groups) :].any()
 
 
-def test_the_accelerators_instruction_gives_the_same(on_mesh, monkeypatch):
+def test_grouped_product_equals_ragged_dot(on_mesh, monkeypatch):
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((64, 8), (5, 8, 6)))
     sizes = jnp.asarray([20, 0, 3, 30, 1])
@@ -89,7 +89,7 @@ def routed(tiny_config, on_mesh, logits, **fields):
         return jax.device_get(jax.jit(lambda x: moe.route(cfg, x, 1))(rows))
 
 
-def test_even_routing_has_balance_one_and_all_to_one_expert_has_the_most(tiny_config, on_mesh):
+def test_balance_loss_is_one_for_even_routing_and_largest_for_one_expert(tiny_config, on_mesh):
     even = np.float32(np.tile(20 * np.eye(4), (8, 1)))
     ids, weights, routing = routed(tiny_config, on_mesh, even, top_k=1)
     assert (ids[:, 0] == np.tile(range(4), 8)).all()
@@ -104,7 +104,9 @@ def test_even_routing_has_balance_one_and_all_to_one_expert_has_the_most(tiny_co
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_weights_are_shares_of_the_chosen_or_of_all(tiny_config, on_mesh, normalize):
+def test_router_weights_are_normalised_over_the_chosen_or_over_all_experts(
+    tiny_config, on_mesh, normalize
+):
     logits = np.random.default_rng(0).normal(size=(16, 6)).astype(np.float32)
     ids, weights, _ = routed(tiny_config, on_mesh, logits, top_k=3, normalize=normalize)
     e = np.exp(logits)
@@ -121,7 +123,7 @@ def test_weights_are_shares_of_the_chosen_or_of_all(tiny_config, on_mesh, normal
 
 @pytest.fixture(scope="module", params=[0.0, 1.0])
 def on_one_device(request, on_mesh, tiny_config, random_params):
-    """A mixture with such a capacity, and its sums and gradients on one device."""
+    """A mixture with this capacity, its sums and gradients on one device."""
     cfg = mixture(tiny_config, capacity=request.param, shared=1)
     with on_mesh():
         return cfg, *loss_sums_and_grads(cfg, random_params(cfg.model))
@@ -134,7 +136,7 @@ def on_one_device(request, on_mesh, tiny_config, random_params):
         *(pytest.param(m, marks=pytest.mark.slow) for m in ((8, 1, 1, 1), (1, 2, 1, 4))),
     ],
 )
-def test_every_mesh_has_the_loss_the_counts_and_the_gradients_of_one_device(
+def test_every_mesh_has_the_loss_routing_and_gradients_of_one_device(
     on_mesh, random_params, on_one_device, mesh
 ):
     cfg, one, one_grads = on_one_device
@@ -151,9 +153,7 @@ def test_every_mesh_has_the_loss_the_counts_and_the_gradients_of_one_device(
         np.testing.assert_allclose(many_grads[path] / scale, g / scale, atol=2e-5, err_msg=path)
 
 
-def test_a_wide_capacity_drops_nothing_and_is_the_dropless_result(
-    on_mesh, tiny_config, random_params
-):
+def test_a_large_capacity_drops_nothing_and_equals_dropless(on_mesh, tiny_config, random_params):
     with on_mesh():
         cfg = mixture(tiny_config)
         params = random_params(cfg.model)
@@ -166,10 +166,8 @@ def test_a_wide_capacity_drops_nothing_and_is_the_dropless_result(
         np.testing.assert_allclose(wide_grads[path] / scale, g / scale, atol=1e-5, err_msg=path)
 
 
-def test_what_finds_no_place_is_dropped_second_choices_first_and_counted(
-    on_mesh, tiny_config, random_params
-):
-    """By hand: in each sequence an expert takes its first so many tokens, first choices first."""
+def test_capacity_overflow_drops_second_choices_first(on_mesh, tiny_config, random_params):
+    """By hand: in each sequence an expert takes tokens up to its capacity, first choices first."""
     cfg = mixture(tiny_config, capacity=0.75)
     with on_mesh():
         params = random_params(cfg.model)
@@ -211,8 +209,8 @@ def test_what_finds_no_place_is_dropped_second_choices_first_and_counted(
     assert not np.allclose(free, want, atol=1e-2)
 
 
-def test_accumulation_leaves_the_routers_losses_as_they_are(on_mesh, tiny_config, random_params):
-    """Both are sums over sequences, so halves of a batch add up to it."""
+def test_accumulation_does_not_change_the_routers_losses(on_mesh, tiny_config, random_params):
+    """Both are sums over sequences, so those of half batches add up."""
     cfg = mixture(tiny_config, capacity=1.0)
     with on_mesh():
         params = random_params(cfg.model)
@@ -227,7 +225,7 @@ def test_accumulation_leaves_the_routers_losses_as_they_are(on_mesh, tiny_config
         np.testing.assert_allclose(halves[0][name] + halves[1][name], value, rtol=1e-5)
 
 
-def test_the_balance_loss_evens_out_the_experts(on_mesh, tiny_config, random_params):
+def test_training_on_the_balance_loss_balances_the_experts(on_mesh, tiny_config, random_params):
     cfg = mixture(tiny_config, balance_loss=1.0, router_z_loss=0.0)
     cfg = replace(cfg, model=replace(cfg.model, layers=1))
     with on_mesh():
@@ -253,7 +251,7 @@ def test_the_balance_loss_evens_out_the_experts(on_mesh, tiny_config, random_par
     assert values[-1] < 1.05
 
 
-def test_a_mixture_decodes_as_it_reads(on_mesh, tiny_config, random_params):
+def test_decoding_a_mixture_equals_its_forward_pass(on_mesh, tiny_config, random_params):
     """Token by token through the cache, though the capacity of training would drop some."""
     cfg = mixture(tiny_config, capacity=0.5).model
     compute = tiny_config().compute
@@ -262,11 +260,7 @@ def test_a_mixture_decodes_as_it_reads(on_mesh, tiny_config, random_params):
         params = random_params(cfg)
         place = lambda a: arrays.global_batch(np.asarray(a, np.int32), 2)
         whole = jax.jit(lambda t: decoder.apply(params, cfg, compute, t).x_ND)(place(tokens))
-        step = jax.jit(
-            lambda t, at, cache: decoder.apply(
-                params, cfg, compute, t, positions_BT=at, caches=cache
-            )[:2]
-        )
+        step = jax.jit(lambda t, at, cache: decoder.decode(params, cfg, compute, t, at, cache))
         cache = decoder.empty_caches(cfg, 2, 9, "float32")
         for t in range(9):
             x, cache = step(place(tokens[:, t : t + 1]), place(np.full((2, 1), t)), cache)

@@ -1,5 +1,6 @@
-"""The ring against the reference on one device; what it sends, and what it computes."""
+"""Ring attention against the reference on one device, its schedule, its traffic and its FLOPs."""
 
+import functools
 import re
 
 import jax
@@ -10,6 +11,8 @@ from both_passes import assert_same, attend_on, make, placed, segments_of
 
 from gptjax.config import ModelConfig
 from gptjax.model.attention import backends, ring
+from gptjax.model.attention.backends import Inputs
+from gptjax.model.layers import Tokens
 from gptjax.plan import aot, collectives
 from gptjax.plan.collectives import SHIFT
 
@@ -17,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile", "small_blocks")
 
 LENGTH, BLOCK = 64, 4
 SEGMENTS = segments_of(LENGTH)
-# Places in their documents: since the last token of another one.
+# Positions within their documents.
 BEGINS = np.diff(SEGMENTS, axis=1, prepend=-1) > 0
 WITHIN = np.arange(LENGTH) - np.maximum.accumulate(np.where(BEGINS, np.arange(LENGTH), 0), 1)
 
@@ -57,15 +60,13 @@ def small_blocks():
 
 @pytest.fixture(scope="module")
 def reference(on_mesh):
-    """Output and gradients of the reference on one device, each of FEATURES once."""
-    done = {}
+    """Output and gradients of the reference on one device, by name of FEATURES."""
 
-    def of(name):
-        if name not in done:
-            done[name] = attend_on(on_mesh(), arrays_of(name), "reference", **options(name))
-        return done[name]
+    @functools.cache
+    def results(name):
+        return attend_on(on_mesh(), arrays_of(name), "reference", **options(name))
 
-    return of
+    return results
 
 
 def arrays_of(name):
@@ -104,19 +105,19 @@ MESHES = [
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.items())),
 )
-def test_it_is_the_reference_on_one_device(on_mesh, reference, name, mesh):
+def test_ring_equals_the_reference_on_one_device(on_mesh, reference, name, mesh):
     got = attend_on(on_mesh(**mesh), arrays_of(name), "ring", **options(name))
     assert_near(got, reference(name), 1e-6)
 
 
 @pytest.mark.parametrize("length", [4, 44])  # halves of 1 and 11
-def test_blocks_divide_any_length(on_mesh, length):
+def test_block_size_divides_any_length(on_mesh, length):
     arrays = make(length, heads=2, kv_heads=2)
     want = attend_on(on_mesh(), arrays, "reference")
     assert_near(attend_on(on_mesh(context=2), arrays, "ring"), want, 1e-6)
 
 
-def test_in_bfloat16_it_is_as_near_to_float32_as_the_reference_is(on_mesh):
+def test_ring_in_bfloat16_is_as_accurate_as_the_reference(on_mesh):
     low = make(LENGTH, heads=4, kv_heads=2, dtype=jnp.bfloat16)
     features = {"segments": SEGMENTS, "attention_soft_cap": 1.5}
     exact = attend_on(on_mesh(), [np.float32(a) for a in low], "reference", **features)
@@ -130,8 +131,8 @@ def test_in_bfloat16_it_is_as_near_to_float32_as_the_reference_is(on_mesh):
         assert 0 < own < min(2 * references, 1e-2), part
 
 
-def test_keys_that_no_window_reaches_are_never_looked_at(on_mesh):
-    """A block that is looked at, if only to be masked, would bring in what is not a number."""
+def test_key_blocks_beyond_the_window_are_never_read(on_mesh):
+    """NaN in a block that is read, even if only to be masked, would spread."""
     q, k, v, do = make(LENGTH, heads=2, kv_heads=2)
     want = attend_on(on_mesh(), (q, k, v, do), "reference", window=BLOCK)[0]
     v[:, : 2 * BLOCK] = np.nan
@@ -140,11 +141,36 @@ def test_keys_that_no_window_reaches_are_never_looked_at(on_mesh):
     assert np.isnan(out[:, : 2 * BLOCK]).all()
 
 
-# --- what it sends, and what it computes --------------------------------------------------------
+# --- the schedule, without devices ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("devices", "blocks"), [(2, 2), (2, 6), (3, 4), (8, 2)])
+def test_the_ring_computes_every_causal_pair_of_blocks_once(devices, blocks):
+    pairs = ring.block_pairs(blocks)
+    starts = [ring.block_starts(device, devices, blocks, 1) for device in range(devices)]
+    assert sorted(np.concatenate(starts)) == list(range(devices * blocks))
+    computed = []
+    for device in range(devices):
+        for step in range(devices):
+            owner = ring.key_owner(device, step, devices)
+            chosen = pairs.earlier if owner < device else pairs.later
+            for query, key in pairs.own if step == 0 else chosen:
+                computed.append((int(starts[device][query]), int(starts[owner][key])))
+    causal = [(query, key) for query in range(devices * blocks) for key in range(query + 1)]
+    assert sorted(computed) == causal
+
+
+def test_every_device_has_the_same_number_of_pairs_at_every_step():
+    pairs = ring.block_pairs(6)
+    assert len(pairs.earlier) == len(pairs.later) == 6 * 6 // 2
+    assert len(pairs.own) == 6 * 7 // 2
+
+
+# --- traffic and FLOPs ---------------------------------------------------------------------------
 
 
 def traced(mesh, name, *, backward):
-    """Of one pass, or of both: how the function is traced, and its arguments' descriptions."""
+    """The forward pass, or both passes, traced."""
     batch, length, heads, head = arrays_of(name)[0].shape
     fields = {k: v for k, v in options(name).items() if k in ("positions", "attention_soft_cap")}
     cfg = ModelConfig(heads=heads, kv_heads=arrays_of(name)[1].shape[2], head_dim=head, **fields)
@@ -153,7 +179,8 @@ def traced(mesh, name, *, backward):
     segments = rows[1] if "segments" in options(name) else None
 
     def forward(q, k, v):
-        return backends.attend(cfg, q, k, v, rows[0], backend="ring", segments_BT=segments)
+        inputs = Inputs(q, k, v, Tokens(rows[0], segments), cfg.attention_scale)
+        return backends.attend(cfg, inputs, backend_name="ring")
 
     def both(q, k, v, do):
         out, pull = jax.vjp(forward, q, k, v)
@@ -172,7 +199,7 @@ def traced(mesh, name, *, backward):
         (4, "alibi of documents", 2),
     ],
 )
-def test_a_step_sends_keys_and_values_and_nothing_else(on_mesh, context, name, more):
+def test_forward_pass_sends_keys_and_values_and_nothing_else(on_mesh, context, name, more):
     with on_mesh(context=context) as mesh:
         program = traced(mesh, name, backward=False).lower().compile().as_text()
         found = collectives.by_axes(list(aot.collectives(program, mesh.shape)))
@@ -182,7 +209,7 @@ def test_a_step_sends_keys_and_values_and_nothing_else(on_mesh, context, name, m
 
 
 @pytest.mark.parametrize("context", [2, 4])
-def test_backward_they_go_round_again_and_their_gradients_come_home(on_mesh, context):
+def test_backward_pass_sends_keys_again_and_their_gradients_a_whole_turn(on_mesh, context):
     with on_mesh(context=context) as mesh:
         program = traced(mesh, "nothing", backward=True).lower().compile().as_text()
         found = collectives.by_axes(list(aot.collectives(program, mesh.shape)))
@@ -192,14 +219,15 @@ def test_backward_they_go_round_again_and_their_gradients_come_home(on_mesh, con
     assert found == {(SHIFT, ("context",)): (count, count * keys)}
 
 
-def test_layers_in_a_loop_do_not_have_the_masks_of_all_blocks_made_beforehand(on_mesh):
+def test_a_scan_over_layers_does_not_precompute_the_masks_of_all_blocks(on_mesh):
     cfg = ModelConfig(heads=4, head_dim=8)
     with on_mesh(context=4):
         q, *_ = (placed(a, "batch", "seq", "heads", None) for a in arrays_of("nothing"))
         rows = placed(np.zeros(q.shape[:2], np.int32), "batch", "seq")
 
         def layer(x, scale):
-            return backends.attend(cfg, x, x * scale, x, rows, backend="ring"), None
+            inputs = Inputs(x, x * scale, x, Tokens(rows), cfg.attention_scale)
+            return backends.attend(cfg, inputs, backend_name="ring"), None
 
         layer = jax.checkpoint(layer, prevent_cse=False)
         loss = lambda x, scales: jax.lax.scan(layer, x, scales)[0].sum()
@@ -209,32 +237,30 @@ def test_layers_in_a_loop_do_not_have_the_masks_of_all_blocks_made_beforehand(on
 
 
 def products(jaxpr):
-    """FLOPs of one device's matrix products, and whether there are any choices to make."""
-    total, choices = 0, False
+    """FLOPs of one device's matrix products, and whether there are any branches."""
+    total, branches = 0, False
     for one in jaxpr.eqns:
         if one.primitive.name == "dot_general":
             (inner, _), _ = one.params["dimension_numbers"]
             size = np.prod([one.invars[0].aval.shape[i] for i in inner])
             total += 2 * size * np.prod(one.outvars[0].aval.shape)
-        choices |= one.primitive.name in ("cond", "while")
+        branches |= one.primitive.name in ("cond", "while")
         for inner in jax.tree.leaves(list(one.params.values())):
             if not hasattr(inner, "eqns"):
                 continue
             flops, more = products(inner)
             total += flops * one.params.get("length", 1)
-            choices |= more
-    return total, choices
+            branches |= more
+    return total, branches
 
 
 @pytest.mark.parametrize("context", [2, 4, 8])
 @pytest.mark.parametrize("backward", [False, True])
-def test_every_device_has_the_same_work_half_a_square_and_half_the_blocks_on_its_diagonal(
-    on_mesh, context, backward
-):
-    """Half of a square of blocks, and half of those on its diagonal."""
+def test_every_device_computes_half_of_the_scores(on_mesh, context, backward):
+    """Half of a square of blocks, and the other half of the blocks on its diagonal."""
     with on_mesh(context=context) as mesh:
-        flops, choices = products(traced(mesh, "nothing", backward=backward).jaxpr.jaxpr)
+        flops, branches = products(traced(mesh, "nothing", backward=backward).jaxpr.jaxpr)
     square = 2 * 2 * 4 * LENGTH * LENGTH * 8  # one product's, over batch, heads and head_dim
     share = 1 / 2 + 1 / 2 / (LENGTH / BLOCK)
-    assert not choices  # one program for all devices: they differ in data alone
+    assert not branches  # one program for all devices: they differ in data alone
     assert flops == pytest.approx((2 + 5 * backward) * square / context * share, rel=1e-12)

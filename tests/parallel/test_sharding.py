@@ -281,12 +281,12 @@ def test_gathers_and_scatters_ring_by_ring_are_those_of_one_ring(on_mesh, tiny_c
 
 def test_parts_of_a_sequence_have_the_same_work_under_a_causal_mask(on_mesh):
     with on_mesh(context=4):
-        places = sequence.places(64)
+        places = sequence.zigzag_positions(64)
     assert sorted(places) == list(range(64))
     seen = (places.reshape(4, 16) + 1).sum(1)  # keys that each part's queries look at
     assert len(set(seen.tolist())) == 1
     with on_mesh(8):
-        np.testing.assert_array_equal(sequence.places(64), np.arange(64))
+        np.testing.assert_array_equal(sequence.zigzag_positions(64), np.arange(64))
 
 
 @pytest.mark.parametrize("mesh", [{"context": 4}, {"data": 2, "context": 2}, {"fsdp": 8}])
@@ -296,11 +296,11 @@ def test_rows_and_sequences_are_each_others_inverse(on_mesh, mesh):
         there = jax.device_put(a, jax.NamedSharding(jax.sharding.get_mesh(), spec("batch")))
 
         def around(a):
-            rows = sequence.to_rows(a)
-            sequences = sequence.sequences(rows, 8, (2, 3), (None, None))
+            rows = sequence.flatten(a)
+            sequences = sequence.unflatten(rows, 8, (2, 3), (None, None))
             assert jax.typeof(sequences).sharding.spec == spec("batch", "seq", None, None)
-            again = sequence.rows_of_sequences(sequences, None)
-            return rows, again, sequence.natural(sequences)
+            again = sequence.flatten_zigzag(sequences, None)
+            return rows, again, sequence.gather_natural(sequences)
 
         rows, again, back = jax.jit(around)(there)
     np.testing.assert_array_equal(rows, again)

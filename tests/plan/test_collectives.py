@@ -302,7 +302,7 @@ def test_a_device_sends_its_own_experts_weights_alone(by_hand) -> None:
 # - sums over several axes. The metrics' and the global norm's, and in a mixture the router's, are
 #   not predicted; they are a few floats, but in a model this small not within 2 % of all.
 # - gathers under accumulation: XLA:CPU takes the tables' out of the loop over the parts.
-# - gathers of a mixture: its router is no product of products.py, and top_k gathers what it sorts.
+# - gathers of a mixture: its router is no product of matmul.py, and top_k gathers what it sorts.
 
 FOUR = MoeConfig(experts=4, top_k=2, capacity=1.25)
 STEPS = {
@@ -400,7 +400,7 @@ def compare(tiny_config, quick_compile):
                     sharding.abstract(lambda: create_state(cfg, init_fn)),
                     objective.abstract_batch(cfg),
                 )
-                attention = objective.backends(cfg)
+                attention = objective.attention_backends(cfg)
             found = list(aot.collectives(step.as_text(), mesh.shape))
             predicted = collectives.expected(cfg, sizes, attention)
             both = collectives.by_axes(found), collectives.by_axes(predicted)

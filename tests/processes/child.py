@@ -1,8 +1,8 @@
-"""`gptjax` with what a test wants to see or to go wrong, by environment variables:
+"""The gptjax command with fault injection and logged reads, set by environment variables.
 
-IDS_FOLDER: each read of training windows is noted there, with its step and window ids.
-FAULT=sleep:3:1 or raise:3:1: process 1 sleeps, or raises, as it reads the batch of step 3.
-FAULT=slow:0:0: each read takes half a second more, so that there is time to do something to a run.
+IDS_FOLDER: folder for a log of each read of training windows, with its step and window ids.
+FAULT=sleep:3:1 or raise:3:1: process 1 sleeps, or raises, while reading the batch of step 3.
+FAULT=slow:0:0: each read takes half a second longer, so that a test has time to act on the run.
 """
 
 import json
@@ -23,7 +23,7 @@ def stuck_in_a_read() -> None:
     time.sleep(3600)
 
 
-def watched_read(self, step, rows=None):
+def logged_read(self, step, rows=None):
     if folder := os.environ.get("IDS_FOLDER"):
         line = {"step": step + 1, "ids": self.ids(step, rows).tolist()}
         with (Path(folder) / f"{process}.{os.getpid()}.jsonl").open("a") as notes:
@@ -34,10 +34,10 @@ def watched_read(self, step, rows=None):
         if kind == "sleep":
             stuck_in_a_read()
         elif kind == "raise":
-            raise ZeroDivisionError("planted")
+            raise ZeroDivisionError("injected")
     return read(self, step, rows)
 
 
-loader.TrainData.read = watched_read
-if __name__ == "__main__":  # processes that tokenize import this file too
+loader.TrainData.read = logged_read
+if __name__ == "__main__":  # tokenizing worker processes import this file too
     sys.exit(main.main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""A corpus, and jobs that end with the test."""
+"""Fixtures: a corpus, and jobs that are killed at the end of a test."""
 
 import os
 import subprocess
@@ -22,14 +22,17 @@ def workspace(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def start(workspace) -> Iterator[Callable[..., Job]]:
-    """Starts a job; what is left of it at the end of a test is killed."""
+    """Returns a function that starts a job; kills its remaining processes after the test."""
     started: list[subprocess.Popen] = []
 
     def begin(
         run: str, count: int, *more: str, devices: int = 1, each=None, folders=None, **env: str
     ) -> Job:
-        """`each(index)` gives options of one process, `folders` working directories; `more` are
-        options of training, or begin with another command."""
+        """Starts `count` processes of a run.
+
+        `more` are options of `gptjax train`, or another command and its options; `each(index)`
+        returns further options of one process; `folders` are the working directories.
+        """
         port = local.free_port()
         errors = [workspace / f"{run}.{len(started)}.{index}.err" for index in range(count)]
         processes = []
@@ -40,7 +43,7 @@ def start(workspace) -> Iterator[Callable[..., Job]]:
             base = local.environment(index, count, port, devices) if count > 1 else os.environ
             base = {k: v for k, v in base.items() if k != "XLA_FLAGS"} | {
                 "JAX_PLATFORMS": "cpu",
-                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # all of them compile alike, and sooner
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles faster
                 "PYTHONPATH": str(ROOT),
                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             }

@@ -1,4 +1,4 @@
-"""Jobs of real processes on loopback, as `launch/local.py` starts them."""
+"""Jobs of several real processes on loopback, started like those of `launch/local.py`."""
 
 import importlib.util
 import json
@@ -33,31 +33,31 @@ local = _local()  # launch/local.py, which is a script
 
 @dataclass
 class Job:
-    """Processes of one job, by their numbers, and where each one's standard error goes."""
+    """The processes of a job, the files of their standard error, and the run folder."""
 
     processes: list[subprocess.Popen]
     errors: list[Path]
     folder: Path
 
     def wait(self, seconds: float = 240) -> list[int]:
-        """Exit codes, once all have ended."""
+        """Waits for all processes; returns their exit codes."""
         return [process.wait(seconds) for process in self.processes]
 
-    def told(self, index: int) -> str:
-        """What a process has written to standard error."""
+    def stderr(self, index: int) -> str:
+        """The standard error of a process so far."""
         return self.errors[index].read_text()
 
     def reaches(self, step: int, seconds: float = 240) -> None:
-        """Waits until the metrics of a step are there."""
-        ends = time.monotonic() + seconds
+        """Waits until the metrics of a step have been written."""
+        deadline = time.monotonic() + seconds
         while all(line["step"] < step for line in metrics(self.folder)):
-            assert time.monotonic() < ends, self.told(0)
-            assert all(p.poll() is None for p in self.processes), self.told(0)
+            assert time.monotonic() < deadline, self.stderr(0)
+            assert all(p.poll() is None for p in self.processes), self.stderr(0)
             time.sleep(0.05)
 
 
 def metrics(folder: Path) -> list[dict]:
-    """Lines of training metrics."""
+    """The lines of training metrics, after one for step 0."""
     file = folder / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     found = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -65,5 +65,5 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """Loss of each step."""
+    """Loss by step."""
     return {line["step"]: line["loss"] for line in metrics(folder)[1:]}

@@ -1,4 +1,4 @@
-"""What happens to a job when one of its processes dies, hangs, fails or is not like the others."""
+"""A job of several processes when one of them dies, hangs, fails or differs from the others."""
 
 import signal
 import time
@@ -7,87 +7,87 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-LIMIT = 4  # seconds; watch.lost and, where a test says so, watch.data
+LIMIT = 4  # seconds; watch.lost and, in some tests, watch.data
 WATCH = ("--watch.lost", str(LIMIT))
 
 
 def running(start, name: str):
-    """A job of two that has done three steps."""
+    """A job of two processes that has trained three steps."""
     job = start(name, 2, *WATCH, FAULT="slow:0:0")
     job.reaches(3)
     return job
 
 
-def test_the_others_end_when_one_is_killed_and_name_it(start) -> None:
+def test_peers_end_and_name_a_killed_process(start) -> None:
     job = running(start, "killed")
     job.processes[1].kill()
     began = time.monotonic()
     assert job.wait() == [69, -signal.SIGKILL]
-    print(f"killed: the other ended after {time.monotonic() - began:.1f} s")
-    assert "process 1" in job.told(0)
-    assert "has not been heard of for" in job.told(0)
+    print(f"killed: the peer ended after {time.monotonic() - began:.1f} s")
+    assert "process 1" in job.stderr(0)
+    assert "is dead: no heartbeat for" in job.stderr(0)
     assert time.monotonic() - began < 4 * LIMIT
     again = start("killed", 2)
-    assert again.wait() == [0, 0]  # goes on from what was saved
+    assert again.wait() == [0, 0]  # continues from the last checkpoint
 
 
-def test_the_others_end_when_the_first_is_killed(start) -> None:
+def test_peers_end_when_the_coordinator_is_killed(start) -> None:
     job = running(start, "killed_first")
     job.processes[0].kill()
-    assert job.wait() == [-signal.SIGKILL, -signal.SIGABRT]  # JAX's doing, with our sentence
-    assert "process 0, which runs it, has died" in job.told(1)
+    assert job.wait() == [-signal.SIGKILL, -signal.SIGABRT]  # JAX aborts it, with our explanation
+    assert "process 0, which runs it, is dead" in job.stderr(1)
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
-def test_the_others_end_when_one_is_stopped_and_name_it(start, stopped) -> None:
+def test_peers_end_and_name_a_stopped_process(start, stopped) -> None:
     job = running(start, f"stopped{stopped}")
     job.processes[stopped].send_signal(signal.SIGSTOP)
     began = time.monotonic()
     assert job.processes[1 - stopped].wait(120) == 69
-    print(f"stopped: the other ended after {time.monotonic() - began:.1f} s")
-    told = job.told(1 - stopped)
-    assert f"process {stopped}" in told
+    print(f"stopped: the peer ended after {time.monotonic() - began:.1f} s")
+    stderr = job.stderr(1 - stopped)
+    assert f"process {stopped}" in stderr
     if stopped:
-        assert "in stage" in told
-        assert "train.py" in told  # its stack, when it was last heard of
+        assert "in stage" in stderr
+        assert "trainer.py" in stderr  # the stack in its last heartbeat
 
 
-def test_a_process_that_hangs_is_named_with_its_stage_and_its_stack(start) -> None:
+def test_hung_process_is_named_with_its_stage_and_stack(start) -> None:
     job = start("hangs", 2, *WATCH, "--watch.data", str(LIMIT), FAULT="sleep:6:1")
     assert job.wait() == [69, 69]
     for index in (0, 1):
-        assert "process 1" in job.told(index)
-        assert "is late: in stage data of step 6" in job.told(index)
-        assert "stuck_in_a_read" in job.told(index) or "next(source)" in job.told(index)
-        assert job.told(index).count("is late") == 1
-        assert "were not told" not in job.told(index)
+        assert "process 1" in job.stderr(index)
+        assert "hung: in stage data of step 6" in job.stderr(index)
+        assert "stuck_in_a_read" in job.stderr(index) or "next(source)" in job.stderr(index)
+        assert job.stderr(index).count("hung: in stage") == 1
+        assert "could not notify" not in job.stderr(index)
 
 
-def test_a_process_alone_that_hangs_ends_too(start) -> None:
+def test_hung_single_process_ends_itself(start) -> None:
     job = start("hangs_alone", 1, *WATCH, "--watch.data", str(LIMIT), FAULT="sleep:6:0")
     assert job.wait() == [69]
-    assert "is late: in stage data of step 6" in job.told(0)
+    assert "hung: in stage data of step 6" in job.stderr(0)
 
 
-def test_an_error_in_one_ends_all_with_its_reason(start) -> None:
+def test_error_in_one_process_ends_all_with_its_reason(start) -> None:
     job = start("raises", 2, *WATCH, FAULT="raise:5:1")
     assert job.wait() == [69, 1]
-    assert "planted" in job.told(1)
-    assert "process 1" in job.told(0)
-    assert "planted" in job.told(0)
+    assert "injected" in job.stderr(1)
+    assert "process 1" in job.stderr(0)
+    assert "injected" in job.stderr(0)
 
 
-def test_folders_that_are_not_one_are_refused(start, workspace) -> None:
+def test_run_folder_that_is_not_shared_is_refused(start, workspace) -> None:
     folders = [workspace, workspace / "elsewhere"]
     folders[1].mkdir()
     codes = start("apart", 2, *WATCH, folders=folders)
     assert 73 in codes.wait()
-    assert "does not have the folder of process 0 there" in codes.told(1)
-    assert "does not have the folder of process 0 there" in codes.told(0)  # by word of process 1
+    assert "does not have the folder of process 0 there" in codes.stderr(1)
+    assert "does not have the folder of process 0 there" in codes.stderr(0)  # reported by process 1
 
 
-def test_other_values_in_one_are_refused(start) -> None:
+def test_differing_configurations_are_refused(start) -> None:
     job = start("unlike", 2, *WATCH, each=lambda index: ("--optim.lr", f"{index + 1}e-3"))
     assert 78 in job.wait()
-    assert "optim.lr: 0.002 here, 0.001 in process 0" in job.told(1)
+    assert "optim.lr: 0.002 here, 0.001 in process 0" in job.stderr(1)
     assert not (job.folder / "checkpoints").exists()

@@ -1,4 +1,4 @@
-"""Several processes train as one does, read their own rows, and hand over to other layouts."""
+"""Several processes: same losses as one, own rows read only, resume on another layout."""
 
 import json
 import signal
@@ -12,13 +12,13 @@ pytestmark = pytest.mark.slow
 
 
 def close(one, other) -> bool:
-    """Whether two runs' losses agree at each step of the second."""
+    """Whether the losses of two runs agree at each step of the second."""
     return all(abs(one[step] - loss) <= 1e-5 * abs(loss) for step, loss in other.items())
 
 
 @pytest.fixture(scope="module")
 def notes(workspace) -> Path:
-    """Where runs note what they read."""
+    """Folder in which runs log the windows that they read."""
     for name in ("alone", "two"):
         (workspace / "notes" / name).mkdir(parents=True)
     return workspace / "notes"
@@ -26,11 +26,11 @@ def notes(workspace) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(workspace) -> dict[int, float]:
-    """Losses of the run of one process and one device."""
+    """Losses of the run with one process and one device."""
     return losses(workspace / "alone")
 
 
-def test_one_process_alone(start, workspace, notes) -> None:
+def test_single_process_baseline(start, workspace, notes) -> None:
     assert start("alone", 1, IDS_FOLDER=str(notes / "alone")).wait() == [0]
     assert sorted(losses(workspace / "alone")) == list(range(1, STEPS + 1))
 
@@ -43,21 +43,23 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_several_train_as_one(start, alone, notes, name) -> None:
+def test_several_processes_have_the_losses_of_one(start, alone, notes, name) -> None:
     count, devices, options = LAYOUTS[name]
     env = {"IDS_FOLDER": str(notes / name)} if name == "two" else {}
     job = start(name, count, *options, devices=devices, **env)
     assert job.wait() == [0] * count
     assert sorted(losses(job.folder)) == sorted(alone)
     assert close(alone, losses(job.folder))
-    assert "compiled in" in job.told(0)
+    assert "compiled in" in job.stderr(0)
     for index in range(1, count):
-        assert "compiled in" not in job.told(index)
-        assert "step" not in job.told(index)
+        assert "compiled in" not in job.stderr(index)
+        assert "step" not in job.stderr(index)
 
 
 @pytest.mark.parametrize("adapters", [(), ("--finetune.lora.rank", "4")])
-def test_several_fine_tune_as_one(start, alone, workspace, adapters) -> None:
+def test_several_processes_fine_tune_with_the_losses_of_one(
+    start, alone, workspace, adapters
+) -> None:
     lines = (workspace / "text0.txt").read_text().splitlines()
     texts = [line for line in lines if len(line) > 20][:64]
     examples = [{"text": text[:60], "label": "deep" if text[0] == " " else "top"} for text in texts]
@@ -67,16 +69,16 @@ def test_several_fine_tune_as_one(start, alone, workspace, adapters) -> None:
     words = ("finetune", "alone", "--task", "classify", *files, "False", *adapters)
     name = f"tuned{len(adapters)}"
     jobs = [start(f"{name}.{count}", count, *map(str, words)) for count in (1, 2)]
-    assert [job.wait() for job in jobs] == [[0], [0, 0]], jobs[1].told(0)
+    assert [job.wait() for job in jobs] == [[0], [0, 0]], jobs[1].stderr(0)
     one, two = (losses(job.folder) for job in jobs)
     assert sorted(one) == sorted(two) == list(range(1, 7))
     assert close(one, two)
-    assert "learns" in jobs[1].told(0)
-    assert "learns" not in jobs[1].told(1)
+    assert "learns" in jobs[1].stderr(0)
+    assert "learns" not in jobs[1].stderr(1)
 
 
 def ids_by_step(folder: Path) -> dict[int, list[list[int]]]:
-    """Window ids that each process read for each step, of the files in a folder."""
+    """Window ids by step and process, from the logs in a folder."""
     read: dict[int, list[list[int]]] = {}
     for file in sorted(folder.iterdir()):
         for line in map(json.loads, file.read_text().splitlines()):
@@ -84,7 +86,7 @@ def ids_by_step(folder: Path) -> dict[int, list[list[int]]]:
     return read
 
 
-def test_a_process_reads_only_its_rows(notes) -> None:
+def test_each_process_reads_only_its_own_sequences(notes) -> None:
     one, two = ids_by_step(notes / "alone"), ids_by_step(notes / "two")
     assert sorted(one) == sorted(two) == list(range(1, STEPS + 1))
     for step, (ids,) in one.items():
@@ -92,23 +94,25 @@ def test_a_process_reads_only_its_rows(notes) -> None:
         assert sorted(chain(*two[step])) == sorted(ids)
 
 
-def test_told_to_stop_all_save_at_one_step_and_another_layout_goes_on(start, alone, notes) -> None:
-    """No window is skipped or trained on twice, whatever the layouts."""
+def test_sigterm_saves_all_at_the_same_step_and_another_layout_continues(
+    start, alone, notes
+) -> None:
+    """No window is skipped or trained on twice across the change of layout."""
     stages = [notes / "before", notes / "after"]
     for stage in stages:
         stage.mkdir()
     job = start("elastic", 2, "--mesh.fsdp", "2", FAULT="slow:0:0", IDS_FOLDER=str(stages[0]))
     job.reaches(3)
-    job.processes[1].send_signal(signal.SIGTERM)  # one is told, both stop
+    job.processes[1].send_signal(signal.SIGTERM)  # one is signalled, both stop
     assert job.wait() == [75, 75]
-    assert "to continue" in job.told(0)
+    assert "to continue" in job.stderr(0)
     stopped = max(losses(job.folder))
     assert stopped < STEPS
     assert (job.folder / "checkpoints" / str(stopped)).is_dir()
     layout = ("--mesh.tensor", "2", "--train.accumulation", "2")
     again = start("elastic", 1, *layout, devices=4, IDS_FOLDER=str(stages[1]))
     assert again.wait() == [0]
-    assert f"resumed after step {stopped} of {STEPS}" in again.told(0)
+    assert f"resumed after step {stopped} of {STEPS}" in again.stderr(0)
     assert sorted(losses(job.folder)) == sorted(alone)
     assert close(alone, losses(job.folder))
     before, after = map(ids_by_step, stages)
@@ -118,9 +122,9 @@ def test_told_to_stop_all_save_at_one_step_and_another_layout_goes_on(start, alo
         assert sorted(chain(*trained)) == sorted(ids)
 
 
-def test_a_checkpoint_of_four_is_restored_by_two(start) -> None:
-    """Restoring compares each array's fingerprint with the one saved, so it is bit for bit."""
+def test_checkpoint_of_four_processes_is_restored_by_two(start) -> None:
+    """Restoring compares each array's fingerprint with the saved one, so equality is bitwise."""
     job = start("four", 2, "--mesh.fsdp", "2")
     assert job.wait() == [0, 0]
-    assert f"resumed after step {STEPS} of {STEPS}" in job.told(0)
-    assert "failed verification" not in job.told(0)
+    assert f"resumed after step {STEPS} of {STEPS}" in job.stderr(0)
+    assert "failed verification" not in job.stderr(0)

@@ -63,7 +63,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         | _rope("yarn", factor=4.0, original_max_position_embeddings=64),
     ),
     "mistral-window": ("Mistral", _GROUPED | {"sliding_window": 7}),
-    "qwen3-normalised-keys": ("Qwen3", _GROUPED | {"head_dim": 16}),
+    "qwen3-qk-norm": ("Qwen3", _GROUPED | {"head_dim": 16}),
     "falcon-7b": ("Falcon", _FALCON),
     "falcon-40b": (
         "Falcon",
@@ -88,7 +88,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         _MOE
         | {"num_experts": 6, "moe_intermediate_size": 24, "head_dim": 16, "norm_topk_prob": True},
     ),
-    "qwen3-moe-unnormalised": (
+    "qwen3-moe-unnormalized": (
         "Qwen3Moe",
         _MOE
         | {"num_experts": 6, "moe_intermediate_size": 24, "head_dim": 16, "norm_topk_prob": False},
@@ -97,7 +97,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build(name: str, folder: Path) -> Any:
-    """The model of a variant, its weights wide enough that each matters; saved in a folder."""
+    """The model of a variant, with weights large enough to affect the logits; saved in a folder."""
     import torch
     import transformers
 

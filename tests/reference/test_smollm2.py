@@ -1,4 +1,4 @@
-"""A real pretrained model: its certificate, and what it says, word for word."""
+"""A real pretrained model, SmolLM2-135M: its certificate, and its decoded tokens."""
 
 import subprocess
 from pathlib import Path
@@ -41,7 +41,7 @@ def imported(folder, tmp_path_factory) -> Path:
     return target
 
 
-def test_the_certificate(imported):
+def test_certificate(imported):
     certificate = run_dir.certificate_of(str(imported))
     compared = certificate["transformers"]
     print(f"\n{certificate}")
@@ -53,7 +53,7 @@ def test_the_certificate(imported):
     assert compared["largest_difference"] < 5e-3  # of logits up to 36, at position 8191
 
 
-def test_64_greedy_tokens_are_those_of_transformers(folder, imported):
+def test_greedy_tokens_equal_those_of_transformers(folder, imported):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -83,7 +83,7 @@ def test_64_greedy_tokens_are_those_of_transformers(folder, imported):
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
-def test_beams_are_those_of_transformers(folder, on_mesh, length_penalty):
+def test_beams_equal_those_of_transformers(folder, on_mesh, length_penalty):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,7 +1,7 @@
 """Every family and structural variant against `transformers`, on the same random weights.
 
 Needs torch and transformers (`pip install -e '.[compare]'`). With -s it prints a line for each
-variant: what README.md's table of families holds.
+variant, the figures of README.md's table of families.
 """
 
 import json
@@ -32,7 +32,7 @@ ROWS = 2
 
 @pytest.fixture(scope="module", params=list(VARIANTS))
 def variant(request, tmp_path_factory):
-    """The name, the model of `transformers`, and its folder opened."""
+    """The name, the model of `transformers`, and its opened folder."""
     folder = tmp_path_factory.mktemp(request.param)
     theirs = build(request.param, folder)
     return request.param, theirs, safetensors.open_source(folder)
@@ -44,7 +44,7 @@ def tokens(source, length=None) -> np.ndarray:
 
 
 def mean_loss(source, params, ids):
-    """Cross-entropy of each token but the first, given those before it."""
+    """The mean cross-entropy of all tokens but the first."""
     model = source.model
     x_ND = decoder.apply(params, model, COMPUTE, ids[:, :-1]).x_ND
     flat = jax.lax.reshape(ids[:, 1:], (x_ND.shape[0],), out_sharding=sharding.spec("tokens"))
@@ -55,7 +55,9 @@ def mean_loss(source, params, ids):
     return ce / flat.size
 
 
-def test_logits_and_gradients(on_mesh, variant, tmp_path, record_property):
+def test_logits_and_gradients_equal_those_of_transformers(
+    on_mesh, variant, tmp_path, record_property
+):
     import torch
 
     name, theirs, source = variant
@@ -64,7 +66,7 @@ def test_logits_and_gradients(on_mesh, variant, tmp_path, record_property):
     with torch.no_grad():
         want = theirs(given).logits.numpy()
     theirs(given, labels=given).loss.backward()
-    with torch.no_grad():  # gradients take the places of the weights, and so their names
+    with torch.no_grad():  # gradients take the place of the weights, to be saved under their names
         for parameter in theirs.parameters():
             parameter.data, parameter.grad = parameter.grad, parameter.data
     theirs.save_pretrained(tmp_path)
@@ -88,7 +90,7 @@ def test_logits_and_gradients(on_mesh, variant, tmp_path, record_property):
     difference = float(np.abs(got - want).max())
     relative = {}
     for path, g in leaves_by_path(want_grads).items():
-        # A key's bias moves all scores of a query alike: its gradient is rounding alone.
+        # A key's bias shifts all scores of a query equally: its gradient is rounding error.
         scale = np.abs(leaves_by_path(want_grads)[path.replace("k_bias", "k")]).max()
         relative[path] = float(np.abs(leaves_by_path(grads)[path] - g).max() / scale)
     record_property("difference", difference)
@@ -100,7 +102,7 @@ def test_logits_and_gradients(on_mesh, variant, tmp_path, record_property):
     assert max(relative.values()) < 1e-3, max(relative, key=relative.get)
 
 
-def test_greedy_generation_token_for_token(on_mesh, variant):
+def test_greedy_tokens_equal_those_of_transformers(on_mesh, variant):
     import torch
 
     _, theirs, source = variant
@@ -121,29 +123,29 @@ def test_greedy_generation_token_for_token(on_mesh, variant):
         assert continuation == out[0, len(prompt) :].tolist()
 
 
-def test_the_certificate_compares_far_positions(on_mesh, variant):
+def test_verification_reaches_the_end_of_the_context(on_mesh, variant):
     _, _, source = variant
     with on_mesh():
         params = safetensors.read_params(source)
-        far = verify.compare(source, params)
+        far = verify.compare_logits(source, params)
     assert far["last_position"] == source.model.context - 1
     assert far["largest_difference"] < 1e-4
     assert far["argmax_agreement"] == 1.0
     assert far["kl_nats_per_token"] < 1e-8
 
 
-def test_the_certificate_tells_a_wrong_rotary_base(on_mesh, tmp_path):
+def test_verification_detects_a_wrong_rope_scaling_factor(on_mesh, tmp_path):
     build("llama3", tmp_path)
     source = safetensors.open_source(tmp_path)
     with on_mesh():
         params = safetensors.read_params(source)
         rope = replace(source.model.rope, factor=9.0)
         wrong = replace(source, model=replace(source.model, rope=rope))
-        assert verify.compare(wrong, params)["largest_difference"] > 1e-3
+        assert verify.compare_logits(wrong, params)["largest_difference"] > 1e-3
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral"])
-def test_a_narrower_export_agrees_with_what_it_holds(name, tmp_path):
+def test_half_precision_export_is_verified_against_its_own_weights(name, tmp_path):
     folder, made, out = (tmp_path / part for part in ("hf", "run", "out"))
     build(name, folder)
     progress = Progress(shown=False)
@@ -153,17 +155,17 @@ def test_a_narrower_export_agrees_with_what_it_holds(name, tmp_path):
     assert certificate["transformers"]["largest_difference"] < 1e-4
 
 
-def test_an_exported_folder_is_loaded_by_transformers(on_mesh, variant, tmp_path):
+def test_exported_folder_loads_in_transformers_with_equal_bits(on_mesh, variant, tmp_path):
     import torch
     import transformers
 
     _, theirs, source = variant
     with on_mesh():
         safetensors.write_folder(tmp_path, safetensors.read_params(source), source.model)
-    loaded, told = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, output_loading_info=True
     )
-    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids = torch.tensor(tokens(source), dtype=torch.long)
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, theirs(ids).logits)

@@ -1,4 +1,4 @@
-"""Signals: the first is noted, a later one ends the process, and outside they do what they did."""
+"""Preemption: the first signal is recorded, a second ends the process, handlers are restored."""
 
 import signal
 import subprocess
@@ -12,55 +12,55 @@ SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 
 
 @SIGNALS
-def test_the_first_signal_is_noted_and_nothing_else_happens(number: signal.Signals) -> None:
-    with PreemptionHandler() as interrupt:
-        assert interrupt.signal is None
+def test_first_signal_is_only_recorded(number: signal.Signals) -> None:
+    with PreemptionHandler() as handler:
+        assert handler.signal is None
         signal.raise_signal(number)
-        assert interrupt.signal is number
-        assert interrupt.signal.name == number.name  # what the user is told
+        assert handler.signal is number
+        assert handler.signal.name == number.name  # the name in the user's message
 
 
 @SIGNALS
-def test_afterwards_a_signal_does_what_it_did_before(number: signal.Signals) -> None:
+def test_previous_signal_handlers_are_restored(number: signal.Signals) -> None:
     caught: list[int] = []
     before = signal.signal(number, lambda n, _: caught.append(n))
-    interrupt = PreemptionHandler()
+    handler = PreemptionHandler()
 
     def leave_by_an_error() -> None:
-        with interrupt:
+        with handler:
             signal.raise_signal(number)
             raise ZeroDivisionError
 
     try:
         with pytest.raises(ZeroDivisionError):
             leave_by_an_error()
-        assert (interrupt.signal, caught) == (number, [])
+        assert (handler.signal, caught) == (number, [])
         signal.raise_signal(number)
         assert caught == [number]
     finally:
         signal.signal(number, before)
 
 
-def test_an_interrupt_says_at_first_that_there_was_none_each_time_anew() -> None:
+def test_new_handler_has_no_signal() -> None:
     with PreemptionHandler():
         signal.raise_signal(signal.SIGTERM)
     with PreemptionHandler() as second:
         assert second.signal is None
 
 
-# A clock that is set, so that no test waits.
+# With a fake clock, so that no test waits.
 TWICE = """
 import signal, sys, types
-from gptjax import interrupt
+from gptjax.runtime import preemption
 now = 100.0
-interrupt.time = types.SimpleNamespace(monotonic=lambda: now)
-with interrupt.Interrupt() as noted:
+preemption.time = types.SimpleNamespace(monotonic=lambda: now)
+with preemption.PreemptionHandler() as handler:
     try:
         signal.raise_signal(int(sys.argv[1]))
-        print("noted", noted.signal.name, flush=True)
+        print("recorded", handler.signal.name, flush=True)
         now += float(sys.argv[3])
         signal.raise_signal(int(sys.argv[2]))
-        print("went on after", noted.signal.name, flush=True)
+        print("continued after", handler.signal.name, flush=True)
     finally:
         print("cleaned up", flush=True)
 """
@@ -79,41 +79,41 @@ def twice(first: signal.Signals, second: signal.Signals, seconds: float):
         (signal.SIGTERM, signal.SIGINT),
     ],
 )
-def test_a_later_signal_ends_the_process_at_once(first, second) -> None:
+def test_second_signal_ends_the_process_at_once(first, second) -> None:
     done = twice(first, second, 1.5)
-    assert done.stdout == f"noted {first.name}\n"
+    assert done.stdout == f"recorded {first.name}\n"
     assert done.returncode == 128 + second
     assert done.stderr == ""
 
 
-def test_a_signal_that_a_launcher_sends_twice_counts_once() -> None:
+def test_signal_repeated_within_a_second_counts_once() -> None:
     done = twice(signal.SIGTERM, signal.SIGINT, 0.5)
-    assert done.stdout == "noted SIGTERM\nwent on after SIGTERM\ncleaned up\n"
+    assert done.stdout == "recorded SIGTERM\ncontinued after SIGTERM\ncleaned up\n"
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @SIGNALS
-def test_a_phase_that_may_be_left_anywhere_is_left_at_a_signal(number: signal.Signals) -> None:
+def test_interruptible_phase_raises_interrupted_at_a_signal(number: signal.Signals) -> None:
     reached = []
 
-    def phase(interrupt: PreemptionHandler) -> None:
-        with interrupt.at_once():
+    def phase(handler: PreemptionHandler) -> None:
+        with handler.at_once():
             reached.append("begun")
             signal.raise_signal(number)
             reached.append("went on")
 
-    with PreemptionHandler() as interrupt:
+    with PreemptionHandler() as handler:
         with pytest.raises(Interrupted):
-            phase(interrupt)
-        assert interrupt.signal is number
-        with pytest.raises(Interrupted):  # and one that comes after it is not begun
-            phase(interrupt)
+            phase(handler)
+        assert handler.signal is number
+        with pytest.raises(Interrupted):  # a later phase does not begin
+            phase(handler)
     assert reached == ["begun"]
 
 
-def test_after_such_a_phase_a_signal_is_noted_again() -> None:
-    with PreemptionHandler() as interrupt:
-        with interrupt.at_once():
+def test_signal_after_an_interruptible_phase_is_only_recorded() -> None:
+    with PreemptionHandler() as handler:
+        with handler.at_once():
             pass
         signal.raise_signal(signal.SIGTERM)
-        assert interrupt.signal is signal.SIGTERM
+        assert handler.signal is signal.SIGTERM

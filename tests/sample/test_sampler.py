@@ -65,9 +65,7 @@ def test_cached_logits_are_those_of_the_full_forward_at_every_step(
 
     @jax.jit
     def step(cache, tokens, positions):
-        x, cache, _ = decoder.apply(
-            params, model, COMPUTE, tokens, positions_BT=positions, caches=cache
-        )
+        x, cache = decoder.decode(params, model, COMPUTE, tokens, positions, cache)
         return decoder.logits(params, model, x), cache
 
     place = lambda a: arrays.global_batch(a, 3)

@@ -1,4 +1,4 @@
-"""Hugging Face tokenizers: the library's own encodings, declared special tokens, prompts, files."""
+"""Hugging Face tokenizers: the library's own encodings, special tokens, prompts and files."""
 
 import json
 from pathlib import Path
@@ -57,7 +57,7 @@ AWKWARD = [
 
 
 def trained(kind: str) -> Tokenizer:
-    """One tokenizer of each scheme, as its usual makers configure it; eos has id 1."""
+    """One tokenizer of each scheme in its usual configuration; EOS has id 1."""
     special = ["<unk>", "</s>", "<s>"]
     space = pre_tokenizers.Metaspace()
     if kind == "byte-level BPE":
@@ -118,7 +118,7 @@ def library(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 def files(library: Tokenizer, **beside: Any) -> dict[str, bytes]:
-    """By default the config declares the EOS; a name stands for the file NAME.json."""
+    """Files by name, from contents by stem; by default tokenizer_config.json declares the EOS."""
     beside = beside or {"tokenizer_config": {"eos_token": "</s>"}}
     texts = {f"{name}.json": json.dumps(value).encode() for name, value in beside.items()}
     return {**texts, "tokenizer.json": library.to_str().encode()}
@@ -132,7 +132,7 @@ def plain(text: str) -> str:
 
 
 @pytest.mark.parametrize("text", AWKWARD)
-def test_text_is_encoded_and_decoded_as_the_library_does(library: Tokenizer, text: str) -> None:
+def test_encode_and_decode_agree_with_the_library(library: Tokenizer, text: str) -> None:
     tokenizer = HuggingFaceTokenizer(files(library))
     text = text.replace("</s>", "").replace("<s>", "").replace("<unk>", "")
     wanted = library.encode(plain(text), add_special_tokens=False).ids
@@ -141,7 +141,7 @@ def test_text_is_encoded_and_decoded_as_the_library_does(library: Tokenizer, tex
     assert tokenizer.encode_documents([text, ""], [True, False]).tolist() == [*wanted, 1]
 
 
-def test_a_document_that_names_special_tokens_has_none_and_a_prompt_has_them(library) -> None:
+def test_special_tokens_are_parsed_in_prompts_and_not_in_documents(library) -> None:
     tokenizer = HuggingFaceTokenizer(files(library))
     text = "value </s> return<s></s>index"
     ids = tokenizer.encode(text)
@@ -152,7 +152,7 @@ def test_a_document_that_names_special_tokens_has_none_and_a_prompt_has_them(lib
     assert tokenizer.prompt(text).count(1) == 2
 
 
-def test_a_long_text_is_encoded_in_parts_as_in_one(library: Tokenizer, monkeypatch) -> None:
+def test_long_text_encoded_in_parts_equals_whole(library: Tokenizer, monkeypatch) -> None:
     tokenizer = HuggingFaceTokenizer(files(library))
     text = "".join(map(plain, AWKWARD)) + "".join(CORPUS)
     whole = tokenizer.encode(text)
@@ -161,7 +161,7 @@ def test_a_long_text_is_encoded_in_parts_as_in_one(library: Tokenizer, monkeypat
     monkeypatch.setattr(
         HuggingFaceTokenizer, "_encode_plain", lambda s, t: given.append(t) or once(s, t)
     )
-    monkeypatch.setattr(huggingface, "_PIECE", 50)
+    monkeypatch.setattr(huggingface, "_CHUNK", 50)
     assert tokenizer.encode_documents([text], [False]).tolist() == whole
     assert "".join(given) == text
     in_parts = isinstance(library.pre_tokenizer, pre_tokenizers.Metaspace | None.__class__)
@@ -180,14 +180,14 @@ ANY = st.lists(st.one_of(st.sampled_from(AWKWARD), st.text()), max_size=5).map("
 @settings(max_examples=200, deadline=None)
 @given(text=ANY)
 @example(text="".join(AWKWARD))
-def test_byte_level_bpe_gives_any_text_back(byte_bpe: HuggingFaceTokenizer, text: str) -> None:
+def test_byte_level_bpe_round_trips_any_text(byte_bpe: HuggingFaceTokenizer, text: str) -> None:
     ids = byte_bpe.encode(text)
     assert byte_bpe.decode(ids) == plain(text)
     assert byte_bpe.eos_id not in ids
     assert max(ids, default=0) < byte_bpe.vocab_size
 
 
-def test_padding_and_truncation_of_the_file_are_left_out() -> None:
+def test_padding_and_truncation_settings_are_ignored() -> None:
     library = trained("byte-level BPE")
     wanted = library.encode("return value index").ids
     library.enable_truncation(2)
@@ -239,7 +239,7 @@ def written(folder: Path, contents: dict[str, bytes]) -> Path:
 
 
 @pytest.mark.parametrize("name", DECLARED)
-def test_special_tokens_are_those_that_the_files_declare(name: str, tmp_path: Path) -> None:
+def test_special_tokens_come_from_the_declaring_files(name: str, tmp_path: Path) -> None:
     beside, bos, stop = DECLARED[name]
     folder = written(tmp_path / "model", files(trained("byte-level BPE"), **beside))
     for loaded in (
@@ -264,7 +264,7 @@ def test_special_tokens_are_those_that_the_files_declare(name: str, tmp_path: Pa
         assert (copy / file).read_bytes() == (folder / file).read_bytes()
 
 
-def test_a_declared_token_is_special_even_where_tokenizer_json_does_not_say_so() -> None:
+def test_declared_token_is_special_even_if_tokenizer_json_lacks_the_flag() -> None:
     library = trained("byte-level BPE")
     library.add_tokens(["<stop>", "<more>"])
     config = {"eos_token": "<stop>", "additional_special_tokens": ["<more>"]}
@@ -279,7 +279,7 @@ def test_a_declared_token_is_special_even_where_tokenizer_json_does_not_say_so()
     assert tokenizer.decode([more, *tokenizer.encode("a"), eos]) == "a"
 
 
-def test_the_vocabulary_reaches_to_the_highest_id() -> None:
+def test_vocab_size_is_above_the_highest_id() -> None:
     raw = json.loads(trained("byte-level BPE").to_str())
     raw["model"]["vocab"]["far"] = 999
     contents = files(trained("byte-level BPE")) | {"tokenizer.json": json.dumps(raw).encode()}
@@ -290,7 +290,7 @@ def test_the_vocabulary_reaches_to_the_highest_id() -> None:
 
 
 def with_bos_template() -> Tokenizer:
-    """As Llama 3 has it."""
+    """A tokenizer whose template adds BOS, as in Llama 3."""
     library = trained("byte-level BPE")
     library.post_processor = processors.Sequence(
         [
@@ -313,7 +313,7 @@ def with_bos_template() -> Tokenizer:
         (True, {}, [2], [2]),
     ],
 )
-def test_a_prompt_follows_the_template(
+def test_prompt_follows_the_template(
     template: bool, config: dict, before: list[int], empty: list[int], add_bos: dict
 ) -> None:
     library = with_bos_template() if template else trained("byte-level BPE")
@@ -325,7 +325,7 @@ def test_a_prompt_follows_the_template(
     assert tokenizer.encode_documents(["return value"], [True]).tolist() == [*ids, 1]
 
 
-def test_other_tokenizers_begin_a_prompt_with_bos_or_eos() -> None:
+def test_prompt_of_other_tokenizers_begins_with_bos_or_eos() -> None:
     raw = tokenizers.ByteTokenizer()
     assert raw.prompt("a") == [256, 97]
     assert (raw.bos_id, raw.stop_ids) == (None, (256,))
@@ -345,7 +345,7 @@ def test_other_tokenizers_begin_a_prompt_with_bos_or_eos() -> None:
 # --- files and errors ------------------------------------------------------------------------
 
 
-def test_the_fingerprint_covers_what_changes_behaviour_and_no_more() -> None:
+def test_fingerprint_covers_exactly_what_changes_behaviour() -> None:
     library = trained("byte-level BPE")
     config = {"eos_token": "</s>", "bos_token": "<s>"}
 
@@ -373,15 +373,18 @@ DAMAGED = {
     "no EOS": (failing(tokenizer_config={"bos_token": "<s>"}), r"no end-of-.*eos_token in"),
     "an unknown EOS": (
         failing(tokenizer_config={"eos_token": "<end>"}),
-        "eos_token='<end>' is declared and not in the vocabulary",
+        "eos_token='<end>': declared, but not in the vocabulary",
     ),
     "an id too high": (
         failing(generation_config={"eos_token_id": [1, 9999]}),
         r"generation_config\.json: eos_token_id=9999 is not in the vocabulary",
     ),
     "an id that is none": (failing(generation_config={"eos_token_id": "</s>"}), "eos_token_id="),
-    "no JSON": (failing() | {"tokenizer_config.json": b"{"}, r"tokenizer_config\.json is no JSON"),
-    "no object": (failing() | {"tokenizer_config.json": b"[]"}, "is no JSON object"),
+    "no JSON": (
+        failing() | {"tokenizer_config.json": b"{"},
+        r"tokenizer_config\.json: invalid JSON",
+    ),
+    "no object": (failing() | {"tokenizer_config.json": b"[]"}, "not a JSON object"),
     "an empty file": (failing() | {"tokenizer.json": b""}, r"tokenizer\.json is damaged"),
     "half a file": (
         failing() | {"tokenizer.json": failing()["tokenizer.json"][:1000]},
@@ -392,7 +395,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_files_that_cannot_be_used_are_told_with_their_place(name: str, tmp_path: Path) -> None:
+def test_unusable_files_are_reported_with_their_path(name: str, tmp_path: Path) -> None:
     contents, message = DAMAGED[name]
     folder = written(tmp_path, contents)
     with pytest.raises(DataError, match=message) as caught:
@@ -403,7 +406,7 @@ def test_files_that_cannot_be_used_are_told_with_their_place(name: str, tmp_path
     assert str(caught.value).startswith(f"tokenizer.path={tmp_path}: ")
 
 
-def test_an_end_that_text_can_spell_is_refused() -> None:
+def test_eos_that_plain_text_encodes_to_is_refused() -> None:
     library = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
     library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     library.add_special_tokens([AddedToken("</s>", special=True)])
@@ -412,9 +415,9 @@ def test_an_end_that_text_can_spell_is_refused() -> None:
 
 
 @pytest.mark.parametrize("path", ["absent", ""])
-def test_a_folder_without_tokenizer_json_is_named(tmp_path: Path, path: str) -> None:
+def test_folder_without_tokenizer_json_is_reported(tmp_path: Path, path: str) -> None:
     cfg = TokenizerConfig(kind="huggingface", path=str(tmp_path / path))
-    with pytest.raises(DataError, match=r"no such file, nor a folder with tokenizer\.json"):
+    with pytest.raises(DataError, match=r"no such file, and no folder with tokenizer\.json"):
         tokenizers.make(cfg, [])
 
 
@@ -422,7 +425,7 @@ def test_a_folder_without_tokenizer_json_is_named(tmp_path: Path, path: str) -> 
 
 
 @pytest.mark.parametrize("algorithm", ["byte_bpe", "wordpiece"])
-def test_training_gives_the_size_asked_for_and_the_same_each_time(algorithm, tmp_path) -> None:
+def test_training_has_the_requested_size_and_is_reproducible(algorithm, tmp_path) -> None:
     cfg = TokenizerConfig(kind="huggingface", algorithm=algorithm, vocab_size=340)
     tokenizer = tokenizers.make(cfg, CORPUS)
     assert tokenizer.vocab_size == 340
@@ -433,7 +436,7 @@ def test_training_gives_the_size_asked_for_and_the_same_each_time(algorithm, tmp
     assert tokenizers.load(tmp_path).fingerprint == tokenizer.fingerprint
 
 
-def test_wordpiece_splits_as_bert_does_and_keeps_the_case() -> None:
+def test_wordpiece_splits_like_bert_and_keeps_case() -> None:
     cfg = TokenizerConfig(kind="huggingface", algorithm="wordpiece", vocab_size=290)
     tokenizer = train_huggingface(CORPUS, cfg)
     pieces = [tokenizer.piece(i) for i in tokenizer.encode("Value  value\0(sendin)\n 🙂")]
@@ -442,10 +445,10 @@ def test_wordpiece_splits_as_bert_does_and_keeps_the_case() -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["byte_bpe", "wordpiece"])
-def test_a_vocabulary_too_large_for_the_text_is_an_error_that_says_so(algorithm: str) -> None:
+def test_vocabulary_too_large_for_the_text_is_reported(algorithm: str) -> None:
     cfg = TokenizerConfig(kind="huggingface", algorithm=algorithm)
     for texts in (["too little text"], []):
-        with pytest.raises(DataError, match=r"tokenizer\.vocab_size=4096.*more text.*fewer pieces"):
+        with pytest.raises(DataError, match=r"tokenizer\.vocab_size=4096.*more text, or lower it"):
             train_huggingface(texts, cfg)
 
 
@@ -460,16 +463,18 @@ def problems(**fields: Any) -> list[str]:
 
 @pytest.mark.parametrize("algorithm", ["bpe", "unigram", "byte_bpe", "wordpiece"])
 @pytest.mark.parametrize("kind", ["sentencepiece", "huggingface", "bytes"])
-def test_algorithm_and_kind_go_together(kind: str, algorithm: str) -> None:
+def test_algorithm_must_match_the_kind(kind: str, algorithm: str) -> None:
     fits = kind == "bytes" or (kind == "huggingface") == (algorithm in ("byte_bpe", "wordpiece"))
     found = problems(kind=kind, algorithm=algorithm)
     assert (not found) == fits
     if not fits:
-        assert found[0].startswith(f"tokenizer.algorithm={algorithm}: not with tokenizer.kind=")
+        assert found[0].startswith(
+            f"tokenizer.algorithm={algorithm}: not available with tokenizer.kind="
+        )
     assert problems(kind=kind, algorithm=algorithm, path="a.json") == []
 
 
-def test_byte_level_bpe_needs_room_for_the_bytes() -> None:
+def test_byte_level_bpe_needs_at_least_257_tokens() -> None:
     (problem,) = problems(kind="huggingface", algorithm="byte_bpe", vocab_size=256)
     assert "at least 257" in problem
     assert problems(kind="huggingface", algorithm="byte_bpe", vocab_size=257) == []

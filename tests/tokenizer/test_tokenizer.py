@@ -1,4 +1,4 @@
-"""Tokenizers: any text comes back, documents end with EOS, another vocabulary is another print."""
+"""Tokenizers: any text round-trips, documents end with EOS, fingerprints differ by vocabulary."""
 
 import io
 from pathlib import Path
@@ -68,7 +68,7 @@ TEXTS = st.one_of(CLEAN, st.lists(st.one_of(PIECES, CLEAN), max_size=12).map("".
 @example(text="")
 @example(text=" \n  \n\n   x  ")
 @example(text="a\0b\u2581c\r\nd 🙂")
-def test_any_text_comes_back(kinds: dict[str, Tokenizer], kind: str, text: str) -> None:
+def test_any_text_round_trips(kinds: dict[str, Tokenizer], kind: str, text: str) -> None:
     tokenizer = kinds[kind]
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -80,7 +80,7 @@ def test_any_text_comes_back(kinds: dict[str, Tokenizer], kind: str, text: str) 
 @KINDS
 @settings(max_examples=100, deadline=None)
 @given(pieces=st.lists(st.tuples(TEXTS, st.booleans()), max_size=4))
-def test_documents_are_encoded_as_each_alone_with_an_eos_where_it_ends(kinds, kind, pieces) -> None:
+def test_documents_are_encoded_independently_with_eos_at_their_ends(kinds, kind, pieces) -> None:
     tokenizer = kinds[kind]
     flat = tokenizer.encode_documents([text for text, _ in pieces], [end for _, end in pieces])
     assert flat.dtype == np.uint32
@@ -89,10 +89,10 @@ def test_documents_are_encoded_as_each_alone_with_an_eos_where_it_ends(kinds, ki
 
 
 @pytest.mark.parametrize("kind", ALGORITHMS)
-def test_a_long_text_is_encoded_as_a_whole(trained, kind: str, monkeypatch) -> None:
+def test_long_text_encoded_in_units_equals_whole(trained, kind: str, monkeypatch) -> None:
     monkeypatch.setattr(sentencepiece, "_SLICE", 100)
-    monkeypatch.setattr(sentencepiece, "_KNOWN", 50)
-    monkeypatch.setattr(sentencepiece, "_KNOWN_LENGTH", 6)
+    monkeypatch.setattr(sentencepiece, "_CACHE_SIZE", 50)
+    monkeypatch.setattr(sentencepiece, "_CACHED_LENGTH", 6)
     text = "\n".join(corpus()) * 2
     ids = trained[kind].encode_documents([text], [False])
     assert ids.tolist() == trained[kind].encode(text)
@@ -108,7 +108,9 @@ def test_a_long_text_is_encoded_as_a_whole(trained, kind: str, monkeypatch) -> N
         ("unigram", "", ["value(n)  z", "\n", " 1"]),
     ],
 )
-def test_a_text_is_cut_as_finely_as_the_pieces_allow(trained, algorithm, piece, cut) -> None:
+def test_text_is_cut_into_the_finest_units_that_no_piece_crosses(
+    trained, algorithm, piece, cut
+) -> None:
     proto = sentencepiece_model_pb2.ModelProto.FromString(trained[algorithm].serialized())
     if piece:
         proto.pieces.add(piece=piece, score=1.0)
@@ -123,7 +125,7 @@ def test_a_text_is_cut_as_finely_as_the_pieces_allow(trained, algorithm, piece, 
 
 @KINDS
 @pytest.mark.parametrize("text", ["\ud800", "a\udfffb", "\udce9t\udce9\n", "🙂\ud83d"])
-def test_a_lone_surrogate_becomes_a_question_mark(kinds, kind: str, text: str) -> None:
+def test_lone_surrogate_becomes_a_question_mark(kinds, kind: str, text: str) -> None:
     tokenizer = kinds[kind]
     plain = text.encode("utf-8", "replace").decode()
     assert tokenizer.decode(tokenizer.encode(text)) == plain
@@ -142,7 +144,7 @@ def test_special_tokens_and_ids_beyond_the_vocabulary_have_no_text(kinds, kind: 
 
 
 @pytest.mark.parametrize("kind", ALGORITHMS)
-def test_half_a_character_decodes_to_a_replacement(kinds, kind: str) -> None:
+def test_incomplete_character_decodes_to_a_replacement_character(kinds, kind: str) -> None:
     for tokenizer in (kinds["bytes"], kinds[kind]):
         ids = tokenizer.encode("🙂")
         assert len(ids) == 4
@@ -150,7 +152,7 @@ def test_half_a_character_decodes_to_a_replacement(kinds, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ALGORITHMS)
-def test_training_learns_words_and_indentation_and_has_the_size_asked_for(kinds, kind) -> None:
+def test_training_learns_words_and_indentation_at_the_requested_size(kinds, kind) -> None:
     tokenizer = kinds[kind]
     assert tokenizer.vocab_size == 380
     text = "        return value\n"
@@ -163,7 +165,7 @@ def test_training_is_reproducible(trained) -> None:
     assert again.fingerprint == trained["bpe"].fingerprint
 
 
-def test_a_long_line_is_trained_on_like_any_other() -> None:
+def test_long_lines_are_used_in_training() -> None:
     line = " ".join(corpus()).replace("\n", " ") * 2  # far longer than the trainer's sentences
     tokenizer = tokenizers.train_sentencepiece([line], TokenizerConfig(vocab_size=380))
     assert len(tokenizer.encode("return value index")) <= 6
@@ -180,7 +182,7 @@ def changed(tokenizer: SentencePieceTokenizer, change) -> SentencePieceTokenizer
     return SentencePieceTokenizer(proto.SerializeToString())
 
 
-def test_the_fingerprint_changes_if_two_pieces_are_swapped(trained) -> None:
+def test_fingerprint_changes_if_two_pieces_are_swapped(trained) -> None:
     def swap(proto) -> None:
         a, b = proto.pieces[-1], proto.pieces[-2]
         a.piece, b.piece = b.piece, a.piece
@@ -191,13 +193,13 @@ def test_the_fingerprint_changes_if_two_pieces_are_swapped(trained) -> None:
     assert swapped.fingerprint != original.fingerprint
 
 
-def test_each_tokenizer_has_its_own_fingerprint(kinds) -> None:
+def test_fingerprints_of_different_tokenizers_differ(kinds) -> None:
     assert len({tokenizer.fingerprint for tokenizer in kinds.values()}) == 3
     assert ByteTokenizer().fingerprint == kinds["bytes"].fingerprint
 
 
 @KINDS
-def test_a_saved_tokenizer_is_loaded_again(kinds, kind: str, tmp_path: Path) -> None:
+def test_saved_tokenizer_is_loaded_again(kinds, kind: str, tmp_path: Path) -> None:
     tokenizer = kinds[kind]
     tokenizer.save(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
@@ -250,39 +252,39 @@ EXACT = {
         {**EXACT, "user_defined_symbols": ["\n"], "treat_whitespace_as_suffix": True},
     ],
 )
-def test_any_loaded_model_encodes_documents_as_it_encodes_each(options: dict) -> None:
+def test_loaded_models_encode_documents_independently(options: dict) -> None:
     tokenizer = foreign(**options)
     texts = ["return value\n\n    index\n", "\n\n", "", " self\n"]
     wanted = [i for text in texts for i in [*tokenizer.encode(text), tokenizer.eos_id]]
     assert tokenizer.encode_documents(texts, [True] * 4).tolist() == wanted
 
 
-def test_a_model_without_an_end_piece_is_refused() -> None:
-    with pytest.raises(DataError, match="end-of-sentence"):
+def test_model_without_eos_is_refused() -> None:
+    with pytest.raises(DataError, match="no end-of-sentence token"):
         foreign(eos_id=-1)
 
 
 @pytest.mark.parametrize("contents", [b"", b"no model at all\n", b"\x00" * 100])
-def test_a_file_that_is_no_model_is_named_as_such(tmp_path: Path, contents: bytes) -> None:
+def test_invalid_model_file_is_reported(tmp_path: Path, contents: bytes) -> None:
     file = tmp_path / "text.model"
     file.write_bytes(contents)
-    with pytest.raises(DataError, match="no SentencePiece model") as caught:
+    with pytest.raises(DataError, match="not a SentencePiece model") as caught:
         tokenizers.make(TokenizerConfig(path=str(file)), [])
     assert str(file) in str(caught.value)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"tokenizer\.path=.*absent\.model: no such file"):
         tokenizers.make(TokenizerConfig(path=str(tmp_path / "absent.model")), [])
 
 
-def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"{tmp_path}: holds no tokenizer"):
+def test_folder_without_a_tokenizer_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"{tmp_path}: no tokenizer found"):
         tokenizers.load(tmp_path)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("texts", [["too little text"], []])
-def test_a_vocabulary_too_large_for_the_text_is_an_error_that_says_so(algorithm, texts) -> None:
-    with pytest.raises(DataError, match=r"tokenizer\.vocab_size=4096.*more text.*fewer pieces"):
+def test_vocabulary_too_large_for_the_text_is_reported(algorithm, texts) -> None:
+    with pytest.raises(DataError, match=r"tokenizer\.vocab_size=4096.*more text, or lower it"):
         tokenizers.train_sentencepiece(texts, TokenizerConfig(algorithm=algorithm))

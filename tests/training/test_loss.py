@@ -30,9 +30,10 @@ def plain(x, w, targets, weights, z_loss):
     return -(weights * picked).sum(), z
 
 
-def laid_out(x, w, targets, weights):
-    rows = sharding.spec("tokens")
-    specs = (sharding.spec("tokens", "embed"), sharding.spec("vocab", "w_embed"), rows, rows)
+def sharded(x, w, targets, weights):
+    """The inputs on the ambient mesh."""
+    tokens = sharding.spec("tokens")
+    specs = (sharding.spec("tokens", "embed"), sharding.spec("vocab", "w_embed"), tokens, tokens)
     mesh = jax.sharding.get_mesh()
     return [
         jax.device_put(a, jax.NamedSharding(mesh, s))
@@ -54,10 +55,10 @@ def scaled_sum(function):
 @pytest.mark.parametrize(
     ("z_loss", "chunks"), [(0.0, 1), (1e-2, 1), (1e-2, 2), (1e-2, 5), (1e-2, 7)]
 )
-def test_value_and_gradients_are_those_of_log_softmax(on_mesh, inputs, mesh, z_loss, chunks):
+def test_loss_and_gradients_equal_those_of_log_softmax(on_mesh, inputs, mesh, z_loss, chunks):
     (_, want_parts), want = scaled_sum(lambda *a: plain(*a, z_loss))(*map(jnp.asarray, inputs))
     with on_mesh(*mesh):
-        args = laid_out(*inputs)
+        args = sharded(*inputs)
         assert (len({str(s.index) for s in args[1].addressable_shards}) > 1) == (np.prod(mesh) > 1)
         lowered = jax.jit(scaled_sum(lambda *a: cross_entropy(*a, z_loss, chunks))).lower(*args)
         (_, parts), got = lowered.compile()(*args)
@@ -69,9 +70,9 @@ def test_value_and_gradients_are_those_of_log_softmax(on_mesh, inputs, mesh, z_l
         np.testing.assert_allclose(g, w, atol=1e-5, rtol=1e-5)
 
 
-def test_chunks_that_do_not_divide_fall_to_the_next_number_that_does(on_mesh, inputs):
+def test_number_of_chunks_is_reduced_to_a_divisor_of_the_tokens(on_mesh, inputs):
     with on_mesh(1, 1, 1):
-        args = laid_out(*inputs)
+        args = sharded(*inputs)
         text = {
             chunks: jax.jit(lambda *a, c=chunks: cross_entropy(*a, 0.0, c)).lower(*args).as_text()
             for chunks in (4, 6, 1000)
@@ -80,9 +81,9 @@ def test_chunks_that_do_not_divide_fall_to_the_next_number_that_does(on_mesh, in
     assert f"tensor<{TOKENS}x1x{EMBED}xf32>" in text[1000]
 
 
-def test_logits_of_all_tokens_never_exist_when_chunked(on_mesh, inputs):
+def test_chunked_loss_never_has_the_logits_of_all_tokens(on_mesh, inputs):
     with on_mesh(1, 1, 1):
-        args = laid_out(*inputs)
+        args = sharded(*inputs)
 
         def shapes(chunks):
             function = scaled_sum(lambda *a: cross_entropy(*a, 0.0, chunks))
@@ -94,13 +95,13 @@ def test_logits_of_all_tokens_never_exist_when_chunked(on_mesh, inputs):
     assert f"[8,{TOKENS // 8},{VOCAB}]" not in chunked
 
 
-def test_tokens_of_weight_zero_have_no_part_in_anything(on_mesh, inputs):
+def test_tokens_of_weight_zero_contribute_nothing(on_mesh, inputs):
     x, w, targets, weights = inputs
     other = x.copy()
     other[weights == 0] = 50.0
     with on_mesh(1, 1, 1):
         step = jax.jit(scaled_sum(lambda *a: cross_entropy(*a, 1e-2, 1)))
-        runs = [jax.device_get(step(*laid_out(a, w, targets, weights))) for a in (x, other)]
+        runs = [jax.device_get(step(*sharded(a, w, targets, weights))) for a in (x, other)]
     ((value, _), (dx, dw)), ((other_value, _), (other_dx, other_dw)) = runs
     assert value == pytest.approx(other_value, rel=1e-6)
     np.testing.assert_allclose(dw, other_dw, atol=1e-6)
@@ -108,22 +109,22 @@ def test_tokens_of_weight_zero_have_no_part_in_anything(on_mesh, inputs):
     assert not np.any(other_dx[weights == 0])
 
 
-def test_scores_far_from_zero_stay_finite(on_mesh):
+def test_large_logits_give_a_finite_loss(on_mesh):
     x, w = np.full((8, 2), 100.0, np.float32), np.eye(8, 2, dtype=np.float32) * 100
     targets, weights = np.full(8, 7, np.int32), np.ones(8, np.float32)
     with on_mesh(1, 1, 1):
         step = jax.jit(scaled_sum(lambda *a: cross_entropy(*a, 0.0, 1)))
-        (_, (ce, _)), (dx, dw) = step(*laid_out(x, w, targets, weights))
+        (_, (ce, _)), (dx, dw) = step(*sharded(x, w, targets, weights))
     assert float(ce) == pytest.approx(8 * (1e4 + np.log(2)), rel=1e-6)
     assert np.isfinite(dx).all()
     assert np.isfinite(dw).all()
 
 
-def test_bfloat16_activations_give_bfloat16_and_float32_gradients(on_mesh, inputs):
+def test_gradients_of_bfloat16_activations_are_bfloat16_and_of_weights_float32(on_mesh, inputs):
     x, w, targets, weights = inputs
     _, want = scaled_sum(lambda *a: plain(*a, 0.0))(*map(jnp.asarray, inputs))
     with on_mesh(2, 2, 2):
-        args = laid_out(x.astype(jnp.bfloat16), w, targets, weights)
+        args = sharded(x.astype(jnp.bfloat16), w, targets, weights)
         _, (dx, dw) = jax.jit(scaled_sum(lambda *a: cross_entropy(*a, 0.0, 2)))(*args)
     assert (dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(dx.astype(jnp.float32), want[0], atol=0.1, rtol=0.1)

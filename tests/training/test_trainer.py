@@ -2,6 +2,7 @@
 
 import dataclasses
 import signal
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,10 @@ from gptjax.model import decoder
 from gptjax.parallel import arrays, mesh
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
-from gptjax.training import objective, trainer
+from gptjax.training import callbacks, objective
 from gptjax.training.metrics import Throughput, Writers
 from gptjax.training.step import TrainState, create_state, gradients, train_step
+from gptjax.training.trainer import Trainer
 
 EOS = 0
 
@@ -129,26 +131,58 @@ class Keep:
         pass
 
 
+@dataclasses.dataclass
+class ToyTask:
+    """Next-token prediction on random tokens."""
+
+    cfg: Config
+    loss: Callable = None
+    read: Callable | None = None
+    lr_multipliers = None
+
+    def __post_init__(self):
+        self.loss = self.loss or loss_fn(self.cfg)
+
+    def init(self, key):
+        return decoder.init(self.cfg.model, key)
+
+    def starting_params(self):
+        return None
+
+    def abstract_batch(self):
+        return objective.abstract_batch(self.cfg)
+
+    def batches(self, first, last):
+        if self.read:
+            return self.read(first, last)
+        return (rows_of(self.cfg, step) for step in range(first, last))
+
+    def to_model_params(self, params):
+        return params
+
+
 def fit(cfg: Config, folder, *, loss=None, batches=None, evaluators=(), tasks=(), sampler=None):
-    """Runs the loop; returns the last state and the metrics it wrote."""
+    """Trains; returns the last state and the metrics that were written."""
     keep = Keep()
+    quiet, watchdog = Progress(shown=False), Watchdog(cfg.watch)
+    writers = Writers([lambda folder, step: keep], folder)
+    checkpointer = Checkpointer(folder / "checkpoints", cfg.checkpoint)
+    due = [(cfg.eval.every, one) for one in evaluators]
+    due += [(cfg.eval.tasks_every, one) for one in tasks]
+    sample = sampler or (lambda snapshot: None)
+    todo = [
+        callbacks.Profile(cfg.log, folder / "profile"),
+        callbacks.NonfiniteGuard(cfg.train.nonfinite_limit, quiet),
+        callbacks.LogMetrics(cfg.log, writers, Throughput(1.0, "float32", 0.0), quiet),
+        callbacks.Save(cfg.checkpoint.every, checkpointer, watchdog, quiet),
+        callbacks.Evaluate(due, writers, watchdog, quiet),
+        callbacks.Every(cfg.eval.sample_every, sample),
+    ]
     with one_device():
-        state, _ = trainer.fit(
-            cfg,
-            init_fn=lambda key: decoder.init(cfg.model, key),
-            loss_fn=loss or loss_fn(cfg),
-            abstract_batch=objective.abstract_batch(cfg),
-            batches=batches or (lambda first, last: (rows_of(cfg, s) for s in range(first, last))),
-            evaluators=evaluators,
-            tasks=tasks,
-            sampler=sampler or (lambda step, params: None),
-            checkpoints=Checkpointer(folder / "checkpoints", cfg.checkpoint),
-            writers=lambda step: Writers([keep]),
-            throughput=Throughput(1.0, "float32", 0.0),
-            watch=Watchdog(cfg.watch),
-            progress=Progress(shown=False),
-        )
-    return state, keep.written
+        task = ToyTask(cfg, loss, batches)
+        trainer = Trainer(cfg, task, checkpointer, todo, watchdog=watchdog, progress=quiet)
+        state = trainer.fit()
+    return state, [(step, metrics) for step, metrics in keep.written if metrics]
 
 
 class Killed(Exception):
@@ -192,13 +226,26 @@ class Counted:
 def test_evaluation_is_due_at_its_steps_and_again_where_a_run_goes_on(tmp_path) -> None:
     cfg = dataclasses.replace(tiny(), eval=EvalConfig(every=2, sample_every=4))
     sampled: list[int] = []
-    sampler = lambda step, params: sampled.append(step)
+    sampler = lambda snapshot: sampled.append(snapshot.step)
     with pytest.raises(Killed):
         fit(cfg, tmp_path, batches=death_at(cfg, 5), evaluators=[Counted()], sampler=sampler)
     assert sampled == [4]
     _, written = fit(cfg, tmp_path, evaluators=[Counted()], sampler=sampler)
     assert [step for step, metrics in written if "asked" in metrics] == [4, 6, 8]
     assert sampled == [4, 4, 8]
+
+
+def test_a_step_is_saved_before_it_is_evaluated_and_evaluated_again_after_a_resume(tmp_path):
+    cfg = dataclasses.replace(tiny(), eval=EvalConfig(every=4))
+
+    def die():
+        raise Killed
+
+    with pytest.raises(Killed):
+        fit(cfg, tmp_path, evaluators=[Counted(then=die)])
+    assert Checkpointer(tmp_path / "checkpoints").steps()[-1] == 4
+    _, written = fit(cfg, tmp_path, evaluators=[Counted()])
+    assert [step for step, metrics in written if "asked" in metrics] == [4, 8]
 
 
 def test_tasks_have_a_period_of_their_own_and_are_written_when_they_were_measured(tmp_path) -> None:

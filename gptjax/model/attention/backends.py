@@ -1,52 +1,57 @@
-"""The attention backends: what each supports, and the choice among them.
+"""Attention backends: the features that each declares, and the choice among them.
 
-A backend is asked for exactly what the model and the batch need (`Requirements`). One that does not declare
-a feature is never handed it: `choose` takes the fastest that fits, and a backend that the
-configuration names but that does not fit is an error, never a silent change of the mathematics.
+A backend is a subclass of `Backend`, registered by its name, which `compute.attention` gives:
 
-Shapes: B batch, T queries, S keys, H query heads, K key heads, R = H/K queries of a group,
-C head_dim.
+    @ATTENTION_BACKENDS.register("flash")
+    class Flash(LocalBackend):
+        platforms = ("gpu",)
+        features = frozenset({"window"})
+
+        def attend_local(self, q_bThC, k_bTkC, v_bTkC, segments_bT, window, scale): ...
+
+A backend is only called for what the model and the batch need (`Requirements`) if it declares those
+features. A backend that the configuration names but that lacks one is an error, never a silent
+change of the mathematics.
+
+Shapes: B sequences, T positions, H query heads, K key heads, C head_dim; in lower case, one
+device's share.
 """
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
 from gptjax.config import ModelConfig
+from gptjax.config.registry import ATTENTION_BACKENDS
 from gptjax.errors import ConfigError
-from gptjax.model import layers
-from gptjax.model.attention import ring, vendor
-from gptjax.model.attention.blockwise import blockwise
-from gptjax.model.attention.reference import reference_attention
-from gptjax.parallel import sequence, sharding
+from gptjax.model.layers import Tokens
+from gptjax.parallel import sharding
 
 
 @dataclass(frozen=True)
 class Requirements:
-    """What one call of attention needs of its backend, beyond causal masking."""
+    """Features that a call of attention needs of its backend, beyond causal masking."""
 
     segments: bool = False
+    """Packed documents, each masked from the others."""
     window: bool = False
     grouped: bool = False
+    """Fewer key heads than query heads."""
     alibi: bool = False
     soft_cap: bool = False
     dropout: bool = False
-    context: bool = False  # sequences split over devices
+    context: bool = False
+    """Sequences split over devices."""
 
     def names(self) -> list[str]:
-        """The features that are needed."""
-        return [name for name, wanted in vars(self).items() if wanted]
+        """Names of the features that are needed."""
+        return [name for name, needed in vars(self).items() if needed]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What else a backend may be particular about."""
+    """The compute dtype, the length of one device's part of a sequence, and the width of a head."""
 
     dtype: str
     length: int
@@ -54,143 +59,118 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Backend:
-    """An implementation, where it runs, and which features of `Requirements` it has.
+class Inputs:
+    """Inputs of attention over whole sequences in zigzag order (parallel/sequence.py).
 
-    If `local`, `attend(q_BTHC, k_BTKC, v_BTKC, segments_BT, window)` is called on one device's
-    share, otherwise `attend(cfg, q_BTHC, k_BTKC, v_BTKC, positions_BT, segments_BT, window)` on
-    whole arrays. `dtypes` are those that it takes, `length_unit` what divides a device's part of a
-    sequence, `head_limit` its widest head; if `split`, it is for a context axis alone.
+    scale: the factor on products of queries and keys. window: keys that a query sees, its own
+    included; None for all. Query head h reads key head h // (H/K).
     """
 
-    attend: Callable[..., jax.Array] | None
-    platforms: tuple[str, ...]
-    features: frozenset[str]
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    length_unit: int = 1
-    head_limit: int = 2**31
-    local: bool = True
-    split: bool = False
+    q_BTHC: jax.Array
+    k_BTKC: jax.Array
+    v_BTKC: jax.Array
+    tokens: Tokens
+    scale: float
+    window: int | None = None
+    dropout_id: jax.Array | int = 0
+
+
+class Backend:
+    """An implementation of causal attention. Subclasses declare where it runs and its features."""
+
+    platforms: ClassVar[tuple[str, ...]]
+    """Among "cpu", "gpu" and "tpu"."""
+    features: ClassVar[frozenset[str]] = frozenset()
+    """Names of the fields of `Requirements` that it supports."""
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
+    length_multiple: ClassVar[int] = 1
+    """Divides a device's part of a sequence."""
+    max_head: ClassVar[int] = 2**31
+    """Its widest head."""
+    requires_context: ClassVar[bool] = False
+    """Whether it is only for sequences that are split over devices."""
+    auto_rank: ClassVar[int | None] = None
+    """Its place among those that compute.attention=auto tries, lowest first; None: not tried."""
+
+    def attend(self, cfg: ModelConfig, inputs: Inputs) -> jax.Array:
+        """Causal attention, [B, T, H, C]."""
+        raise NotImplementedError
 
     def refusal(self, need: Requirements, sizes: Sizes, platform: str) -> str | None:
-        """Why it cannot serve a call, or None if it can."""
+        """The reason why it cannot serve a call, or None if it can."""
         missing = [feature for feature in need.names() if feature not in self.features]
         if platform not in self.platforms:
             return f"needs a {'/'.join(self.platforms)}"
         if missing:
             return f"does not support {', '.join(missing)}"
-        if self.split and not need.context:
+        if self.requires_context and not need.context:
             return "needs mesh.context of at least 2"
         if sizes.dtype not in self.dtypes:
             return f"needs compute.dtype={'/'.join(self.dtypes)}"
-        if sizes.length % self.length_unit:
-            return f"needs sequences of a multiple of {self.length_unit}, not {sizes.length}"
-        if sizes.head > self.head_limit:
-            return f"needs heads of at most {self.head_limit}, not {sizes.head}"
+        if sizes.length % self.length_multiple:
+            return f"needs sequences of a multiple of {self.length_multiple}, not {sizes.length}"
+        if sizes.head > self.max_head:
+            return f"needs heads of at most {self.max_head}, not {sizes.head}"
         return None
 
 
-BACKENDS: dict[str, Backend] = {  # fastest first, for each platform
-    "splash": Backend(
-        vendor.splash,
-        ("tpu",),
-        frozenset({"segments", "window", "grouped", "soft_cap", "context"}),
-        length_unit=128,
-        local=False,
-    ),
-    "cudnn": Backend(
-        vendor.cudnn, ("gpu",), frozenset({"window", "grouped"}), ("bfloat16",), head_limit=128
-    ),
-    "blockwise": Backend(blockwise, ("cpu",), frozenset({"segments", "window", "grouped"})),
-    "ring": Backend(
-        ring.attend,
-        ("cpu", "gpu", "tpu"),
-        frozenset({"segments", "window", "grouped", "alibi", "soft_cap", "context"}),
-        local=False,
-        split=True,
-    ),
-    "reference": Backend(
-        None,
-        ("cpu", "gpu", "tpu"),
-        frozenset({"segments", "window", "grouped", "alibi", "soft_cap", "dropout", "context"}),
-    ),
-}
+class LocalBackend(Backend):
+    """A backend that is called on one device's share of sequences and heads."""
+
+    def attend_local(
+        self,
+        q_bThC: jax.Array,
+        k_bTkC: jax.Array,
+        v_bTkC: jax.Array,
+        segments_bT: jax.Array | None,
+        window: int | None,
+        scale: float,
+    ) -> jax.Array:
+        """Causal attention on one device's share, [b, T, h, C]."""
+        raise NotImplementedError
+
+    def attend(self, cfg: ModelConfig, inputs: Inputs) -> jax.Array:
+        """Calls `attend_local` on each device."""
+        heads = sharding.spec("batch", "seq", "heads", None)
+        segments_BT = inputs.tokens.segments_BT
+        return jax.shard_map(
+            lambda q, k, v, segments: self.attend_local(
+                q, k, v, segments, inputs.window, inputs.scale
+            ),
+            in_specs=(
+                heads,
+                heads,
+                heads,
+                None if segments_BT is None else sharding.spec("batch", "seq"),
+            ),
+            out_specs=heads,
+            check_vma=False,
+        )(inputs.q_BTHC, inputs.k_BTKC, inputs.v_BTKC, segments_BT)
 
 
 def choose(wanted: str, need: Requirements, sizes: Sizes, platform: str) -> str:
-    """The backend to use on a platform ("cpu", "gpu", "tpu").
+    """The name of the backend to use on a platform ("cpu", "gpu", "tpu").
 
-    "auto" takes the first that can serve the call. Raises ConfigError where the one that the
-    configuration names cannot.
+    `wanted` is compute.attention; "auto" takes the first by `auto_rank` that can serve the call.
+    Raises ConfigError where a named backend is unknown or cannot serve it.
     """
-    for name, backend in BACKENDS.items():
-        why = backend.refusal(need, sizes, platform)
-        if wanted == name and why:
-            raise ConfigError([f"compute.attention={name}: {why}; use auto or reference"])
-        if wanted in (name, "auto") and not why:
-            return name
-    raise AssertionError("the reference backend has every feature")
+    if wanted != "auto":
+        if why := backend(wanted).refusal(need, sizes, platform):
+            raise ConfigError([f"compute.attention={wanted}: {why}; use auto or reference"])
+        return wanted
+    ranks = {name: backend(name).auto_rank for name in ATTENTION_BACKENDS.names()}
+    ranked = sorted((rank, name) for name, rank in ranks.items() if rank is not None)
+    return next(name for _, name in ranked if not backend(name).refusal(need, sizes, platform))
 
 
-def attend(
-    cfg: ModelConfig,
-    q_BTHC: jax.Array,
-    k_BTKC: jax.Array,
-    v_BTKC: jax.Array,
-    positions_BT: jax.Array,
-    *,
-    backend: str,
-    segments_BT: jax.Array | None = None,
-    window: int | None = None,
-    keys_BT2: jax.Array | None = None,
-    site: jax.Array | int = 0,
-) -> jax.Array:
-    """Causal attention over whole sequences by the named backend, [B, T, H, C].
+def backend(name: str) -> Backend:
+    """The backend of a name. Raises ConfigError for an unknown one."""
+    return ATTENTION_BACKENDS[name]()
 
-    With `keys_BT2`, keys of each place (`layers.place_keys`), weights are dropped at `site`.
+
+def attend(cfg: ModelConfig, inputs: Inputs, *, backend_name: str) -> jax.Array:
+    """Causal attention by the named backend, [B, T, H, C].
+
+    Weights are dropped if the tokens have keys.
     """
-    chosen = BACKENDS[backend]
-    if chosen.attend is None:
-        drop = functools.partial(_drop, cfg, keys_BT2, site)
-        return reference_attention(
-            cfg, q_BTHC, k_BTKC, v_BTKC, positions_BT, segments_BT, window, drop
-        )
-    if not chosen.local:
-        return chosen.attend(cfg, q_BTHC, k_BTKC, v_BTKC, positions_BT, segments_BT, window)
-    heads = sharding.spec("batch", "seq", "heads", None)
-    rows = sharding.spec("batch", "seq")
-    local: Any = lambda q, k, v, segments: chosen.attend(q, k, v, segments, window)
-    return jax.shard_map(
-        local,
-        in_specs=(heads, heads, heads, None if segments_BT is None else rows),
-        out_specs=heads,
-        check_vma=False,
-    )(q_BTHC, k_BTKC, v_BTKC, segments_BT)
-
-
-def _drop(cfg, keys_BT2, site, p_BKRTS):
-    """Dropout of attention weights; a query's key, and the head, decide."""
-    if keys_BT2 is None or cfg.dropout == 0:
-        return p_BKRTS
-    places = sequence.places(p_BKRTS.shape[-1])
-    whole = sharding.spec("batch", None, None)
-    heads = sharding.spec("batch", "heads", None, None, None)
-
-    def local(p_bkrTS, keys_bT2, site):
-        b, k, r, t, s = p_bkrTS.shape
-        first = lax.axis_index(sharding.RULES["heads"]) * k * r
-        fold = lambda key_2, head: jax.random.key_data(
-            jax.random.fold_in(jax.random.wrap_key_data(key_2), head)
-        )
-        by_head = jax.vmap(jax.vmap(fold, (0, None)), (None, 0))
-        keys_hN2 = by_head(keys_bT2.reshape(b * t, 2), first + jnp.arange(k * r))
-        keys_bhT2 = keys_hN2.reshape(k * r, b, t, 2).swapaxes(0, 1)
-        # Weights of keys in their own order, as the context axis does not have them.
-        in_order = p_bkrTS[..., np.argsort(places)].reshape(b, k * r, t, s)
-        return layers.dropped(in_order, cfg.dropout, keys_bhT2, site)[..., places].reshape(
-            p_bkrTS.shape
-        )
-
-    return jax.shard_map(local, in_specs=(heads, whole, jax.P()), out_specs=heads, check_vma=False)(
-        p_BKRTS, jax.sharding.reshard(keys_BT2, whole), jnp.uint32(site)
-    )
+    return backend(backend_name).attend(cfg, inputs)

@@ -1,22 +1,71 @@
-"""Kernels of attention that JAX ships: splash for TPUs, cuDNN's for GPUs.
+"""Attention kernels that JAX ships: splash attention for TPUs, and cuDNN's for GPUs.
 
-Shapes: B batch, T queries, H query heads, K key heads, C head_dim.
+Shapes: B sequences, T positions, H query heads, K key heads, C head_dim; in lower case, one
+device's share.
 """
+
+from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
 
+from gptjax.config import ModelConfig
+from gptjax.config.registry import ATTENTION_BACKENDS
+from gptjax.model.attention.backends import Backend, Inputs, LocalBackend
 from gptjax.parallel import sequence, sharding
 from gptjax.parallel.mesh import abstract_mesh
 
 
-def splash(cfg, q_BTHC, k_BTKC, v_BTKC, positions_BT, segments_BT, window):
-    """JAX's splash attention for TPU: block-sparse, never holds the scores.
+@ATTENTION_BACKENDS.register("splash")
+class Splash(Backend):
+    """JAX's splash attention for TPU: block-sparse, never materialises the scores.
 
-    Where sequences are split over the context axis, each device has the keys of whole sequences for
-    its own queries, and the kernel's blocks are those that these see.
+    Where sequences are split over the context axis, keys are gathered over it, and each device
+    computes the blocks that its own queries see.
     """
+
+    platforms = ("tpu",)
+    features = frozenset({"segments", "window", "grouped", "soft_cap", "context"})
+    length_multiple = 128
+    auto_rank = 10
+
+    def attend(self, cfg: ModelConfig, inputs: Inputs) -> jax.Array:
+        """Causal attention, [B, T, H, C]."""
+        from jax.experimental.pallas.ops.tpu.splash_attention import (
+            splash_attention_kernel as kernel,
+        )
+
+        segments_BT, scale = inputs.tokens.segments_BT, inputs.scale
+        _, t, h, _ = inputs.q_BTHC.shape
+        attend, mask_specs = _splash_kernel(cfg, t, h, inputs.window)
+
+        def local(
+            attend: Any,
+            q_bthC: jax.Array,
+            k_btkC: jax.Array,
+            v_btkC: jax.Array,
+            segments_bt: jax.Array | None,
+        ) -> jax.Array:
+            segments = None
+            if segments_bt is not None:
+                segments = kernel.SegmentIds(segments_bt, _gather_natural(segments_bt, t))
+            keys = (_gather_natural(x, t).swapaxes(1, 2) for x in (k_btkC, v_btkC))
+            q_bhtC = (q_bthC * scale).swapaxes(1, 2)
+            return jax.vmap(attend)(q_bhtC, *keys, segments).swapaxes(1, 2)
+
+        heads = sharding.spec("batch", "seq", "heads", None)
+        tokens = None if segments_BT is None else sharding.spec("batch", "seq")
+        return jax.shard_map(
+            local,
+            in_specs=(mask_specs, heads, heads, heads, tokens),
+            out_specs=heads,
+            check_vma=False,
+        )(attend, inputs.q_BTHC, inputs.k_BTKC, inputs.v_BTKC, segments_BT)
+
+
+def _splash_kernel(cfg: ModelConfig, t: int, heads: int, window: int | None) -> tuple[Any, Any]:
+    """The kernel for one sequence of length t, its mask's blocks on the mesh, and their specs."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernel,
     )
@@ -24,58 +73,65 @@ def splash(cfg, q_BTHC, k_BTKC, v_BTKC, positions_BT, segments_BT, window):
         splash_attention_mask as masks,
     )
 
-    _, t, h, c = q_BTHC.shape
-    h, parts = h // sharding.axis_size("heads"), sharding.axis_size("seq")
-    one = (
+    local_heads = heads // sharding.axis_size("heads")
+    parts = sharding.axis_size("seq")
+    mask = (
         masks.CausalMask((t, t)) if window is None else masks.LocalMask((t, t), (window - 1, 0), 0)
     )
-    one.q_sequence = sequence.places(t).astype(np.int32)
+    mask.q_sequence = sequence.zigzag_positions(t).astype(np.int32)
     # Blocks of 512: the default of 128 leaves the matrix unit idle between them.
     size = max(s for s in (512, 384, 256, 128) if t // parts % s == 0)
     forward = ("block_q", "block_kv", "block_kv_compute")
     backward = ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
+    block_sizes: dict[str, Any] = dict.fromkeys(forward + backward, size)
     attend = kernel.make_splash_mha(
-        masks.MultiHeadMask([one] * h),
-        block_sizes=kernel.BlockSizes(**dict.fromkeys(forward + backward, size)),
+        masks.MultiHeadMask([mask] * local_heads),
+        block_sizes=kernel.BlockSizes(**block_sizes),
         attn_logits_soft_cap=cfg.attention_soft_cap or None,
         head_shards=1,
         q_seq_shards=parts,
     )
-    # Each device's blocks of the mask lie with its queries. Within a stage of a pipeline, the mesh
-    # itself would be refused.
+    # Each device has the mask's blocks for its queries. Within a stage of a pipeline, JAX would
+    # refuse the mesh itself.
     mesh = abstract_mesh(**jax.sharding.get_abstract_mesh().shape)
-    mask_specs = attend.manual_sharding_spec(jax.NamedSharding(mesh, sharding.spec(None, "seq")))
-    attend = jax.tree.map(jax.sharding.reshard, attend, mask_specs)
-
-    def local(attend, q_BTHC, k_BTKC, v_BTKC, segments_BT):
-        segments = None
-        if segments_BT is not None:
-            segments = kernel.SegmentIds(segments_BT, _in_order(segments_BT, t))
-        keys = (_in_order(x, t).swapaxes(1, 2) for x in (k_BTKC, v_BTKC))
-        q_BHTC = (q_BTHC * c**-0.5).swapaxes(1, 2)
-        return jax.vmap(attend)(q_BHTC, *keys, segments).swapaxes(1, 2)
-
-    heads = sharding.spec("batch", "seq", "heads", None)
-    rows = None if segments_BT is None else sharding.spec("batch", "seq")
-    return jax.shard_map(
-        local,
-        in_specs=(mask_specs, heads, heads, heads, rows),
-        out_specs=heads,
-        check_vma=False,
-    )(attend, q_BTHC, k_BTKC, v_BTKC, segments_BT)
+    specs = attend.manual_sharding_spec(jax.NamedSharding(mesh, sharding.spec(None, "seq")))
+    return jax.tree.map(jax.sharding.reshard, attend, specs), specs
 
 
-def _in_order(a_BT: jax.Array, length: int) -> jax.Array:
-    """Inside an island: whole sequences in their own order, from the parts of the context axis."""
-    if a_BT.shape[1] == length:
-        return a_BT
-    return sequence.in_order(lax.all_gather(a_BT, sharding.RULES["seq"], axis=1, tiled=True))
+def _gather_natural(a_bt: jax.Array, length: int) -> jax.Array:
+    """Whole sequences in natural order from the parts of the context axis, in a shard_map."""
+    if a_bt.shape[1] == length:
+        return a_bt
+    return sequence.from_zigzag(lax.all_gather(a_bt, "context", axis=1, tiled=True))
 
 
-def cudnn(q_BTHC, k_BTKC, v_BTKC, segments_BT, window):
+@ATTENTION_BACKENDS.register("cudnn")
+class Cudnn(LocalBackend):
     """cuDNN's flash attention for GPU. It has no segment mask."""
-    assert segments_BT is None
-    local = None if window is None else (window - 1, 0)
-    return jax.nn.dot_product_attention(
-        q_BTHC, k_BTKC, v_BTKC, is_causal=True, local_window_size=local, implementation="cudnn"
-    )
+
+    platforms = ("gpu",)
+    features = frozenset({"window", "grouped"})
+    dtypes = ("bfloat16",)
+    max_head = 128
+    auto_rank = 20
+
+    def attend_local(
+        self,
+        q_bThC: jax.Array,
+        k_bTkC: jax.Array,
+        v_bTkC: jax.Array,
+        segments_bT: jax.Array | None,
+        window: int | None,
+        scale: float,
+    ) -> jax.Array:
+        """Causal attention on one device's share, [b, T, h, C]."""
+        assert segments_bT is None
+        return jax.nn.dot_product_attention(
+            q_bThC,
+            k_bTkC,
+            v_bTkC,
+            scale=scale,
+            is_causal=True,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation="cudnn",
+        )

@@ -1,0 +1,1 @@
+"""Presets: functions that return a whole configuration. `gptjax presets` lists them."""

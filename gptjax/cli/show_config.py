@@ -1,0 +1,37 @@
+"""`gptjax config`: the resolved configuration, its origins, and the size of its model."""
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from gptjax import config
+from gptjax.cli.arguments import resolve
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Runs the command."""
+    cfg = resolve(args, overrides)
+    if args.json:
+        print(json.dumps(config.to_dict(cfg), indent=2))
+        return
+    if args.count:
+        _print_counts(cfg)
+        return
+    origins = config.provenance(cfg, args.config, overrides)
+    for name, value in config.flatten(cfg).items():
+        print(f"{name:28} {value!r:32} {origins[name]}")
+
+
+def _print_counts(cfg: config.Config) -> None:
+    from gptjax.model import flops as counts
+
+    parameters = counts.parameters(cfg.model)
+    for name, number in parameters.parts.items():
+        print(f"{name:28} {number:>20,}")
+    print(f"{'total':28} {parameters.total:>20,}")
+    print(f"{'active':28} {parameters.active:>20,}  of one token")
+    flops = counts.flops_per_token(cfg.model, cfg.train.seq_len)
+    print(
+        f"{'training FLOPs':28} {flops:>20,.0f}  a token, in sequences of {cfg.train.seq_len} "
+        "(forward: a third)"
+    )

@@ -1,0 +1,17 @@
+"""`gptjax train`: pre-training, from text to a trained run."""
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from gptjax import pretrain
+from gptjax.cli.arguments import resolve
+from gptjax.runtime import distributed
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Runs the command."""
+    cfg = resolve(args, overrides)
+    results = pretrain.train(cfg)
+    if distributed.first():
+        print(json.dumps({"run": cfg.run, **results}))

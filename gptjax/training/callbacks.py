@@ -1,0 +1,275 @@
+"""Callbacks of the training loop: saving, evaluation, samples, metrics, profiles."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+from gptjax.checkpoint.checkpointer import Checkpointer
+from gptjax.config import LogConfig
+from gptjax.errors import NumericError
+from gptjax.model.decoder import Params
+from gptjax.runtime.progress import Progress
+from gptjax.runtime.watchdog import Watchdog
+from gptjax.training.metrics import Throughput, Writers, perplexity
+from gptjax.training.step import TrainState
+from gptjax.training.task import Task
+
+
+@dataclass
+class Snapshot:
+    """The state after a step, as callbacks see it."""
+
+    step: int
+    state: TrainState
+    task: Task
+
+    @cached_property
+    def model_params(self) -> Params:
+        """The model's parameters, averaged where the run keeps a moving average."""
+        return self.task.to_model_params(self.state.averaged)
+
+
+class StepTimer:
+    """Tokens per second, and the share of time spent waiting for data, since the last report."""
+
+    def __init__(self, tokens: int) -> None:
+        """`tokens` of a step."""
+        self._tokens = tokens
+        self.rate = 0.0
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins a new interval."""
+        self._began, self._steps, self._waited = time.monotonic(), 0, 0.0
+
+    def step_done(self) -> None:
+        """Counts a step."""
+        self._steps += 1
+        self.rate = self._steps * self._tokens / (time.monotonic() - self._began)
+
+    def report(self) -> dict[str, float]:
+        """The share of waiting; begins the next interval."""
+        share = self._waited / (time.monotonic() - self._began)
+        self.reset()
+        return {"data_wait": share}
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in here is spent waiting for data."""
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in here does not count."""
+        began = time.monotonic()
+        yield
+        self._began += time.monotonic() - began
+
+
+class Callback:
+    """Something that happens during training. Each method does nothing unless it is overridden."""
+
+    repeats_on_resume = False
+    """Whether a run resumed at a step where this is due does it again, as it comes after the save;
+    for the same reason a signal to stop may interrupt it."""
+
+    def begin(self, first: int, last: int) -> None:
+        """Called once, with the step that the state is at and the last step to be trained."""
+        self._last = last
+
+    def before_step(self, step: int) -> None:
+        """Called before a step is dispatched; steps are counted from 1."""
+
+    def dispatched(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Called when a step has been dispatched, and has perhaps not been computed yet."""
+
+    def on_metrics(self, step: int, metrics: dict[str, float], timer: StepTimer) -> None:
+        """Called with the metrics of each step, when they have reached the host."""
+
+    def due(self, step: int) -> bool:
+        """Whether `run` is to be called after a step."""
+        return False
+
+    def run(self, snapshot: Snapshot) -> None:
+        """Called after a step at which this is due, in the order of the callbacks' list."""
+
+    def close(self) -> None:
+        """Called at the end, whether training was completed or failed."""
+
+
+class Every(Callback):
+    """Runs an action every so many steps, and after the last one; with 0 steps only then."""
+
+    def __init__(
+        self, steps: int, action: Callable[[Snapshot], None], *, repeats_on_resume: bool = True
+    ) -> None:
+        self._steps, self._action = steps, action
+        self.repeats_on_resume = repeats_on_resume
+
+    def due(self, step: int) -> bool:
+        return is_due(self._steps, step, self._last)
+
+    def run(self, snapshot: Snapshot) -> None:
+        self._action(snapshot)
+
+
+def is_due(period: int, step: int, last: int) -> bool:
+    """Whether something with a period in steps is due; everything is due at the last step."""
+    return step == last or (period > 0 and step > 0 and step % period == 0)
+
+
+class Save(Every):
+    """Saves the state every so many steps, and after the last one, which it waits for."""
+
+    def __init__(
+        self, steps: int, checkpointer: Checkpointer, watchdog: Watchdog, progress: Progress
+    ) -> None:
+        super().__init__(steps, self._save, repeats_on_resume=False)
+        self._checkpointer, self._watchdog, self._progress = checkpointer, watchdog, progress
+
+    def dispatched(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        for problem in self._checkpointer.failures():
+            self._progress.say(f"{problem}; training goes on")
+
+    def _save(self, snapshot: Snapshot) -> None:
+        self._watchdog.at("save", snapshot.step)
+        self._checkpointer.save(snapshot.step, snapshot.state)
+        if snapshot.step == self._last:
+            self._checkpointer.finish()
+
+
+class Evaluator(Protocol):
+    """A measurement of parameters."""
+
+    def run(self, params: Params) -> Mapping[str, float]:
+        """Names and values of what was measured."""
+
+
+class Evaluate(Callback):
+    """Runs evaluators, each with a period of its own in steps, and writes what they measure.
+
+    `results` holds the newest value of each metric.
+    """
+
+    repeats_on_resume = True
+
+    def __init__(
+        self,
+        evaluators: Sequence[tuple[int, Evaluator]],
+        writers: Writers,
+        watchdog: Watchdog,
+        progress: Progress,
+    ) -> None:
+        self._evaluators, self._writers = evaluators, writers
+        self._watchdog, self._progress = watchdog, progress
+        self.results: dict[str, float] = {}
+
+    def _due(self, step: int) -> list[Evaluator]:
+        return [one for period, one in self._evaluators if is_due(period, step, self._last)]
+
+    def due(self, step: int) -> bool:
+        return bool(self._due(step))
+
+    def run(self, snapshot: Snapshot) -> None:
+        values: dict[str, float] = {}
+        for evaluator in self._due(snapshot.step):
+            self._watchdog.at("eval", snapshot.step)
+            values.update(evaluator.run(snapshot.model_params))
+        self.results.update(values)
+        self._writers.write(snapshot.step, values)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self._progress.say(f"step {snapshot.step}: {shown}")
+
+
+class LogMetrics(Callback):
+    """Writes training metrics every log.every steps, and those of the last step."""
+
+    def __init__(
+        self, cfg: LogConfig, writers: Writers, throughput: Throughput, progress: Progress
+    ) -> None:
+        self._every, self._writers = cfg.every, writers
+        self._throughput, self._progress = throughput, progress
+
+    def begin(self, first: int, last: int) -> None:
+        super().begin(first, last)
+        self._writers.open(first)
+        if first < last:
+            self._progress.say(self._throughput.description)
+
+    def on_metrics(self, step: int, metrics: dict[str, float], timer: StepTimer) -> None:
+        if step % self._every == 0 or step == self._last:
+            rates = self._throughput.of(timer.rate) | timer.report()
+            self._writers.write(step, metrics | {"perplexity": perplexity(metrics["loss"])} | rates)
+
+    def close(self) -> None:
+        self._writers.close()
+
+
+class NonfiniteGuard(Callback):
+    """Tells of steps whose loss or gradient was not finite, and ends a run of many in a row."""
+
+    def __init__(self, limit: int, progress: Progress) -> None:
+        self._limit, self._progress = limit, progress
+
+    def on_metrics(self, step: int, metrics: dict[str, float], timer: StepTimer) -> None:
+        if metrics["nonfinite"]:
+            self._progress.say(f"step {step}: loss or gradient not finite; parameters unchanged")
+        if metrics["nonfinite"] >= self._limit:
+            raise NumericError(
+                f"loss or gradient was not finite {self._limit} steps in a row, the last of them "
+                f"step {step}; lower optim.lr, or look at the data"
+            )
+
+
+class ShowProgress(Callback):
+    """A progress bar over the steps, with loss and tokens per second."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._stack = ExitStack()
+
+    def begin(self, first: int, last: int) -> None:
+        super().begin(first, last)
+        if first < last:
+            self._bar = self._stack.enter_context(self._progress.bar("train", last, first))
+
+    def on_metrics(self, step: int, metrics: dict[str, float], timer: StepTimer) -> None:
+        dropped = metrics.get("moe_dropped", 0.0)  # share of a mixture's assignments
+        shown = {"loss": metrics["loss"], "tokens_per_second": timer.rate}
+        self._bar.update(step, None, **shown | ({"dropped": dropped} if dropped else {}))
+        if step == self._last:
+            self.close()
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+class Profile(Callback):
+    """A trace of the configured steps by jax.profiler; none if the run resumes after the first."""
+
+    def __init__(self, cfg: LogConfig, folder: Path) -> None:
+        self._first, self._steps, self._folder = cfg.profile_start, cfg.profile_steps, folder
+        self._tracing = False
+
+    def before_step(self, step: int) -> None:
+        if step == self._first:
+            jax.profiler.start_trace(str(self._folder))
+            self._tracing = True
+
+    def dispatched(self, step: int, metrics: Any) -> None:
+        if self._tracing and step == self._first + self._steps - 1:
+            jax.block_until_ready(metrics)
+            self.close()
+
+    def close(self) -> None:
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False

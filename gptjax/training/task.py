@@ -1,0 +1,40 @@
+"""The contract between a training task and the training loop."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import jax
+
+from gptjax.model.decoder import Params
+from gptjax.param_tree import Tree
+from gptjax.training.param_groups import LrMultipliers
+from gptjax.training.step import Sums
+
+
+class Task(Protocol):
+    """A model to train, its loss and its batches: all that the loop has to know of them.
+
+    The training tree is what the optimizer sees. It may differ from the model's parameters: layers
+    in a pipeline's order, adapters beside a frozen base. `to_model_params` alone knows how.
+    """
+
+    lr_multipliers: LrMultipliers | None
+    """Which leaves of the training tree are trainable, and how fast; None: all of them alike."""
+
+    def init(self, key: jax.Array) -> Tree:
+        """A freshly drawn training tree. Traced: it gives the state's shapes and layouts too."""
+
+    def starting_params(self) -> Tree | None:
+        """The training tree to start from, read from elsewhere; None: the one that `init` draws."""
+
+    def loss(self, params: Tree, batch: Any, keys_B2: jax.Array | None) -> tuple[jax.Array, Sums]:
+        """The loss to differentiate and the batch's sums, as `step.LossFn` describes them."""
+
+    def abstract_batch(self) -> Any:
+        """Shapes and layouts of a whole batch on the ambient mesh."""
+
+    def batches(self, first: int, last: int) -> Iterator[Any]:
+        """This process's rows, as host arrays, of the batches of steps first..last-1, from 0 on."""
+
+    def to_model_params(self, params: Tree) -> Params:
+        """The model's parameters in the model's order: for evaluation, sampling and export."""
