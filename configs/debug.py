@@ -1,4 +1,4 @@
-"""A model small enough to see every part of a run in seconds: bytes, two layers of width 64.
+"""A tiny model that shows every part of a run in seconds: bytes, two layers of width 64.
 
 gptjax train configs/debug.py --data.sources README.md --data.valid-sources CHANGELOG.md
 """

@@ -2,14 +2,14 @@
 
     gptjax train configs/falcon.py:falcon_7b --data.sources 'corpus/*.jsonl.zst'
 
-7B: one query group for all heads, attention and feed-forward from one normalised input. 40B and
-180B: 8 key heads and a normalisation for each branch. RW-1B: sequential, with biases and ALiBi.
-2-11B: 8 key heads and one shared normalisation. 3: shaped like Llama, with heads 256 wide.
+7B: one key head, attention and feed-forward in parallel from one normalised input. 40B and 180B: 8
+key heads and a normalisation for each branch. RW-1B: sequential, with biases and ALiBi. 2-11B: 8
+key heads and one shared normalisation. 3: Llama's architecture with heads of width 256.
 
-Peak rates, batches and tokens of 7B, 40B and 180B are the paper's and the model cards'; batches are
-full from the start here, where the released models' grew. The recipes of RW-1B, 2-11B and 3 were
-not published in full: their rates and batches here are those of the nearest Falcon. Falcon 3 was in
-part made from one another by pruning and growing.
+Peak rates, batches and tokens of 7B, 40B and 180B are those of the paper and the model cards; here
+the batch is full from the start, whereas the released models' grew. The recipes of RW-1B, 2-11B and
+3 were not published in full: their rates and batches are those of the nearest Falcon. Some Falcon 3
+models were made from others by pruning and growing.
 """
 
 from dataclasses import replace
@@ -133,7 +133,7 @@ def _falcon3(
 
 
 def _falcon(size: str, model: ModelConfig, *, lr: float, batch: int, tokens: float) -> Config:
-    """`batch` in sequences of 2048 tokens, `tokens` in trillions."""
+    """The common recipe; `batch` in sequences of 2048 tokens, `tokens` in trillions."""
     batch_tokens = batch * 2048
     return Config(
         run=f"runs/falcon-{size}",

@@ -3,13 +3,13 @@
     gptjax train configs/gpt3.py:gpt3_125m --data.sources 'corpus/*.jsonl.zst'
 
 Peak rates and batches are the table's; Adam with betas 0.9 and 0.95, decay 0.1, clipping at 1,
-warm-up over 375 million tokens, a cosine to a tenth, 300 billion tokens. Left out are the batch's
-growth in the first billions of tokens and the constant rate after 260 billion. The paper alternates
-full attention with locally banded sparse patterns whose details were never published; full
-attention is the usual stand-in, and `--model.pattern full window --model.window 256` gives an
-alternation.
+warm-up over 375 million tokens, a cosine to a tenth, 300 billion tokens. Not reproduced are the
+batch's growth in the first billions of tokens and the constant rate after 260 billion. The paper
+alternates full attention with locally banded sparse patterns whose details were never published;
+full attention is the usual substitute, and `--model.pattern full window --model.window 256`
+alternates it with a sliding window.
 
-Two rows of the table do not multiply out. 1.3B has 24 heads of 128 for a width of 2048: here 16, so
+Two rows of the table are inconsistent. 1.3B has 24 heads of 128 for a width of 2048: here 16, so
 that attention is as wide as the model. 13B has a width of 5140, which 40 heads do not divide:
 `gpt3_13b` has the printed width, with 20 heads of 257, and `gpt3_13b_5120` has 40 heads of 128.
 """

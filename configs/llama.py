@@ -5,10 +5,9 @@
 Shapes are those of the released configurations. Llama 1 and 2: AdamW with betas 0.9 and 0.95, decay
 0.1, clipping at 1, 2000 steps of warm-up, a cosine to a tenth, 4 million tokens a step. Of Llama 3
 the peak rates, the number of tokens, the 8000 steps of warm-up and the largest batch are published;
-the batch grows during training (405B: 4, 8, 16 million tokens), which is left out here. 3.1
-stretches 3's rotary positions from 8k to 128k tokens in further training at long context, 3.2 was
-distilled and 3.3 is 3.1 trained on; none of that is a recipe to repeat here, so these presets have
-3's.
+the batch grows during training (405B: 4, 8, 16 million tokens), which is not reproduced here. 3.1
+scales 3's rotary positions from 8k to 128k tokens in further training at long context, 3.2 was
+distilled, and 3.3 is 3.1 trained further; these presets have 3's recipe.
 """
 
 from gptjax.config import (

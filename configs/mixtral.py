@@ -1,10 +1,11 @@
-"""Mixtral (Jiang et al. 2024): Llama's block with eight experts, of which each token meets two.
+"""Mixtral (Jiang et al. 2024): Llama's block with eight experts, two for each token.
 
     gptjax train configs/mixtral.py:mixtral_8x7b --data.sources 'corpus/*.jsonl.zst'
 
-The public stand-in for the GPT-4 class, whose architecture its makers have not published. Shapes
-are those of the released configurations. How Mixtral was trained was not published: rates, batch
-and budget are Llama 2's, the balance loss's weight is the released one, whose even value is top_k.
+The public substitute for the GPT-4 class, whose architecture is unpublished. Shapes are those of
+the released configurations. Mixtral's training was not published: rates, batch and budget are
+Llama 2's; the balance loss's weight is the released one times top_k, because the released loss
+equals top_k at an even load.
 """
 
 from gptjax.config import (

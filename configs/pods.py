@@ -3,11 +3,11 @@
     gptjax plan configs/pods.py:llama3_8b_v5e_256 --compile
     gptjax train configs/pods.py:llama3_8b_v5e_256 --data.sources 'corpus/*.jsonl.zst'
 
-Of the meshes that `--search` finds about equally fast, these are the plainest: everything along
-fsdp where a device then has a whole sequence, and another axis only where the batch, the memory or
-the experts ask for it. The recipes are those of the models' own presets; GPT-3's batch of 3.2
-million tokens is rounded to 1536 sequences, which these meshes divide. What each needs and how long
-it is predicted to take, by arithmetic and as the TPU's compiler sees it, stands in the README.
+Of the meshes that `--search` finds about equally fast, these are the simplest: fsdp alone where
+each device then has a whole sequence, and another axis only where batch, memory or experts need it.
+The recipes are those of the models' own presets; GPT-3's batch of 3.2 million tokens is rounded to
+1536 sequences, which these meshes divide. The README has each preset's predicted memory and time,
+by arithmetic and by the TPU's compiler.
 """
 
 from dataclasses import replace
@@ -22,12 +22,12 @@ def gpt2_small_v5e_4() -> Config:
 
 
 def gpt3_175b_v5p_512() -> Config:
-    """GPT-3 175B on 8x8x8 of v5p: everything along fsdp."""
+    """GPT-3 175B on 8x8x8 of v5p: fsdp alone."""
     return _on("v5p:8x8x8", "gpt3.py:gpt3_175b", fsdp=512, batch_tokens=_GPT3)
 
 
 def gpt3_175b_v5p_2048() -> Config:
-    """GPT-3 175B on 8x16x16 of v5p: a sequence's work over four devices."""
+    """GPT-3 175B on 8x16x16 of v5p: each sequence on four devices by tensor parallelism."""
     return _on("v5p:8x16x16", "gpt3.py:gpt3_175b", fsdp=512, tensor=4, batch_tokens=_GPT3)
 
 
@@ -37,7 +37,7 @@ def llama3_8b_v5e_256() -> Config:
 
 
 def llama3_8b_v5e_2x256() -> Config:
-    """Llama 3 8B on two slices of 16x16 of v5e: gradients alone cross the network."""
+    """Llama 3 8B on two slices of 16x16 of v5e: only gradients cross the network."""
     return _on("2xv5e:16x16", "llama.py:llama3_8b", data=2, fsdp=256)
 
 
@@ -47,17 +47,17 @@ def llama3_70b_v5p_512() -> Config:
 
 
 def llama31_405b_v5p_128() -> Config:
-    """Llama 3.1 405B on 4x4x8 of v5p, the smallest slice that holds its training."""
+    """Llama 3.1 405B on 4x4x8 of v5p, the smallest slice that its training fits."""
     return _on("v5p:4x4x8", "llama.py:llama31_405b", fsdp=32, tensor=4, accumulation=16)
 
 
 def llama31_8b_128k_v5p_512() -> Config:
-    """Llama 3.1 8B on sequences of 131,072 tokens, each over 16 devices of 8x8x8 of v5p."""
+    """Llama 3.1 8B on 8x8x8 of v5p, with sequences of 131,072 tokens on 16 devices each."""
     return _on("v5p:8x8x8", "llama.py:llama31_8b", fsdp=32, context=16, seq_len=131_072)
 
 
 def mixtral_8x7b_v5p_128() -> Config:
-    """Mixtral 8x7B on 4x4x8 of v5p, an expert a device, 1.25 times its even share of tokens."""
+    """Mixtral 8x7B on 4x4x8 of v5p, one expert on each device, capacity factor 1.25."""
     cfg = _on("v5p:4x4x8", "mixtral.py:mixtral_8x7b", fsdp=16, expert=8, accumulation=4)
     moe = replace(cfg.model.moe, capacity=1.25)
     return replace(cfg, model=replace(cfg.model, moe=moe))
@@ -77,13 +77,14 @@ def _on(
     tensor: int = 1,
     **train: int,
 ) -> Config:
+    """A preset on a machine with this mesh; `train` are further fields of the train section."""
     cfg = load(str(Path(__file__).with_name(preset.split(":")[0])) + ":" + preset.split(":")[1])
     mesh = MeshConfig(data, fsdp, expert, tensor, context, machine=machine)
-    rows = data * fsdp * expert
+    shards = data * fsdp * expert
     return replace(
         cfg,
         run=f"{cfg.run}-{machine.replace(':', '-')}",
         mesh=mesh,
         train=replace(cfg.train, **train),
-        eval=replace(cfg.eval, batch=max(1, -(-cfg.eval.batch // rows)) * rows),
+        eval=replace(cfg.eval, batch=max(1, -(-cfg.eval.batch // shards)) * shards),
     )

@@ -1,4 +1,4 @@
-"""Qwen3's mixture of experts (Yang et al. 2025): 128 narrow experts, of which a token meets 8.
+"""Qwen3's mixture of experts (Yang et al. 2025): 128 narrow experts, 8 for each token.
 
     gptjax train configs/qwen3_moe.py:qwen3_30b_a3b --data.sources 'corpus/*.jsonl.zst'
 

@@ -1,11 +1,11 @@
-"""Several processes of one job on this machine, which find one another on loopback.
+"""Starts several processes of one job on this machine, which connect over loopback.
 
     python launch/local.py 2 gptjax train configs/debug.py --run runs/two
     python launch/local.py --devices 2 4 gptjax train CONFIG ...    # two virtual devices each
 
-Every line that a process writes is prefixed by its number. SIGTERM and Ctrl-C go to all of them,
-the third time as SIGKILL. Ends when all have ended, with 0 if all did, and otherwise with the first
-code that is not 69 (a process ended because another had), or 69.
+Each output line begins with the number of its process. SIGTERM and Ctrl-C are forwarded to all
+processes, the third one as SIGKILL. The exit code is 0 if that of all processes is, otherwise the
+first one that is not 69 (a peer ended), otherwise 69.
 """
 
 import argparse
@@ -17,18 +17,18 @@ import sys
 import threading
 from typing import IO
 
-LOST = 69
+PEER_ERROR = 69
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on."""
+    """A free port on loopback."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return listening.getsockname()[1]
 
 
 def environment(index: int, count: int, port: int, devices: int | None) -> dict[str, str]:
-    """What tells a process which one it is."""
+    """The environment of process `index` of `count`."""
     env = os.environ | {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(count),
@@ -41,20 +41,20 @@ def environment(index: int, count: int, port: int, devices: int | None) -> dict[
 
 
 def forward(lines: IO[str], to: IO[str], index: int) -> None:
-    """Copies a process's lines, with its number before them."""
+    """Copies a process's lines, prefixed by its number."""
     for line in lines:
         to.write(f"[{index}] {line}")
         to.flush()
 
 
 def exit_code(codes: list[int]) -> int:
-    """What the job ended with, of what its processes did; killed by a signal: 128 and it."""
+    """The job's exit code, from those of its processes; 128 plus the number for a signal."""
     codes = [128 - code if code < 0 else code for code in codes]
-    return next((code for code in codes if code not in (0, LOST)), max(codes))
+    return next((code for code in codes if code not in (0, PEER_ERROR)), max(codes))
 
 
 def main() -> int:
-    """Starts the processes and waits for them."""
+    """Starts the processes, waits for them, and returns the job's exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("processes", type=int)
     parser.add_argument("--devices", type=int, help="virtual CPU devices of each process")
@@ -70,21 +70,21 @@ def main() -> int:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # so that Ctrl-C reaches each once, from here
+            start_new_session=True,  # so that Ctrl-C reaches each process once, forwarded from here
         )
         for index in range(args.processes)
     ]
 
-    told: list[int] = []
+    received: list[int] = []
 
-    def pass_on(number: int, _: object) -> None:
-        told.append(number)
+    def forward_signal(number: int, _: object) -> None:
+        received.append(number)
         for child in children:
             if child.poll() is None:
-                child.send_signal(number if len(told) < 3 else signal.SIGKILL)
+                child.send_signal(number if len(received) < 3 else signal.SIGKILL)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
+        signal.signal(number, forward_signal)
     copies = [
         threading.Thread(target=forward, args=(lines, to, index))
         for index, child in enumerate(children)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU VM slice: one process on each of its hosts, from where you stand.
+# Trains on a Cloud TPU VM slice, one process on each of its hosts, controlled from this machine.
 #
 #   launch/tpu_vm.sh create NAME v5litepod-256 v2-alpha-tpuv5-lite --spot     (further gcloud options)
 #   launch/tpu_vm.sh install NAME                      this checkout and its packages, on every host
@@ -10,11 +10,11 @@
 #   launch/tpu_vm.sh delete NAME
 #
 # Set CLOUDSDK_COMPUTE_ZONE and CLOUDSDK_CORE_PROJECT for gcloud, and `ssh-add` its key. JAX finds
-# the other hosts in the metadata of the VM. `train` starts the command again on all hosts after a
-# lost process, a maintenance event or a lost connection, and ends on a problem for a person. Run it
-# where it can stay: in tmux on a small VM beside the slice. A spot slice that was taken has to be
-# created anew; the same `train` then goes on. MAX_RESTARTS is how often it begins again (1000),
-# RESTART_SECONDS what it waits before it does (15). Several slices: launch/gke_jobset.yaml.
+# the other hosts in the VM's metadata. `train` restarts the command on all hosts after a dead or
+# hung process, a maintenance event or a lost connection, and ends at a permanent error. Run it in
+# tmux on a small VM near the slice. A preempted spot slice must be created again; the same `train`
+# command then continues. MAX_RESTARTS is the largest number of restarts (1000), RESTART_SECONDS the
+# pause before each (15). For several slices see launch/gke_jobset.yaml.
 set -uo pipefail
 
 fail() { echo "tpu_vm.sh: $*" >&2; exit 2; }
@@ -24,11 +24,11 @@ on() { gcloud compute tpus tpu-vm ssh "$name" --worker="$1" --command="$2"; } # 
 action=$1 name=$2
 shift 2
 
-# What the hosts run, expanded there and not here. One that is told to stop by hand says so. A
-# command that outlived its connection still holds the lock: it is told to stop, at which all hosts
-# save and end with 75, and the next round begins everywhere.
+# Commands for the hosts, expanded there and not here. A host that is stopped manually prints so. A
+# process that outlived its connection still holds the lock: it gets SIGTERM, at which all hosts save
+# and end with 75, and the next attempt starts on all of them.
 # shellcheck disable=SC2016
-STOP='cd ~/gptjax && flock -n .lock echo nothing is trained here && exit
+STOP='cd ~/gptjax && flock -n .lock echo no training is running here && exit
 touch .stopped; kill -TERM $(cat .pid)'
 # shellcheck disable=SC2016
 RUN='cd ~/gptjax || exit 78
@@ -36,7 +36,7 @@ exec 9>>.lock
 if flock -n 9; then
     rm -f .stopped
     (echo "$BASHPID" >.pid; exec .venv/bin/gptjax train %s); code=$?
-    [ ! -e .stopped ] || echo "tpu_vm.sh: stopped by hand" >&2
+    [ ! -e .stopped ] || echo "tpu_vm.sh: stopped manually" >&2
 else kill -TERM "$(cat .pid)"; flock -w 600 9; code=75
 fi
 echo "tpu_vm.sh: $(hostname) ended with $code" >&2
@@ -53,29 +53,29 @@ train() {
     while :; do
         exec 3> >(trap '' INT TERM; exec tee "$report" >&2)
         tee=$!
-        # Deaf to Ctrl-C, which would end the connection before the hosts have saved.
+        # Ignores Ctrl-C, which would close the connection before the hosts have saved.
         (trap '' INT; on all "$command") 2>&3 3>&- &
         pid=$!
         exec 3>&-
         while told=; wait "$pid"; code=$?; [ "$told" ]; do :; done # a signal ends a wait
         wait "$tee"
-        # gcloud ends with the code of its first worker that failed; each says its own.
+        # gcloud ends with the exit code of the first worker that failed; each worker prints its own.
         for one in "$code" $(sed -n 's/^tpu_vm.sh: .* ended with \([0-9]*\)$/\1/p' "$report"); do
             case $one in
-                0 | 69 | 75 | 134 | 137 | 143 | 255) ;; # 255: the connection or the host was lost
+                0 | 69 | 75 | 134 | 137 | 143 | 255) ;; # 255: the connection or the host failed
                 *)
-                    echo "tpu_vm.sh: a host ended with $one, which a restart does not mend" >&2
+                    echo "tpu_vm.sh: a host ended with $one, which a restart does not fix" >&2
                     return "$one"
                     ;;
             esac
         done
         [ "$code" != 0 ] || return 0
-        if grep -qx 'tpu_vm.sh: stopped by hand' "$report" ||
+        if grep -qx 'tpu_vm.sh: stopped manually' "$report" ||
             [ $((restarts++)) -ge "${MAX_RESTARTS:-1000}" ]; then
-            echo "tpu_vm.sh: ended with $code; the same command goes on from there" >&2
+            echo "tpu_vm.sh: ended with $code; the same command continues from there" >&2
             return "$code"
         fi
-        echo "tpu_vm.sh: ended with $code; begins again" >&2
+        echo "tpu_vm.sh: ended with $code; restarting" >&2
         sleep "${RESTART_SECONDS:-15}"
     done
 }
@@ -86,9 +86,9 @@ case $action in
         gcloud compute tpus tpu-vm create "$name" --accelerator-type="$1" --version="$2" "${@:3}"
         ;;
     install)
-        # The last commit, and no more: runs, data and environments stay where they are. The images
-        # come with Python 3.10, which is too old, so uv brings one; and jax asks for another libtpu
-        # than the planner is tested with.
+        # Only the last commit is copied, no runs, data or environments. The images' Python 3.10 is
+        # too old, so uv installs a newer one; and jax requires another libtpu than the planner is
+        # tested with.
         cd "$(dirname "$0")/.." || exit 2
         archive=$(mktemp)
         trap 'rm -f "$archive"' EXIT

@@ -1,15 +1,15 @@
-"""Checkpoints: Orbax writes and reads the arrays; what is here makes them trustworthy.
+"""Checkpoints: Orbax writes and reads the arrays; this module verifies them.
 
     RUN/checkpoints/<step>/state    the arrays, by path, whatever the mesh
-    RUN/checkpoints/<step>/meta     JSON: what they are, and a fingerprint of each
+    RUN/checkpoints/<step>/meta     JSON: the run's metadata, and a fingerprint of each array
 
 A checkpoint exists when Orbax has renamed its folder into place. Saving is asynchronous; a thread
 waits for each save, so its failure is known without blocking the loop and without waiting for the
-next one. Restoring checks every array against its fingerprint: one that does not agree is set aside
-(`<step>.corrupt-<n>`) and the next older one is taken.
+next one. Restoring checks every array against its fingerprint: a checkpoint that fails is set aside
+(`<step>.corrupt-<n>`) and the one before it is restored.
 
-Of several processes each writes and reads its own parts of the arrays, in one folder; what happens
-to that folder besides is process 0's doing, and which checkpoint is whole is found by all together.
+In a job of several processes each writes and reads its own shards of the arrays, in one folder.
+Process 0 alone renames and removes; all together agree on which checkpoint is valid.
 """
 
 import concurrent.futures
@@ -47,7 +47,7 @@ _BARRIERS = (
     "orbax.checkpoint._src.multihost.multihost",
     "orbax.checkpoint.experimental.v1._src.synchronization.multihost",
 )
-_SURGE_BYTES = 1 << 27  # that a save may hold beyond the arrays, unless one alone is larger
+_SURGE_BYTES = 1 << 27  # memory of a save beyond the arrays, unless a single one is larger
 
 
 # --- fingerprints ------------------------------------------------------------------------------
@@ -57,8 +57,8 @@ _SURGE_BYTES = 1 << 27  # that a save may hold beyond the arrays, unless one alo
 def _fingerprint(x: jax.Array) -> jax.Array:
     """Two 32-bit sums over all elements' bits, each weighted by an odd function of its index.
 
-    Integer sums do not depend on order, so neither on how the array is laid out; an odd weight
-    makes any single flipped bit change the sum.
+    Integer sums do not depend on order, and so not on the sharding; an odd weight makes any single
+    flipped bit change the sum.
     """
     bits = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
     width = bits.dtype.itemsize * 8
@@ -83,12 +83,12 @@ def fingerprints(leaves: Leaves) -> dict[str, list[int]]:
 
 
 def _orbax() -> Any:
-    """Orbax's own module, imported when first needed, and silent: failures are told here."""
+    """Orbax's module, imported when first needed, its log silenced: failures are reported here."""
     from orbax.checkpoint import v1
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    # Of several processes who is slow is for the watch to say; after Orbax's 300 s at a barrier, a
-    # checkpoint that is whole would look damaged.
+    # Slow processes are the watchdog's concern: Orbax's limit of 300 s at a barrier would make a
+    # valid checkpoint look damaged.
     for module in _BARRIERS:
         vars(importlib.import_module(module))["_DEFAULT_BARRIER_TIMEOUT"] = _PATIENCE_S
     return v1
@@ -109,10 +109,10 @@ def _context(*, partial: bool = False, write_bytes: int | None = None) -> Any:
 
 
 class Checkpointer:
-    """The checkpoints of one run. `describe(step)` gives the run's own part of the metadata.
+    """The checkpoints of one run. `describe(step)` returns the run's part of the metadata.
 
-    `order` is that of the layers in the blocks' stacked arrays, where a pipeline has another than
-    the model's; it is saved with them, and what is restored is put into the order wanted here.
+    `order`: the order of the layers in the blocks' stacked arrays, where a pipeline has another
+    than the model's. It is saved, and restored arrays are put into the order given here.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Checkpointer:
         say: Callable[[str], None] = lambda line: None,
         order: Sequence[int] | None = None,
     ) -> None:
-        """With `cfg`, for saving: clears away what an interrupted save has left."""
+        """With `cfg`, for saving: removes the remains of an interrupted save."""
         self.folder, self._cfg, self._describe, self._say = folder.absolute(), cfg, describe, say
         self._order = None if order is None else list(order)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -149,7 +149,7 @@ class Checkpointer:
     def save(self, step: int, state: Any) -> None:
         """Begins to save; returns when the arrays have been copied off the devices.
 
-        What the save before did is settled first. Raises OutputError after three failures in a row.
+        Waits for the previous save first. Raises OutputError after three failures in a row.
         """
         self._settle()
         self.last_step = step
@@ -186,7 +186,7 @@ class Checkpointer:
         self._saving = step, self._thread.submit(self._finish, step, response)
 
     def _finish(self, step: int, response: Any) -> None:
-        """In the thread: waits for the commit, then lets go of what is no longer to be kept."""
+        """In the thread: waits for the commit, then removes old checkpoints."""
         assert self._cfg is not None
         try:
             response.result()
@@ -200,18 +200,20 @@ class Checkpointer:
         forever = self._cfg.keep_every
         for old in self.steps()[: -self._cfg.keep]:
             if not (forever and old % forever == 0):
-                (self.folder / str(old) / _COMMITTED).unlink(missing_ok=True)  # a half is none
+                (self.folder / str(old) / _COMMITTED).unlink(
+                    missing_ok=True
+                )  # no longer a checkpoint
                 shutil.rmtree(self.folder / str(old), ignore_errors=True)
 
     def failures(self) -> list[str]:
-        """Saves that are now known to have failed, each told once. Does not wait."""
+        """Messages about saves that have failed since the last call. Does not wait."""
         if self._saving is not None and self._saving[1].done():
             self._settle()
         told, self._failures = self._failures, []
         return told
 
     def _settle(self) -> None:
-        """Waits for the save under way, if any."""
+        """Waits for the save in progress, if any."""
         if self._saving is None:
             return
         (step, future), self._saving = self._saving, None
@@ -234,7 +236,7 @@ class Checkpointer:
     def finish(self) -> None:
         """Waits until the last save is safe. Raises OutputError if it failed."""
         self._settle()
-        distributed.barrier()  # process 0 may still be letting go of old ones
+        distributed.barrier()  # process 0 may still be removing old checkpoints
         if self._failed_in_a_row:
             raise OutputError("; ".join(self._failures) or f"{self.folder}: the last save failed")
 
@@ -242,7 +244,7 @@ class Checkpointer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Waits for the save under way: leaving the interpreter before it is done would lose it."""
+        """Waits for the save in progress: leaving the interpreter before its end would lose it."""
         if self._saving is not None:
             concurrent.futures.wait([self._saving[1]])
 
@@ -252,11 +254,11 @@ class Checkpointer:
             return _orbax().load_checkpointables(self.folder / str(step), {"meta": None})["meta"]
 
     def restore_newest(self, abstract: Any, *, partial: bool = False) -> Any | None:
-        """The newest checkpoint that is whole, laid out as `abstract` says, or None if none exists.
+        """The newest valid checkpoint, laid out as `abstract`; None if there are no checkpoints.
 
         With `partial`, `abstract` holds some of the checkpoint's subtrees, and only they are read.
-        Raises MismatchError where the arrays are of other shapes, CheckpointError where there are
-        checkpoints and none is whole: a run never begins anew by itself.
+        Raises MismatchError where the arrays have other shapes, CheckpointError where there are
+        checkpoints and none is valid: a run never starts again from step 0 by itself.
         """
         steps, damaged = json.loads(distributed.from_first(json.dumps(self.steps()))), []
         for step in reversed(steps):
@@ -265,7 +267,7 @@ class Checkpointer:
                 self._say(f"checkpoint {step} failed verification ({reason})")
                 damaged.append(step)
                 continue
-            # Only now: had none been readable, the disk were to blame.
+            # Only now: if none had been readable, the disk would be at fault.
             if self._cfg is not None and distributed.first():
                 for bad in damaged:
                     self._set_aside(bad)
@@ -283,25 +285,25 @@ class Checkpointer:
         return None
 
     def restore(self, step: int, abstract: Any, *, partial: bool = False) -> Any:
-        """The checkpoint of a step, as `restore_newest` gives the newest.
+        """The checkpoint of a step, as `restore_newest` restores the newest.
 
-        Raises CheckpointError where it is not there or not whole.
+        Raises CheckpointError where it is not found or not valid.
         """
         if step not in (steps := self.steps()):
             have = ", ".join(map(str, steps)) or "none"
-            raise CheckpointError(f"{self.folder}: checkpoint {step} is wanted; there is {have}")
+            raise CheckpointError(f"{self.folder}: checkpoint {step} not found; available: {have}")
         restored, reason = self._attempt(step, abstract, partial)
         if reason is not None:
             raise CheckpointError(f"{self.folder / str(step)}: failed verification ({reason})")
         return restored
 
     def _attempt(self, step: int, abstract: Any, partial: bool) -> tuple[Any, str | None]:
-        """The checkpoint of a step, or why it is not whole in some process."""
+        """The checkpoint of a step, or the reason why it is not valid in some process."""
         restored, reason = None, None
         try:
             restored = self._restore(step, abstract, partial)
         except (MismatchError, MemoryError, jax.errors.JaxRuntimeError):
-            raise  # no fault of the checkpoint's
+            raise  # not the checkpoint's fault
         except Exception as error:  # Orbax raises many kinds for many kinds of damage
             reason = str(error).split("\n")[0][:300] or repr(error)
         return restored, distributed.first_of(reason)
@@ -311,7 +313,7 @@ class Checkpointer:
         meta = self.meta(step)
         if meta["format"] != FORMAT:
             raise MismatchError(
-                f"{self.folder / str(step)}: is of format {meta['format']}; this gptjax reads "
+                f"{self.folder / str(step)}: has format {meta['format']}; this gptjax reads format "
                 f"{FORMAT}"
             )
         roots = {path.split("/")[0] for path in wanted}

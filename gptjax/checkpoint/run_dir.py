@@ -1,10 +1,10 @@
-"""The run folder: what a run is, on disk, and who may write to it.
+"""The run folder: its files, and the lock of the process that may write to it.
 
 RUN/config.json        the resolved configuration, itself a CONFIG
 RUN/tokenizer.*        the tokenizer, with the files that declare its special tokens
-RUN/data.json          the manifest of the store that it learns from
-RUN/source.json        of an imported model, instead: where it came from (see convert.py)
-RUN/finetune.json      of a fine-tuned one, instead: the examples that it learns from
+RUN/data.json          the manifest of the store that it is trained on
+RUN/source.json        instead, for an imported model: its origin (see cli/convert.py)
+RUN/finetune.json      instead, for a fine-tuned run: the examples that it is trained on
 RUN/checkpoints/       see checkpoint.py
 RUN/metrics.jsonl, RUN/tensorboard/, RUN/samples/, RUN/profile/
 RUN/run.lock           held while a process trains here
@@ -48,10 +48,10 @@ _EXAMPLES = "finetune.json"
 
 @contextmanager
 def claim(cfg: Config, say: Callable[[str], None] = lambda line: None) -> Iterator[list[str]]:
-    """Holds the run folder for training; gives the changes since the run was begun, a line each.
+    """Locks the run folder for training; yields the changes since the run began, a line each.
 
-    Creates the folder if need be and tries a write, before anything costly. Of several processes
-    the first holds it for all, and the others see that they have the same folder before them.
+    Creates the folder if need be and tries a write, before anything costly. In a job of several
+    processes, process 0 holds the lock for all, and the others check that they see its folder.
 
     Raises MismatchError if the folder holds another run, OutputError if it cannot be written or
     another job holds it, or if a process has another folder.
@@ -83,7 +83,7 @@ def claim(cfg: Config, say: Callable[[str], None] = lambda line: None) -> Iterat
 
 
 def _check_shared(folder: Path) -> None:
-    """Raises OutputError where this process sees another folder than process 0."""
+    """Raises OutputError where this process does not see the folder of process 0."""
     probe = folder / _PROBE
     own = probe.read_text() if probe.exists() else ""
     if own != distributed.from_first(own):
@@ -99,7 +99,7 @@ def _check_shared(folder: Path) -> None:
 def record(cfg: Config, tokenizer: Tokenizer, manifest: Manifest) -> None:
     """Writes configuration, tokenizer and the store's manifest into the run folder.
 
-    Raises MismatchError if a tokenizer or a manifest is there already and is another.
+    Raises MismatchError if the folder has another tokenizer or manifest already.
     """
     folder = Path(cfg.run)
     check_tokenizer(
@@ -128,12 +128,12 @@ def _check_tokens(cfg: Config, of_run: Manifest, of_store: Manifest) -> None:
 
 
 def check_store(cfg: Config, manifest: Manifest) -> None:
-    """Raises DataError where a run's store is not there, MismatchError where it is another."""
+    """Raises DataError where a run's store is missing, MismatchError where its tokens differ."""
     _check_tokens(cfg, manifest, store.read_manifest(cfg.data.store))
 
 
 def record_imported(cfg: Config, tokenizer: Tokenizer | None, source: dict[str, Any]) -> None:
-    """Writes configuration and tokenizer of an imported model, and where it came from."""
+    """Writes configuration, tokenizer and origin of an imported model."""
     folder = Path(cfg.run)
     if tokenizer is not None:
         tokenizer.save(folder)
@@ -143,9 +143,9 @@ def record_imported(cfg: Config, tokenizer: Tokenizer | None, source: dict[str, 
 
 
 def record_tuned(cfg: Config, tokenizer: Tokenizer, examples: dict[str, Any]) -> None:
-    """Writes configuration and tokenizer of a fine-tuned run, and what its examples are.
+    """Writes configuration, tokenizer and the examples' fingerprints of a fine-tuned run.
 
-    Raises MismatchError where it was begun with others.
+    Raises MismatchError where the run was begun with other examples.
     """
     folder = Path(cfg.run)
     facts = {"tokenizer": tokenizer.fingerprint, **examples}
@@ -167,29 +167,29 @@ def record_tuned(cfg: Config, tokenizer: Tokenizer, examples: dict[str, Any]) ->
 
 
 def examples_of(folder: str) -> dict[str, Any]:
-    """What a fine-tuned run's examples are, its special tokens among it. Raises DataError."""
+    """The recorded facts of a fine-tuned run's examples, empty for others. Raises DataError."""
     return _read_json(Path(folder) / _EXAMPLES) or {}
 
 
 def facts(cfg: Config) -> dict[str, str]:
-    """What all processes of a job must have alike: versions and configuration."""
+    """The facts that all processes of a job must agree on: versions and configuration."""
     packages = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
     versions = {f"{name}'s version": importlib.metadata.version(name) for name in packages}
     return versions | {name: repr(value) for name, value in config.flatten(cfg).items()}
 
 
 def source_of(folder: str) -> dict[str, Any] | None:
-    """Where an imported run came from; None for one that was trained here. Raises DataError."""
+    """The origin of an imported model; None for a run that was trained here. Raises DataError."""
     return _read_json(Path(folder) / _SOURCE)
 
 
 def certificate_of(folder: str) -> dict[str, Any] | None:
-    """How the run's conversion was checked; None for one that was trained. Raises DataError."""
+    """The run's conversion certificate; None for a trained run. Raises DataError."""
     return _read_json(Path(folder) / CERTIFICATE)
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:
-    """The object in a file, or None where there is no such file."""
+    """The JSON object in a file; None where the file does not exist."""
     if not file.exists():
         return None
     try:
@@ -251,10 +251,10 @@ def restore_params(
     say: Callable[[str], None] = lambda line: None,
     step: int | None = None,
 ) -> tuple[Params, int]:
-    """Parameters of a run's newest whole checkpoint on the ambient mesh, and their step; with
-    `step`, of that one.
+    """A run's parameters on the ambient mesh, and their step: from the newest valid checkpoint, or
+    from that of `step`.
 
-    The moving average where the run keeps one. Raises CheckpointError if there is none.
+    The moving average where the run keeps one. Raises CheckpointError if there is no checkpoint.
     """
     checkpoints = Checkpointer(Path(folder) / CHECKPOINTS, say=say)
     abstract = sharding.abstract(lambda: init_params(cfg, jax.random.key(0)))

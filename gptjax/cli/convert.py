@@ -1,11 +1,11 @@
-"""Conversions between Hugging Face folders and runs, and the certificate of each.
+"""`gptjax convert`: conversions between Hugging Face folders and runs, each with a certificate.
 
-RUN/source.json         where an imported model came from: its config.json, its tensors' formats
-RUN/certificate.json    how the conversion was checked
+RUN/source.json         the origin of an imported model: its config.json, its tensors' dtypes
+RUN/certificate.json    the checks of the conversion
 
-The certificate says whether the model, converted back, is its source byte for byte, and how far its
-logits are from those of `transformers` on the same weights, in float32, at positions that reach to
-the end of the context, where a mistake in the rotary frequencies shows.
+The certificate states whether the model, converted back, equals its source byte for byte, and how
+far its logits are from those of `transformers` on the same weights, in float32, at positions up to
+the end of the context, where a mistake in the rotary frequencies would show.
 """
 
 import argparse
@@ -199,7 +199,7 @@ def import_adapters(folder: str, base: str, target: str, progress: Progress) -> 
 
 
 def _save(folder: Path, step: int, params: Params, meta: Json) -> None:
-    """The only checkpoint of a run that is not trained."""
+    """Saves the only checkpoint of a run that is not trained."""
     checkpoints = Checkpointer(folder / run_dir.CHECKPOINTS, CheckpointConfig(), lambda step: meta)
     with checkpoints:
         checkpoints.save(step, {"step": jnp.int32(step), "params": params})
@@ -268,9 +268,10 @@ def export_run(
 def _task_layer(
     folder: str, cfg: Config, params: Params, tokenizer: Tokenizer | None
 ) -> tuple[dict[str, np.ndarray], Json]:
-    """The tensor of a task's layer, by its name there, and what config.json says of it.
+    """The task head as a tensor by its Hugging Face name, and its part of config.json.
 
-    The layer sees the last token that is not padding, which so may be any but the extract token.
+    transformers applies the head to the last token that is not padding, so the padding token may be
+    any but the extract token.
     """
     if not cfg.finetune.outputs:
         return {}, {}
@@ -294,14 +295,14 @@ def _one_process() -> None:
 
 
 _CARRIED = "source"
-_BESIDE = (  # what goes along as it is: tokenizers' files in every form, and generation's settings
+_BESIDE = (  # files copied as they are: tokenizers in every form, and generation settings
     *("tokenizer*.json", "tokenizer.model", "vocab.*", "merges.txt", "added_tokens.json"),
     *("special_tokens_map.json", "chat_template*", "generation_config.json"),
 )
 
 
 def _carry(source: Path, target: Path) -> None:
-    """Copies the small files beside the weights."""
+    """Copies tokenizer and generation files beside the weights."""
     target.mkdir(exist_ok=True)
     for pattern in _BESIDE:
         for file in source.glob(pattern):
@@ -334,7 +335,7 @@ def _provenance(source: Source, folder: str) -> Json:
 def _check_bytes(
     certificate: Json, source: Source, params: Params, progress: Progress, folder: Path
 ) -> None:
-    """Adds whether the parameters give the folder's tensors, byte for byte, and writes it.
+    """Adds to the certificate whether the parameters give the folder's tensors byte for byte.
 
     Raises MismatchError where they do not.
     """
@@ -349,7 +350,7 @@ def _check_bytes(
 def _check_logits(
     certificate: Json, source: Source, params: Params, progress: Progress, folder: Path
 ) -> None:
-    """Adds how far the logits are from those of `transformers`, and writes it.
+    """Adds to the certificate how far the logits are from those of `transformers`.
 
     Raises MismatchError where they are far.
     """
@@ -369,13 +370,13 @@ def _disagreement(source: Source, folder: Path) -> MismatchError:
 
 
 def _differing(source: Source, params: Params, progress: Progress) -> list[str]:
-    """Tensors that, made of the parameters, have not the bytes that they have in the folder."""
+    """Names of tensors whose bytes, made from the parameters, differ from the folder's."""
     differ = []
     with progress.bar("compare bytes", len(source.names), unit="tensor") as bar:
         made = safetensors.tensors(params, source.model, source.family)
         for count, (name, value) in enumerate(made, 1):
             made_again, original = safetensors.cast(value, source.dtype(name)), source.tensor(name)
-            bits = f"u{original.itemsize}"  # as integers: a NaN is no number, and has its bits
+            bits = f"u{original.itemsize}"  # as integers, so that NaNs compare by their bits
             if not np.array_equal(made_again.view(bits), original.view(bits)):
                 differ.append(name)
             bar.update(count)
@@ -383,7 +384,7 @@ def _differing(source: Source, params: Params, progress: Progress) -> list[str]:
 
 
 def _check_scores(certificate: Json, source: Source, progress: Progress, folder: Path) -> None:
-    """The same of a task's scores."""
+    """Adds to the certificate how far a task's scores are from those of `transformers`."""
     certificate["transformers"] = scores = compare_with_transformers(source, {}, progress)
     run_dir.write_json(folder / run_dir.CERTIFICATE, certificate)
     if isinstance(scores, dict) and (

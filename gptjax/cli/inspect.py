@@ -12,11 +12,11 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
     """Runs the command."""
     from gptjax.checkpoint import run_dir
     from gptjax.checkpoint.checkpointer import Checkpointer
-    from gptjax.model import flops as counts
+    from gptjax.model.flops import ModelCost
 
     cfg = config.load(args.run)
     steps = Checkpointer(pathlib.Path(args.run) / run_dir.CHECKPOINTS).steps()
-    parameters = counts.parameters(cfg.model)
+    parameters = ModelCost(cfg.model).parameters
     print(f"{args.run}: {parameters.total:,} parameters, {parameters.active:,} active")
     print(f"checkpoints: {', '.join(map(str, steps)) or 'none'}")
     if source := run_dir.source_of(args.run):

@@ -57,9 +57,9 @@ class Command:
 
 def _plan_anywhere() -> None:
     """Sets what JAX must find in the environment, to plan on a machine without accelerators."""
-    from gptjax.plan import hardware
+    from gptjax.plan import machines
 
-    hardware.environment()
+    machines.set_environment()
 
 
 COMMANDS = (

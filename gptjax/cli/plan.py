@@ -1,4 +1,4 @@
-"""What `gptjax plan` does, in its order: the arithmetic, the search, the compiler, the page."""
+"""`gptjax plan`: the arithmetic, the search, the HTML page, and compilation, in this order."""
 
 import argparse
 import json
@@ -9,17 +9,17 @@ from pathlib import Path
 from gptjax.cli.arguments import resolve
 from gptjax.config import Config, MeshConfig
 from gptjax.errors import ConfigError, OutputError
-from gptjax.plan import aot, estimate, report, search
-from gptjax.plan import html as page
+from gptjax.plan import aot, estimate, html, report, search
 from gptjax.plan.estimate import Plan
-from gptjax.plan.hardware import GIB, Machine, parse
+from gptjax.plan.machines import Machine, parse
+from gptjax.runtime.hardware import GIB
 
-CONFIRMED = 2  # of the search's best, how many the compiler looks at
+COMPILED = 2  # number of the search's best choices that --compile compiles
 
 
 @dataclass(frozen=True)
 class Options:
-    """The command's options, under their names there."""
+    """The options of the command line, by name."""
 
     machine: str | None = None
     compile: bool = False
@@ -31,63 +31,76 @@ class Options:
 
 
 def run(cfg: Config, options: Options, tell: Callable[[str], None]) -> None:
-    """Tells the plan. Raises ConfigError for what cannot be, OutputError for a page not written."""
+    """Plans a run and tells the result, line by line.
+
+    Raises ConfigError where there can be no plan, OutputError where the page cannot be written.
+    """
     machine = _machine(cfg, options)
     if not 0 <= options.price < float("inf"):
         raise ConfigError([f"--price={options.price:g}: must be a number, not negative"])
     if options.compile or options.sampling:
-        aot.devices(machine)  # says now if there is no compiler
-    choices = search.front(cfg, machine) if options.search else []
-    planned = choices[0].plan if choices else estimate.plan(_filled(cfg, machine), machine)
+        aot.devices(machine)  # raises now if there is no compiler
+    choices = search.pareto_front(cfg, machine) if options.search else []
+    plan = choices[0].plan if choices else estimate.plan(_with_mesh(cfg, machine), machine)
     if options.html:
-        try:
-            Path(options.html).write_text(
-                page.render(planned, choices, options.price), encoding="utf-8"
-            )
-        except OSError as error:
-            raise OutputError(f"--html={options.html}: cannot be written: {error}") from None
+        _write_html(html.render(plan, choices, options.price), options.html)
     if options.json:
-        tell(json.dumps(_as_dict(planned, choices, options)))
+        tell(json.dumps(_as_dict(plan, choices, options)))
         return
-    for line in report.lines(planned, options.price):
+    for line in report.lines(plan, options.price):
         tell(line)
-    if (
-        not choices
-        and planned.cfg.mesh != cfg.mesh
-        and replace(cfg.mesh, machine="") == MeshConfig()
-    ):
+    if not choices and plan.cfg.mesh != cfg.mesh and not _has_mesh(cfg):
         tell(
-            f"\nno mesh was given: planned with --mesh.data {planned.cfg.mesh.data} --mesh.fsdp "
-            f"{planned.cfg.mesh.fsdp}; give these to train, too"
+            f"\nno mesh was given: planned with --mesh.data {plan.cfg.mesh.data} --mesh.fsdp "
+            f"{plan.cfg.mesh.fsdp}; give these to train, too"
         )
-    if not planned.fits:
-        tell(f"\n{report.ways_to_fit(planned)}")
+    if not plan.fits:
+        tell(f"\n{report.ways_to_fit(plan)}")
     if choices:
         tell("")
-        for line in report.front(choices):
+        for line in report.pareto_front(choices):
             tell(line)
-    _confirm(planned, choices, options, tell)
+    _compile(plan, choices, options, tell)
+
+
+def _write_html(page: str, file: str) -> None:
+    try:
+        Path(file).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"--html={file}: cannot be written: {error}") from None
 
 
 def _machine(cfg: Config, options: Options) -> Machine:
+    """The machine of --machine, or of the configuration."""
     name = options.machine or cfg.mesh.machine
     if not name:
         raise ConfigError(
-            ["--machine: say what to plan for, such as v5e:16x16, 2xv5p:8x8x8 or h100:64"]
+            ["--machine: not given; name a machine, such as v5e:16x16, 2xv5p:8x8x8 or h100:64"]
         )
     return parse(name)
 
 
-def _filled(cfg: Config, machine: Machine) -> Config:
-    """The configuration; where it says nothing of its mesh, all devices along fsdp."""
-    if replace(cfg.mesh, machine="") == MeshConfig():
-        parts = machine.devices // machine.islands
-        return replace(cfg, mesh=replace(cfg.mesh, data=machine.islands, fsdp=parts))
-    return cfg
+def _has_mesh(cfg: Config) -> bool:
+    """Whether the configuration gives any mesh size."""
+    return replace(cfg.mesh, machine="") != MeshConfig()
 
 
-def _as_dict(planned: Plan, choices: list[search.Choice], options: Options) -> dict[str, object]:
-    result = report.as_dict(planned, options.price)
+def _with_mesh(cfg: Config, machine: Machine) -> Config:
+    """The configuration; where it gives no mesh, all devices along fsdp, and slices along data."""
+    if _has_mesh(cfg):
+        return cfg
+    data = machine.data_multiple
+    return replace(cfg, mesh=replace(cfg.mesh, data=data, fsdp=machine.devices // data))
+
+
+def _to_compile(plan: Plan, choices: list[search.Choice]) -> list[Plan]:
+    """The plans that --compile compiles: the plan, or the best choices of a search."""
+    return [choice.plan for choice in choices[:COMPILED]] or [plan]
+
+
+def _as_dict(plan: Plan, choices: list[search.Choice], options: Options) -> dict[str, object]:
+    """The plan, the search and the compiled programs, as JSON values."""
+    result = report.as_dict(plan, options.price)
     if choices:
         result["front"] = [
             {
@@ -99,34 +112,36 @@ def _as_dict(planned: Plan, choices: list[search.Choice], options: Options) -> d
             for one in choices
         ]
     if options.compile:
-        confirmed = [choice.plan for choice in choices[:CONFIRMED]] or [planned]
-        found = [report.compiled_dict(aot.train_step(p.cfg, p.machine)) for p in confirmed]
+        found = [
+            report.compiled_dict(aot.train_step(one.cfg, one.machine))
+            for one in _to_compile(plan, choices)
+        ]
         result["compiled"] = found if choices else found[0]
     if options.sampling:
-        programs = aot.sampling(planned.cfg, planned.machine)
+        programs = aot.sampling(plan.cfg, plan.machine)
         result["sampling"] = {name: report.compiled_dict(found) for name, found in programs}
     return result
 
 
-def _confirm(
-    planned: Plan,
+def _compile(
+    plan: Plan,
     choices: list[search.Choice],
     options: Options,
     tell: Callable[[str], None],
 ) -> None:
-    """What the compiler says of the plan, or of the best that were searched."""
+    """Compiles the programs that the options ask for, and tells their memory and communication."""
     if options.compile:
-        for one in [choice.plan for choice in choices[:CONFIRMED]] or [planned]:
+        for one in _to_compile(plan, choices):
             tell(f"\n{report.mesh(one)}")
             for line in report.compiled(one, aot.train_step(one.cfg, one.machine)):
                 tell(line)
     if options.sampling:
         tell("")
-        for name, found in aot.sampling(planned.cfg, planned.machine):
+        for name, found in aot.sampling(plan.cfg, plan.machine):
             used = "does not fit" if found.out_of_memory else f"{found.peak / GIB:.2f} GiB a device"
-            wire = sum(one.wire for one in found.collectives)
+            sent = sum(one.wire_bytes for one in found.collectives)
             took = f"compiled in {found.seconds:.0f} s"
-            tell(f"{name:28} {used}, {wire / 1e6:,.1f} MB sent a pass, {took}")
+            tell(f"{name:28} {used}, {sent / 1e6:,.1f} MB sent a pass, {took}")
 
 
 def run_command(args: argparse.Namespace, overrides: Sequence[str]) -> None:

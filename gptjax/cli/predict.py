@@ -1,4 +1,4 @@
-"""Labels of new text, by a fine-tuned run: a JSON object a line, in and out.
+"""`gptjax predict`: labels of new text, by a fine-tuned run; a JSON object a line, in and out.
 
 classify   {"label": "...", "probabilities": {"...": 0.9, ...}}
 choose     {"label": 0, "probabilities": [0.9, ...]}, the number of the likeliest choice
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
 def predict(path: str, file: str, output: str, progress: Progress) -> int:
     """Writes a line for each line of `file`, in their order; returns how many.
 
-    A line may have a label, which is not looked at. Raises ConfigError for a run of another task,
+    A label in a line is ignored. Raises ConfigError for a run of another task,
     DataError for lines that cannot be used, before anything is computed, and OutputError.
     """
     cfg = config.load(path)

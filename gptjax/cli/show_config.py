@@ -23,14 +23,15 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def _print_counts(cfg: config.Config) -> None:
-    from gptjax.model import flops as counts
+    from gptjax.model.flops import ModelCost
 
-    parameters = counts.parameters(cfg.model)
+    cost = ModelCost(cfg.model)
+    parameters = cost.parameters
     for name, number in parameters.parts.items():
         print(f"{name:28} {number:>20,}")
     print(f"{'total':28} {parameters.total:>20,}")
     print(f"{'active':28} {parameters.active:>20,}  of one token")
-    flops = counts.flops_per_token(cfg.model, cfg.train.seq_len)
+    flops = cost.flops_per_token(cfg.train.seq_len)
     print(
         f"{'training FLOPs':28} {flops:>20,.0f}  a token, in sequences of {cfg.train.seq_len} "
         "(forward: a third)"

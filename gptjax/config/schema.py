@@ -288,7 +288,7 @@ class WatchConfig:
     that a scheduler starts it again. 0: no deadline."""
 
     lost: int = free(60)
-    """Of several processes, one without a heartbeat for this many seconds is dead."""
+    """Heartbeat timeout: with several processes, one without a heartbeat for this long is dead."""
     restore: int = free(3600)
     """Deadline for claiming the run folder, agreeing on it and restoring the newest checkpoint."""
     compile: int = free(7200)

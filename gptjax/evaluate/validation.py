@@ -14,7 +14,7 @@ from gptjax.model.decoder import Params
 from gptjax.parallel import arrays
 from gptjax.runtime.progress import Progress
 from gptjax.training.metrics import perplexity
-from gptjax.training.objective import next_token
+from gptjax.training.objective import next_token_loss
 
 
 class ValidationLoss:
@@ -31,7 +31,7 @@ class ValidationLoss:
         eos_id = manifest.tokenizer["eos_id"]
 
         def sums(params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
-            _, parts = next_token(params, cfg, batch, eos_id)
+            _, parts = next_token_loss(params, cfg, batch, eos_id)
             return parts["loss"], parts["targets"]
 
         self._sums = jax.jit(sums)

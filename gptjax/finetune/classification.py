@@ -1,7 +1,8 @@
-"""Labels of texts, and the right one of several choices: the objective, and how well it is met.
+"""Classification and multiple choice: the tasks, their loss, and their metrics.
 
-The loss is the cross-entropy of the label, and lm_weight times that of the examples' own tokens, a
-mean over each example's, so that a long text weighs no more than a short one.
+The loss is the cross-entropy of the label, plus finetune.lm_weight times the language-model loss of
+the examples' own tokens (Radford et al. 2018, section 3.2). The latter is a mean over each
+example's tokens, so that a long text has the same weight as a short one.
 
 Shapes: B examples, C sequences of each, S = B*C, T tokens, N = S*T, D embed, K scores.
 """
@@ -37,9 +38,9 @@ def task_loss(
     *,
     training: bool = False,
 ) -> tuple[jax.Array, Sums, jax.Array]:
-    """The loss to differentiate, the sums of `train.LossFn`, and the scores [B, K].
+    """The loss to differentiate, the sums of `step.LossFn`, and the scores [B, K].
 
-    Targets are the examples; those of label -1 count for nothing.
+    Targets are the examples; those with label -1 do not count.
     """
     b, c, t = batch["tokens_BCT"].shape
     flat = lambda a_BC: lax.reshape(
@@ -68,7 +69,7 @@ def task_loss(
         ce, z = _own_tokens(params, cfg, out.x_ND, tokens_ST, lengths_S, batch)
         total, sums["lm_loss"] = total + cfg.finetune.lm_weight * (ce + z), ce
     if out.routing is not None:
-        extra, more = objective.routing(cfg, out.routing, targets / (b * c * t))
+        extra, more = objective.routing_loss(cfg, out.routing, targets / (b * c * t))
         total, sums = total + extra, sums | more
     return total, sums, scores_BK
 
@@ -81,7 +82,7 @@ def _own_tokens(
     lengths_S: jax.Array,
     batch: DeviceBatch,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy and z-loss of the next tokens, means over each example's sequences' tokens."""
+    """Cross-entropy and z-loss of the next tokens, each a mean over an example's tokens."""
     t = tokens_ST.shape[1]
     next_ST = jnp.concatenate([tokens_ST[:, 1:], tokens_ST[:, :1]], 1)
     given_B1 = (batch["lengths_BC"] > 0).sum(1, keepdims=True)
@@ -138,7 +139,7 @@ class ClassifyTask(_LabelledTask):
 
 
 class Classifier:
-    """Scores rows in batches of eval.batch, on the ambient mesh."""
+    """Scores tokenized examples in batches of eval.batch, on the ambient mesh."""
 
     def __init__(self, cfg: Config, progress: Progress) -> None:
         self._cfg, self._progress = cfg, progress
@@ -146,7 +147,7 @@ class Classifier:
         self._scores = jax.jit(lambda p, batch: whole(task_loss(p, cfg, batch)[2]))
 
     def scores(self, params: Params, rows: TokenizedExamples, name: str) -> np.ndarray:
-        """Scores of each example's labels or choices, float32 [E, K]; NEVER where there is none."""
+        """Scores of each example's labels or choices, float32 [E, K]; NEVER for padded choices."""
         shards, count = sharding.axis_size("batch"), len(rows)
         size = -(-self._cfg.eval.batch // shards) * shards
         done = []
@@ -165,9 +166,9 @@ def probabilities(scores_EK: np.ndarray) -> np.ndarray:
 
 
 class LabelQuality:
-    """An evaluator on labelled rows: valid_loss, valid_accuracy and, of labels, valid_f1.
+    """An evaluator on labelled examples: valid_loss, valid_accuracy, and for labels valid_f1.
 
-    `report` is of the last evaluation: beside those, per label, and the confusion matrix.
+    `report` holds the last evaluation's metrics, also by label, and the confusion matrix.
     """
 
     def __init__(self, cfg: Config, rows: TokenizedExamples, progress: Progress) -> None:
@@ -183,10 +184,10 @@ class LabelQuality:
 
 
 def quality(scores_EK: np.ndarray, labels_E: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """loss (nats), accuracy; of labels with names f1, the mean of theirs, and for each precision,
-    recall and f1; confusion, a row for each true label, a column for each predicted one.
+    """Metrics of scores: loss in nats, accuracy; with label names macro F1, and for each label
+    precision, recall and F1; the confusion matrix, a row for each true label.
 
-    A label that is neither there nor predicted has an f1 of 0, as scikit-learn has it.
+    A label that occurs neither as true nor as predicted has an F1 of 0, as in scikit-learn.
     """
     chances_EK = probabilities(scores_EK)
     given_E = scores_EK.argmax(-1)
@@ -215,7 +216,7 @@ def quality(scores_EK: np.ndarray, labels_E: np.ndarray, names: Sequence[str]) -
 
 
 def table(names: Sequence[str], confusion_KK: Sequence[Sequence[int]]) -> str:
-    """A confusion matrix for people to read."""
+    """A confusion matrix as text."""
     widths = [max(len(name), 5) for name in names]
     side = max(map(len, names))
     line = lambda cells: "  ".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))

@@ -1,8 +1,7 @@
-"""The configuration of a fine-tuned run: the base's model, the recipe, and what the data decide.
+"""Defaults of a fine-tuned run: from the base's model, the recipe, and the size of the data.
 
-Before the data are read some values stand for "of the recipe and the data": train.tokens,
-train.seq_len and train.batch_tokens of 0, and optim.lr, optim.warmup_tokens, eval.every and
-checkpoint.every of -1.
+Until the data are read, some fields hold a placeholder for a default: train.tokens, train.seq_len
+and train.batch_tokens 0, and optim.lr, optim.warmup_tokens, eval.every and checkpoint.every -1.
 """
 
 from dataclasses import replace
@@ -20,12 +19,12 @@ from gptjax.finetune.tokenize import SpecialTokens, TokenizedExamples
 from gptjax.tokenizer import Tokenizer
 
 BATCH = 32
-"""Examples, of answer packed rows, in an optimizer step, unless train.batch_tokens is given."""
+"""Examples of an optimizer step (for the task answer, packed rows), without train.batch_tokens."""
 LR = 6.25e-5
-"""The optimizer's rate; of adapters ten times as much, which suits them over a wide range of models
-and data (Schulman et al. 2025, LoRA Without Regret)."""
+"""The default learning rate; adapters have ten times as much, which suits them over a wide range of
+models and data (Schulman et al. 2025, LoRA Without Regret)."""
 WARMUP = 0.002
-"""Share of the training over which the rate rises."""
+"""The default warm-up, as a share of the training."""
 _STEP = 8  # rows are as long as the longest example, rounded up to a multiple of this
 
 
@@ -67,7 +66,7 @@ def begun(base: BaseModel, task: str, data: str, valid: str) -> Config:
 
 
 def check_model(base: ModelConfig, given: ModelConfig) -> None:
-    """Raises ConfigError where an override changes the model and not just how it learns."""
+    """Raises ConfigError where an override changes the model, and not only its training."""
     learning = lambda m: replace(
         m,
         dropout=base.dropout,
@@ -89,7 +88,10 @@ def check_model(base: ModelConfig, given: ModelConfig) -> None:
 
 
 def resolved(cfg: Config, longest: int, rows: int) -> Config:
-    """With what the data decide: `longest` row in tokens, and number of rows an epoch."""
+    """The configuration with all placeholders replaced.
+
+    `longest`: tokens of the longest row; `rows`: number of rows in an epoch.
+    """
     t = cfg.train
     seq_len = t.seq_len or min(-(-longest // _STEP) * _STEP, cfg.model.context)
     t = replace(t, seq_len=seq_len, batch_tokens=t.batch_tokens or BATCH * seq_len)
@@ -111,7 +113,7 @@ def resolved(cfg: Config, longest: int, rows: int) -> Config:
 def labelled(
     cfg: Config, tokenizer: Tokenizer, train: Examples, valid: Examples
 ) -> tuple[Config, TokenizedExamples, TokenizedExamples]:
-    """The configuration for labelled examples, and their rows.
+    """The configuration for labelled examples, and the examples tokenized.
 
     The vocabulary grows where it has no room for the special tokens. Raises DataError as
     `labels_of` and `tokenize.to_arrays` do.
@@ -139,8 +141,10 @@ def labelled(
 def answered(
     cfg: Config, base: BaseModel, train: Conversations, valid: Conversations
 ) -> tuple[Config, PackedRows, PackedRows]:
-    """The configuration for exchanges, and their rows: as long as the base's, or as the longest
-    exchange where that is more and fits the context. Raises DataError as `packing.pack` does.
+    """The configuration for conversations, and their packed rows.
+
+    Rows are as long as the base's sequences, or as the longest conversation where that is longer
+    and fits the context. Raises DataError as `packing.pack` does.
     """
     if not cfg.train.seq_len:
         longest = max(map(conversations.longest, (train, valid)))

@@ -1,4 +1,4 @@
-"""Answers in words: the objective, the loss on others, and how many of them are right."""
+"""Supervised fine-tuning (SFT) on conversations: the task, its loss, and exact match and F1."""
 
 from collections.abc import Callable, Mapping
 
@@ -32,10 +32,10 @@ def answer_loss(
     *,
     training: bool = False,
 ) -> tuple[jax.Array, Sums]:
-    """The loss to differentiate and the sums of `train.LossFn`; targets are the answers' tokens."""
+    """The loss to differentiate and the sums of `step.LossFn`; targets are the answers' tokens."""
     names = ("tokens", "targets", "counts", "segments", "positions")
     given = TokenBatch(*(batch[f"{name}_BT"] for name in names))
-    return objective.predicted(params, cfg, given, keys_B2, training=training)
+    return objective.token_loss(params, cfg, given, keys_B2, training=training)
 
 
 class SFTTask(FinetuneTask[PackedRows]):
@@ -64,7 +64,7 @@ class SFTTask(FinetuneTask[PackedRows]):
 
 
 class AnswerLoss:
-    """An evaluator: valid_loss, in nats a token of the answers, and valid_perplexity."""
+    """An evaluator: valid_loss, in nats per token of the answers, and valid_perplexity."""
 
     def __init__(self, cfg: Config, rows: PackedRows, progress: Progress) -> None:
         self._size, self._rows, self._progress = cfg.eval.batch, rows, progress
@@ -76,7 +76,7 @@ class AnswerLoss:
         self._sums = jax.jit(sums)
 
     def run(self, params: Params) -> dict[str, float]:
-        """Their values."""
+        """valid_loss and valid_perplexity."""
         shards, count = sharding.axis_size("batch"), len(self._rows)
         size, done = -(-self._size // shards) * shards, []
         with self._progress.bar("evaluate", count, unit="row") as bar:
@@ -93,7 +93,7 @@ class AnswerLoss:
 
 class AnswersRight:
     """An evaluator: exact match and F1 of greedy answers, as SQuAD defines them (see
-    evaluate/answers.py); `cut` prompts were too long and lost their beginning.
+    evaluate/answers.py). valid_cut counts prompts that were too long and lost their beginning.
     """
 
     def __init__(self, cfg: Config, given: Conversations, tokenizer: Tokenizer) -> None:

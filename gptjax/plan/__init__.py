@@ -1,1 +1,1 @@
-"""Planning a run before it is paid for; `command` is where it begins."""
+"""Planning of a run before it is paid for: memory, communication, time and cost."""

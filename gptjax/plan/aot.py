@@ -1,8 +1,8 @@
-"""The real step, compiled ahead of time by the TPU's compiler, and what its program says.
+"""Ahead-of-time (AOT) compilation of the real step by the TPU's compiler, with no TPU.
 
-`libtpu` compiles for any topology with no TPU there (the extra `tpu-plan`). Read from the compiled
-program: its memory by XLA's own account, its collectives with the mesh axes that they run over, how
-often the loops around them turn, and which of them run beside arithmetic.
+`libtpu` (the extra `tpu-plan`) compiles for any topology. Read from the compiled program: its
+memory by XLA's own account, and its collectives, with their mesh axes, the trip counts of the loops
+around them, and whether they overlap with arithmetic.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -24,18 +24,25 @@ from gptjax.errors import ConfigError
 from gptjax.model import decoder
 from gptjax.parallel import sharding
 from gptjax.parallel.mesh import make_mesh
-from gptjax.plan.collectives import EXCHANGE, GATHER, SCATTER, SHIFT, SUM, Collective
-from gptjax.plan.hardware import Machine
+from gptjax.plan.collectives import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    ALL_TO_ALL,
+    PERMUTE,
+    REDUCE_SCATTER,
+    Collective,
+)
+from gptjax.plan.machines import Machine
 from gptjax.sample import decoding, engine
 from gptjax.training import objective, step
 
 
 @dataclass
 class Compiled:
-    """What a compiled program says of itself; bytes and counts are of one device.
+    """A compiled program's memory, communication and warnings; bytes and counts are of one device.
 
-    peak: most bytes at once, arguments included. out_of_memory: why it cannot run, if so, and the
-    bytes that it wanted.
+    seconds: of compilation. peak: most bytes at once, arguments included. out_of_memory: XLA's
+    message where the program does not fit.
     """
 
     seconds: float
@@ -47,9 +54,9 @@ class Compiled:
 
 
 def devices(machine: Machine) -> list[Any]:
-    """Descriptions of a machine's devices, for which programs can be compiled.
+    """Descriptions of a machine's devices, to compile programs for.
 
-    Raises ConfigError where there is no compiler for it.
+    Raises ConfigError where there is no compiler for the machine.
     """
     if machine.device.platform != "tpu":
         raise ConfigError(
@@ -63,10 +70,10 @@ def devices(machine: Machine) -> list[Any]:
         ) from None
     from jax.experimental import topologies
 
-    name = {"v7x": "tpu7x"}.get(machine.generation, machine.generation)
+    name = {"v7x": "tpu7x"}.get(machine.device.name, machine.device.name)
     name += ":" + "x".join(map(str, machine.shape))
     more = {"num_slices": machine.slices} if machine.slices > 1 else {}
-    with _quiet():
+    with _captured_stderr():
         try:
             found = list(topologies.get_topology_desc(name, "tpu", **more).devices)
         except jax.errors.JaxRuntimeError as error:
@@ -91,10 +98,10 @@ def train_step(cfg: Config, machine: Machine) -> Compiled:
 
 
 def sampling(cfg: Config, machine: Machine, prompt: int = 2048) -> Iterator[tuple[str, Compiled]]:
-    """The sampling module's programs on the same mesh: a chunk's prefill, and decoding.
+    """The sampler's programs on the same mesh: a chunk's prefill, and decoding.
 
-    One row a device of the batch's axes, in the compute dtype, with caches of the prompt and as
-    many new tokens.
+    One sequence for each device of the batch's axes, in the compute dtype, with caches for the
+    prompt and as many new tokens.
     """
     mesh = make_mesh(cfg.mesh, devices(machine))
     with jax.set_mesh(mesh):
@@ -143,7 +150,7 @@ def _rows(shape: tuple[int, ...], dtype: Any = np.int32) -> jax.ShapeDtypeStruct
 
 def _compile(compile_: Callable[[], Any], mesh: jax.sharding.Mesh) -> Compiled:
     began = time.monotonic()
-    with _quiet() as log:
+    with _captured_stderr() as log:
         try:
             program = compile_()
         except jax.errors.JaxRuntimeError as error:
@@ -156,14 +163,14 @@ def _compile(compile_: Callable[[], Any], mesh: jax.sharding.Mesh) -> Compiled:
         seconds,
         peak=memory.peak_memory_in_bytes,
         arguments=memory.argument_size_in_bytes,
-        collectives=list(collectives(program.as_text(), dict(mesh.shape))),
+        collectives=program_collectives(program.as_text(), dict(mesh.shape)),
         warnings=_warnings(log()),
     )
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[Callable[[], str]]:
-    """Keeps what native code writes to the standard error; gives a function that returns it."""
+def _captured_stderr() -> Iterator[Callable[[], str]]:
+    """Captures the standard error of native code, too; yields a function that returns it."""
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as file:
@@ -183,20 +190,20 @@ def _quiet() -> Iterator[Callable[[], str]]:
 
 
 def _warnings(log: str) -> list[str]:
-    """What the compiler warned of, as advice."""
+    """The compiler's warnings, as advice."""
     advice = []
     if "nvoluntary full rematerialization" in log:
         names = sorted(set(re.findall(r"op_name=\"([^\"]+)\"", log)))
         advice.append(
             "an array is gathered whole to be laid out anew (involuntary full rematerialization): "
             + (", ".join(names) or "no name given")
-            + "; choose mesh sizes that divide the batch's rows and the heads"
+            + "; choose mesh sizes that divide the batch and the heads"
         )
     return advice
 
 
-def wanted(message: str) -> float:
-    """GiB that an out-of-memory message of XLA names; 0 if it names none."""
+def requested_gib(message: str) -> float:
+    """GiB of temporaries that an out-of-memory message of XLA names; 0 if it names none."""
     match = re.search(r"\(([\d.]+)([GM])\) exceeds", message)
     return float(match[1]) / (1 if match[2] == "G" else 1024) if match else 0.0
 
@@ -214,10 +221,10 @@ _BETWEEN_SLICES = re.compile(
     r'_xla_megascale_transfer_type="(ALL_REDUCE|ALL_GATHER|REDUCE_SCATTER|ALL_TO_ALL)"'
 )
 _TRANSFERS = {
-    "ALL_REDUCE": SUM,
-    "ALL_GATHER": GATHER,
-    "REDUCE_SCATTER": SCATTER,
-    "ALL_TO_ALL": EXCHANGE,
+    "ALL_REDUCE": ALL_REDUCE,
+    "ALL_GATHER": ALL_GATHER,
+    "REDUCE_SCATTER": REDUCE_SCATTER,
+    "ALL_TO_ALL": ALL_TO_ALL,
 }
 _CALLEE = re.compile(
     r"(?:calls|body|to_apply|called_computations|branch_computations)=\{?%?([\w.\-]+)"
@@ -226,8 +233,33 @@ _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "pred": 1, "f64": 8}
 
 
-def collectives(text: str, shape: Mapping[str, int]) -> Iterator[Collective]:
-    """Every collective of a program in its text form, with the mesh axes of its groups."""
+def program_collectives(text: str, shape: Mapping[str, int]) -> list[Collective]:
+    """Every collective of a program in HLO text, with the mesh axes of its groups.
+
+    `shape` are the sizes of the mesh by axis. Collectives in a loop are those of the layers.
+    """
+    bodies, entry = _computations(text)
+    found: dict[tuple[str, str], Collective] = {}
+
+    def visit(computation: str, runs: float, where: str, overlapped: bool) -> None:
+        for line in bodies.get(computation, ()):
+            if loop := _WHILE.search(line):
+                visit(loop[2], runs * _trip_count(bodies[loop[1]]), "layers", overlapped)
+            elif named := _collective(line, shape, computation):
+                key, one = named
+                overlaps = overlapped or one.overlapped
+                found.setdefault(key, replace(one, count=runs, where=where, overlapped=overlaps))
+            else:
+                async_ = "async_execution_thread" in line or "async-collective" in line
+                for callee in _CALLEE.findall(line):
+                    visit(callee, runs, where, overlapped or async_)
+
+    visit(entry, 1.0, "outside", False)
+    return [one for one in found.values() if one.group > 1]
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation of a program, and the name of its entry."""
     bodies: dict[str, list[str]] = {}
     entry, name = "", None
     for line in text.splitlines():
@@ -237,39 +269,11 @@ def collectives(text: str, shape: Mapping[str, int]) -> Iterator[Collective]:
             entry = name if line.startswith("ENTRY") else entry
         elif name is not None:
             bodies[name].append(line)
-    found: dict[Any, Collective] = {}
-
-    def visit(computation: str, times: float, depth: int, aside: bool) -> None:
-        for line in bodies.get(computation, ()):
-            if loop := _WHILE.search(line):
-                visit(loop[2], times * _turns(bodies[loop[1]]), depth + 1, aside)
-                continue
-            if match := _OP.match(line):
-                one = _collective(match, line, shape, times, depth, aside, computation)
-                # A gather fused into several fusions appears in each; its chain names it once.
-                chain = re.search(r'chain_id="(\d+)"', line)
-                key = ("chain", chain[1]) if chain else (computation, match[1])
-                found.setdefault(key, one)
-                continue
-            if match := _BETWEEN_SLICES.match(line):
-                name, type_, transfer = match.groups()
-                parts, kind = shape["data"], _TRANSFERS[transfer]
-                where = "layers" if depth else "outside"
-                size = _size(type_) * (1 if kind == SUM else parts)
-                one = Collective(kind, ("data",), parts, size, times, "between slices", where)
-                found.setdefault((computation, name), one)
-                continue
-            beside = aside or "async_execution_thread" in line or "async-collective" in line
-            for callee in _CALLEE.findall(line):
-                if callee in bodies:
-                    visit(callee, times, depth, beside)
-
-    visit(entry, 1.0, 0, False)
-    return (one for one in found.values() if one.parts > 1)
+    return bodies, entry
 
 
-def _turns(condition: list[str]) -> int:
-    """How often a loop turns: what its counter is compared with."""
+def _trip_count(condition: list[str]) -> int:
+    """The trip count of a loop: the constant that its condition compares the counter with."""
     bounds = [
         int(n) for line in condition for n in re.findall(r" s32\[\]\S* constant\((\d+)\)", line)
     ]
@@ -277,30 +281,34 @@ def _turns(condition: list[str]) -> int:
 
 
 def _collective(
-    match: re.Match[str],
-    line: str,
-    shape: Mapping[str, int],
-    times: float,
-    depth: int,
-    aside: bool,
-    computation: str,
-) -> Collective:
-    _, type_, kind, start = match.groups()
+    line: str, shape: Mapping[str, int], computation: str
+) -> tuple[tuple[str, str], Collective] | None:
+    """The collective of a line, if it has one, and a key that is the same for all its parts."""
+    if match := _BETWEEN_SLICES.match(line):
+        name, type_, transfer = match.groups()
+        kind, slices = _TRANSFERS[transfer], shape["data"]
+        size = _size(type_) * (1 if kind == ALL_REDUCE else slices)
+        return (computation, name), Collective(kind, ("data",), slices, size, 1, "between slices")
+    if not (match := _OP.match(line)):
+        return None
+    name, type_, kind, start = match.groups()
     axes = _axes(line, shape)
-    parts = math.prod(shape[axis] for axis in axes)
-    bytes_ = _size(type_)
-    if start and kind == GATHER:  # the operands stand beside the results
-        bytes_ *= parts / (parts + 1)
-    elif start and kind in (SCATTER, SHIFT):
-        bytes_ *= 1 / (parts + 1) if kind == SCATTER else 1 / 2
-    if kind == SCATTER:
-        bytes_ *= parts
-    if kind == SUM and computation.startswith("all-reduce-scatter"):
-        kind = SCATTER
-    hidden = aside or bool(start) or "chain_id" in line or computation.startswith("async_coll")
+    group = math.prod(shape[axis] for axis in axes)
+    size = _size(type_)
+    if start and kind == ALL_GATHER:  # the operands stand beside the results
+        size *= group / (group + 1)
+    elif start and kind in (REDUCE_SCATTER, PERMUTE):
+        size *= 1 / (group + 1) if kind == REDUCE_SCATTER else 1 / 2
+    if kind == REDUCE_SCATTER:
+        size *= group
+    if kind == ALL_REDUCE and computation.startswith("all-reduce-scatter"):
+        kind = REDUCE_SCATTER
+    # A gather fused into several fusions appears in each; its chain names it once.
+    chain = re.search(r'chain_id="(\d+)"', line)
+    async_ = bool(start or chain) or computation.startswith("async_coll")
     op = re.search(r'op_name="([^"]*)"', line)
-    where = "layers" if depth else "outside"
-    return Collective(kind, axes, parts, bytes_, times, op[1] if op else "", where, hidden)
+    one = Collective(kind, axes, group, size, 1, op[1] if op else "", overlapped=async_)
+    return ("chain", chain[1]) if chain else (computation, name), one
 
 
 def _size(type_: str) -> float:
@@ -323,8 +331,8 @@ def _axes(line: str, shape: Mapping[str, int]) -> tuple[str, ...]:
     elif listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         group = [int(n) for n in listed[1].split(",")]
     elif iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        dims = [int(n) for n in iota[3].split(",")]
-        ids = np.arange(math.prod(dims)).reshape(dims)
+        order = [int(n) for n in iota[3].split(",")]
+        ids = np.arange(math.prod(order)).reshape(order)
         if iota[4]:
             ids = ids.transpose([int(n) for n in iota[4].split(",")])
         group = ids.reshape(int(iota[1]), int(iota[2]))[0].tolist()

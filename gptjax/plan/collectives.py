@@ -1,305 +1,384 @@
-"""What a step sends between devices: the collectives of the scheme, counted.
+"""Communication of a training step between devices: its collectives, counted from the shapes.
 
-The products, the look-up and the loss write their collectives out (matmul.py, loss.py), so
-what a step sends follows from the shapes. `expected` is that count; plan/compiled.py reads the same
-from the compiled program.
+The matrix products, the look-up and the loss write their collectives out (parallel/matmul.py,
+training/loss.py), so their sizes follow from the shapes. `step_collectives` is that count; aot.py
+reads the same from the compiled program.
 
 Sizes are of one device. A collective's `bytes` are those of the whole array that its group gathers,
-sums or exchanges; `wire` is what one device of the group must send: (n-1)/n of it for a gather, a
-scatter or an exchange, twice that for a sum everywhere.
+sums or exchanges; `wire_bytes` are what one device of the group must send: (n-1)/n of the array for
+an all-gather, a reduce-scatter or an all-to-all, twice that for an all-reduce.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from gptjax.config import Config, ModelConfig
+from gptjax.config import Config
+from gptjax.model.flops import ModelCost
 from gptjax.parallel import mesh, sharding
 
-GATHER, SCATTER, SUM = "all-gather", "reduce-scatter", "all-reduce"
-EXCHANGE, SHIFT = "all-to-all", "collective-permute"
+ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = "all-gather", "reduce-scatter", "all-reduce"
+ALL_TO_ALL, PERMUTE = "all-to-all", "collective-permute"
 
 
 @dataclass(frozen=True)
 class Collective:
     """Like collectives of a step: of one kind over the same mesh axes, for the same purpose.
 
-    bytes: of one of them; count: in a step; where: "layers" or "outside"; hidden: whether the
-    compiler can run it beside arithmetic.
+    group: devices that take part. bytes: of one of them. count: in a step. where: "layers" or
+    "outside". overlapped: whether the compiler can run it beside arithmetic.
     """
 
     kind: str
     axes: tuple[str, ...]
-    parts: int
+    group: int
     bytes: float
     count: float
-    what: str
+    purpose: str
     where: str = "layers"
-    hidden: bool = True
+    overlapped: bool = True
 
     @property
-    def wire(self) -> float:
+    def wire_bytes(self) -> float:
         """Bytes that one device sends in a step."""
-        if self.kind == SHIFT:
+        if self.kind == PERMUTE:
             return self.bytes * self.count
-        share = (self.parts - 1) / self.parts
-        return self.bytes * share * self.count * (2 if self.kind == SUM else 1)
+        share = (self.group - 1) / self.group
+        return self.bytes * share * self.count * (2 if self.kind == ALL_REDUCE else 1)
 
 
 def by_axes(
-    collectives: list[Collective],
+    collectives: Sequence[Collective],
 ) -> dict[tuple[str, tuple[str, ...]], tuple[float, float]]:
     """(count, wire bytes) of a step by (kind, mesh axes)."""
     table: dict[tuple[str, tuple[str, ...]], tuple[float, float]] = {}
     for one in collectives:
         key = one.kind, tuple(axis for axis in mesh.AXES if axis in one.axes)
-        count, wire = table.get(key, (0.0, 0.0))
-        table[key] = count + one.count, wire + one.wire
+        count, wire_bytes = table.get(key, (0.0, 0.0))
+        table[key] = count + one.count, wire_bytes + one.wire_bytes
     return table
 
 
-_COPIES = ("data", "expert", "context")  # the axes beside fsdp that hold a layer's same weight
-
-
 @dataclass(frozen=True)
-class Passes:
-    """How an accumulation step goes through the layers that a device has.
+class PipelineSchedule:
+    """The pipeline's schedule within one accumulation step; see parallel/pipeline.py.
 
-    parts: microbatches of a pipeline, or one. works: how often a device takes up a stretch of its
-    layers; ticks: idle turns included, in which it does and sends the same for nothing. layers: of
-    a stretch.
+    busy_ticks: ticks in which a device computes, one microbatch in one of its virtual stages each.
+    ticks: all, those of the bubble included, in which it computes and sends the same for nothing.
+    layers: of a virtual stage. Without a pipeline there is one tick, with all layers.
     """
 
-    parts: int
-    works: int
+    microbatches: int
+    busy_ticks: int
     ticks: int
     layers: float
 
     @property
-    def runs(self) -> float:
-        """How often a device goes through a layer."""
+    def layer_runs(self) -> float:
+        """Number of times that a device runs a layer, forward."""
         return self.ticks * self.layers
 
     @property
-    def idle(self) -> float:
-        """Share of the ticks in which a device works for nothing."""
-        return 1 - self.works / self.ticks
+    def bubble(self) -> float:
+        """Share of the ticks in which a device is idle."""
+        return 1 - self.busy_ticks / self.ticks
 
 
-def passes(cfg: Config) -> Passes:
-    """As the mesh and the schedule have it; see parallel/pipeline.py."""
+def pipeline_schedule(cfg: Config) -> PipelineSchedule:
+    """The schedule that the mesh's stages and the configuration give."""
     stages, rounds = cfg.mesh.stage, cfg.compute.rounds
     if stages == 1:
-        return Passes(1, 1, 1, cfg.model.layers)
-    parts = cfg.compute.microbatches or stages
-    works, stretch = parts * rounds, cfg.model.layers / stages / rounds
-    return Passes(parts, works, works + stages - 1, stretch)
+        return PipelineSchedule(1, 1, 1, cfg.model.layers)
+    microbatches = cfg.compute.microbatches or stages
+    busy = microbatches * rounds
+    return PipelineSchedule(
+        microbatches, busy, busy + stages - 1, cfg.model.layers / stages / rounds
+    )
 
 
 @dataclass(frozen=True)
-class _Weight:
-    """A weight of a layer, or a table: bytes in the compute dtype after the tensor axis."""
+class StepShape:
+    """Sizes of one accumulation step on one device, which the planner's formulae share.
 
-    name: str
-    elements: float
-    copies: tuple[str, ...]  # axes beside fsdp over which its gradient is summed
+    sizes: of the mesh by axis. attention: the backends of the layers of a period. itemsize: bytes
+    of the compute dtype. tokens: of a device, before the tensor axis splits them. microbatch: those
+    of a pipeline's microbatch; without a pipeline, all. split: whether the tensor axis splits
+    tokens between the products (sequence parallelism).
+    """
+
+    cfg: Config
+    sizes: Mapping[str, int]
+    attention: Sequence[str]
+    itemsize: int
+    tokens: float
+    microbatch: float
+    split: bool
+    schedule: PipelineSchedule
+    cost: ModelCost
+
+    @property
+    def layer_runs(self) -> float:
+        """Number of times that a device runs a layer forward in a whole step."""
+        return self.schedule.layer_runs * self.cfg.train.accumulation
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the backward pass recomputes anything (remat)."""
+        return self.cfg.compute.remat != "none"
+
+    def hidden_state(self, tokens: float) -> float:
+        """Bytes of the residual stream of so many tokens."""
+        return tokens * self.cfg.model.embed * self.itemsize
+
+    def group(self, axes: Sequence[str]) -> int:
+        """Number of devices along mesh axes."""
+        return math.prod(self.sizes[axis] for axis in axes)
 
 
-def expected(
+def step_shape(
+    cfg: Config, sizes: Mapping[str, int], attention: Sequence[str] = ("splash",)
+) -> StepShape:
+    """The shape of a configuration's step on a mesh of these sizes by axis."""
+    schedule = pipeline_schedule(cfg)
+    groups = math.prod(sizes[axis] for axis in sharding.mesh_axes("tokens"))
+    tokens = cfg.train.batch_tokens / cfg.train.accumulation / groups
+    return StepShape(
+        cfg,
+        sizes,
+        attention,
+        itemsize=2 if cfg.compute.dtype == "bfloat16" else 4,
+        tokens=tokens,
+        # Outside the layers the batch is split over the stages too, within them it is not.
+        microbatch=tokens * sizes["stage"] / schedule.microbatches,
+        split=sizes["tensor"] > 1 and tokens % sizes["tensor"] == 0,
+        schedule=schedule,
+        cost=ModelCost(cfg.model),
+    )
+
+
+def step_collectives(
     cfg: Config, sizes: Mapping[str, int], attention: Sequence[str] = ("splash",)
 ) -> list[Collective]:
-    """The collectives of one optimizer step on a mesh of these sizes by mesh axis.
+    """The collectives of one optimizer step on a mesh of these sizes by axis.
 
     `attention` are the backends of the layers of a period.
     """
-    return [one for one in _all(cfg, sizes, attention) if one.parts > 1 and one.count and one.bytes]
+    shape = step_shape(cfg, sizes, attention)
+    parts = (
+        _layer_weights,
+        _tensor_parallel,
+        _expert_parallel,
+        _pipeline,
+        _context_parallel,
+        _embedding_tables,
+        _vocabulary_parallel,
+        _positions,
+        _scales_and_biases,
+    )
+    found = (one for part in parts for one in part(shape))
+    return [one for one in found if one.group > 1 and one.count and one.bytes]
 
 
-def _all(cfg: Config, sizes: Mapping[str, int], attention: Sequence[str]) -> Iterator[Collective]:
-    m, moe = cfg.model, cfg.model.moe
-    width = 2 if cfg.compute.dtype == "bfloat16" else 4
-    steps = cfg.train.accumulation
-    expert, tensor, stages = sizes["expert"], sizes["tensor"], sizes["stage"]
-    groups = math.prod(sizes[axis] for axis in sharding.mesh_axes("tokens"))
-    all_tokens = cfg.train.batch_tokens / steps / groups  # a device's rows, before the tensor axis
-    split = tensor > 1 and cfg.train.batch_tokens / steps % (groups * tensor) == 0
-    through = passes(cfg)
-    layers = through.runs
-    tokens = all_tokens * stages / through.parts  # those of a microbatch, where there are stages
-    rows = tokens * m.embed * width
-    gather_rows = GATHER if split else None
-    sum_rows = SCATTER if split else SUM
+_REPLICAS = ("data", "expert", "context")  # the axes besides fsdp along which a weight is the same
 
-    def over_tensor(kind: str | None, count: float, what: str, where: str = "layers") -> Iterator:
-        if kind is not None:
-            yield Collective(kind, ("tensor",), tensor, rows, count * steps, what, where)
 
-    # --- weights of the layers: gathered forward and backward, gradients scattered ---
-    for weight in _weights(m, tensor, expert):
-        whole = weight.elements * width
+def _layer_weights(s: StepShape) -> Iterator[Collective]:
+    """FSDP of the layers' weights: gathered forward and backward, their gradients scattered."""
+    for weight in s.cost.weights:
+        if weight.part == "router":  # small, and no product of parallel/matmul.py
+            continue
+        experts = weight.part == "experts"
+        size = weight.size / (s.sizes["expert"] if experts else 1) / s.sizes["tensor"] * s.itemsize
         # Without remat, the experts' gathered weights are kept for the backward pass.
-        times = 1 if weight.name.startswith("experts") and cfg.compute.remat == "none" else 2
-        yield from _gathers(whole, times * layers * steps, sizes, weight.name)
-        yield from _scatters(whole, layers * steps, sizes, weight.copies, weight.name)
-
-    # --- rows over the tensor axis: into and out of each pair of products ---
-    # Attention and the feed-forward. Shared experts sum their own rows, but have those that come in
-    # with the other experts.
-    pairs, sums = 2, 2 + (m.moe.experts > 0 and m.moe.shared > 0)
-    again = {"none": 0, "dots": 0, "block": 1}[cfg.compute.remat]
-    yield from over_tensor(gather_rows, 2 * pairs * layers, "rows into products")
-    yield from over_tensor(sum_rows, sums * layers, "rows out of products")
-    yield from over_tensor(sum_rows, sums * layers, "gradients of rows")
-    yield from over_tensor(gather_rows, pairs * layers, "gradients of rows")
-    yield from over_tensor(sum_rows, again * (pairs - 1) * layers, "rows, recomputed")
-    if split and moe.experts:
-        scores = tokens * moe.experts * 4
-        count = layers * steps * (1 if cfg.compute.remat == "none" else 2)
-        yield Collective(GATHER, ("tensor",), tensor, scores, count, "the router's scores")
-
-    # --- experts: tokens to them and back ---
-    if moe.experts and expert > 1:
-        yield from _dispatch(cfg, expert, tokens, layers * steps, width)
-
-    # --- rows from stage to stage, and the batch to the first and from the last ---
-    if stages > 1:
-        share = rows / (tensor if split else 1)
-        over_stages = ("stage",), stages
-        count = 2 * through.ticks * steps
-        yield Collective(SHIFT, *over_stages, share, count, "rows onwards", hidden=False)
-        whole = share * through.parts
-        for kind in (GATHER, SCATTER):
-            yield Collective(kind, *over_stages, whole, 2 * steps, "the batch's rows", "outside")
-        rows = all_tokens * m.embed * width
-        yield from over_tensor(gather_rows, 4, "rows into and out of the stages", "outside")
-
-    # --- keys and values over the context: round a ring, or of whole sequences for each part ---
-    if sizes["context"] > 1:
-        rings = attention.count("ring") / len(attention) * layers * steps
-        yield from _ring(cfg, sizes, rings, tokens)
-        keys = tokens * sizes["context"] * m.kv * m.head / tensor * width
-        again = 0 if cfg.compute.remat == "none" else 1
-        count = 2 * (layers * steps - rings)
-        over = (("context",), sizes["context"], keys)
-        yield Collective(GATHER, *over, count * (1 + again), "keys and values")
-        yield Collective(SCATTER, *over, count, "gradients of keys and values")
-
-    # --- outside the layers the batch is split over the stages too ---
-    tokens, rows = all_tokens, all_tokens * m.embed * width
-
-    # --- the tables, once for each part of the batch; a tied one is gathered once for both uses ---
-    table = m.table * m.embed / tensor
-    outside = {"where": "outside"}
-    for name in ("embedding",) if m.tied_embeddings else ("embedding", "output layer"):
-        yield from _gathers(table * width, steps, sizes, name, **outside)
-    # Its gradient is scattered for each use, but where there is nothing to scatter summed once.
-    once = m.tied_embeddings and all(sizes[axis] == 1 for axis in mesh.FSDP)
-    for name in ("embedding",) if once else ("embedding", "output layer"):
-        yield from _scatters(table * 4, steps, sizes, ("stage", *_COPIES), name, **outside)
-    if tensor > 1:
-        yield from over_tensor(sum_rows, 1, "embedded rows", "outside")
-        yield from over_tensor(gather_rows, 1, "gradients of embedded rows", "outside")
-        yield from over_tensor(gather_rows, 1, "rows into the loss", "outside")
-        yield from over_tensor(sum_rows, 1, "gradients of rows from the loss", "outside")
-        yield Collective(
-            *(SUM, ("tensor",), tensor, 3 * 4 * tokens, steps, "sums over the vocabulary"),
-            **outside,
-            hidden=False,
-        )
-    axes = tuple(a for a in sharding.mesh_axes("residual" if split else "tokens") if sizes[a] > 1)
-    parts = math.prod(sizes[a] for a in axes)
-    if m.positions == "learned":
-        places = cfg.train.seq_len * m.embed
-        over = tuple(axis for axis in mesh.FSDP if sizes[axis] > 1)
-        n = math.prod(sizes[axis] for axis in over)
-        yield Collective(GATHER, over, n, places * width, steps, "positions", **outside)
-        yield Collective(SUM, axes, parts, places * 4, steps, "positions' gradient", **outside)
-
-    # --- scales and biases: whole everywhere, summed over every device that has rows ---
-    small = 2 * m.embed * (2 if m.norm == "layernorm" and m.norm_bias else 1)
-    if m.linear_bias:
-        small += 2 * m.embed + (m.head * (m.heads + 2 * m.kv) + m.hidden) / tensor
-    axes = tuple(axis for axis in axes if axis != "stage")
-    parts = math.prod(sizes[a] for a in axes)
-    yield Collective(SUM, axes, parts, small * width, layers * steps, "scales and biases")
+        gathers = 1 if experts and not s.recomputes else 2
+        replicas = ("data", "context") if experts else _REPLICAS
+        yield from _all_gathers(s, size, gathers * s.layer_runs, weight.name)
+        yield from _reduce_scatters(s, size, s.layer_runs, replicas, weight.name)
 
 
-def _weights(m: ModelConfig, tensor: int, expert: int) -> Iterator[_Weight]:
-    """The matrices of one layer, as one device of the tensor and expert axes has them whole."""
-    d, c = m.embed, m.head
-    yield _Weight("q", d * m.heads * c / tensor, _COPIES)
-    yield _Weight("k", d * m.kv * c / tensor, _COPIES)
-    yield _Weight("v", d * m.kv * c / tensor, _COPIES)
-    yield _Weight("o", d * m.heads * c / tensor, _COPIES)
-    names = ("gate", "up", "down") if m.activation == "swiglu" else ("up", "down")
-    if not m.moe.experts:
-        for name in names:
-            yield _Weight(name, d * m.hidden / tensor, _COPIES)
+def _tensor_parallel(s: StepShape) -> Iterator[Collective]:
+    """Tokens over the tensor axis, into and out of each pair of products, and the router's scores.
+
+    Attention and the feed-forward are a pair each. Shared experts sum their own output, and share
+    their input with the other experts.
+    """
+    moe = s.cfg.model.moe
+    pairs, outputs = 2, 2 + (moe.experts > 0 and moe.shared > 0)
+    recomputed = pairs - 1 if s.cfg.compute.remat == "block" else 0
+    size, runs = s.hidden_state(s.microbatch), s.layer_runs
+    yield from _gather_tokens(s, size, 2 * pairs * runs, "tokens into products")
+    yield from _reduce_tokens(s, size, outputs * runs, "tokens out of products")
+    yield from _reduce_tokens(s, size, outputs * runs, "gradients of tokens")
+    yield from _gather_tokens(s, size, pairs * runs, "gradients of tokens")
+    yield from _reduce_tokens(s, size, recomputed * runs, "tokens, recomputed")
+    if s.split and moe.experts:
+        scores = s.microbatch * moe.experts * 4
+        count = runs * (2 if s.recomputes else 1)
+        yield _over(s, "tensor", ALL_GATHER, scores, count, "the router's scores")
+
+
+def _expert_parallel(s: StepShape) -> Iterator[Collective]:
+    """Tokens to their experts and back: gathered and scattered, or with a capacity exchanged."""
+    m, moe = s.cfg.model, s.cfg.model.moe
+    if not moe.experts:
         return
-    for name in names:
-        experts = m.moe.experts / expert
-        yield _Weight(
-            f"experts' {name}", experts * d * m.expert_hidden / tensor, ("data", "context")
-        )
-        if m.moe.shared:
-            width = m.moe.shared * m.expert_hidden
-            yield _Weight(f"shared {name}", d * width / tensor, _COPIES)
-
-
-def _gathers(
-    whole: float, count: float, sizes: Mapping[str, int], what: str, **more: str
-) -> Iterator[Collective]:
-    """Ring by ring: over the innermost ring a part, over the outermost the whole."""
-    for axis in mesh.FSDP:
-        yield Collective(GATHER, (axis,), sizes[axis], whole, count, what, **more)
-        whole /= sizes[axis]
-
-
-def _scatters(
-    whole: float,
-    count: float,
-    sizes: Mapping[str, int],
-    copies: tuple[str, ...],
-    what: str,
-    **more: str,
-) -> Iterator[Collective]:
-    for axis in mesh.FSDP:
-        yield Collective(SCATTER, (axis,), sizes[axis], whole, count, f"{what}'s gradient", **more)
-        whole /= sizes[axis]
-    axes = tuple(axis for axis in copies if sizes[axis] > 1)
-    parts = math.prod(sizes[axis] for axis in axes)
-    yield Collective(SUM, axes, parts, whole, count, f"{what}'s gradient", **more)
-
-
-def _ring(
-    cfg: Config, sizes: Mapping[str, int], rings: float, tokens: float
-) -> Iterator[Collective]:
-    """So many layers' keys and values, a device further at every step in each of their passes."""
-    m, context = cfg.model, sizes["context"]
-    elements = tokens * m.kv * m.head / sizes["tensor"]
-    # What a pass that is recomputed and the backward pass both send first, XLA sends once.
-    steps = rings * (2 * (context - 1) if cfg.compute.remat == "none" else 3 * (context - 1) - 1)
-    over = (SHIFT, ("context",), context)
-    width = 2 if cfg.compute.dtype == "bfloat16" else 4
-    yield Collective(*over, elements * width, 2 * steps, "keys and values")
-    ids = (cfg.data.documents == "mask") + (m.positions == "alibi")
-    yield Collective(*over, tokens * 4, ids * steps, "documents and positions of keys")
-    # In float32, and once more, home.
-    yield Collective(*over, elements * 4, 2 * rings * context, "gradients of keys and values")
-
-
-def _dispatch(
-    cfg: Config, expert: int, tokens: float, count: float, width: int
-) -> Iterator[Collective]:
-    m, moe = cfg.model, cfg.model.moe
-    again = 0 if cfg.compute.remat == "none" else 1
+    forward_and_backward, recomputed = 2, int(s.recomputes)
+    passes = forward_and_backward + recomputed
     if moe.capacity:
-        t = cfg.train.seq_len
+        t = s.cfg.train.seq_len
         places = min(t, -(-int(moe.capacity * moe.top_k * t) // moe.experts))
-        buffer = tokens / t * moe.experts * places * m.embed * width
-        for what, times in (("to experts", 2 + again), ("from experts", 2 + again)):
-            yield Collective(EXCHANGE, ("expert",), expert, buffer, count * times, what)
+        buffers = s.microbatch / t * moe.experts * places * m.embed * s.itemsize
+        for purpose in ("to experts", "from experts"):
+            yield _over(s, "expert", ALL_TO_ALL, buffers, s.layer_runs * passes, purpose)
         return
-    group = tokens * expert * m.embed * width
-    yield Collective(GATHER, ("expert",), expert, group, count * (2 + again), "tokens to experts")
-    yield Collective(SCATTER, ("expert",), expert, group, count * 2, "tokens from experts")
+    group = s.microbatch * s.sizes["expert"] * m.embed * s.itemsize
+    yield _over(s, "expert", ALL_GATHER, group, s.layer_runs * passes, "tokens to experts")
+    count = s.layer_runs * forward_and_backward
+    yield _over(s, "expert", REDUCE_SCATTER, group, count, "tokens from experts")
+
+
+def _pipeline(s: StepShape) -> Iterator[Collective]:
+    """Microbatches from stage to stage, and the batch to the first stage and from the last."""
+    if s.sizes["stage"] == 1:
+        return
+    steps = s.cfg.train.accumulation
+    share = s.hidden_state(s.microbatch) / (s.sizes["tensor"] if s.split else 1)
+    axes, stages = ("stage",), s.sizes["stage"]
+    count = 2 * s.schedule.ticks * steps
+    yield Collective(PERMUTE, axes, stages, share, count, "to the next stage", overlapped=False)
+    batch = share * s.schedule.microbatches
+    for kind in (ALL_GATHER, REDUCE_SCATTER):
+        yield Collective(kind, axes, stages, batch, 2 * steps, "the batch", "outside")
+    tokens = s.hidden_state(s.tokens)
+    yield from _gather_tokens(s, tokens, 4 * steps, "tokens into and out of the stages", "outside")
+
+
+def _context_parallel(s: StepShape) -> Iterator[Collective]:
+    """Keys and values over the context axis: around a ring, or gathered for all queries."""
+    rings = s.attention.count("ring") / len(s.attention) * s.layer_runs
+    yield from _ring_attention(s, rings)
+    keys = s.microbatch * s.sizes["context"] * s.cost.activations.keys
+    keys_bytes = keys / s.sizes["tensor"] * s.itemsize
+    count = 2 * (s.layer_runs - rings)
+    gathers = count * (1 + s.recomputes)
+    yield _over(s, "context", ALL_GATHER, keys_bytes, gathers, "keys and values")
+    yield _over(s, "context", REDUCE_SCATTER, keys_bytes, count, "gradients of keys and values")
+
+
+def _ring_attention(s: StepShape, layers: float) -> Iterator[Collective]:
+    """So many layers' keys and values, one device further at every step of each pass."""
+    context = s.sizes["context"]
+    elements = s.microbatch * s.cost.activations.keys / s.sizes["tensor"]
+    # What a pass that is recomputed and the backward pass both send first, XLA sends once.
+    steps = layers * (3 * (context - 1) - 1 if s.recomputes else 2 * (context - 1))
+    yield _over(s, "context", PERMUTE, elements * s.itemsize, 2 * steps, "keys and values")
+    ids = (s.cfg.data.documents == "mask") + (s.cfg.model.positions == "alibi")
+    purpose = "documents and positions of keys"
+    yield _over(s, "context", PERMUTE, s.microbatch * 4, ids * steps, purpose)
+    # In float32, and one step more: back to the device that they belong to.
+    count = 2 * layers * context
+    yield _over(s, "context", PERMUTE, elements * 4, count, "gradients of keys and values")
+
+
+def _embedding_tables(s: StepShape) -> Iterator[Collective]:
+    """The embedding and output tables, once for each part of the batch."""
+    m, steps = s.cfg.model, s.cfg.train.accumulation
+    table = m.table * m.embed / s.sizes["tensor"]
+    # A tied table is gathered once for both of its uses.
+    for name in ("embedding",) if m.tied_embeddings else ("embedding", "output layer"):
+        yield from _all_gathers(s, table * s.itemsize, steps, name, "outside")
+    # Its gradient is scattered for each use, but where there is nothing to scatter summed once.
+    once = m.tied_embeddings and s.group(mesh.FSDP) == 1
+    for name in ("embedding",) if once else ("embedding", "output layer"):
+        yield from _reduce_scatters(s, table * 4, steps, ("stage", *_REPLICAS), name, "outside")
+
+
+def _vocabulary_parallel(s: StepShape) -> Iterator[Collective]:
+    """The look-up and the loss, whose tables are split over the tensor axis by vocabulary."""
+    steps, size = s.cfg.train.accumulation, s.hidden_state(s.tokens)
+    yield from _reduce_tokens(s, size, steps, "embedded tokens", "outside")
+    yield from _gather_tokens(s, size, steps, "gradients of embedded tokens", "outside")
+    yield from _gather_tokens(s, size, steps, "tokens into the loss", "outside")
+    yield from _reduce_tokens(s, size, steps, "gradients of tokens from the loss", "outside")
+    # Largest logit, sum of exponentials and target's logit of each token, in float32.
+    sums = _over(s, "tensor", ALL_REDUCE, 3 * 4 * s.tokens, steps, "sums over the vocabulary")
+    yield replace(sums, where="outside", overlapped=False)
+
+
+def _positions(s: StepShape) -> Iterator[Collective]:
+    """Learned positions: gathered over fsdp, their gradient summed over all that have tokens."""
+    if s.cfg.model.positions != "learned":
+        return
+    steps, elements = s.cfg.train.accumulation, s.cfg.train.seq_len * s.cfg.model.embed
+    axes = tuple(axis for axis in mesh.FSDP if s.sizes[axis] > 1)
+    size, purpose = elements * s.itemsize, "positions"
+    yield Collective(ALL_GATHER, axes, s.group(axes), size, steps, purpose, "outside")
+    axes = _token_axes(s)
+    size, purpose = elements * 4, "positions' gradient"
+    yield Collective(ALL_REDUCE, axes, s.group(axes), size, steps, purpose, "outside")
+
+
+def _scales_and_biases(s: StepShape) -> Iterator[Collective]:
+    """Gradients of scales and biases, which every device has whole, over all that have tokens."""
+    m, a = s.cfg.model, s.cost.activations
+    size: float = 2 * m.embed * (2 if m.norm == "layernorm" and m.norm_bias else 1)
+    if m.linear_bias:
+        size += 2 * m.embed + (a.qkv + m.hidden) / s.sizes["tensor"]
+    axes = tuple(axis for axis in _token_axes(s) if axis != "stage")
+    purpose = "scales and biases"
+    yield Collective(ALL_REDUCE, axes, s.group(axes), size * s.itemsize, s.layer_runs, purpose)
+
+
+def _token_axes(s: StepShape) -> tuple[str, ...]:
+    """The mesh axes over which tokens are split."""
+    axes = sharding.mesh_axes("residual" if s.split else "tokens")
+    return tuple(axis for axis in axes if s.sizes[axis] > 1)
+
+
+def _over(
+    s: StepShape, axis: str, kind: str, size: float, count: float, purpose: str
+) -> Collective:
+    """A collective of the layers over one axis."""
+    return Collective(kind, (axis,), s.sizes[axis], size, count, purpose)
+
+
+def _gather_tokens(
+    s: StepShape, size: float, count: float, purpose: str, where: str = "layers"
+) -> Iterator[Collective]:
+    """Tokens that the tensor axis has split; others are everywhere already."""
+    if s.split:
+        yield Collective(ALL_GATHER, ("tensor",), s.sizes["tensor"], size, count, purpose, where)
+
+
+def _reduce_tokens(
+    s: StepShape, size: float, count: float, purpose: str, where: str = "layers"
+) -> Iterator[Collective]:
+    """Partial sums of tokens over the tensor axis, each device keeping its share or all of them."""
+    kind = REDUCE_SCATTER if s.split else ALL_REDUCE
+    yield Collective(kind, ("tensor",), s.sizes["tensor"], size, count, purpose, where)
+
+
+def _all_gathers(
+    s: StepShape, size: float, count: float, purpose: str, where: str = "layers"
+) -> Iterator[Collective]:
+    """A weight, ring by ring: over the inner rings a part of it, over the outermost the whole."""
+    for axis in mesh.FSDP:
+        yield Collective(ALL_GATHER, (axis,), s.sizes[axis], size, count, purpose, where)
+        size /= s.sizes[axis]
+
+
+def _reduce_scatters(
+    s: StepShape,
+    size: float,
+    count: float,
+    replicas: tuple[str, ...],
+    name: str,
+    where: str = "layers",
+) -> Iterator[Collective]:
+    """A weight's gradient, ring by ring, and the sum of what is left over the weight's replicas."""
+    purpose = f"{name}'s gradient"
+    for axis in mesh.FSDP:
+        yield Collective(REDUCE_SCATTER, (axis,), s.sizes[axis], size, count, purpose, where)
+        size /= s.sizes[axis]
+    axes = tuple(axis for axis in replicas if s.sizes[axis] > 1)
+    yield Collective(ALL_REDUCE, axes, s.group(axes), size, count, purpose, where)

@@ -2,32 +2,35 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 
 from gptjax.config import Config
 from gptjax.errors import ConfigError
 from gptjax.model import decoder
-from gptjax.model import flops as counts
+from gptjax.model.flops import ModelCost
 from gptjax.parallel.mesh import AXES, abstract_mesh, arrange
-from gptjax.plan import collectives, memory, roofline
-from gptjax.plan.hardware import Machine, places
+from gptjax.plan import memory, roofline
+from gptjax.plan.collectives import Collective, step_collectives
+from gptjax.plan.machines import Machine, abstract_devices
 
 
 @dataclass(frozen=True)
 class Plan:
     """A training run on a machine, as predicted. Bytes are of one device, seconds of a step.
 
-    fits: whether `held` is within the device's memory. flops: of a step by part, all devices. mfu:
-    of the model's own operations at the expected time.
+    sizes: of the mesh by axis. state: the tensors that training keeps. memory_use: bytes by
+    category at the step's peak. links: of each mesh axis. flops: of a step by part, all devices.
+    mfu: of the model's own operations at the expected time. attention: the backends of a period.
     """
 
     cfg: Config
     machine: Machine
     sizes: Mapping[str, int]
     state: list[memory.Tensor]
-    held: Mapping[str, float]
-    sent: list[collectives.Collective]
+    memory_use: Mapping[str, float]
+    collectives: list[Collective]
     links: Mapping[str, roofline.Link]
     flops: Mapping[str, float]
     times: roofline.Times
@@ -36,8 +39,8 @@ class Plan:
 
     @property
     def total(self) -> float:
-        """Bytes held at the fullest moment."""
-        return sum(self.held.values())
+        """Bytes of memory at the step's peak."""
+        return sum(self.memory_use.values())
 
     @property
     def fits(self) -> bool:
@@ -51,12 +54,12 @@ class Plan:
 
     @property
     def days(self) -> float:
-        """Of the whole budget at the expected step time, evaluation and checkpoints aside."""
+        """Time for the whole budget at the expected step time, evaluation and checkpoints aside."""
         return self.cfg.train.tokens / self.tokens_per_second / 86400
 
     @property
     def chip_hours(self) -> float:
-        """Of the whole budget."""
+        """Chip-hours of the whole budget."""
         return self.days * 24 * self.machine.chips
 
 
@@ -69,29 +72,39 @@ def plan(cfg: Config, machine: Machine, state: list[memory.Tensor] | None = None
     cfg = check(cfg, machine)
     attention = _attention(cfg, machine)
     state = memory.tensors(cfg) if state is None else state
-    arranged = arrange(cfg.mesh, places(machine))
-    sizes = dict(zip(AXES, arranged.shape, strict=True))
-    held = memory.held(cfg, sizes, state, attention)
-    links = roofline.links(machine, arranged)
-    expected = collectives.expected(cfg, sizes, attention)
-    sent = [roofline.as_compiled(one, links) for one in expected]
-    times = roofline.times(cfg, machine, sizes, links, sent, held["parameters"] / 4)
-    model = counts.flops_per_token(cfg.model, cfg.train.seq_len) * cfg.train.batch_tokens
+    devices = arrange(cfg.mesh, abstract_devices(machine))
+    sizes = dict(zip(AXES, devices.shape, strict=True))
+    use = memory.memory_use(cfg, sizes, state, attention)
+    links = roofline.links(machine, devices)
+    collectives = [
+        roofline.as_compiled(one, links) for one in step_collectives(cfg, sizes, attention)
+    ]
+    times = roofline.times(cfg, machine, sizes, links, collectives, use["parameters"] / 4)
+    needed = ModelCost(cfg.model).flops_per_token(cfg.train.seq_len) * cfg.train.batch_tokens
     peak = machine.devices * machine.device.tflops * 1e12
-    mfu = model / (times.expected * peak)
     return Plan(
-        cfg, machine, sizes, state, held, sent, links, roofline.flops(cfg), times, mfu, attention
+        cfg=cfg,
+        machine=machine,
+        sizes=sizes,
+        state=state,
+        memory_use=use,
+        collectives=collectives,
+        links=links,
+        flops=roofline.flops(cfg),
+        times=times,
+        mfu=needed / (times.expected * peak),
+        attention=attention,
     )
 
 
 def check(cfg: Config, machine: Machine) -> Config:
-    """The configuration as it would run there, checked; the evaluation's batch made to divide.
+    """The configuration as it would run there, checked; the evaluation's batch is rounded up.
 
     Raises ConfigError.
     """
-    shape = cfg.mesh.shape(machine.devices)
-    rows = shape["data"] * shape["stage"] * shape["fsdp"] * shape["expert"]
-    batch = -(-cfg.eval.batch // rows) * rows
+    shape: dict[str, Any] = cfg.mesh.shape(machine.devices)
+    groups = shape["data"] * shape["stage"] * shape["fsdp"] * shape["expert"]
+    batch = -(-cfg.eval.batch // groups) * groups
     cfg = replace(cfg, mesh=replace(cfg.mesh, **shape), eval=replace(cfg.eval, batch=batch))
     cfg.check(machine.devices, machine.processes)
     return cfg
@@ -112,7 +125,7 @@ def _attention(cfg: Config, machine: Machine) -> tuple[str, ...]:
     if "reference" in chosen:
         part = cfg.train.seq_len // cfg.mesh.context
         why = (
-            "needs the reference attention, which holds every score and is not planned for: the "
+            "needs the reference attention, which keeps every score and is not planned for: the "
             "kernels lack ALiBi, dropout in attention and, on GPUs, document masks and float32 (of "
             "these the ring of a context axis lacks dropout alone); on TPUs, train.seq_len / "
             f"mesh.context = {part} must be a multiple of 128"

@@ -1,15 +1,16 @@
-"""A plan as one page that stands alone: memory, time, roofline, and how each tensor is cut."""
+"""A plan as a self-contained HTML page: memory, time, roofline, and each tensor's sharding."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from gptjax.model import flops
-from gptjax.plan import collectives, report, roofline
+from gptjax.model.flops import ModelCost
+from gptjax.plan import report, roofline
+from gptjax.plan.collectives import by_axes
 from gptjax.plan.estimate import Plan
-from gptjax.plan.hardware import GIB
 from gptjax.plan.memory import Tensor
 from gptjax.plan.search import Choice
+from gptjax.runtime.hardware import GIB
 
 _COLOURS = ("#2f6f9f", "#5fa8d3", "#e09f3e", "#9e2a2b", "#7b9e57", "#8d6a9f", "#777777")
 _AXES = {
@@ -38,8 +39,8 @@ td,th{border-color:#333}svg text{fill:#ccc}.note{color:#999}.bad{color:#e5707a}}
 
 
 def render(plan: Plan, choices: Sequence[Choice], price: float) -> str:
-    """The page."""
-    parameters = flops.parameters(plan.cfg.model).total
+    """The page. `price` is that of a chip-hour; 0: none."""
+    parameters = ModelCost(plan.cfg.model).parameters.total
     title = f"{plan.cfg.run} on {plan.machine.name}"
     body = [
         f"<h1>{escape(title)}</h1>",
@@ -52,13 +53,13 @@ def render(plan: Plan, choices: Sequence[Choice], price: float) -> str:
         _times(plan),
         "<h2>Roofline</h2>",
         _roofline(plan),
-        "<h2>Sent in a step</h2>",
-        _sent(plan),
-        "<h2>How each tensor is cut</h2>",
+        "<h2>Communication of a step</h2>",
+        _communication(plan),
+        "<h2>Sharding of each tensor</h2>",
         _tensors(plan),
     ]
     if choices:
-        body += ["<h2>Other ways to run</h2>", _front(choices)]
+        body += ["<h2>Pareto front of the search</h2>", _pareto_front(choices)]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>"
@@ -69,7 +70,6 @@ def render(plan: Plan, choices: Sequence[Choice], price: float) -> str:
 
 def _facts(plan: Plan, price: float) -> str:
     times = plan.times
-    spare = plan.machine.device.memory - plan.total
     facts = {
         "memory": f"{plan.total / GIB:.1f} of {plan.machine.device.memory / GIB:.1f} GiB",
         "step": f"{times.expected:.3g} s",
@@ -82,17 +82,18 @@ def _facts(plan: Plan, price: float) -> str:
     if price:
         facts["cost"] = f"{plan.chip_hours * price:,.0f}"
     cards = (f'<div class="fact">{name}<b>{value}</b></div>' for name, value in facts.items())
-    verdict = "" if plan.fits else f'<p class="bad">Too much by {-spare / GIB:.1f} GiB.</p>'
+    excess = (plan.total - plan.machine.device.memory) / GIB
+    verdict = "" if plan.fits else f'<p class="bad">Does not fit: {excess:.1f} GiB too much.</p>'
     return f'<div class="facts">{"".join(cards)}</div>{verdict}'
 
 
 def _memory(plan: Plan) -> str:
-    room = max(plan.machine.device.memory, plan.total)
+    widest = max(plan.machine.device.memory, plan.total)
     x, parts, keys = 0.0, [], []
-    for (name, size), colour in zip(plan.held.items(), _COLOURS * 2, strict=False):
+    for (name, size), colour in zip(plan.memory_use.items(), _COLOURS * 2, strict=False):
         if not size:
             continue
-        width = 900 * size / room
+        width = 900 * size / widest
         tip = f"{name}: {size / GIB:.2f} GiB"
         parts.append(
             f'<rect x="{x:.1f}" width="{width:.1f}" height="34" y="2" fill="{colour}">'
@@ -100,7 +101,7 @@ def _memory(plan: Plan) -> str:
         )
         keys.append(f'<span class="key" style="background:{colour}"></span>{escape(tip)}')
         x += width
-    limit = 900 * plan.machine.device.memory / room
+    limit = 900 * plan.machine.device.memory / widest
     parts.append(
         f'<line x1="{limit:.1f}" x2="{limit:.1f}" y1="0" y2="38" stroke="#9e2a2b" '
         'stroke-width="3"/>'
@@ -137,18 +138,18 @@ def _bars(values: Mapping[str, float], unit: str) -> str:
 
 
 def _roofline(plan: Plan) -> str:
-    """Log-log: operations a byte of memory traffic against operations a second of a device."""
+    """Log-log: operations per byte of memory traffic against operations per second of a device."""
     device, times = plan.machine.device, plan.times
     operations = sum(plan.flops.values()) / plan.machine.devices
     peak = device.tflops * 1e12
-    intensity = operations / (times.memory * device.hbm)
-    ridge = peak / device.hbm
+    intensity = operations / (times.memory * device.hbm_bandwidth)
+    ridge = peak / device.hbm_bandwidth
     low, high = math.log10(min(ridge, intensity) / 10), math.log10(max(ridge, intensity) * 10)
     bottom, top = math.log10(peak) - 2, math.log10(peak) + 0.3
     x = lambda value: 60 + 800 * (math.log10(value) - low) / (high - low)
     y = lambda value: 210 - 190 * (math.log10(value) - bottom) / (top - bottom)
-    start = max(10**low, 10**bottom / device.hbm)
-    roof = (start, start * device.hbm), (ridge, peak), (10**high, peak)
+    start = max(10**low, 10**bottom / device.hbm_bandwidth)
+    roof = (start, start * device.hbm_bandwidth), (ridge, peak), (10**high, peak)
     points = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in roof)
     marks = {"bound": times.bound, "expected": times.expected}
     dots = ""
@@ -165,8 +166,9 @@ def _roofline(plan: Plan) -> str:
         '<svg viewBox="0 0 900 240" width="900">'
         f'<polyline points="{points}" fill="none" stroke="#2f6f9f" stroke-width="2"/>{dots}'
         f'<text x="60" y="{y(peak) - 8:.0f}">{device.tflops:g} TFLOP/s</text>'
-        f'<text x="{x(ridge) - 60:.0f}" y="205">{device.hbm / 1e9:.0f} GB/s up to {ridge:.0f} '
-        f'FLOPs a byte</text><text x="300" y="235">this step: {intensity:,.0f} FLOPs a byte of '
+        f'<text x="{x(ridge) - 60:.0f}" y="205">{device.hbm_bandwidth / 1e9:.0f} GB/s up to '
+        f'{ridge:.0f} FLOPs a byte</text><text x="300" y="235">this step: '
+        f"{intensity:,.0f} FLOPs a byte of "
         "memory traffic, recomputation counted</text></svg>"
     )
 
@@ -176,10 +178,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
 
 
-def _sent(plan: Plan) -> str:
+def _communication(plan: Plan) -> str:
     rows = [
-        (kind, escape(", ".join(axes)), f"{count:,.0f}", f"{wire / 1e9:,.3f}")
-        for (kind, axes), (count, wire) in sorted(collectives.by_axes(plan.sent).items())
+        (kind, escape(", ".join(axes)), f"{count:,.0f}", f"{wire_bytes / 1e9:,.3f}")
+        for (kind, axes), (count, wire_bytes) in sorted(by_axes(plan.collectives).items())
     ]
     return _table(("collective", "over", "count", "GB a device"), rows)
 
@@ -193,17 +195,16 @@ def _tensors(plan: Plan) -> str:
     for tensor in plan.state:
         if tensor.group != "parameters" or not tensor.shape:
             continue
-        shape, piece = (
-            " x ".join(map(str, sizes)) for sizes in (tensor.shape, tensor.piece(plan.sizes))
-        )
+        shape = " x ".join(map(str, tensor.shape))
+        shard = " x ".join(map(str, tensor.shard_shape(plan.sizes)))
         size = f"{tensor.bytes(plan.sizes) / 2**20:,.2f}"
         name = escape(tensor.path.removeprefix("params/"))
-        rows.append((name, _cut(tensor, plan.sizes), shape, piece, size))
+        rows.append((name, _sharding(tensor, plan.sizes), shape, shard, size))
     return f"<p>{keys}</p>" + _table(("tensor", "", "shape", "on one device", "MiB"), rows)
 
 
-def _cut(tensor: Tensor, sizes: Mapping[str, int]) -> str:
-    """A box a dimension, cut into as many parts as the mesh cuts it (up to 32 are drawn)."""
+def _sharding(tensor: Tensor, sizes: Mapping[str, int]) -> str:
+    """A box for each dimension, divided into its shards on the mesh (up to 32 are drawn)."""
     boxes, x = [], 0
     for dimension, axes in zip(tensor.shape, tensor.axes, strict=True):
         parts = math.prod(sizes[axis] for axis in axes)
@@ -224,7 +225,7 @@ def _cut(tensor: Tensor, sizes: Mapping[str, int]) -> str:
     return f'<svg viewBox="0 0 {x} 14" width="{x}" height="14">{"".join(boxes)}</svg>'
 
 
-def _front(choices: Sequence[Choice]) -> str:
+def _pareto_front(choices: Sequence[Choice]) -> str:
     rows = [
         (
             f"<code>{escape(' '.join(one.overrides))}</code>",

@@ -1,7 +1,8 @@
-"""What a device holds during a step, by formula.
+"""Memory use of a training step on one device, by formula.
 
 Parameters and optimizer state come from the real `create_state`, traced on a mesh with no devices.
-The rest follows from the shapes, and from what the compiled programs were seen to keep (LOG.md).
+The rest follows from the shapes, and from the memory that compiled programs were seen to use
+(LOG.md).
 """
 
 import math
@@ -15,8 +16,9 @@ import numpy as np
 from gptjax.checkpoint.checkpointer import leaves_by_path
 from gptjax.config import Config
 from gptjax.model import decoder
-from gptjax.parallel import mesh, sharding
+from gptjax.parallel import mesh
 from gptjax.plan import collectives
+from gptjax.plan.collectives import StepShape
 from gptjax.training import step
 
 
@@ -30,16 +32,16 @@ class Tensor:
     itemsize: int
     axes: tuple[tuple[str, ...], ...]
 
-    def piece(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape of one device's part."""
+    def shard_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of one device's shard, on a mesh of these sizes by axis."""
         return tuple(
             n // math.prod(sizes[axis] for axis in axes)
             for n, axes in zip(self.shape, self.axes, strict=True)
         )
 
     def bytes(self, sizes: Mapping[str, int]) -> int:
-        """Of one device's part."""
-        return math.prod(self.piece(sizes)) * self.itemsize
+        """Bytes of one device's shard."""
+        return math.prod(self.shard_shape(sizes)) * self.itemsize
 
 
 _GROUPS = {"params": "parameters", "opt_state": "optimizer", "ema": "moving average"}
@@ -65,86 +67,85 @@ def tensors(cfg: Config) -> list[Tensor]:
     return [leaf(path, value) for path, value in leaves_by_path(state).items()]
 
 
-def held(
+def memory_use(
     cfg: Config,
     sizes: Mapping[str, int],
     state: list[Tensor],
     attention: Sequence[str] = ("splash",),
 ) -> dict[str, float]:
-    """Bytes of one device by what they hold, at the step's fullest moment.
+    """Bytes of one device by category, at the step's peak.
 
     `state` are the `tensors` of the configuration, `attention` the backends of a period's layers.
     """
-    groups: dict[str, float] = {}
+    use: dict[str, float] = {}
     for tensor in state:
-        groups[tensor.group] = groups.get(tensor.group, 0.0) + tensor.bytes(sizes)
-    m, c = cfg.model, cfg.compute
-    width = 2 if c.dtype == "bfloat16" else 4
-    parameters = groups["parameters"] / 4  # in float32
-    parts = math.prod(sizes[axis] for axis in sharding.mesh_axes("tokens"))
-    tensor_parts = sizes["tensor"]
-    all_tokens = cfg.train.batch_tokens / cfg.train.accumulation / parts
-    split = tensor_parts > 1 and all_tokens % tensor_parts == 0
-    through = collectives.passes(cfg)
-    tokens = all_tokens * sizes["stage"] / through.parts  # of a microbatch, where there are stages
-    stream = tokens / (tensor_parts if split else 1) * m.embed * width
-
-    # --- kept from the forward to the backward pass ---
-    heads = tokens * m.head * (m.heads + 2 * m.kv) / tensor_parts * width
-    matrices = 2 if m.activation == "swiglu" else 1
-    # An expert's buffer has places for more than its even share, if it has a capacity.
-    routed = m.moe.top_k * max(1.0, m.moe.capacity) if m.moe.experts else 0.0
-    active = m.expert_hidden * (routed + m.moe.shared) if m.moe.experts else m.hidden
-    hidden = tokens * active / tensor_parts * width
-    kept = {"block": stream, "dots": 2 * stream + heads, "none": 18 * stream + 3 * heads}[c.remat]
-    if c.remat != "block" and not m.moe.experts:
-        kept += matrices * hidden * (2 if c.remat == "none" else 1)
-    if c.remat == "none" and m.moe.experts:
-        kept += _layer_weights(cfg, sizes) * width
-    saved = through.runs * kept
-    if sizes["stage"] > 1:  # what each tick begins with, and the batch on its way in and out
-        saved += (through.ticks + 2 * through.parts) * stream
-
-    # --- a block's backward pass: what it recomputes, its gradients, weights gathered for it ---
-    whole = tokens * m.embed * width
-    working = 3 * whole + 2 * heads + (2 * matrices + 1) * hidden
-    layer = _layer_weights(cfg, sizes) * width
-    keys, sequences = tokens * m.head * m.kv / tensor_parts, 0.0
-    if sizes["context"] > 1 and set(attention) == {"ring"}:
-        # Keys and values here and coming; their gradients here, coming and being added up, and the
-        # queries'.
-        sequences = 4 * keys * width + (6 * keys + tokens * m.head * m.heads / tensor_parts) * 4
-    elif (context := sizes["context"]) > 1:  # of whole sequences, and in their order
-        sequences = 4 * context * keys * width
-    block = working + layer + sequences + 2 * routed * whole  # and what goes to experts and back
-
-    # --- the loss: the output layer whole, its gradient, a chunk's logits ---
-    tokens, whole = all_tokens, all_tokens * m.embed * width
-    table = m.table * m.embed / tensor_parts
-    chunk = tokens / c.loss_chunks * m.table / tensor_parts
-    loss = table * (width + 4) + chunk * (4 + width) + 2 * whole
-
+        use[tensor.group] = use.get(tensor.group, 0.0) + tensor.bytes(sizes)
+    shape = collectives.step_shape(cfg, sizes, attention)
+    parameters = use["parameters"] / 4  # in float32
+    layer, loss = _layer_workspace(shape), _loss_workspace(shape)
     # XLA casts the layers' weights once for all layers, and keeps that for both passes.
-    if width < 4:
-        groups["weights cast"] = parameters * width
+    if shape.itemsize < 4:
+        use["cast weights"] = parameters * shape.itemsize
     gradients = parameters * 4
     accumulated = gradients if cfg.train.accumulation > 1 else 0.0
-    if gradients + block >= loss:
-        groups["gradients"] = accumulated + gradients
-        groups["activations kept"], groups["a layer's work"] = saved, block
-    else:  # the layers have no gradients yet
-        groups["gradients"] = accumulated
-        groups["activations kept"], groups["the loss"] = saved, loss
-    return groups
+    layers_are_peak = gradients + layer >= loss  # during the loss, layers have no gradients yet
+    use["gradients"] = accumulated + (gradients if layers_are_peak else 0.0)
+    use["saved activations"] = _saved_activations(shape)
+    use["layer workspace" if layers_are_peak else "loss workspace"] = (
+        layer if layers_are_peak else loss
+    )
+    return use
 
 
-def _layer_weights(cfg: Config, sizes: Mapping[str, int]) -> float:
-    """Elements of one layer's weights, whole but for the tensor and expert axes."""
-    m = cfg.model
-    attention = m.embed * m.head * (2 * m.heads + 2 * m.kv)
-    matrices = 3 if m.activation == "swiglu" else 2
-    mlp = matrices * m.embed * m.hidden
-    if m.moe.experts:
-        mine = m.moe.experts / sizes["expert"] + m.moe.shared
-        mlp = matrices * m.embed * m.expert_hidden * mine
-    return (attention + mlp) / sizes["tensor"]
+def _saved_activations(s: StepShape) -> float:
+    """Bytes kept from the forward to the backward pass."""
+    a, remat = s.cost.activations, s.cfg.compute.remat
+    stream = s.hidden_state(s.microbatch) / (s.sizes["tensor"] if s.split else 1)
+    qkv = _split(s, a.qkv)
+    layer = {"block": stream, "dots": 2 * stream + qkv, "none": 18 * stream + 3 * qkv}[remat]
+    if s.cfg.model.moe.experts:
+        layer += _gathered_weights(s) if remat == "none" else 0.0
+    elif remat != "block":
+        layer += a.projections * _split(s, a.hidden) * (2 if remat == "none" else 1)
+    saved = s.schedule.layer_runs * layer
+    if s.sizes["stage"] > 1:  # the input of each tick, and the batch on its way in and out
+        saved += (s.schedule.ticks + 2 * s.schedule.microbatches) * stream
+    return saved
+
+
+def _layer_workspace(s: StepShape) -> float:
+    """Bytes of one layer's backward pass: recomputed activations, gradients, gathered weights."""
+    a, context = s.cost.activations, s.sizes["context"]
+    tokens = s.hidden_state(s.microbatch)
+    activations = 3 * tokens + 2 * _split(s, a.qkv)
+    activations += (2 * a.projections + 1) * _split(s, a.routed_hidden)
+    keys, sequences = s.microbatch * a.keys / s.sizes["tensor"], 0.0
+    if context > 1 and set(s.attention) == {"ring"}:
+        # Keys and values here and arriving; their gradients here, arriving and being summed, and
+        # those of the queries.
+        queries = s.microbatch * a.queries / s.sizes["tensor"]
+        sequences = 4 * keys * s.itemsize + (6 * keys + queries) * 4
+    elif context > 1:  # of whole sequences, and in their order
+        sequences = 4 * context * keys * s.itemsize
+    routed = 2 * a.routed * tokens  # to the experts and back
+    return activations + _gathered_weights(s) + sequences + routed
+
+
+def _loss_workspace(s: StepShape) -> float:
+    """Bytes of the loss: the output table gathered, its gradient, and one chunk's logits."""
+    table = s.cfg.model.table / s.sizes["tensor"]
+    logits = s.tokens / s.cfg.compute.loss_chunks * table
+    tables = table * s.cfg.model.embed * (s.itemsize + 4)
+    return tables + logits * (4 + s.itemsize) + 2 * s.hidden_state(s.tokens)
+
+
+def _split(s: StepShape, width: float) -> float:
+    """Bytes of a microbatch's activations of a width that the tensor axis splits."""
+    return s.microbatch * width / s.sizes["tensor"] * s.itemsize
+
+
+def _gathered_weights(s: StepShape) -> float:
+    """Bytes of one layer's weights, gathered over fsdp, split over the tensor and expert axes."""
+    whole = s.cost.weight_size("attention", "feed-forward", "shared experts")
+    experts = s.cost.weight_size("experts") / s.sizes["expert"]
+    return (whole + experts) / s.sizes["tensor"] * s.itemsize

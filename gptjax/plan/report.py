@@ -1,27 +1,29 @@
-"""A plan in words and figures, and as JSON."""
+"""A plan as text for a terminal, and as JSON."""
 
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gptjax.model import flops
+from gptjax.model.flops import ModelCost
 from gptjax.parallel.mesh import FSDP
-from gptjax.plan import aot as compiling
-from gptjax.plan import collectives, roofline
+from gptjax.plan import roofline, search
+from gptjax.plan.aot import Compiled, requested_gib
+from gptjax.plan.collectives import Collective, by_axes, pipeline_schedule
 from gptjax.plan.estimate import Plan
-from gptjax.plan.hardware import GIB
+from gptjax.plan.search import Choice
+from gptjax.runtime.hardware import GIB
 
-BAR = 40  # characters of a device's whole memory
+BAR = 40  # characters that stand for a device's whole memory
 
 
 def lines(plan: Plan, price: float) -> Iterator[str]:
-    """The plan for a terminal. `price` is of a chip-hour, in the user's currency; 0: none."""
+    """The plan, line by line. `price` is that of a chip-hour, in the user's currency; 0: none."""
     cfg, machine, device = plan.cfg, plan.machine, plan.machine.device
-    parameters = flops.parameters(cfg.model)
+    parameters = ModelCost(cfg.model).parameters
     active = "" if parameters.active == parameters.total else f", {parameters.active:,} active"
     yield f"{cfg.run}: {parameters.total:,} parameters{active}"
     yield (
-        f"on {machine.name}: {machine.devices} devices {device.kind}, {machine.chips} chips, "
+        f"on {machine.name}: {machine.devices} devices {device.product}, {machine.chips} chips, "
         f"{machine.processes} processes. All that follows is predicted; nothing was measured."
     )
     yield "mesh      " + mesh(plan)
@@ -31,20 +33,21 @@ def lines(plan: Plan, price: float) -> Iterator[str]:
     yield ""
     yield from _step(plan, price)
     yield ""
-    yield from _traffic(plan.sent)
+    yield from _communication(plan.collectives)
     yield ""
     yield from _tensors(plan)
 
 
 def mesh(plan: Plan) -> str:
-    """The mesh in words, with the rings that fsdp runs through."""
+    """The mesh in a line, with the dimensions of the torus that fsdp spans."""
     sizes = plan.sizes
     rings = [sizes[axis] for axis in FSDP if sizes[axis] > 1]
     around = f" (rings of {' x '.join(map(str, rings))})" if len(rings) > 1 else ""
-    stages, through = "", collectives.passes(plan.cfg)
+    stages = ""
     if sizes["stage"] > 1:
         rounds = plan.cfg.compute.rounds
-        stages = f"stage {sizes['stage']} ({rounds} rounds, {through.parts} microbatches), "
+        microbatches = pipeline_schedule(plan.cfg).microbatches
+        stages = f"stage {sizes['stage']} ({rounds} rounds, {microbatches} microbatches), "
     return (
         f"data {sizes['data']}, {stages}fsdp {math.prod(rings)}{around}, "
         f"expert {sizes['expert']}, context {sizes['context']}, tensor {sizes['tensor']}; "
@@ -53,19 +56,14 @@ def mesh(plan: Plan) -> str:
 
 
 def _memory(plan: Plan) -> Iterator[str]:
-    room = plan.machine.device.memory
-    spare = room - plan.total
-    verdict = (
-        f"fits, {spare / GIB:.1f} to spare" if plan.fits else f"too much by {-spare / GIB:.1f}"
-    )
-    yield f"memory    {plan.total / GIB:.2f} of {room / GIB:.2f} GiB a device: {verdict}"
-    for name, size in plan.held.items():
+    limit = plan.machine.device.memory
+    free = (limit - plan.total) / GIB
+    verdict = f"fits, {free:.1f} to spare" if plan.fits else f"does not fit, {-free:.1f} too much"
+    yield f"memory    {plan.total / GIB:.2f} of {limit / GIB:.2f} GiB a device: {verdict}"
+    for name, size in plan.memory_use.items():
         if size:
-            bar = (
-                "#" * min(2 * BAR, max(1, round(BAR * size / room)))
-                if size > room / BAR / 4
-                else ""
-            )
+            length = min(2 * BAR, max(1, round(BAR * size / limit)))
+            bar = "#" * length if size > limit / BAR / 4 else ""
             yield f"  {name:18} {size / GIB:8.2f}  {bar}"
 
 
@@ -94,29 +92,29 @@ def _step(plan: Plan, price: float) -> Iterator[str]:
     )
 
 
-def _traffic(sent: Sequence[collectives.Collective]) -> Iterator[str]:
-    yield f"{'sent in a step':15} {'over':22} {'in layers':>10} {'outside':>8} {'GB a device':>12}"
-    inside = collectives.by_axes([one for one in sent if one.where == "layers"])
-    outside = collectives.by_axes([one for one in sent if one.where != "layers"])
-    for key in sorted(set(inside) | set(outside)):
-        (within, wire), (without, more) = inside.get(key, (0, 0)), outside.get(key, (0, 0))
-        over, gigabytes = ", ".join(key[1]), (wire + more) / 1e9
-        yield f"{key[0]:15} {over:22} {within:10.0f} {without:8.0f} {gigabytes:12.3f}"
+def _communication(found: Sequence[Collective]) -> Iterator[str]:
+    yield f"{'communication':15} {'over':22} {'in layers':>10} {'outside':>8} {'GB a device':>12}"
+    layers = by_axes(_in_layers(found))
+    for key, (count, wire_bytes) in sorted(by_axes(found).items()):
+        over, in_layers = ", ".join(key[1]), layers.get(key, (0, 0))[0]
+        yield (
+            f"{key[0]:15} {over:22} {in_layers:10.0f} {count - in_layers:8.0f} "
+            f"{wire_bytes / 1e9:12.3f}"
+        )
 
 
 def _tensors(plan: Plan) -> Iterator[str]:
     yield f"{'tensor':36} {'shape':>28} {'on one device':>24} {'MiB':>10}"
     for tensor in plan.state:
         if tensor.group == "parameters" and tensor.shape:
-            shape, piece = (
-                "x".join(map(str, sizes)) for sizes in (tensor.shape, tensor.piece(plan.sizes))
-            )
+            shape = "x".join(map(str, tensor.shape))
+            shard = "x".join(map(str, tensor.shard_shape(plan.sizes)))
             size = tensor.bytes(plan.sizes) / 2**20
-            yield f"{tensor.path.removeprefix('params/'):36} {shape:>28} {piece:>24} {size:10.2f}"
+            yield f"{tensor.path.removeprefix('params/'):36} {shape:>28} {shard:>24} {size:10.2f}"
 
 
-def compiled(plan: Plan, found: compiling.Compiled) -> Iterator[str]:
-    """XLA's own account of the step beside the plan's."""
+def compiled(plan: Plan, found: Compiled) -> Iterator[str]:
+    """The compiled step's memory and communication beside the plan's."""
     yield f"compiled  by the TPU's compiler in {found.seconds:.0f} s"
     if found.out_of_memory:
         yield f"  {out_of_memory(plan, found)}"
@@ -126,70 +124,72 @@ def compiled(plan: Plan, found: compiling.Compiled) -> Iterator[str]:
         f"  memory: {found.peak / GIB:.2f} GiB of {plan.machine.device.memory / GIB:.2f}; "
         f"predicted {plan.total / GIB:.2f}, ratio {ratio:.3f}"
     )
-    yield from _beside(plan.sent, found.collectives)
-    wire = sum(one.wire for one in found.collectives)
-    guess = sum(one.wire for one in plan.sent)
-    beside = sum(one.wire for one in found.collectives if one.hidden)
-    if wire:
+    yield from _comparison(plan.collectives, found.collectives)
+    total = sum(one.wire_bytes for one in found.collectives)
+    predicted = sum(one.wire_bytes for one in plan.collectives)
+    overlapped = sum(one.wire_bytes for one in found.collectives if one.overlapped)
+    if total:
         yield (
-            f"  all: {wire / 1e9:.3f} GB, predicted {guess / 1e9:.3f}, ratio {guess / wire:.3f}; "
-            f"{beside / wire:.0%} of it runs beside arithmetic"
+            f"  all: {total / 1e9:.3f} GB, predicted {predicted / 1e9:.3f}, ratio "
+            f"{predicted / total:.3f}; {overlapped / total:.0%} of it overlaps with arithmetic"
         )
     for warning in found.warnings:
         yield f"  warning: {warning}"
 
 
-def _beside(
-    sent: Sequence[collectives.Collective], found: Sequence[collectives.Collective]
-) -> Iterator[str]:
+def _comparison(predicted: Sequence[Collective], found: Sequence[Collective]) -> Iterator[str]:
     """Collectives as predicted and as found, by kind and axes: counts in layers and outside, GB."""
-    within = lambda ones: collectives.by_axes([one for one in ones if one.where == "layers"])
-    guess, seen = collectives.by_axes(sent), collectives.by_axes(found)
-    inside, counted_inside = within(found), within(sent)
     yield (
         f"  {'':15} {'over':30} {'in layers':>9} {'outside':>8} {'predicted':>13} "
         f"{'GB':>10} {'predicted':>10}"
     )
-    for key in sorted(set(guess) | set(seen)):
-        (count, wire), (counted, expected) = seen.get(key, (0, 0)), guess.get(key, (0, 0))
-        layers, layers_guess = inside.get(key, (0, 0))[0], counted_inside.get(key, (0, 0))[0]
-        if max(wire, expected) >= 1e6:
-            both = f"{layers_guess:.0f} + {counted - layers_guess:.0f}"
+    all_found, all_predicted = by_axes(found), by_axes(predicted)
+    layers_found, layers_predicted = by_axes(_in_layers(found)), by_axes(_in_layers(predicted))
+    none = (0.0, 0.0)
+    for key in sorted(set(all_found) | set(all_predicted)):
+        count, size = all_found.get(key, none)
+        count_predicted, size_predicted = all_predicted.get(key, none)
+        inside = layers_found.get(key, none)[0]
+        inside_predicted = layers_predicted.get(key, none)[0]
+        if max(size, size_predicted) >= 1e6:
+            both = f"{inside_predicted:.0f} + {count_predicted - inside_predicted:.0f}"
             yield (
-                f"  {key[0]:15} {', '.join(key[1]):30} {layers:9.0f} {count - layers:8.0f} "
-                f"{both:>13} {wire / 1e9:10.3f} {expected / 1e9:10.3f}"
+                f"  {key[0]:15} {', '.join(key[1]):30} {inside:9.0f} {count - inside:8.0f} "
+                f"{both:>13} {size / 1e9:10.3f} {size_predicted / 1e9:10.3f}"
             )
 
 
-def out_of_memory(plan: Plan, found: compiling.Compiled) -> str:
-    """In a sentence, what it wanted and the cheapest ways to fit."""
+def _in_layers(collectives: Sequence[Collective]) -> list[Collective]:
+    return [one for one in collectives if one.where == "layers"]
+
+
+def out_of_memory(plan: Plan, found: Compiled) -> str:
+    """The memory that XLA asked for, and the cheapest changes that fit."""
     assert found.out_of_memory
-    wanted = compiling.wanted(found.out_of_memory)
-    room = plan.machine.device.memory / GIB
-    much = f"{wanted:.1f}" if wanted else "more"
+    requested = requested_gib(found.out_of_memory)
+    limit = plan.machine.device.memory / GIB
+    much = f"{requested:.1f}" if requested else "more"
     return (
-        f"does not fit: XLA wants {much} GiB of temporaries beside the state, and a device has "
-        f"{room:.2f} in all; {ways_to_fit(plan)}"
+        f"does not fit: XLA needs {much} GiB of temporaries beside the state, and a device has "
+        f"{limit:.2f} in all; {ways_to_fit(plan)}"
     )
 
 
 def ways_to_fit(plan: Plan) -> str:
-    """Up to three changes that the plan says would fit, cheapest in time first."""
-    from gptjax.plan import search
-
+    """Up to three changes that would fit by the plan, cheapest in time first."""
     ways = search.remedies(plan)
     if not ways:
         return "no change of remat, accumulation or mesh fits: use more devices"
-    told = (
-        f"{' '.join(w.overrides)} ({w.plan.total / GIB:.1f} GiB, "
-        f"{w.plan.times.expected / plan.times.expected - 1:+.0%} time)"
-        for w in ways
+    changes = (
+        f"{' '.join(way.overrides)} ({way.plan.total / GIB:.1f} GiB, "
+        f"{way.plan.times.expected / plan.times.expected - 1:+.0%} time)"
+        for way in ways
     )
-    return "cheapest ways to fit: " + "; or ".join(told)
+    return "cheapest ways to fit: " + "; or ".join(changes)
 
 
-def front(choices: Sequence[Any]) -> Iterator[str]:
-    """The Pareto front of a search, with what to paste."""
+def pareto_front(choices: Sequence[Choice]) -> Iterator[str]:
+    """The Pareto front of a search, with the overrides to paste."""
     yield "fastest first, each with less memory than those before it (predicted):"
     for one in choices:
         plan = one.plan
@@ -199,21 +199,23 @@ def front(choices: Sequence[Any]) -> Iterator[str]:
         )
 
 
-def compiled_dict(found: compiling.Compiled) -> dict[str, Any]:
-    """What the compiler said, as JSON values."""
+def compiled_dict(found: Compiled) -> dict[str, Any]:
+    """A compiled program's memory and communication, as JSON values."""
     return {
         "seconds": found.seconds,
         "peak_bytes": found.peak,
         "argument_bytes": found.arguments,
         "out_of_memory": found.out_of_memory,
         "warnings": found.warnings,
-        "collectives": [
-            {"kind": kind, "axes": list(axes), "count": count, "wire_bytes": wire}
-            for (kind, axes), (count, wire) in sorted(
-                collectives.by_axes(found.collectives).items()
-            )
-        ],
+        "collectives": _collectives_dicts(found.collectives),
     }
+
+
+def _collectives_dicts(collectives: Sequence[Collective]) -> list[dict[str, Any]]:
+    return [
+        {"kind": kind, "axes": list(axes), "count": count, "wire_bytes": wire_bytes}
+        for (kind, axes), (count, wire_bytes) in sorted(by_axes(collectives).items())
+    ]
 
 
 def as_dict(plan: Plan, price: float) -> dict[str, Any]:
@@ -227,7 +229,7 @@ def as_dict(plan: Plan, price: float) -> dict[str, Any]:
         "mesh": dict(plan.sizes),
         "attention": list(plan.attention),
         "fits": plan.fits,
-        "memory_bytes": dict(plan.held),
+        "memory_bytes": dict(plan.memory_use),
         "memory_total_bytes": plan.total,
         "memory_limit_bytes": plan.machine.device.memory,
         "flops": dict(plan.flops),
@@ -245,8 +247,5 @@ def as_dict(plan: Plan, price: float) -> dict[str, Any]:
         "days": plan.days,
         "chip_hours": plan.chip_hours,
         "cost": plan.chip_hours * price if price else None,
-        "collectives": [
-            {"kind": kind, "axes": list(axes), "count": count, "wire_bytes": wire}
-            for (kind, axes), (count, wire) in sorted(collectives.by_axes(plan.sent).items())
-        ],
+        "collectives": _collectives_dicts(plan.collectives),
     }

@@ -1,11 +1,12 @@
-"""How long a step takes: arithmetic, memory traffic and links, each at what the hardware allows.
+"""Roofline model of a step's time: arithmetic, memory traffic and links at the hardware's limits.
 
-Two step times. `bound` is what this step cannot beat: the longest of the three at the published
-peaks. `expected` takes the share of the arithmetic peak that large products have been seen to reach
-on the device, and adds what does not overlap: the optimizer's pass over its state, and collectives
+Two step times. `bound` is a lower bound: the longest of the three at the published peaks.
+`expected` takes the share of the arithmetic peak that large products have been seen to reach on the
+device, and adds the times that do not overlap: the optimizer's pass over its state, and collectives
 that the compiler cannot hide. Both are predictions; neither was measured.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,10 +14,20 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import Config
-from gptjax.model import flops as counts
+from gptjax.config.registry import OPTIMIZERS
+from gptjax.model.flops import ModelCost
 from gptjax.parallel import mesh, sharding
-from gptjax.plan.collectives import EXCHANGE, GATHER, SCATTER, SHIFT, SUM, Collective, passes
-from gptjax.plan.hardware import Machine
+from gptjax.plan.collectives import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    ALL_TO_ALL,
+    PERMUTE,
+    REDUCE_SCATTER,
+    Collective,
+    pipeline_schedule,
+)
+from gptjax.plan.machines import Machine
+from gptjax.runtime.hardware import Device
 
 # Share of the bfloat16 peak that a whole train step's products reached, recomputation counted, in
 # the best runs that the MaxText team published: on v5e 0.89 (its 32B, 66.9 % MFU with a forward
@@ -28,33 +39,42 @@ REACHED: Mapping[str, float] = {"v4": 0.76, "v5e": 0.89, "v5p": 0.86, "v6e": 0.5
 
 def reached(machine: Machine) -> float:
     """Share of the peak that large products are expected to reach; see REACHED."""
-    return REACHED.get(machine.generation, 0.6)
+    return REACHED.get(machine.device.name, 0.6)
 
 
-# Collectives that run beside arithmetic in the compiled step (LOG.md): on a v5e gathers; where
-# there is a SparseCore to hand them to, all but exchanges. On GPUs all are taken to, on a v4 none.
-_ALL = (GATHER, SCATTER, SUM, EXCHANGE, SHIFT)
-_HIDDEN: Mapping[str, tuple[str, ...]] = {"v4": (), "v5e": (GATHER,)} | dict.fromkeys(
-    ("v5p", "v6e", "v7x"), (GATHER, SCATTER, SUM, SHIFT)
-)
+def overlapped_kinds(device: Device) -> tuple[str, ...]:
+    """Collectives that run beside arithmetic in the compiled step (LOG.md).
+
+    Those that the SparseCore can take where there is one, gathers on a v5e, none on a v4; on GPUs
+    all are assumed to.
+    """
+    if device.sparse_core:
+        return ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE, PERMUTE
+    if device.platform == "tpu":
+        return (ALL_GATHER,) if device.name == "v5e" else ()
+    return ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE, ALL_TO_ALL, PERMUTE
 
 
 @dataclass(frozen=True)
 class Link:
-    """What a mesh axis runs over: a ring, a line, a node's switch, or the network.
+    """The connection along a mesh axis: a ring, a line, a node's switch, or the network.
 
-    bandwidth: bytes/s that a device can send along it. rings: dimensions of the torus that it runs
-    through.
+    bandwidth: bytes/s that a device can send along it. dims: dimensions of the torus that it spans.
     """
 
     kind: str
     bandwidth: float
-    rings: int = 1
+    dims: int = 1
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a step."""
+    """Seconds of a step.
+
+    arithmetic, memory: at the published peaks. links: of the collectives, by mesh axis. update: the
+    optimizer's pass over its state. exposed: collectives that do not overlap with arithmetic.
+    bound, expected: of the whole step. bottleneck: arithmetic, memory or links.
+    """
 
     arithmetic: float
     memory: float
@@ -66,74 +86,72 @@ class Times:
     bottleneck: str
 
 
-def links(machine: Machine, arranged: np.ndarray) -> dict[str, Link]:
-    """What each mesh axis runs over; `arranged` are the devices by their places along AXES."""
+def links(machine: Machine, devices: np.ndarray) -> dict[str, Link]:
+    """The link along each mesh axis; `devices` are arranged along AXES."""
     found = {}
     for number, axis in enumerate(mesh.AXES):
-        index: list[Any] = [0] * arranged.ndim
+        index: list[Any] = [0] * devices.ndim
         index[number] = slice(None)
-        found[axis] = _link(machine, list(arranged[tuple(index)]))
+        found[axis] = _link(machine, list(devices[tuple(index)]))
     return found
 
 
 def _link(machine: Machine, line: list[Any]) -> Link:
+    """The link along the devices of one line of the mesh."""
     device = machine.device
-    group = "slice_index" if device.rings else "process_index"
-    if len({getattr(place, group) for place in line}) > 1:
-        return Link("network", device.network)
-    if not device.rings:
-        return Link("switch", device.link)
-    coords = np.array([place.coords for place in line])
+    group = "slice_index" if device.torus_dims else "process_index"
+    if len({getattr(one, group) for one in line}) > 1:
+        return Link("network", device.network_bandwidth)
+    if not device.torus_dims:
+        return Link("switch", device.link_bandwidth)
+    coords = np.array([one.coords for one in line])
     moving = [i for i in range(coords.shape[1]) if len(set(coords[:, i])) > 1]
-    whole = all(
-        len(set(coords[:, i])) == machine.shape[i] and machine.shape[i] % device.wraps == 0
+    ring = all(
+        len(set(coords[:, i])) == machine.shape[i] and machine.shape[i] % device.wrap_multiple == 0
         for i in moving
     )
-    dimensions = max(1, len(moving))
-    bandwidth = device.link * dimensions * (2 if whole else 1)
-    return Link("ring" if whole else "line", bandwidth, dimensions)
+    dims = max(1, len(moving))
+    bandwidth = device.link_bandwidth * dims * (2 if ring else 1)
+    return Link("ring" if ring else "line", bandwidth, dims)
 
 
 def as_compiled(one: Collective, over: Mapping[str, Link]) -> Collective:
-    """What XLA makes of a collective: along several rings at once a scatter, and along three a
-    gather, too, is a sum of whole arrays (LOG.md).
+    """The collective that XLA makes of one: on several dimensions of the torus at once, it compiles
+    a reduce-scatter, and on three an all-gather, too, to an all-reduce of whole arrays (LOG.md).
     """
-    rings = max(over[axis].rings for axis in one.axes)
-    if (one.kind == SCATTER and rings > 1) or (one.kind == GATHER and rings > 2):
-        return replace(one, kind=SUM)
+    dims = max(over[axis].dims for axis in one.axes)
+    if (one.kind == REDUCE_SCATTER and dims > 1) or (one.kind == ALL_GATHER and dims > 2):
+        return replace(one, kind=ALL_REDUCE)
     return one
 
 
 def flops(cfg: Config) -> dict[str, float]:
     """Floating-point operations of one optimizer step by part, all devices together.
 
-    "model" parts are those of `counts.flops_per_token`; "recomputed" is what remat does again.
+    The model's own parts, as in `ModelCost.flops_by_part`; "recomputed" by remat and by attention's
+    kernels; "idle stages" of a pipeline's bubble, which compute for nothing.
     """
-    m, tokens = cfg.model, cfg.train.batch_tokens
-    projections = m.embed * m.head * (2 * m.heads + 2 * m.kv)
-    matrices = 3 if m.activation == "swiglu" else 2
-    mlp = matrices * m.embed * m.hidden
-    if moe := m.moe.experts and m.moe:
-        mlp = matrices * m.embed * m.expert_hidden * (moe.top_k + moe.shared)
-        mlp += m.embed * moe.experts
-    total = counts.flops_per_token(m, cfg.train.seq_len) * tokens
+    m, tokens, remat = cfg.model, cfg.train.batch_tokens, cfg.compute.remat
+    cost = ModelCost(m)
     parts = {
-        "attention's projections": 6.0 * m.layers * projections * tokens,
-        "experts" if m.moe.experts else "feed-forward": 6.0 * m.layers * mlp * tokens,
-        "output layer": 6.0 * m.vocab_size * m.embed * tokens,
+        name: operations * tokens
+        for name, operations in cost.flops_by_part(cfg.train.seq_len).items()
     }
-    scores = total - sum(parts.values())
-    parts["attention's scores"] = scores
-    again = scores / 12 * 2  # the kernel's backward pass makes the scores once more
-    if cfg.compute.remat != "none":
-        again += scores / 3
-    if cfg.compute.remat == "block":  # but for the last product, whose result nobody needs
-        last = m.embed * m.hidden if not m.moe.experts else 0
-        again += 2.0 * m.layers * (projections + mlp - last) * tokens
-    parts["recomputed"] = again
-    if idle := passes(cfg).idle:
+    scores = parts["attention's scores"]
+    recomputed = scores / 12 * 2  # the kernel's backward pass makes the scores once more
+    if remat != "none":
+        recomputed += scores / 3
+    if remat == "block":  # but for a feed-forward's last product, whose result nobody needs
+        forward = sum(
+            weight.active
+            for weight in cost.weights
+            if (weight.part, weight.name) != ("feed-forward", "down")
+        )
+        recomputed += 2.0 * m.layers * forward * tokens
+    parts["recomputed"] = recomputed
+    if bubble := pipeline_schedule(cfg).bubble:
         layers = sum(parts.values()) - parts["output layer"]
-        parts["idle stages"] = layers * idle / (1 - idle)
+        parts["idle stages"] = layers * bubble / (1 - bubble)
     return parts
 
 
@@ -143,61 +161,59 @@ def memory_bytes(cfg: Config, sizes: Mapping[str, int], parameters: float) -> tu
     `parameters` are those of one device. Passes: each product reads its operands and writes its
     result, forward, recomputed and twice backward. Update: float32 state, read and written.
     """
-    m = cfg.model
-    width = 2 if cfg.compute.dtype == "bfloat16" else 4
-    groups = 1
-    for axis in sharding.mesh_axes("tokens"):
-        groups *= sizes[axis]
-    tokens = cfg.train.batch_tokens / groups
-    matrices = 3 if m.activation == "swiglu" else 2
-    hidden = m.hidden if not m.moe.experts else m.expert_hidden * (m.moe.top_k + m.moe.shared)
-    row = (
-        6 * m.embed + (2 * m.head * (m.heads + m.kv) * 2 + matrices * 2 * hidden) / sizes["tensor"]
-    )
+    m, steps, tensor = cfg.model, cfg.train.accumulation, sizes["tensor"]
+    itemsize = 2 if cfg.compute.dtype == "bfloat16" else 4
+    cost = ModelCost(m)
+    tokens = cfg.train.batch_tokens / math.prod(sizes[a] for a in sharding.mesh_axes("tokens"))
+    a = cost.activations
+    products = 2 * (a.qkv + a.queries) + 2 * (a.projections + 1) * a.hidden
+    token = 6 * a.embed + products / tensor
+    experts = cost.weight_size("experts") / sizes["expert"]
+    weights = cost.weight_size("attention", "feed-forward") + experts
     passes = {"none": 3, "dots": 3.3, "block": 4}[cfg.compute.remat]
-    mine = m.moe.experts / sizes["expert"] if m.moe.experts else 1
-    mlp = matrices * m.embed * (m.expert_hidden if m.moe.experts else m.hidden) * mine
-    weights = (m.embed * m.head * (2 * m.heads + 2 * m.kv) + mlp) / sizes["tensor"]
-    layers = m.layers * passes * width * (tokens * row + weights * cfg.train.accumulation)
-    table = m.table * m.embed / sizes["tensor"]
-    moments = {"adamw": 2, "lion": 1, "muon": 2, "adafactor": 0}[cfg.optim.name]
-    update = parameters * 4 * (3 + 2 * moments + (2 if cfg.train.ema_decay else 0))
-    return layers + table * (3 * width + 8) * cfg.train.accumulation, update
+    layers = m.layers * passes * itemsize * (tokens * token + weights / tensor * steps)
+    table = m.table * m.embed / tensor
+    state = 3 + 2 * OPTIMIZERS[cfg.optim.name].moments + (2 if cfg.train.ema_decay else 0)
+    return layers + table * (3 * itemsize + 8) * steps, parameters * 4 * state
 
 
 def times(
     cfg: Config,
     machine: Machine,
     sizes: Mapping[str, int],
-    over: Mapping[str, Link],
-    sent: Sequence[Collective],
+    links: Mapping[str, Link],
+    collectives: Sequence[Collective],
     parameters: float,
 ) -> Times:
-    """Seconds of a step by what takes them; see the module."""
+    """Seconds of a step; see the module. `links` are by mesh axis, `parameters` of one device."""
     device = machine.device
     peak = device.tflops * 1e12 * (1 if cfg.compute.dtype == "bfloat16" else 0.5)
     arithmetic = sum(flops(cfg).values()) / (machine.devices * peak)
     passes, update = memory_bytes(cfg, sizes, parameters)
-    wires: dict[str, float] = {}
+    on_links: dict[str, float] = {}
     exposed = 0.0
-    for one in sent:
-        seconds = {axis: one.wire / over[axis].bandwidth for axis in one.axes}
+    for one in collectives:
+        seconds = {axis: one.wire_bytes / links[axis].bandwidth for axis in one.axes}
         axis = max(seconds, key=seconds.__getitem__)
-        wires[axis] = wires.get(axis, 0.0) + seconds[axis]
-        overlaps = one.hidden and one.kind in _HIDDEN.get(machine.generation, _ALL)
-        if not overlaps or over[axis].kind == "network":
+        on_links[axis] = on_links.get(axis, 0.0) + seconds[axis]
+        overlaps = one.overlapped and one.kind in overlapped_kinds(device)
+        if not overlaps or links[axis].kind == "network":
             exposed += seconds[axis]
-    memory, update_seconds = passes / device.hbm, update / device.hbm
-    hidden = sum(wires.values()) - exposed
-    bottlenecks = {"arithmetic": arithmetic / reached(machine), "memory": memory, "links": hidden}
+    memory, update_seconds = passes / device.hbm_bandwidth, update / device.hbm_bandwidth
+    overlapped = sum(on_links.values()) - exposed
+    bottlenecks = {
+        "arithmetic": arithmetic / reached(machine),
+        "memory": memory,
+        "links": overlapped,
+    }
     bottleneck = max(bottlenecks, key=bottlenecks.__getitem__)
     return Times(
         arithmetic=arithmetic,
         memory=memory,
-        links=wires,
+        links=on_links,
         update=update_seconds,
         exposed=exposed,
-        bound=max(arithmetic, memory + update_seconds, *wires.values(), 0.0),
+        bound=max(arithmetic, memory + update_seconds, *on_links.values(), 0.0),
         expected=bottlenecks[bottleneck] + update_seconds + exposed,
         bottleneck=bottleneck,
     )

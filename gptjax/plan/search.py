@@ -1,41 +1,41 @@
-"""Meshes, remat policies and accumulations that fit, and the best of them by the plan.
+"""Search over meshes, remat policies and accumulations: the Pareto front of step time and memory.
 
-Pruned by arithmetic: everything that divides is planned, in some milliseconds each once the state's
-shapes are known; a context axis is tried where a part keeps at least 4096 tokens. What is kept is
-the Pareto front of step time and memory. Pipelines are not tried: what they save is sent over
-links that here are always fast.
+Exhaustive: every combination that divides is planned, in some milliseconds each once the state's
+shapes are known. A context axis is tried where each part of a sequence has at least 4096 tokens.
+Pipelines are not tried: they save communication over slow links, and here links are always fast.
 """
 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from gptjax.config import Config
 from gptjax.config.validation import divisors
 from gptjax.errors import ConfigError
 from gptjax.plan import memory
 from gptjax.plan.estimate import Plan, plan
-from gptjax.plan.hardware import Machine
+from gptjax.plan.machines import Machine
 
-REMAT = ("none", "dots", "block")
+REMAT: tuple[Literal["none", "dots", "block"], ...] = ("none", "dots", "block")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A way to run, with the overrides to paste."""
+    """A plan with the command-line overrides that give it."""
 
     plan: Plan
     overrides: tuple[str, ...]
 
 
-def front(cfg: Config, machine: Machine) -> list[Choice]:
-    """The ways that fit, fastest first, each using less memory than all before it.
+def pareto_front(cfg: Config, machine: Machine) -> list[Choice]:
+    """The choices that fit, fastest first, each with less memory than all before it.
 
     Raises ConfigError where nothing fits.
     """
-    cfg, more = _without_stages(cfg)
+    cfg, fixed = _without_stages(cfg)
     state = memory.tensors(cfg)
-    found = [one for one in _all(cfg, machine, state, more) if one.plan.fits]
+    found = [one for one in _all(cfg, machine, state, fixed) if one.plan.fits]
     if not found:
         raise ConfigError(
             [
@@ -57,9 +57,9 @@ def remedies(planned: Plan, most: int = 3) -> list[Choice]:
     The best of remat alone, of accumulation alone, of the mesh alone, and of several together.
     """
     found: dict[str, Choice] = {}
-    cfg, more = _without_stages(planned.cfg)
-    state = memory.tensors(cfg) if more else planned.state
-    for one in _all(cfg, planned.machine, state, more):
+    cfg, fixed = _without_stages(planned.cfg)
+    state = memory.tensors(cfg) if fixed else planned.state
+    for one in _all(cfg, planned.machine, state, fixed):
         changed = _changed(planned.cfg, one.plan.cfg)
         key = next(iter(changed)) if len(changed) == 1 else "several"
         better = one.plan.fits and one.plan.total < 0.95 * planned.total
@@ -71,16 +71,16 @@ def remedies(planned: Plan, most: int = 3) -> list[Choice]:
 
 
 def _without_stages(cfg: Config) -> tuple[Config, list[str]]:
-    """The same with no pipeline, and the overrides that make it so."""
+    """The configuration without a pipeline, and the overrides that give it."""
     if cfg.mesh.stage == 1:
         return cfg, []
     compute = replace(cfg.compute, rounds=1, microbatches=0)
-    more = ["--mesh.stage 1", "--compute.rounds 1", "--compute.microbatches 0"]
-    return replace(cfg, mesh=replace(cfg.mesh, stage=1), compute=compute), more
+    fixed = ["--mesh.stage 1", "--compute.rounds 1", "--compute.microbatches 0"]
+    return replace(cfg, mesh=replace(cfg.mesh, stage=1), compute=compute), fixed
 
 
 def _changed(old: Config, new: Config) -> set[str]:
-    """What differs: "mesh", "remat", "accumulation"."""
+    """The names of what differs: "mesh", "remat", "accumulation"."""
     pairs = {
         "mesh": (old.mesh, new.mesh),
         "remat": (old.compute.remat, new.compute.remat),
@@ -90,20 +90,22 @@ def _changed(old: Config, new: Config) -> set[str]:
 
 
 def _all(
-    cfg: Config, machine: Machine, state: list[memory.Tensor], more: list[str]
+    cfg: Config, machine: Machine, state: list[memory.Tensor], fixed: list[str]
 ) -> Iterator[Choice]:
+    """Every choice whose sizes divide; `fixed` are overrides that all have in common."""
     for shape in _shapes(cfg, machine):
-        named = dict(zip(("data", "fsdp", "expert", "context", "tensor"), shape, strict=True))
-        rows = cfg.train.batch // (named["data"] * named["fsdp"] * named["expert"])
+        axes = ("data", "fsdp", "expert", "context", "tensor")
+        named: dict[str, Any] = dict(zip(axes, shape, strict=True))
+        sequences = cfg.train.batch // (named["data"] * named["fsdp"] * named["expert"])
         mesh = replace(cfg.mesh, **named)
-        for accumulation, remat in itertools.product(divisors(rows), REMAT):
+        for accumulation, remat in itertools.product(divisors(sequences), REMAT):
             one = replace(
                 cfg,
                 mesh=mesh,
                 compute=replace(cfg.compute, remat=remat),
                 train=replace(cfg.train, accumulation=accumulation),
             )
-            overrides = [f"--mesh.{axis} {size}" for axis, size in named.items()] + more
+            overrides = [f"--mesh.{axis} {size}" for axis, size in named.items()] + fixed
             overrides += [f"--compute.remat {remat}", f"--train.accumulation {accumulation}"]
             try:
                 yield Choice(plan(one, machine, state), tuple(overrides))
@@ -112,7 +114,7 @@ def _all(
 
 
 def _shapes(cfg: Config, machine: Machine) -> Iterator[tuple[int, int, int, int, int]]:
-    """(data, fsdp, expert, context, tensor) that multiply out and split the batch's rows."""
+    """(data, fsdp, expert, context, tensor) that use all devices and divide the batch."""
     n, m = machine.devices, cfg.model
     experts = divisors(m.moe.experts) if m.moe.experts else [1]
     # A context axis is for sequences that are too long for a device.
@@ -123,5 +125,5 @@ def _shapes(cfg: Config, machine: Machine) -> Iterator[tuple[int, int, int, int,
             continue
         for fsdp in divisors(rest):
             data = rest // fsdp
-            if data % machine.islands == 0 and cfg.train.batch % (data * fsdp * expert) == 0:
+            if data % machine.data_multiple == 0 and cfg.train.batch % (data * fsdp * expert) == 0:
                 yield data, fsdp, expert, context, tensor

@@ -1,4 +1,4 @@
-"""How programs are compiled: options by device, and the cache on disk that says if it helped."""
+"""XLA's compiler options by device, and the persistent compilation cache, with a report of hits."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -7,14 +7,15 @@ from pathlib import Path
 
 import jax
 
-# On these, collectives run beside arithmetic when they are handed to the SparseCore (LOG.md).
-_SPARSE_CORE = ("TPU v5", "TPU v5p", "TPU v6 lite", "TPU7x")
+from gptjax.runtime import hardware
+
 _OFFLOADED = ("all_gather", "reduce_scatter", "all_reduce")
 
 
 def options(device_kind: str) -> dict[str, str]:
-    """Options of XLA for a program of such devices, as `compile` takes them."""
-    if device_kind not in _SPARSE_CORE:
+    """Compiler options for a program on such devices, as jax's `compile` takes them."""
+    device = hardware.find(device_kind)
+    if device is None or not device.sparse_core:
         return {}
     return {f"xla_tpu_enable_sparse_core_collective_offload_{k}": "true" for k in _OFFLOADED}
 
@@ -24,7 +25,7 @@ _counts = {_HIT: 0, _MISS: 0}
 
 
 def enable_cache(folder: str) -> None:
-    """Keeps compiled programs in a folder of this user's; empty: nowhere."""
+    """Turns on JAX's persistent compilation cache in a folder, for this user alone; empty: none."""
     if not folder:
         return
     path = Path(folder).expanduser()
@@ -46,7 +47,7 @@ def _count(event: str, **_: object) -> None:
 
 @contextmanager
 def cache_report() -> Iterator[Callable[[], str]]:
-    """Gives a function that says what the cache did since: hit, miss, or off."""
+    """Yields a function that tells whether the cache was hit, missed, not asked or off since."""
     before = dict(_counts)
 
     def report() -> str:

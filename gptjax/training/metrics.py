@@ -1,4 +1,4 @@
-"""What a run reports: throughput and MFU, and the writers of metrics.
+"""Throughput, MFU (model FLOPs utilisation), and the writers of metrics.
 
 A metric has one name everywhere: loss, perplexity, grad_norm, param_norm, lr, tokens_per_second,
 data_wait (share of the wall time that the loop waited for a batch), mfu, …
@@ -15,49 +15,32 @@ import jax
 
 from gptjax.config import Config
 from gptjax.config.registry import METRIC_WRITERS
-from gptjax.model.flops import flops_per_token
-from gptjax.runtime import distributed
+from gptjax.model.flops import ModelCost
+from gptjax.runtime import distributed, hardware
 
 METRICS_FILE = "metrics.jsonl"
-
-# Dense bfloat16 peak of one jax device in TFLOP/s, from the vendors' data sheets: Google Cloud's
-# pages of TPU v4, v5e, v5p and v6e; NVIDIA's of A100, H100, H200 and B200, without sparsity.
-PEAK_TFLOPS_BF16: Mapping[str, float] = {
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5": 459.0,
-    "TPU v5p": 459.0,
-    "TPU v6 lite": 918.0,
-    "NVIDIA A100-SXM4-40GB": 312.0,
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "NVIDIA H100 80GB HBM3": 989.4,
-    "NVIDIA H100 PCIe": 756.0,
-    "NVIDIA H200": 989.4,
-    "NVIDIA B200": 2250.0,
-}
 
 
 class Throughput:
     """Tokens per second and, where a peak is known, the model-FLOPs utilisation.
 
     MFU = tokens/s * FLOPs/token / (devices * peak), where FLOPs/token is what the model needs
-    (`counts.flops_per_token`): causal attention counted by its causal half, recomputation not.
+    (`flops.ModelCost.flops_per_token`): of causal attention the causal half, no recomputation.
     """
 
     def __init__(self, flops_per_token: float, dtype: str, peak_tflops: float) -> None:
-        """`peak_tflops` of one device; 0 looks it up, for bfloat16, in PEAK_TFLOPS_BF16."""
+        """`peak_tflops` of one device; 0 looks it up, for bfloat16, in runtime/hardware.py."""
         self._flops = flops_per_token
-        device = jax.devices()[0]
+        kind = jax.devices()[0].device_kind
         peak = peak_tflops
-        if not peak and dtype == "bfloat16":
-            peak = PEAK_TFLOPS_BF16.get(device.device_kind, 0.0)
+        if not peak and dtype == "bfloat16" and (device := hardware.find(kind)):
+            peak = device.tflops
         self._peak = peak * 1e12 * jax.device_count()
         self.description = (
             f"MFU = tokens/s x {self._flops:.4g} FLOPs/token / "
             f"({jax.device_count()} x {peak:g} TFLOP/s)"
             if peak
-            else f"no peak known for {dtype} on {device.device_kind}, so no MFU; "
-            "log.peak_tflops sets one"
+            else f"no peak known for {dtype} on {kind}, so no MFU; log.peak_tflops sets one"
         )
 
     def of(self, tokens_per_second: float) -> dict[str, float]:
@@ -70,7 +53,7 @@ class Throughput:
 
 def throughput(cfg: Config) -> Throughput:
     """The throughput of a configured run."""
-    flops = flops_per_token(cfg.model, cfg.train.seq_len)
+    flops = ModelCost(cfg.model).flops_per_token(cfg.train.seq_len)
     return Throughput(flops, cfg.compute.dtype, cfg.log.peak_tflops)
 
 

@@ -1,7 +1,8 @@
-"""The pre-training objective: predict each token from those before it.
+"""The pre-training objective: next-token prediction.
 
-A batch on the device is `windows_BW`, int32 [B, T+1], and `lengths_B`, int32 [B], how many of a
-row's targets count (see data/pipeline.py). Shapes: B batch, T sequence, W = T+1, N = B*T.
+A batch on the devices is `windows_BW`, int32 [B, T+1], and `lengths_B`, int32 [B], the number of
+targets that count in each window (see data/loader.py). Shapes: B batch, T sequence, W = T+1,
+N = B*T.
 """
 
 from dataclasses import replace
@@ -22,11 +23,10 @@ from gptjax.training.step import LossFn, Sums
 DeviceBatch = dict[str, jax.Array]
 
 
-def documents(tokens_BT: jax.Array, eos_id: int) -> tuple[jax.Array, jax.Array]:
-    """Number of each token's document within its row, and its position within the document.
+def segment_documents(tokens_BT: jax.Array, eos_id: int) -> tuple[jax.Array, jax.Array]:
+    """Segment ids and positions: each token's document within its sequence, and its position there.
 
-    A document begins after an EOS; the EOS that opens a row belongs to what follows it, as the
-    thing that its first token is predicted from.
+    A document begins with the EOS before it, from which its first token is predicted.
     """
     t = tokens_BT.shape[1]
     index_BT = jnp.broadcast_to(
@@ -42,12 +42,12 @@ def abstract_batch(cfg: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and layouts of a training batch on the ambient mesh."""
     b, t = cfg.train.batch, cfg.train.seq_len
     mesh = jax.sharding.get_mesh()
-    rows = lambda *shape: jax.ShapeDtypeStruct(
+    abstract = lambda *shape: jax.ShapeDtypeStruct(
         shape,
         jnp.int32,
         sharding=jax.NamedSharding(mesh, sharding.spec("batch", *[None] * (len(shape) - 1))),
     )
-    return {"windows_BW": rows(b, t + 1), "lengths_B": rows(b)}
+    return {"windows_BW": abstract(b, t + 1), "lengths_B": abstract(b)}
 
 
 def attention_backends(cfg: Config) -> tuple[str, ...]:
@@ -65,7 +65,7 @@ def attention_backends(cfg: Config) -> tuple[str, ...]:
     )
 
 
-def next_token(
+def next_token_loss(
     params: Params,
     cfg: Config,
     batch: DeviceBatch,
@@ -74,25 +74,23 @@ def next_token(
     *,
     training: bool = False,
 ) -> tuple[jax.Array, Sums]:
-    """The loss to differentiate, summed over targets, and the sums that metrics are made of.
+    """The loss to differentiate, summed over targets in nats, and the sums behind the metrics.
 
-    Returns (all losses together, {"loss", "targets", ...}), in nats and counts: "loss" is the
-    cross-entropy; each other sum, divided by the targets, is a mean. With `keys_B2`, key data
-    for each sequence, dropout is on;
-    with `training`, experts have their capacity.
+    Returns (sum of all losses, sums as `step.Sums` describes them). With `keys_B2`, key data of
+    each sequence, dropout is on; with `training`, experts have a limited capacity.
     """
     tokens_BT, targets_BT = batch["windows_BW"][:, :-1], batch["windows_BW"][:, 1:]
     counts_BT = jnp.arange(tokens_BT.shape[1])[None] < batch["lengths_B"][:, None]
     segments_BT = positions_BT = None
     if cfg.data.documents == "mask":
         # Each document opens with the EOS before it, so every token is predicted within its own.
-        segments_BT, positions_BT = documents(tokens_BT, eos_id)
-    given = TokenBatch(tokens_BT, targets_BT, counts_BT, segments_BT, positions_BT)
-    return predicted(params, cfg, given, keys_B2, training=training)
+        segments_BT, positions_BT = segment_documents(tokens_BT, eos_id)
+    tokens = TokenBatch(tokens_BT, targets_BT, counts_BT, segments_BT, positions_BT)
+    return token_loss(params, cfg, tokens, keys_B2, training=training)
 
 
 class TokenBatch(NamedTuple):
-    """Tokens and what is to be predicted at each, whether it counts, and its segment and place."""
+    """Tokens with the target of each, whether the target counts, its segment and its position."""
 
     tokens_BT: jax.Array
     targets_BT: jax.Array
@@ -101,28 +99,28 @@ class TokenBatch(NamedTuple):
     positions_BT: jax.Array | None
 
 
-def predicted(
-    params: Params, cfg: Config, given: TokenBatch, keys_B2: jax.Array | None, *, training: bool
+def token_loss(
+    params: Params, cfg: Config, batch: TokenBatch, keys_B2: jax.Array | None, *, training: bool
 ) -> tuple[jax.Array, Sums]:
-    """What `next_token` gives, of targets that are given."""
-    b, t = given.tokens_BT.shape
-    # Evaluation goes through a pipeline in the fewest parts, which its batch surely has.
+    """The loss of predicting the targets of a batch, as `next_token_loss` returns it."""
+    b, t = batch.tokens_BT.shape
+    # Evaluation uses as few microbatches as the pipeline allows, which its batch surely has.
     compute = cfg.compute if training else replace(cfg.compute, microbatches=0)
     out = decoder.apply(
         params,
         cfg.model,
         compute,
-        given.tokens_BT,
-        positions_BT=given.positions_BT,
-        segments_BT=given.segments_BT,
+        batch.tokens_BT,
+        positions_BT=batch.positions_BT,
+        segments_BT=batch.segments_BT,
         keys_B2=keys_B2,
         training=training,
     )
-    weights_N = sequence.flatten(given.counts_BT.astype(jnp.float32))
+    weights_N = sequence.flatten(batch.counts_BT.astype(jnp.float32))
     ce, z = loss.cross_entropy(
         out.x_ND,
         decoder.head(params),
-        sequence.flatten(given.targets_BT),
+        sequence.flatten(batch.targets_BT),
         weights_N,
         cfg.train.z_loss,
         cfg.compute.loss_chunks,
@@ -133,15 +131,15 @@ def predicted(
     if cfg.train.z_loss:
         sums["z_loss"] = z
     if out.routing is not None:
-        extra, routing_sums = routing(cfg, out.routing, sums["targets"] / (b * t))
+        extra, routing_sums = routing_loss(cfg, out.routing, sums["targets"] / (b * t))
         total, sums = total + extra, sums | routing_sums
     return total, sums
 
 
-def routing(cfg: Config, per_layer: Routing, scale: jax.Array) -> tuple[jax.Array, Sums]:
-    """What a mixture adds to the loss, and its sums.
+def routing_loss(cfg: Config, per_layer: Routing, scale: jax.Array) -> tuple[jax.Array, Sums]:
+    """The auxiliary losses of a mixture of experts, and its sums.
 
-    The router's sums are over all tokens; `scale` makes them as if over the targets, so that shares
+    The router's sums are over all tokens; `scale` makes them sums over the targets, so that shares
     stay shares.
     """
     scaled = jax.tree.map(lambda a_L: scale * a_L, per_layer)
@@ -156,7 +154,7 @@ def routing(cfg: Config, per_layer: Routing, scale: jax.Array) -> tuple[jax.Arra
 
 
 def training_loss(cfg: Config, eos_id: int) -> LossFn:
-    """The loss of pre-training, as `step.train_step` takes it."""
-    return lambda params, batch, keys_B2: next_token(
+    """The loss of pre-training, as `step.train_step` calls it."""
+    return lambda params, batch, keys_B2: next_token_loss(
         params, cfg, batch, eos_id, keys_B2, training=True
     )

@@ -125,7 +125,7 @@ def build_gptjax_step(shape: Shape, dtype: str, without: str = "") -> tuple[Step
         train=TrainConfig(seq_len=shape.context, batch_tokens=tokens, tokens=tokens * 1000),
     )
     jax.set_mesh(mesh.make_mesh(cfg.mesh))
-    loss_fn = lambda params, batch, key: objective.next_token(params, cfg, batch, 0, key)
+    loss_fn = lambda params, batch, key: objective.next_token_loss(params, cfg, batch, 0, key)
     state = jax.jit(lambda: create_state(cfg, lambda key: decoder.init(cfg.model, key)))()
     step_fn = jax.jit(lambda s, b: train_step(cfg, loss_fn, s, b), donate_argnums=0)
     batch = {

@@ -423,7 +423,7 @@ def test_adapters_go_with_the_step_of_the_base_that_they_began_from(
     shutil.rmtree(Path(start) / run_dir.CHECKPOINTS / "0")
     code, _, err = command_line(*predict)
     assert code == 74
-    assert "checkpoint 0 is wanted; there is 7" in err
+    assert "checkpoint 0 not found; available: 7" in err
 
 
 @pytest.mark.slow

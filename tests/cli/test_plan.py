@@ -47,7 +47,7 @@ def number_after(word, out):
 # --- what it prints ------------------------------------------------------------------------------
 
 
-def test_a_plan_tells_memory_step_and_budget_and_that_it_is_predicted(run) -> None:
+def test_plan_prints_memory_step_and_budget_as_predictions(run) -> None:
     code, out, err = run(SMALL, *FITS, "--price", "2.5")
     assert (code, err) == (0, "")
     assert "predicted" in out
@@ -65,13 +65,13 @@ def test_a_plan_tells_memory_step_and_budget_and_that_it_is_predicted(run) -> No
     assert re.search(r"^embed +50304x768 +50304x48 ", out, re.MULTILINE)
 
 
-def test_without_a_price_no_price_is_told(run) -> None:
+def test_no_cost_without_price(run) -> None:
     _, out, _ = run(SMALL, *FITS)
     assert "chip-hours" in out
     assert "a chip-hour" not in out.replace("chip-hours", "")
 
 
-def test_a_mesh_that_is_not_given_takes_all_devices_along_fsdp_but_the_slices(run) -> None:
+def test_default_mesh_is_fsdp_over_all_devices_and_data_over_slices(run) -> None:
     for name, data, fsdp in (("v5e:4x4", 1, 16), ("2xv5e:4x4", 2, 16), ("h100:16", 1, 16)):
         _, out, _ = run(SMALL, "--machine", name, "--json")
         mesh = json.loads(out)["mesh"]
@@ -79,7 +79,7 @@ def test_a_mesh_that_is_not_given_takes_all_devices_along_fsdp_but_the_slices(ru
         assert mesh["fsdp"] * mesh["fsdp_2"] * mesh["fsdp_3"] == fsdp
 
 
-def test_the_machine_may_be_the_configurations_own(run) -> None:
+def test_machine_defaults_to_the_configured_one(run) -> None:
     code, out, _ = run(SMALL, "--mesh.machine", "h100:16", "--json")
     assert code == 0
     assert json.loads(out)["machine"] == "h100:16"
@@ -87,7 +87,7 @@ def test_the_machine_may_be_the_configurations_own(run) -> None:
     assert json.loads(out)["machine"] == "v5e:4x4"
 
 
-def test_json_has_the_figures_that_are_printed(run) -> None:
+def test_json_has_the_printed_figures(run) -> None:
     code, out, err = run(SMALL, *FITS, "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
@@ -109,16 +109,16 @@ def test_json_has_the_figures_that_are_printed(run) -> None:
     assert memory == pytest.approx(found["memory_total_bytes"] / 2**30, abs=0.006)
 
 
-def test_a_plan_that_does_not_fit_says_how_to(run) -> None:
+def test_plan_that_does_not_fit_lists_ways_to_fit(run) -> None:
     code, out, _ = run(SMALL, *TOO_MUCH)
     assert code == 0
-    assert "too much by" in out
+    assert "does not fit" in out
     ways = out[out.index("cheapest ways to fit: ") :].splitlines()[0]
     assert "--compute.remat block" in ways
     assert json.loads(run(SMALL, *TOO_MUCH, "--json")[1])["fits"] is False
 
 
-def test_a_search_prints_what_to_paste_and_plans_the_fastest(run) -> None:
+def test_search_prints_overrides_and_plans_the_fastest(run) -> None:
     code, out, _ = run(SMALL, "--machine", "v5e:2x2", "--search")
     assert code == 0
     lines = out[out.index("fastest first") :].splitlines()[1:]
@@ -138,7 +138,7 @@ def test_a_search_prints_what_to_paste_and_plans_the_fastest(run) -> None:
 
 
 @pytest.mark.parametrize("words", [FITS, TOO_MUCH, ("--machine", "v5e:2x2", "--search")])
-def test_a_page_stands_alone_and_says_that_it_is_a_prediction(run, tmp_path, words) -> None:
+def test_html_page_is_self_contained_and_says_that_it_predicts(run, tmp_path, words) -> None:
     file = tmp_path / "plan.html"
     code, _, err = run(SMALL, *words, "--html", file, "--price", "3")
     assert (code, err) == (0, "")
@@ -151,18 +151,18 @@ def test_a_page_stands_alone_and_says_that_it_is_a_prediction(run, tmp_path, wor
         assert len(re.findall(rf"<{tag}[ >]", text)) == text.count(f"</{tag}>"), tag
     assert not re.search(r"\b(nan|inf)\b", text)
     assert "blocks/layer_0/mlp/up" in text
-    assert ("Too much by" in text) == (words == TOO_MUCH)
-    assert ("Other ways to run" in text) == ("--search" in words)
+    assert ("Does not fit" in text) == (words == TOO_MUCH)
+    assert ("Pareto front of the search" in text) == ("--search" in words)
 
 
-def test_names_are_escaped_on_the_page(run, tmp_path) -> None:
+def test_html_page_escapes_names(run, tmp_path) -> None:
     file = tmp_path / "plan.html"
     run(SMALL, *FITS, "--html", file, "--run", "runs/<script>&")
     assert "runs/&lt;script&gt;&amp;" in file.read_text()
     assert "<script" not in file.read_text()
 
 
-def test_a_page_is_written_beside_json_too(run, tmp_path) -> None:
+def test_html_page_is_written_with_json_too(run, tmp_path) -> None:
     file = tmp_path / "plan.html"
     _, out, _ = run(SMALL, *FITS, "--html", file, "--json")
     assert json.loads(out)["prediction"] is True
@@ -177,7 +177,7 @@ def test_a_page_is_written_beside_json_too(run, tmp_path) -> None:
     [
         ((), ("--machine: ", "v5e:16x16", "2xv5p:8x8x8", "h100:64")),
         (("--machine", "v5e"), ("--machine=v5e: ", "v5p:8x8x8", "h100:64")),
-        (("--machine", "v9:4x4"), ("--machine=v9:4x4: ", "no figures for v9", "v5e")),
+        (("--machine", "v9:4x4"), ("--machine=v9:4x4: ", "unknown device v9", "v5e")),
         (("--mesh.machine", "v5e:4"), ("--machine=v5e:4: ", "2 dimensions")),
         ((*FITS, "--price", "-1"), ("--price=-1: ", "negative")),
         (("--machine", "v5e:4x4", "--mesh.fsdp", "5"), ("mesh.data=-1", "16")),
@@ -189,14 +189,14 @@ def test_a_page_is_written_beside_json_too(run, tmp_path) -> None:
         (("--machine", "v5e:1x1", "--search", "--model.layers", "400"), ("--search: ", "devices")),
     ],
 )
-def test_a_mistake_is_told_in_a_line(run, words, wanted) -> None:
+def test_invalid_options_fail_in_one_line(run, words, wanted) -> None:
     code, out, err = run(SMALL, *words)
     assert (code, out) == (2, "")
     for part in wanted:
         assert part in sentence(err)
 
 
-def test_only_tpus_have_a_compiler_that_needs_no_device(run) -> None:
+def test_compile_for_gpus_is_refused(run) -> None:
     code, _, err = run(SMALL, "--machine", "h100:8", "--compile")
     assert code == 2
     assert "--compile, --sampling: h100:8: only TPUs" in sentence(err)
@@ -210,14 +210,14 @@ def test_only_tpus_have_a_compiler_that_needs_no_device(run) -> None:
         (("--machine", "v5e:4x4", "--model.dropout", "0.1"), "dropout"),
     ],
 )
-def test_attention_that_the_machine_has_no_kernel_for_is_refused(run, words, why) -> None:
+def test_attention_without_kernel_on_the_machine_is_refused(run, words, why) -> None:
     code, _, err = run(SMALL, *words)
     assert code == 2
     assert "compute.attention=" in sentence(err)
     assert why in sentence(err)
 
 
-def test_all_that_an_axis_does_not_divide_is_told_at_once(run) -> None:
+def test_all_indivisible_sizes_are_told_at_once(run) -> None:
     words = ("--machine", "v5e:4x4", "--mesh.data", "1", "--mesh.fsdp", "1", "--mesh.tensor", "16")
     code, out, err = run(SMALL, *words, "--train.batch-tokens", "3072", "--train.accumulation", "3")
     assert (code, out) == (2, "")
@@ -233,21 +233,21 @@ def test_all_that_an_axis_does_not_divide_is_told_at_once(run) -> None:
 
 
 @pytest.mark.parametrize("words", [(), ("--json",)])
-def test_a_page_that_cannot_be_written_is_told_in_a_line(run, tmp_path, words) -> None:
+def test_html_page_that_cannot_be_written_fails_in_one_line(run, tmp_path, words) -> None:
     path = tmp_path / "absent" / "plan.html"
     code, _, err = run(SMALL, *FITS, "--html", path, *words)
     assert code == 73
     assert f"--html={path}: cannot be written" in sentence(err)
 
 
-def test_an_override_that_does_not_exist_is_a_usage_error(run) -> None:
+def test_unknown_override_is_a_usage_error(run) -> None:
     code, out, err = run(SMALL, *FITS, "--mesh.fdsp", "16")
     assert (code, out) == (2, "")
     assert "--mesh.fsdp" in err
 
 
 @pytest.mark.parametrize("flag", ["--compile", "--sampling"])
-def test_without_the_tpus_compiler_the_line_says_what_to_install(run, monkeypatch, flag) -> None:
+def test_compile_without_libtpu_says_what_to_install(run, monkeypatch, flag) -> None:
     monkeypatch.setitem(sys.modules, "libtpu", None)
     code, out, err = run(SMALL, *FITS, flag)
     assert (code, out) == (2, "")
@@ -272,9 +272,9 @@ def compiler(monkeypatch):
     return found, asked
 
 
-def test_what_the_compiler_says_stands_beside_the_prediction(run, compiler) -> None:
+def test_compiled_figures_are_printed_beside_the_prediction(run, compiler) -> None:
     found, asked = compiler
-    sum_ = aot.Collective("all-reduce", ("fsdp",), 16, 1e8, 10, "", hidden=False)
+    sum_ = aot.Collective("all-reduce", ("fsdp",), 16, 1e8, 10, "", overlapped=False)
     gather = aot.Collective("all-gather", ("fsdp",), 16, 3e8, 10, "")
     found[0].collectives, found[0].warnings = [sum_, gather], ["an array is gathered whole"]
     code, out, _ = run(SMALL, *FITS, "--compile")
@@ -284,7 +284,7 @@ def test_what_the_compiler_says_stands_beside_the_prediction(run, compiler) -> N
     predicted = number_after("memory", out)
     assert f"memory: 2.00 GiB of 15.75; predicted {predicted:.2f}" in told
     assert "all: 4.688 GB" in told  # 15/16 of twice 1 GB and of 3
-    assert "60% of it runs beside arithmetic" in told
+    assert "60% of it overlaps with arithmetic" in told
     assert "warning: an array is gathered whole" in told
     told = json.loads(run(SMALL, *FITS, "--compile", "--json")[1])["compiled"]
     assert told["peak_bytes"] == 2.0 * 2**30
@@ -292,18 +292,18 @@ def test_what_the_compiler_says_stands_beside_the_prediction(run, compiler) -> N
     assert [one["wire_bytes"] for one in told["collectives"]] == pytest.approx([2.8125e9, 1.875e9])
 
 
-def test_a_step_that_the_compiler_cannot_fit_is_told_with_ways_to(run, compiler) -> None:
+def test_compiler_out_of_memory_is_told_with_ways_to_fit(run, compiler) -> None:
     found, _ = compiler
     found[0] = aot.Compiled(3.0, out_of_memory="the program (29.50G) exceeds what there is")
     code, out, _ = run(SMALL, *FITS, "--compile")
     assert code == 0
     told = out[out.index("compiled ") :]
-    assert "XLA wants 29.5 GiB" in told
+    assert "XLA needs 29.5 GiB" in told
     assert "15.75" in told
     assert "--compute.remat" in told
 
 
-def test_of_a_search_the_best_two_are_compiled(run, compiler) -> None:
+def test_two_best_choices_of_a_search_are_compiled(run, compiler) -> None:
     _, asked = compiler
     code, out, _ = run(SMALL, "--machine", "v5e:4x4", "--search", "--compile")
     assert code == 0
@@ -316,7 +316,7 @@ def test_of_a_search_the_best_two_are_compiled(run, compiler) -> None:
 PROBE = """
 import atexit, sys
 atexit.register(lambda: print("LOADED", *{m.partition(".")[0] for m in sys.modules}))
-from gptjax.cli import main
+from gptjax.cli.main import main
 sys.exit(main(["plan", *sys.argv[1:]]))
 """
 
@@ -328,7 +328,7 @@ sys.exit(main(["plan", *sys.argv[1:]]))
         ((SMALL, *FITS), {"tensorflow", "libtpu", "transformers"}),
     ],
 )
-def test_a_plan_loads_neither_tensorflow_nor_the_tpus_library(words, unwanted) -> None:
+def test_plan_imports_neither_tensorflow_nor_libtpu(words, unwanted) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROBE, *words], capture_output=True, text=True, check=True
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gptjax import config
-from gptjax.model import flops
+from gptjax.model.flops import ModelCost
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -64,24 +64,24 @@ NEAR = {  # no exact figure was published: the size, to a few percent
 
 
 @pytest.mark.parametrize("name", list(TOTALS))
-def test_a_size_has_exactly_its_number_of_parameters(name: str) -> None:
-    found = flops.parameters(config.load(f"{CONFIGS}/{name}").model)
+def test_presets_have_their_published_number_of_parameters(name: str) -> None:
+    found = ModelCost(config.load(f"{CONFIGS}/{name}").model).parameters
     assert found.total == TOTALS[name]
     assert found.active == ACTIVE.get(name, found.total)
 
 
 @pytest.mark.parametrize("name", list(NEAR))
-def test_a_size_with_no_exact_figure_is_near_its_name(name: str) -> None:
-    found = flops.parameters(config.load(f"{CONFIGS}/{name}").model)
+def test_presets_without_exact_figure_are_near_their_name(name: str) -> None:
+    found = ModelCost(config.load(f"{CONFIGS}/{name}").model).parameters
     assert found.total == pytest.approx(NEAR[name], rel=0.03)
 
 
 @pytest.mark.parametrize("name", [*TOTALS, *NEAR])
-def test_a_preset_goes_together_and_its_batch_fits_a_pod(name: str) -> None:
+def test_presets_are_valid_on_64_devices(name: str) -> None:
     config.load(f"{CONFIGS}/{name}").check(devices=64)
 
 
-def test_counting_prints_every_part_and_needs_no_device() -> None:
+def test_config_count_prints_every_part_and_needs_no_device() -> None:
     """On a platform that does not exist, so that nothing could be allocated."""
     argv = ["-m", "gptjax", "config", f"{CONFIGS}/llama.py:llama31_405b", "--count"]
     lines = subprocess.run(

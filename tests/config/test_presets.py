@@ -10,7 +10,7 @@ import pytest
 
 from gptjax import config
 from gptjax.cli import main
-from gptjax.plan import hardware
+from gptjax.plan import machines
 
 REPO = Path(__file__).resolve().parents[2]
 PRESETS = [
@@ -41,7 +41,7 @@ def test_readme_and_presets_contain_commands() -> None:
 def test_preset_is_valid_on_its_machine_or_on_one_and_eight_devices(preset: str) -> None:
     cfg = config.load(preset)
     if machine := cfg.mesh.machine:
-        cfg.check(hardware.parse(machine).devices, hardware.parse(machine).processes)
+        cfg.check(machines.parse(machine).devices, machines.parse(machine).processes)
     else:
         cfg.check(1)
         cfg.check(8)

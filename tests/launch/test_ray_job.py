@@ -1,4 +1,4 @@
-"""launch/ray_job.py: what it decides, and, where Ray is installed, a job of two actors here."""
+"""launch/ray_job.py: its decisions and, where Ray is installed, a local job of two actors."""
 
 import importlib.util
 import os
@@ -12,8 +12,8 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "ray_job.py"
 
-# Ends its nth attempt as the nth word of its process's file says, or waits to be told.
-STAND_IN = """\
+# A fake gptjax: ends its nth attempt as the nth word of its process's file says, or waits.
+FAKE_GPTJAX = """\
 #!/usr/bin/env bash
 trap 'exit 75' TERM
 place="$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS"
@@ -41,22 +41,22 @@ def ray_job():
         ([0, 0], 0),
         ([0, 75], 75),
         ([75, 75], 75),
-        ([69, 65], 65),  # the cause, though its peers' code is larger
+        ([69, 65], 65),  # the cause, although its peer's code is larger
         ([134, 2, 137], 2),
         ([78, 65], 78),
         ([69, 134], 134),
         ([1, 143], 1),
     ],
 )
-def test_a_problem_for_a_person_counts_before_what_a_restart_mends(ray_job, codes, code) -> None:
+def test_permanent_error_takes_precedence_over_retryable_exit_codes(ray_job, codes, code) -> None:
     assert ray_job.worst(codes) == code
 
 
-def test_a_signal_is_told_as_a_shell_tells_it(ray_job) -> None:
+def test_exit_code_of_a_signal_is_128_plus_its_number(ray_job) -> None:
     assert [ray_job.exit_code(code) for code in (0, 75, -9, -6)] == [0, 75, 137, 134]
 
 
-def test_a_process_is_told_its_place(ray_job) -> None:
+def test_environment_has_the_process_id_and_the_coordinator(ray_job) -> None:
     assert ray_job.environment({"A": "b"}, "10.0.0.1:1234", 4, 3) == {
         "A": "b",
         "JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234",
@@ -65,13 +65,13 @@ def test_a_process_is_told_its_place(ray_job) -> None:
     }
 
 
-def test_overrides_are_handed_on_as_they_are(ray_job) -> None:
+def test_overrides_are_passed_unchanged(ray_job) -> None:
     args = ray_job.parse(["--processes", "2", "--", "configs/debug.py", "--run", "a b"])
     words = ray_job.command("python -m gptjax", args.words)
     assert words == ["python", "-m", "gptjax", "train", "configs/debug.py", "--run", "a b"]
 
 
-def test_no_process_is_refused(ray_job, capsys) -> None:
+def test_zero_processes_are_refused(ray_job, capsys) -> None:
     with pytest.raises(SystemExit) as exit:
         ray_job.parse(["--processes", "0", "--", "configs/debug.py"])
     assert exit.value.code == 2
@@ -84,9 +84,9 @@ ray_runs = pytest.mark.skipif(
 
 
 def start(folder: Path, first: str, second: str) -> subprocess.Popen[str]:
-    """A job of two actors whose attempts end as given, on a Ray of its own."""
-    program = folder / "stand_in"
-    program.write_text(STAND_IN)
+    """Starts a job of two actors whose attempts end as given, on its own Ray."""
+    program = folder / "fake_gptjax"
+    program.write_text(FAKE_GPTJAX)
     program.chmod(0o755)
     for process, endings in enumerate((first, second)):
         (folder / f"{process}.endings").write_text(endings + "\n")
@@ -108,7 +108,7 @@ def attempts(folder: Path, process: int) -> list[str]:
     ("first", "second", "code", "times"),
     [("75 69 134 0", "75 kill 134 0", 0, 4), ("69", "65", 65, 1)],
 )
-def test_actors_are_started_again_until_all_are_done(tmp_path, first, second, code, times) -> None:
+def test_actors_are_restarted_until_all_succeed(tmp_path, first, second, code, times) -> None:
     with start(tmp_path, first, second) as job:
         _, stderr = job.communicate(timeout=180)
     assert job.returncode == code, stderr
@@ -123,7 +123,7 @@ def test_actors_are_started_again_until_all_are_done(tmp_path, first, second, co
 
 @pytest.mark.slow
 @ray_runs
-def test_told_to_stop_all_processes_save_and_it_does_not_begin_again(tmp_path) -> None:
+def test_sigterm_saves_all_processes_and_does_not_restart(tmp_path) -> None:
     with start(tmp_path, "wait 0", "wait 0") as job:
         deadline = time.monotonic() + 120
         while not (attempts(tmp_path, 0) and attempts(tmp_path, 1)):

@@ -1,4 +1,4 @@
-"""launch/README.md says what the files do, and what their heads show can be run."""
+"""launch/README.md agrees with the launchers, and the documented commands parse."""
 
 import importlib.util
 import re
@@ -16,7 +16,7 @@ PAGE = (LAUNCH / "README.md").read_text()
 
 
 def rows() -> dict[int, str]:
-    """What is done on each exit code."""
+    """The launchers' action by exit code."""
     found = {}
     for codes, action in re.findall(
         r"^\| ([\d, ]+)(?:, and others)? \|[^|]+\| (.+) \|$", PAGE, re.M
@@ -25,33 +25,33 @@ def rows() -> dict[int, str]:
     return found
 
 
-AGAIN = {code for code, action in rows().items() if action.startswith("again")}
+RESTART_CODES = {code for code, action in rows().items() if action == "restart"}
 
 
-def test_every_code_that_gptjax_ends_with_is_told() -> None:
+def test_every_exit_code_is_documented() -> None:
     known = {error.exit_code for error in vars(errors).values() if hasattr(error, "exit_code")}
     assert known <= set(rows())
 
 
-def test_every_file_is_told_and_restarts_on_the_same_codes() -> None:
+def test_every_launcher_is_documented_and_restarts_on_the_same_codes() -> None:
     named = set(re.findall(r"^\|[^|]+\| `([\w.]+)` \|", PAGE, re.M))
     there = {file.name for file in LAUNCH.iterdir() if file.is_file()} - {"README.md"}
     assert named >= there
     for name in ("slurm.sbatch", "tpu_vm.sh"):
         (codes,) = re.findall(r"^\s+(0(?: \| \d+)+)\) ;;", (LAUNCH / name).read_text(), re.M)
-        assert set(map(int, codes.split("|"))) - {0, 255} == AGAIN, name
+        assert set(map(int, codes.split("|"))) - {0, 255} == RESTART_CODES, name
     spec = importlib.util.spec_from_file_location("ray_job", LAUNCH / "ray_job.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.AGAIN == AGAIN
+    assert module.RESTART_CODES == RESTART_CODES
     yaml = pytest.importorskip("yaml")
     jobset = next(yaml.safe_load_all((LAUNCH / "gke_jobset.yaml").read_text()))
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
-    assert set(job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"]) == AGAIN
+    assert set(job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"]) == RESTART_CODES
 
 
-def shown(name: str) -> list[str]:
-    """Each CONFIG with its overrides in the head of a file, whose lines may go on."""
+def documented(name: str) -> list[str]:
+    """Each CONFIG with its overrides in a file's comments, with continued lines joined."""
     head = re.sub(r" \\\\?\n#?\s+", " ", (LAUNCH / name).read_text())
     overrides = r"(?: --[\w.-]+ (?:'[^']*'|[^\s'`]+))*"
     return re.findall(rf"configs/\w+\.py:[a-z]\w+{overrides}", head)
@@ -62,15 +62,15 @@ def shown(name: str) -> list[str]:
     [
         (name, line)
         for name in ("slurm.sbatch", "tpu_vm.sh", "ray_job.py", "gke_jobset.yaml", "README.md")
-        for line in shown(name)
+        for line in documented(name)
     ],
 )
-def test_what_a_head_shows_can_be_trained(name: str, line: str, monkeypatch) -> None:
+def test_documented_training_command_parses(name: str, line: str, monkeypatch) -> None:
     monkeypatch.chdir(REPO)
     args, rest = main._parser().parse_known_args(["train", *shlex.split(line)])
     assert main._resolve(args, rest)
 
 
-def test_heads_show_commands() -> None:
+def test_launchers_contain_commands() -> None:
     for name in ("slurm.sbatch", "tpu_vm.sh", "ray_job.py"):
-        assert any(" --run /shared/" in line for line in shown(name)), name
+        assert any(" --run /shared/" in line for line in documented(name)), name

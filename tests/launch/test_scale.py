@@ -1,4 +1,4 @@
-"""launch/SCALE.md: its plans are made again, and its derived figures follow from its formulae."""
+"""launch/SCALE.md: its figures equal the planner's output, or follow from its formulae."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow  # it plans three machines
+pytestmark = pytest.mark.slow  # plans three machines
 
 REPO = Path(__file__).resolve().parents[2]
 PAGE = (REPO / "launch" / "SCALE.md").read_text()
@@ -17,7 +17,7 @@ Column = dict[str, float]
 
 
 def columns() -> list[Column]:
-    """Each model's figures by symbol."""
+    """The figures of each model by symbol."""
     found: list[Column] = [{}, {}, {}]
     for row in re.findall(r"^\|[^|]+\| `(\w+)` \|(.+)\|$", PAGE, re.M):
         values = [float(cell.replace(",", "")) for cell in row[1].split("|")]
@@ -28,7 +28,7 @@ def columns() -> list[Column]:
 
 
 def derived(v: Column) -> Column:
-    """The derived figures of a column by the page's formulae, in the units of its table."""
+    """The derived figures of a model by the page's formulae, in the units of its table."""
     chips, hosts, params, step = v["N"], v["H"], v["P"], v["s"]
     parts, fsdp, tensor, data = v["a"], v["f"], v["t"], v["d"]
     weights = 6 * parts * params / tensor * (fsdp - 1) / fsdp
@@ -63,7 +63,7 @@ COMMANDS = re.findall(r"^gptjax plan .* --json$", PAGE, re.M)
 COLUMNS = columns()
 
 
-def test_the_page_has_three_plans_and_says_every_symbol_of_its_formulae() -> None:
+def test_page_has_three_plans_and_defines_every_symbol() -> None:
     assert len(COMMANDS) == len(COLUMNS) == 3
     symbols = set(derived(COLUMNS[0]))
     assert symbols <= set(COLUMNS[0])
@@ -79,7 +79,7 @@ def test_derived_figures_follow_from_the_formulae(place: int) -> None:
 
 
 @pytest.mark.parametrize("place", range(3))
-def test_planned_figures_are_what_the_planner_says(place: int, command_line, monkeypatch) -> None:
+def test_planned_figures_equal_the_planner_output(place: int, command_line, monkeypatch) -> None:
     monkeypatch.chdir(REPO)
     code, out, err = command_line(*shlex.split(COMMANDS[place])[1:])
     assert code == 0, err
@@ -112,16 +112,16 @@ def test_planned_figures_are_what_the_planner_says(place: int, command_line, mon
 
 
 @pytest.mark.parametrize("place", range(3))
-def test_given_figures_are_those_of_the_preset_and_the_machine(place: int, monkeypatch) -> None:
+def test_given_figures_equal_those_of_preset_and_machine(place: int, monkeypatch) -> None:
     from gptjax.cli import main
-    from gptjax.model import flops
-    from gptjax.plan import hardware
+    from gptjax.model.flops import ModelCost
+    from gptjax.plan import machines
 
     monkeypatch.chdir(REPO)
     args, rest = main._parser().parse_known_args(shlex.split(COMMANDS[place])[1:])
     cfg, column = main._resolve(args, rest), COLUMNS[place]
-    assert column["P"] == flops.parameters(cfg.model).total
+    assert column["P"] == ModelCost(cfg.model).parameters.total
     assert (column["L"], column["D"]) == (cfg.model.layers, cfg.model.embed)
     assert (column["B"], column["a"]) == (cfg.train.batch_tokens, cfg.train.accumulation)
-    assert column["H"] == hardware.parse(args.machine).processes
+    assert column["H"] == machines.parse(args.machine).processes
     assert cfg.model.vocab_size > 1 << 16  # or tokens are two bytes

@@ -1,6 +1,6 @@
-"""launch/slurm.sbatch on a Slurm of its own: munged, slurmctld and slurmd, one node, on loopback.
+"""launch/slurm.sbatch on its own Slurm: munged, slurmctld and slurmd, one node, on loopback.
 
-`apt-get install slurm-wlm` has all three. Nothing of the machine's own Slurm is read or touched.
+`apt-get install slurm-wlm` installs all three. The machine's own Slurm is neither read nor changed.
 """
 
 import json
@@ -26,8 +26,8 @@ slurm_runs = pytest.mark.skipif(
     bool(MISSING), reason=f"no {', '.join(MISSING)}: apt-get install slurm-wlm"
 )
 
-# A job that was queued again is held back until its credential has expired: five seconds are the
-# least, two minutes what Slurm does by itself.
+# A requeued job waits until its credential has expired: five seconds are the minimum, two minutes
+# the default.
 CONF = """\
 ClusterName=loopback
 SlurmctldHost={host}(127.0.0.1)
@@ -54,8 +54,8 @@ NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
 PartitionName=all Nodes={host} Default=YES State=UP
 """
 
-# What stands in for gptjax: each attempt ends as its file says, or waits to be told or killed.
-STAND_IN = """\
+# A fake gptjax: each attempt ends as its file says, or waits for a signal.
+FAKE_GPTJAX = """\
 #!/usr/bin/env bash
 echo "attempt ${SLURM_RESTART_COUNT:-0} task $SLURM_PROCID of $SLURM_NTASKS: $*"
 trap 'echo "saved by task $SLURM_PROCID"; exit 75' TERM
@@ -71,7 +71,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED")
 
 
 class Cluster:
-    """Commands of Slurm against the one that `slurm_conf` describes."""
+    """Slurm commands for the cluster of a slurm.conf."""
 
     def __init__(self, slurm_conf: Path) -> None:
         self.environment = os.environ | {"SLURM_CONF": str(slurm_conf)}
@@ -118,27 +118,27 @@ class Job:
     def text(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
-    def tell(self) -> None:
-        """SIGTERM to the tasks, as Slurm itself sends it before the limit."""
+    def terminate(self) -> None:
+        """Sends SIGTERM to the tasks, as Slurm does before the time limit."""
         self.cluster.call("scancel", "--signal=TERM", self.number)
 
     def kill(self, task: int) -> None:
-        """SIGKILL to one task, and to nothing else."""
+        """Sends SIGKILL to one task only."""
         listed = self.cluster.call("scontrol", "listpids", f"{self.number}.0").splitlines()
         (pid,) = (int(row.split()[0]) for row in listed if row.split()[3] == str(task))
         os.kill(pid, signal.SIGKILL)
 
-    def begins_again(self, restarts: int, seconds: float = 60) -> None:
-        """Waits until the job has been queued again for the nth time."""
+    def restarts_for(self, restarts: int, seconds: float = 60) -> None:
+        """Waits until the job has been requeued for the nth time."""
 
         def queued() -> bool:
-            assert self.state not in ENDED, f"not queued again: {self.text()}"
+            assert self.state not in ENDED, f"not requeued: {self.text()}"
             return self.restarts >= restarts
 
         self.until(queued, seconds)
 
     def end(self, seconds: float = 60) -> tuple[str, int]:
-        """State and exit code, once it has ended and was not queued again."""
+        """Waits until the job has ended without a requeue; returns state and exit code."""
         self.until(lambda: self.state in ENDED, seconds)
         return self.state, int(self.shown("ExitCode").split(":")[0])
 
@@ -151,7 +151,7 @@ def free_port() -> int:
 
 @contextmanager
 def running(folder: Path, *command: object) -> Iterator[None]:
-    """A daemon, in the foreground of a process that is ended when this is left."""
+    """Runs a daemon in the foreground of a process that ends with the context."""
     words = [str(word) for word in command]
     environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
     with (folder / f"{words[0]}.log").open("w") as log:
@@ -189,7 +189,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             ("slurmd", "-D"),
         ):
             daemons.enter_context(running(folder, *command))
-            time.sleep(1)  # each needs the one before, and none of them waits
+            time.sleep(1)  # each needs the previous one, and does not wait for it
         deadline = time.monotonic() + 30
         while "idle" not in (seen := cluster.call("sinfo", "--noheader")):
             logs = "".join(log.read_text() for log in folder.glob("*.log"))
@@ -203,12 +203,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path) -> Callable[..., dict[str, str]]:
-    """Writes how each attempt's two tasks end; gives what the job is told by its environment."""
+def fake_gptjax(tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """Returns a function that sets how each attempt's tasks end, and returns the environment."""
 
     def write(*attempts: tuple[str, str]) -> dict[str, str]:
         program = tmp_path / "gptjax"
-        program.write_text(STAND_IN)
+        program.write_text(FAKE_GPTJAX)
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
         for attempt, tasks in enumerate(attempts):
             for task, how in enumerate(tasks):
@@ -224,19 +224,21 @@ def began(folder: Path, attempt: int) -> Callable[[], bool]:
 
 @pytest.mark.slow
 @slurm_runs
-def test_a_job_that_saved_and_one_that_lost_a_task_are_queued_again(
-    cluster, stand_in, tmp_path
+def test_job_is_requeued_after_preemption_and_after_a_dead_task(
+    cluster, fake_gptjax, tmp_path
 ) -> None:
-    # Told to stop; then task 1 is killed and task 0 sees it go; then a coordinator's abort.
-    environment = stand_in(("wait", "wait"), ("69,4", "wait"), ("134,0", "134,0"), ("0,0", "0,1"))
+    # First SIGTERM; then task 1 is killed and task 0 detects it; then the coordinator's abort.
+    environment = fake_gptjax(
+        ("wait", "wait"), ("69,4", "wait"), ("134,0", "134,0"), ("0,0", "0,1")
+    )
     job = cluster.submit(tmp_path, "configs/debug.py", "--run", "a folder", **environment)
     job.until(began(tmp_path, 0))
-    job.tell()
-    job.begins_again(1)
+    job.terminate()
+    job.restarts_for(1)
     job.until(began(tmp_path, 1))
     job.kill(task=1)
-    job.begins_again(2)
-    job.begins_again(3)
+    job.restarts_for(2)
+    job.restarts_for(3)
     assert job.end() == ("COMPLETED", 0)
     lines = job.text().splitlines()
     for attempt in range(4):
@@ -244,8 +246,8 @@ def test_a_job_that_saved_and_one_that_lost_a_task_are_queued_again(
             words = "train configs/debug.py --run a folder"
             assert lines.count(f"attempt {attempt} task {task} of 2: {words}") == 1
     assert {f"saved by task {task}" for task in (0, 1)} <= set(lines)
-    told = [line for line in lines if line.endswith("; queued again")]
-    assert [int(re.search(r"ended with (\d+);", line)[1]) for line in told] == [75, 137, 134]
+    requeued = [line for line in lines if line.endswith("; requeued")]
+    assert [int(re.search(r"ended with (\d+);", line)[1]) for line in requeued] == [75, 137, 134]
 
 
 @pytest.mark.slow
@@ -253,21 +255,21 @@ def test_a_job_that_saved_and_one_that_lost_a_task_are_queued_again(
 @pytest.mark.parametrize(
     ("tasks", "code"), [(("2,0", "2,0"), 2), (("69,2", "65,0"), 65), (("134,1", "78,0"), 78)]
 )
-def test_a_problem_for_a_person_ends_the_job_whatever_its_peers_say(
-    cluster, stand_in, tmp_path, tasks, code
+def test_permanent_error_ends_the_job_whatever_the_other_tasks_return(
+    cluster, fake_gptjax, tmp_path, tasks, code
 ) -> None:
-    job = cluster.submit(tmp_path, "configs/debug.py", **stand_in(tasks))
+    job = cluster.submit(tmp_path, "configs/debug.py", **fake_gptjax(tasks))
     assert job.end() == ("FAILED", code)
     assert job.restarts == 0
-    assert f"a process ended with {code}, which a restart does not mend" in job.text()
+    assert f"a process ended with {code}, which a restart does not fix" in job.text()
 
 
 @pytest.mark.slow
 @slurm_runs
-def test_it_gives_up_after_so_many_restarts(cluster, stand_in, tmp_path) -> None:
-    environment = stand_in(("75,0", "75,0"), ("69,0", "69,0"))
+def test_restarts_are_limited(cluster, fake_gptjax, tmp_path) -> None:
+    environment = fake_gptjax(("75,0", "75,0"), ("69,0", "69,0"))
     job = cluster.submit(tmp_path, "configs/debug.py", MAX_RESTARTS="1", **environment)
-    job.begins_again(1)
+    job.restarts_for(1)
     assert job.end() == ("FAILED", 69)
     assert "after 1 restarts; giving up" in job.text()
 
@@ -300,7 +302,7 @@ class Training(Job):
         self._metrics = folder / "run" / "metrics.jsonl"
 
     def steps(self) -> list[int]:
-        """Training steps in the metrics file, in its order."""
+        """Training steps in the metrics file, in file order."""
         lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
         entries = [json.loads(line) for line in lines if line.endswith("}")]
         return [entry["step"] for entry in entries if "grad_norm" in entry]
@@ -311,11 +313,11 @@ class Training(Job):
 
 @pytest.mark.slow
 @slurm_runs
-def test_training_in_two_tasks_saves_at_one_step_and_goes_on_from_it(cluster, tmp_path) -> None:
+def test_two_tasks_save_at_the_same_step_and_continue_from_it(cluster, tmp_path) -> None:
     job = Training(cluster, tmp_path)
     job.reaches(10)
-    job.tell()
-    job.begins_again(1, 200)
+    job.terminate()
+    job.restarts_for(1, 200)
     saved = {int(step) for step in re.findall(r"saved step (\d+)", job.text())}
     assert len(saved) == 1
     assert 10 <= max(saved) < STEPS
@@ -326,11 +328,11 @@ def test_training_in_two_tasks_saves_at_one_step_and_goes_on_from_it(cluster, tm
 
 @pytest.mark.slow
 @slurm_runs
-def test_training_in_two_tasks_goes_on_when_one_is_killed(cluster, tmp_path) -> None:
+def test_two_tasks_continue_after_one_is_killed(cluster, tmp_path) -> None:
     job = Training(cluster, tmp_path)
     job.reaches(10)
     job.kill(task=1)
-    job.begins_again(1, 400)
+    job.restarts_for(1, 400)
     assert job.end(600) == ("COMPLETED", 0)
     assert "resumed after step" in job.text()
     assert job.steps() == list(range(1, STEPS + 1))

@@ -1,4 +1,4 @@
-"""launch/tpu_vm.sh against a gcloud that notes its words and runs the command here, once a host."""
+"""launch/tpu_vm.sh with a fake gcloud, which logs its arguments and runs the command locally."""
 
 import os
 import re
@@ -14,7 +14,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 SCRIPT = REPO / "launch" / "tpu_vm.sh"
 
-# Each host has a home of its own; as the real one does, this ends with the first failure's code.
+# Each host has its own home; like the real gcloud, this ends with the first failure's exit code.
 GCLOUD = """\
 #!/usr/bin/env bash
 { printf '%s\\036' "$@"; printf '\\037'; } >> "$WORDS"
@@ -34,8 +34,9 @@ for host in $hosts; do wait "${running[$host]}" || { last=$?; [ $code != 0 ] || 
 exit $code
 """
 
-# Ends its nth attempt as the nth line of `endings` in its home says, `wait` being until it is told.
-STAND_IN = """\
+# A fake gptjax: ends its nth attempt as the nth line of `endings` in its home says; `wait` waits
+# for SIGTERM.
+FAKE_GPTJAX = """\
 #!/usr/bin/env bash
 trap 'echo saved; exit 75' TERM
 printf '%s|' "$@" >> ~/began; echo >> ~/began
@@ -47,14 +48,15 @@ exit "$how"
 
 @pytest.fixture
 def hosts(tmp_path: Path) -> Callable[..., dict[str, str]]:
-    """Makes two hosts whose attempts end as given; gives the environment for the script."""
+    """Returns a function that makes two hosts whose attempts end as given; it returns the
+    environment of the script."""
 
     def make(first: str, second: str) -> dict[str, str]:
         for host, endings in enumerate((first, second)):
             programs = tmp_path / str(host) / "gptjax" / ".venv" / "bin"
             programs.mkdir(parents=True)
             (tmp_path / str(host) / "endings").write_text("\n".join(endings.split()) + "\n")
-            (programs / "gptjax").write_text(STAND_IN)
+            (programs / "gptjax").write_text(FAKE_GPTJAX)
             (programs / "gptjax").chmod(0o755)
         (tmp_path / "bin").mkdir()
         (tmp_path / "bin" / "gcloud").write_text(GCLOUD)
@@ -80,12 +82,12 @@ def attempts(folder: Path, host: int) -> list[str]:
 
 
 def calls(folder: Path) -> list[list[str]]:
-    """The words of each call of gcloud."""
+    """The arguments of each call of gcloud."""
     written = (folder / "words").read_text().split("\037")[:-1]
     return [call.split("\036")[:-1] for call in written]
 
 
-def test_hosts_are_started_again_until_all_are_done(hosts, tmp_path) -> None:
+def test_hosts_are_restarted_until_all_succeed(hosts, tmp_path) -> None:
     environment = hosts("75 69 134 0", "75 137 134 0")
     overrides = ["--run", "/shared/a run", "--data.sources", "/text/*.jsonl", "it's $HOME"]
     done = run(environment, "train", "slice", "configs/debug.py", *overrides)
@@ -95,30 +97,30 @@ def test_hosts_are_started_again_until_all_are_done(hosts, tmp_path) -> None:
             attempts(tmp_path, host)
             == ["|".join(["train", "configs/debug.py", *overrides, ""])] * 4
         )
-    assert re.findall(r"ended with (\d+); begins again", done.stderr) == ["75", "69", "134"]
+    assert re.findall(r"ended with (\d+); restarting", done.stderr) == ["75", "69", "134"]
     called = calls(tmp_path)
     assert len(called) == 4
     assert called[0][:6] == ["compute", "tpus", "tpu-vm", "ssh", "slice", "--worker=all"]
 
 
 @pytest.mark.parametrize(("first", "second", "code"), [("69", "65", 65), ("2", "2", 2)])
-def test_a_problem_for_a_person_ends_it_whatever_the_other_host_says(
+def test_permanent_error_ends_training_whatever_the_other_host_returns(
     hosts, tmp_path, first, second, code
 ) -> None:
     done = run(hosts(first, second), "train", "slice", "configs/debug.py")
     assert done.returncode == code
     assert len(attempts(tmp_path, 0)) == len(attempts(tmp_path, 1)) == 1
-    assert f"a host ended with {code}, which a restart does not mend" in done.stderr
+    assert f"a host ended with {code}, which a restart does not fix" in done.stderr
 
 
-def test_it_gives_up_after_so_many_restarts(hosts, tmp_path) -> None:
+def test_restarts_are_limited(hosts, tmp_path) -> None:
     environment = hosts("75 75 75", "75 75 75") | {"MAX_RESTARTS": "2"}
     assert run(environment, "train", "slice", "configs/debug.py").returncode == 75
     assert len(attempts(tmp_path, 0)) == 3
 
 
 @pytest.mark.parametrize("how", ["stop", "ctrl-c"])
-def test_told_to_stop_by_hand_it_saves_and_does_not_begin_again(hosts, tmp_path, how) -> None:
+def test_manual_stop_saves_and_does_not_restart(hosts, tmp_path, how) -> None:
     environment = hosts("wait 0", "75 0")  # the second host's SIGTERM is gptjax's own affair
     command = [str(SCRIPT), "train", "slice", "configs/debug.py"]
     # Tests that run in the background are deaf to Ctrl-C, and a shell that is cannot heed it.
@@ -143,10 +145,10 @@ def test_told_to_stop_by_hand_it_saves_and_does_not_begin_again(hosts, tmp_path,
         _, stderr = training.communicate(timeout=30)
     assert training.returncode == 75, stderr
     assert len(attempts(tmp_path, 0)) == 1
-    assert "stopped by hand" in stderr
+    assert "stopped manually" in stderr
 
 
-def test_what_outlived_its_connection_is_stopped_first(hosts, tmp_path) -> None:
+def test_process_that_outlived_its_connection_is_stopped_first(hosts, tmp_path) -> None:
     environment = hosts("wait 0", "75 0")
     (tmp_path / "held").write_text(
         "cd ~/gptjax; exec 9>>.lock; flock 9; echo $BASHPID > .pid; exec .venv/bin/gptjax old"
@@ -166,7 +168,7 @@ def test_what_outlived_its_connection_is_stopped_first(hosts, tmp_path) -> None:
     assert len(attempts(tmp_path, 1)) == 2
 
 
-def test_a_slice_is_created_installed_and_deleted(hosts, tmp_path) -> None:
+def test_slice_is_created_installed_and_deleted(hosts, tmp_path) -> None:
     environment = hosts("0", "0")
     tools = "#!/usr/bin/env bash\nprintf '%s|' \"$@\" >> ~/installed; echo >> ~/installed\n"
     (tmp_path / "bin" / "python3").write_text(tools)
@@ -195,7 +197,7 @@ def test_a_slice_is_created_installed_and_deleted(hosts, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("words", [[], ["train"], ["train", "slice"], ["fly", "slice"]])
-def test_a_mistake_is_told_before_gcloud_is_called(hosts, tmp_path, words) -> None:
+def test_usage_errors_are_reported_before_gcloud_is_called(hosts, tmp_path, words) -> None:
     done = run(hosts("", ""), *words)
     assert done.returncode == 2
     assert "tpu_vm.sh: " in done.stderr
@@ -206,12 +208,12 @@ SHELL = [SCRIPT, REPO / "launch" / "slurm.sbatch"]
 
 
 @pytest.mark.parametrize("file", SHELL, ids=lambda file: file.name)
-def test_bash_can_read_it(file: Path) -> None:
+def test_script_has_valid_bash_syntax(file: Path) -> None:
     subprocess.run(["bash", "-n", file], check=True)
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck: apt-get install it")
 @pytest.mark.parametrize("file", SHELL, ids=lambda file: file.name)
-def test_shellcheck_finds_nothing(file: Path) -> None:
+def test_shellcheck_reports_nothing(file: Path) -> None:
     done = subprocess.run(["shellcheck", file], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -11,9 +11,10 @@ from scipy.special import erf
 from gptjax.checkpoint.checkpointer import leaves_by_path
 from gptjax.config import ComputeConfig, ModelConfig, MoeConfig, RopeConfig
 from gptjax.errors import ConfigError
-from gptjax.model import decoder, flops
+from gptjax.model import decoder
 from gptjax.model.attention import backends
 from gptjax.model.attention import layer as attention
+from gptjax.model.flops import ModelCost
 from gptjax.parallel import arrays, sharding
 from gptjax.training import objective
 
@@ -93,7 +94,7 @@ def lowered_loss(cfg, params, batch, key=None):
 
     def run(params, batch):
         def mean(params):
-            total, sums = objective.next_token(params, cfg, batch, 0, key)
+            total, sums = objective.next_token_loss(params, cfg, batch, 0, key)
             return total / sums["targets"]
 
         loss, grads = jax.value_and_grad(mean)(params)
@@ -376,10 +377,10 @@ def test_dropout_is_the_same_on_every_mesh_and_off_without_keys(
         assert_same(other, results[0], tolerance=1e-5)
     with on_mesh(1, 1, 1):
         params, batch = random_params(cfg.model), batch_of(cfg)
-        run = jax.jit(lambda p, b, keys: objective.next_token(p, cfg, b, 0, keys)[0])
+        run = jax.jit(lambda p, b, keys: objective.next_token_loss(p, cfg, b, 0, keys)[0])
         keys = None, *map(dropout_keys, (1, 1, 2))
         off, on, again, other = (float(run(params, batch, key)) for key in keys)
-        undropped = jax.jit(lambda p, b: objective.next_token(p, tiny_config(), b, 0)[0])
+        undropped = jax.jit(lambda p, b: objective.next_token_loss(p, tiny_config(), b, 0)[0])
         assert off == float(undropped(params, batch))
     assert on == again
     assert len({off, on, other}) == 3
@@ -440,7 +441,7 @@ def test_flops_per_token_equal_a_count_by_hand():
     cfg = ModelConfig(vocab_size=100, layers=2, embed=8, heads=2, context=64)
     # a layer: q, k, v, o 4 * 8 * 8; feed-forward 2 * 8 * 32.  head: 100 * 8.  8 queries see
     # 1 + 2 + ... + 8 = 36 keys, 4.5 each; a key costs 2 * 2 * 8 forward, three times that in all.
-    assert flops.flops_per_token(cfg, 8) == 6 * (2 * (256 + 512) + 800) + 2 * 4.5 * 3 * 32
+    assert ModelCost(cfg).flops_per_token(8) == 6 * (2 * (256 + 512) + 800) + 2 * 4.5 * 3 * 32
 
 
 def test_flops_per_token_count_grouped_heads_swiglu_and_windows_by_hand():
@@ -460,11 +461,10 @@ def test_flops_per_token_count_grouped_heads_swiglu_and_windows_by_hand():
     windowed = (1 + 2 + 3 * 6) / 8
     keys = 2 * windowed + 2 * 4.5
     expected = 6 * (4 * layer + 800) + 12 * 12 * keys
-    assert flops.flops_per_token(cfg, 8) == pytest.approx(expected, rel=1e-12)
+    assert ModelCost(cfg).flops_per_token(8) == pytest.approx(expected, rel=1e-12)
     wide = replace(cfg, window=50)
-    assert flops.flops_per_token(wide, 8) == flops.flops_per_token(
-        replace(cfg, pattern=("full",)), 8
-    )
+    full = replace(cfg, pattern=("full",))
+    assert ModelCost(wide).flops_per_token(8) == ModelCost(full).flops_per_token(8)
 
 
 def test_attention_backends_are_chosen_by_exactly_the_features_that_the_model_needs(

@@ -32,7 +32,7 @@ def batch(cfg):
 
 def loss_sums_and_grads(cfg, params, training=True):
     run = jax.value_and_grad(
-        lambda p, b: objective.next_token(p, cfg, b, 0, training=training), has_aux=True
+        lambda p, b: objective.next_token_loss(p, cfg, b, 0, training=training), has_aux=True
     )
     (total, sums), grads = jax.device_get(jax.jit(run)(params, batch(cfg)))
     return {"total": total, **sums}, leaves_by_path(grads)
@@ -215,7 +215,7 @@ def test_accumulation_does_not_change_the_routers_losses(on_mesh, tiny_config, r
     with on_mesh():
         params = random_params(cfg.model)
         whole = batch(cfg)
-        run = jax.jit(lambda p, b: objective.next_token(p, cfg, b, 0, training=True)[1])
+        run = jax.jit(lambda p, b: objective.next_token_loss(p, cfg, b, 0, training=True)[1])
         together = jax.device_get(run(params, whole))
         halves = [
             jax.device_get(run(params, jax.tree.map(lambda a, h=h: a[4 * h : 4 * h + 4], whole)))
@@ -237,7 +237,7 @@ def test_training_on_the_balance_loss_balances_the_experts(on_mesh, tiny_config,
         @jax.jit
         def step(params):
             def balance(p):
-                sums = objective.next_token(p, cfg, data, 0, training=True)[1]
+                sums = objective.next_token_loss(p, cfg, data, 0, training=True)[1]
                 return sums["moe_balance"] / sums["targets"]
 
             value, g = jax.value_and_grad(balance)(params)

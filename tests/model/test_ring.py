@@ -14,7 +14,7 @@ from gptjax.model.attention import backends, ring
 from gptjax.model.attention.backends import Inputs
 from gptjax.model.layers import Tokens
 from gptjax.plan import aot, collectives
-from gptjax.plan.collectives import SHIFT
+from gptjax.plan.collectives import PERMUTE
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "small_blocks")
 
@@ -202,21 +202,21 @@ def traced(mesh, name, *, backward):
 def test_forward_pass_sends_keys_and_values_and_nothing_else(on_mesh, context, name, more):
     with on_mesh(context=context) as mesh:
         program = traced(mesh, name, backward=False).lower().compile().as_text()
-        found = collectives.by_axes(list(aot.collectives(program, mesh.shape)))
+        found = collectives.by_axes(list(aot.program_collectives(program, mesh.shape)))
     tokens = 2 * LENGTH // context
     steps, keys, ids = context - 1, tokens * 4 * 8 * 4, tokens * 4
-    assert found == {(SHIFT, ("context",)): ((2 + more) * steps, (2 * keys + more * ids) * steps)}
+    assert found == {(PERMUTE, ("context",)): ((2 + more) * steps, (2 * keys + more * ids) * steps)}
 
 
 @pytest.mark.parametrize("context", [2, 4])
 def test_backward_pass_sends_keys_again_and_their_gradients_a_whole_turn(on_mesh, context):
     with on_mesh(context=context) as mesh:
         program = traced(mesh, "nothing", backward=True).lower().compile().as_text()
-        found = collectives.by_axes(list(aot.collectives(program, mesh.shape)))
+        found = collectives.by_axes(list(aot.program_collectives(program, mesh.shape)))
     keys, steps = 2 * LENGTH // context * 4 * 8 * 4, context - 1
     # Here XLA sees that the first thing that both passes send is the same.
     count = 2 * steps + (2 * steps - 2) + 2 * context
-    assert found == {(SHIFT, ("context",)): (count, count * keys)}
+    assert found == {(PERMUTE, ("context",)): (count, count * keys)}
 
 
 def test_a_scan_over_layers_does_not_precompute_the_masks_of_all_blocks(on_mesh):

@@ -59,7 +59,7 @@ def runs(on_mesh, tiny_config):
     windows = rng.integers(0, cfg.model.vocab_size, shape, np.int32)
     lengths = np.full(cfg.train.batch, cfg.train.seq_len, np.int32)
     init_fn = lambda key: decoder.init(cfg.model, key)
-    loss_fn = lambda params, batch, key: objective.next_token(params, cfg, batch, 0, key)
+    loss_fn = lambda params, batch, key: objective.next_token_loss(params, cfg, batch, 0, key)
 
     def run(*mesh):
         with on_mesh(*mesh):
@@ -261,7 +261,7 @@ def test_gathers_and_scatters_ring_by_ring_are_those_of_one_ring(on_mesh, tiny_c
         with jax.set_mesh(mesh):
             params = jax.jit(lambda: decoder.init(cfg.model, jax.random.key(0)))()
             there = {k: arrays.global_batch(v, 16) for k, v in batch.items()}
-            loss = lambda params: objective.next_token(params, cfg, there, 0)
+            loss = lambda params: objective.next_token_loss(params, cfg, there, 0)
             return jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(params))
 
     one = make_mesh(MeshConfig(fsdp=8))
@@ -333,7 +333,7 @@ def test_sequences_split_over_devices_have_the_loss_and_gradients_of_one(
         with on_mesh(**mesh):
             params = jax.jit(lambda: decoder.init(cfg.model, jax.random.key(0)))()
             there = {k: arrays.global_batch(v, 16) for k, v in batch.items()}
-            loss = lambda params: objective.next_token(params, cfg, there, 0)[0]
+            loss = lambda params: objective.next_token_loss(params, cfg, there, 0)[0]
             return jax.device_get(jax.jit(jax.value_and_grad(loss))(params))
 
     (loss, grads), (want, expected) = gradients(split, **mesh), gradients(cfg)

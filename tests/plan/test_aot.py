@@ -9,8 +9,15 @@ import pytest
 
 from gptjax.errors import ConfigError
 from gptjax.plan import aot
-from gptjax.plan.collectives import EXCHANGE, GATHER, SCATTER, SHIFT, SUM, Collective
-from gptjax.plan.hardware import parse
+from gptjax.plan.collectives import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    ALL_TO_ALL,
+    PERMUTE,
+    REDUCE_SCATTER,
+    Collective,
+)
+from gptjax.plan.machines import parse
 
 MESH = {"data": 2, "fsdp": 4}
 
@@ -67,28 +74,37 @@ def program(*lines, computations=""):
 
 
 def only(text, shape=MESH):
-    (one,) = aot.collectives(text, shape)
+    (one,) = aot.program_collectives(text, shape)
     return one
 
 
-def test_every_collective_is_found_as_often_as_it_runs() -> None:
-    found = {one.kind: one for one in aot.collectives(PROGRAM, MESH)}
+def test_collectives_of_a_loop_are_counted_by_its_trip_count() -> None:
+    found = {one.kind: one for one in aot.program_collectives(PROGRAM, MESH)}
     assert found == {
         # what the group has in the end, twelve times, of which nothing runs beside it
-        GATHER: Collective(
-            GATHER, ("fsdp",), 4, 64 * 128 * 2, 12, "layer/gather", "layers", hidden=False
+        ALL_GATHER: Collective(
+            ALL_GATHER, ("fsdp",), 4, 64 * 128 * 2, 12, "layer/gather", "layers", overlapped=False
         ),
         # what the group had before; its part is in the program
-        SCATTER: Collective(
-            SCATTER, ("fsdp",), 4, 64 * 128 * 2, 12, "layer/scatter", "layers", hidden=True
+        REDUCE_SCATTER: Collective(
+            REDUCE_SCATTER,
+            ("fsdp",),
+            4,
+            64 * 128 * 2,
+            12,
+            "layer/scatter",
+            "layers",
+            overlapped=True,
         ),
-        SUM: Collective(SUM, ("data",), 2, 8 * 128 * 4, 1, "norm", "outside", hidden=False),
+        ALL_REDUCE: Collective(
+            ALL_REDUCE, ("data",), 2, 8 * 128 * 4, 1, "norm", "outside", overlapped=False
+        ),
     }
 
 
-def test_a_program_without_collectives_has_none() -> None:
-    assert list(aot.collectives(program("ROOT %c = f32[8] copy(%p)"), MESH)) == []
-    assert list(aot.collectives("", MESH)) == []
+def test_program_without_collectives_has_none() -> None:
+    assert list(aot.program_collectives(program("ROOT %c = f32[8] copy(%p)"), MESH)) == []
+    assert list(aot.program_collectives("", MESH)) == []
 
 
 @pytest.mark.parametrize(
@@ -111,22 +127,22 @@ def test_a_program_without_collectives_has_none() -> None:
         ("replica_groups=mesh['axis_0'=8] {'axis_0'}", ("data", "fsdp"), 8),
     ],
 )
-def test_the_axes_of_a_group_follow_from_its_devices(groups, axes, parts) -> None:
+def test_mesh_axes_are_read_from_replica_groups(groups, axes, parts) -> None:
     one = only(program(f"ROOT %g = f32[8] all-gather(%p), {groups}, dimensions={{0}}"))
-    assert (one.axes, one.parts) == (axes, parts)
+    assert (one.axes, one.group) == (axes, parts)
 
 
-def test_axes_of_one_part_are_no_axes_of_a_group() -> None:
+def test_axes_of_size_one_are_left_out_of_a_group() -> None:
     shape = {"data": 2, "fsdp": 2, "fsdp_2": 1, "tensor": 2}
     text = program("ROOT %g = f32[8] all-gather(%p), replica_groups={{0,2},{1,3},{4,6},{5,7}}")
     assert only(text, shape).axes == ("fsdp",)
     text = program("ROOT %g = f32[8] all-gather(%p), replica_groups={{0,1,4,5},{2,3,6,7}}")
-    assert (only(text, shape).axes, only(text, shape).parts) == (("data", "tensor"), 4)
+    assert (only(text, shape).axes, only(text, shape).group) == (("data", "tensor"), 4)
 
 
-def test_a_group_of_one_device_sends_nothing() -> None:
+def test_group_of_one_device_is_no_collective() -> None:
     text = program("ROOT %g = f32[8] all-reduce(%p), replica_groups={{0},{1},{2},{3}}")
-    assert list(aot.collectives(text, MESH)) == []
+    assert list(aot.program_collectives(text, MESH)) == []
 
 
 FSDP = "replica_groups=[2,4]<=[8]"
@@ -135,32 +151,34 @@ FSDP = "replica_groups=[2,4]<=[8]"
 @pytest.mark.parametrize(
     ("line", "kind", "bytes_", "wire"),
     [
-        (f"%c = f32[10,3]{{1,0}} all-gather(%p), {FSDP}", GATHER, 120, 90),
-        (f"%c = s8[10,3] all-gather(%p), {FSDP}", GATHER, 30, 22.5),
-        (f"%c = pred[8] all-to-all(%p), {FSDP}", EXCHANGE, 8, 6),
-        (f"%c = f32[] all-reduce(%p), {FSDP}", SUM, 4, 6),
-        (f"%c = bf16[4]{{0:T(256)(128)(2,1)}} reduce-scatter(%p), {FSDP}", SCATTER, 32, 24),
+        (f"%c = f32[10,3]{{1,0}} all-gather(%p), {FSDP}", ALL_GATHER, 120, 90),
+        (f"%c = s8[10,3] all-gather(%p), {FSDP}", ALL_GATHER, 30, 22.5),
+        (f"%c = pred[8] all-to-all(%p), {FSDP}", ALL_TO_ALL, 8, 6),
+        (f"%c = f32[] all-reduce(%p), {FSDP}", ALL_REDUCE, 4, 6),
+        (f"%c = bf16[4]{{0:T(256)(128)(2,1)}} reduce-scatter(%p), {FSDP}", REDUCE_SCATTER, 32, 24),
         # several at once
-        (f"%c = (f32[8], bf16[4,2]) all-reduce(%p, %q), {FSDP}", SUM, 48, 72),
+        (f"%c = (f32[8], bf16[4,2]) all-reduce(%p, %q), {FSDP}", ALL_REDUCE, 48, 72),
         # begun here and awaited elsewhere: what goes in stands beside what comes out
-        (f"%c = (f32[2], f32[8]) all-gather-start(%p), {FSDP}", GATHER, 32, 24),
+        (f"%c = (f32[2], f32[8]) all-gather-start(%p), {FSDP}", ALL_GATHER, 32, 24),
         (
             "%c = (f32[8], f32[8]) collective-permute-start(%p), "
             "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}",
-            SHIFT,
+            PERMUTE,
             32,
             32,
         ),
-        ("%c = f32[8] collective-permute(%p), source_target_pairs={{0,4},{4,0}}", SHIFT, 32, 32),
+        ("%c = f32[8] collective-permute(%p), source_target_pairs={{0,4},{4,0}}", PERMUTE, 32, 32),
     ],
 )
-def test_bytes_are_those_of_the_whole_array(line, kind, bytes_, wire) -> None:
+def test_bytes_are_of_the_whole_array_and_wire_bytes_of_one_device(
+    line, kind, bytes_, wire
+) -> None:
     one = only(program(line))
     assert (one.kind, one.bytes) == (kind, bytes_)
-    assert one.wire == pytest.approx(wire)
+    assert one.wire_bytes == pytest.approx(wire)
 
 
-def test_a_shift_runs_along_the_axis_that_its_pairs_differ_in() -> None:
+def test_axis_of_a_permute_is_where_its_pairs_differ() -> None:
     along = "%c = f32[8] collective-permute(%p), source_target_pairs={{0,1},{1,0}}"
     across = "%c = f32[8] collective-permute(%p), source_target_pairs={{0,4},{4,0}}"
     assert [only(program(line)).axes for line in (along, across)] == [("fsdp",), ("data",)]
@@ -180,7 +198,7 @@ LOOP = """\
 """
 
 
-def test_loops_within_loops_multiply() -> None:
+def test_trip_counts_of_nested_loops_multiply() -> None:
     inner = LOOP.format(turns=3, body=GATHERS)
     outer = LOOP.replace("%again", "%again2").replace("%work", "%work2")
     outer = outer.format(turns=5, body="  %l = (s32[]) while(%s), condition=%again, body=%work\n")
@@ -189,26 +207,29 @@ def test_loops_within_loops_multiply() -> None:
         f"ROOT %h = f32[16] all-gather(%p), {FSDP}",
         computations=inner + outer,
     )
-    found = {one.bytes: one for one in aot.collectives(text, MESH)}
+    found = {one.bytes: one for one in aot.program_collectives(text, MESH)}
     assert {size: (one.count, one.where) for size, one in found.items()} == {
         32: (15, "layers"),
         64: (1, "outside"),
     }
 
 
-def test_what_is_called_from_two_places_is_counted_where_each_calls_it() -> None:
+def test_collectives_in_and_outside_a_loop_are_counted_separately() -> None:
     text = program(
         "%l = (s32[]) while(%s), condition=%again, body=%work",
         f"%a = f32[8] all-gather(%p), {FSDP}",
         f"%b = f32[8] all-gather(%p), {FSDP}",
         computations=LOOP.format(turns=7, body=GATHERS),
     )
-    assert sum(one.count for one in aot.collectives(text, MESH)) == 9
+    assert sum(one.count for one in aot.program_collectives(text, MESH)) == 9
 
 
-def test_a_computation_that_is_never_called_counts_for_nothing() -> None:
+def test_computation_without_caller_is_not_counted() -> None:
     idle = f"%idle (x: f32[8]) -> f32[8] {{\n{GATHERS}}}\n"
-    assert list(aot.collectives(program("%c = f32[8] copy(%p)", computations=idle), MESH)) == []
+    assert (
+        list(aot.program_collectives(program("%c = f32[8] copy(%p)", computations=idle), MESH))
+        == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -220,27 +241,27 @@ def test_a_computation_that_is_never_called_counts_for_nothing() -> None:
         ("async_collective_fusion.3", "fusion(%p), calls=%async_collective_fusion.3", True),
     ],
 )
-def test_what_runs_beside_arithmetic_is_hidden(name, call, hidden) -> None:
+def test_async_computations_are_overlapped(name, call, hidden) -> None:
     called = f"%{name} (x: f32[8]) -> f32[8] {{\n{GATHERS}}}\n"
-    assert only(program(f"%f = f32[8] {call}", computations=called)).hidden is hidden
+    assert only(program(f"%f = f32[8] {call}", computations=called)).overlapped is hidden
 
 
-def test_what_is_begun_before_it_is_awaited_is_hidden() -> None:
-    assert only(program(f"%c = (f32[2], f32[8]) all-gather-start(%p), {FSDP}")).hidden
-    assert not only(program(f"%c = f32[8] all-gather(%p), {FSDP}")).hidden
+def test_start_done_pairs_are_overlapped() -> None:
+    assert only(program(f"%c = (f32[2], f32[8]) all-gather-start(%p), {FSDP}")).overlapped
+    assert not only(program(f"%c = f32[8] all-gather(%p), {FSDP}")).overlapped
 
 
-def test_a_sum_of_which_each_device_keeps_its_part_is_a_scatter() -> None:
+def test_all_reduce_with_dynamic_slice_is_a_reduce_scatter() -> None:
     called = (
         "%all-reduce-scatter.5 (x: f32[8]) -> f32[2] {\n"
         f"  %r = f32[8] all-reduce(%x), {FSDP}\n"
         "  ROOT %d = f32[2] dynamic-slice(%r, %i)\n}\n"
     )
     text = program("%f = f32[2] fusion(%p), calls=%all-reduce-scatter.5", computations=called)
-    assert (only(text).kind, only(text).bytes) == (SCATTER, 32)
+    assert (only(text).kind, only(text).bytes) == (REDUCE_SCATTER, 32)
 
 
-def test_a_gather_spread_over_several_fusions_is_one() -> None:
+def test_all_gather_over_several_fusions_is_counted_once() -> None:
     part = (
         "%fused.{n} (x: f32[8]) -> f32[8] {{\n"
         "  ROOT %g = f32[8] all-gather(%x), "
@@ -251,9 +272,9 @@ def test_a_gather_spread_over_several_fusions_is_one() -> None:
     text = program(
         *(f"%f{n} = f32[8] fusion(%p), calls=%fused.{n}" for n in (1, 2, 3)), computations=parts
     )
-    found = list(aot.collectives(text, MESH))
+    found = list(aot.program_collectives(text, MESH))
     assert len(found) == 2
-    assert all(one.hidden for one in found)
+    assert all(one.overlapped for one in found)
 
 
 # --- what else the compiler says -----------------------------------------------------------------
@@ -273,16 +294,16 @@ def test_a_gather_spread_over_several_fusions_is_one() -> None:
         ("", 0.0),
     ],
 )
-def test_an_out_of_memory_message_names_what_was_wanted(message, gigabytes) -> None:
-    assert aot.wanted(message) == pytest.approx(gigabytes)
+def test_requested_memory_is_read_from_out_of_memory_message(message, gigabytes) -> None:
+    assert aot.requested_gib(message) == pytest.approx(gigabytes)
 
 
-def test_only_machines_with_a_compiler_can_be_compiled_for() -> None:
+def test_compiling_for_gpus_is_refused() -> None:
     with pytest.raises(ConfigError, match="--compile, --sampling: h100:8: only TPUs"):
         aot.devices(parse("h100:8"))
 
 
-def test_what_goes_between_slices_is_read_from_its_transfers() -> None:
+def test_transfers_between_slices_are_collectives() -> None:
     attributes = (
         'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
         '_xla_megascale_reduce_operation="SUM",_xla_megascale_transfer_type="ALL_REDUCE"}'
@@ -295,7 +316,7 @@ ENTRY %main (p: bf16[224,8,128]) -> bf16[224,8,128] {{
   %d = token[] send-done(%s), channel_id=6, {attributes}
 }}
 """
-    (one,) = aot.collectives(text, {"data": 2, "fsdp": 16})
-    assert (one.kind, one.axes, one.parts, one.count) == (SUM, ("data",), 2, 1)
+    (one,) = aot.program_collectives(text, {"data": 2, "fsdp": 16})
+    assert (one.kind, one.axes, one.group, one.count) == (ALL_REDUCE, ("data",), 2, 1)
     assert one.bytes == 224 * 8 * 128 * 2
-    assert one.hidden
+    assert one.overlapped

@@ -17,7 +17,14 @@ from gptjax.model import decoder
 from gptjax.parallel import sharding
 from gptjax.parallel.mesh import AXES, make_mesh
 from gptjax.plan import aot, collectives
-from gptjax.plan.collectives import EXCHANGE, GATHER, SCATTER, SHIFT, SUM, Collective
+from gptjax.plan.collectives import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    ALL_TO_ALL,
+    PERMUTE,
+    REDUCE_SCATTER,
+    Collective,
+)
 from gptjax.training import objective
 from gptjax.training.step import compile_step, create_state
 
@@ -44,7 +51,7 @@ def sizes_of(**sizes):
 
 def wires(cfg, **sizes):
     """Bytes on the wire by kind and axes."""
-    table = collectives.by_axes(collectives.expected(cfg, sizes_of(**sizes)))
+    table = collectives.by_axes(collectives.step_collectives(cfg, sizes_of(**sizes)))
     return {key: wire for key, (_, wire) in table.items()}
 
 
@@ -54,92 +61,92 @@ def wires(cfg, **sizes):
 @pytest.mark.parametrize(
     ("kind", "wire"),
     [
-        (GATHER, 3 / 4 * 1000 * 6),
-        (SCATTER, 3 / 4 * 1000 * 6),
-        (EXCHANGE, 3 / 4 * 1000 * 6),
-        (SUM, 2 * 3 / 4 * 1000 * 6),
-        (SHIFT, 1000 * 6),
+        (ALL_GATHER, 3 / 4 * 1000 * 6),
+        (REDUCE_SCATTER, 3 / 4 * 1000 * 6),
+        (ALL_TO_ALL, 3 / 4 * 1000 * 6),
+        (ALL_REDUCE, 2 * 3 / 4 * 1000 * 6),
+        (PERMUTE, 1000 * 6),
     ],
 )
-def test_what_a_device_sends_follows_from_the_kind(kind, wire) -> None:
-    assert Collective(kind, ("fsdp",), 4, 1000.0, 6.0, "").wire == pytest.approx(wire)
+def test_wire_bytes_by_kind(kind, wire) -> None:
+    assert Collective(kind, ("fsdp",), 4, 1000.0, 6.0, "").wire_bytes == pytest.approx(wire)
 
 
-def test_like_collectives_are_added_up_whatever_they_are_for() -> None:
+def test_by_axes_sums_over_purposes() -> None:
     table = collectives.by_axes(
         [
-            Collective(GATHER, ("fsdp",), 2, 10.0, 3.0, "q"),
-            Collective(GATHER, ("fsdp",), 2, 20.0, 1.0, "k", "outside"),
-            Collective(GATHER, ("tensor",), 2, 20.0, 1.0, "rows"),
-            Collective(SUM, ("data", "fsdp"), 4, 8.0, 1.0, "scales"),
+            Collective(ALL_GATHER, ("fsdp",), 2, 10.0, 3.0, "q"),
+            Collective(ALL_GATHER, ("fsdp",), 2, 20.0, 1.0, "k", "outside"),
+            Collective(ALL_GATHER, ("tensor",), 2, 20.0, 1.0, "rows"),
+            Collective(ALL_REDUCE, ("data", "fsdp"), 4, 8.0, 1.0, "scales"),
         ]
     )
     assert table == {
-        (GATHER, ("fsdp",)): (4, 25),
-        (GATHER, ("tensor",)): (1, 10),
-        (SUM, ("data", "fsdp")): (1, 12),
+        (ALL_GATHER, ("fsdp",)): (4, 25),
+        (ALL_GATHER, ("tensor",)): (1, 10),
+        (ALL_REDUCE, ("data", "fsdp")): (1, 12),
     }
 
 
 # --- against figures by hand ---------------------------------------------------------------------
 
 
-def test_one_device_sends_nothing(by_hand) -> None:
-    assert collectives.expected(by_hand(), sizes_of()) == []
+def test_one_device_has_no_collectives(by_hand) -> None:
+    assert collectives.step_collectives(by_hand(), sizes_of()) == []
 
 
-def test_one_ring_gathers_weights_twice_and_scatters_gradients_once(by_hand) -> None:
+def test_fsdp_gathers_weights_twice_and_scatters_gradients_once(by_hand) -> None:
     share = 7 / 8
     assert wires(by_hand(), fsdp=8) == pytest.approx(
         {
             # forward and backward; both tables once, all in bfloat16
-            (GATHER, ("fsdp",)): share * (2 * LAYERS * LAYER * 2 + 2 * TABLE * 2),
+            (ALL_GATHER, ("fsdp",)): share * (2 * LAYERS * LAYER * 2 + 2 * TABLE * 2),
             # in bfloat16; the tables' in float32
-            (SCATTER, ("fsdp",)): share * (LAYERS * LAYER * 2 + 2 * TABLE * 4),
+            (REDUCE_SCATTER, ("fsdp",)): share * (LAYERS * LAYER * 2 + 2 * TABLE * 4),
             # two scales a layer
-            (SUM, ("fsdp",)): 2 * share * LAYERS * 2 * EMBED * 2,
+            (ALL_REDUCE, ("fsdp",)): 2 * share * LAYERS * 2 * EMBED * 2,
         }
     )
 
 
-def test_float32_doubles_all_but_the_gradients_of_tables(by_hand) -> None:
+def test_float32_doubles_all_but_gradients_of_tables(by_hand) -> None:
     share, cfg = 7 / 8, by_hand(compute={"dtype": "float32"})
     assert wires(cfg, fsdp=8) == pytest.approx(
         {
-            (GATHER, ("fsdp",)): share * (2 * LAYERS * LAYER * 4 + 2 * TABLE * 4),
-            (SCATTER, ("fsdp",)): share * (LAYERS * LAYER * 4 + 2 * TABLE * 4),
-            (SUM, ("fsdp",)): 2 * share * LAYERS * 2 * EMBED * 4,
+            (ALL_GATHER, ("fsdp",)): share * (2 * LAYERS * LAYER * 4 + 2 * TABLE * 4),
+            (REDUCE_SCATTER, ("fsdp",)): share * (LAYERS * LAYER * 4 + 2 * TABLE * 4),
+            (ALL_REDUCE, ("fsdp",)): 2 * share * LAYERS * 2 * EMBED * 4,
         }
     )
 
 
-def test_of_two_rings_the_inner_one_gathers_parts_and_the_outer_one_wholes(by_hand) -> None:
+def test_fsdp_over_two_rings_gathers_parts_over_the_inner_one(by_hand) -> None:
     gathered, scattered = 2 * LAYERS * LAYER * 2 + 2 * TABLE * 2, LAYERS * LAYER * 2 + 2 * TABLE * 4
     assert wires(by_hand(), fsdp=4, fsdp_2=2) == pytest.approx(
         {
-            (GATHER, ("fsdp",)): 3 / 4 * gathered,
-            (GATHER, ("fsdp_2",)): 1 / 2 * gathered / 4,
-            (SCATTER, ("fsdp",)): 3 / 4 * scattered,
-            (SCATTER, ("fsdp_2",)): 1 / 2 * scattered / 4,
-            (SUM, ("fsdp", "fsdp_2")): 2 * 7 / 8 * LAYERS * 2 * EMBED * 2,
+            (ALL_GATHER, ("fsdp",)): 3 / 4 * gathered,
+            (ALL_GATHER, ("fsdp_2",)): 1 / 2 * gathered / 4,
+            (REDUCE_SCATTER, ("fsdp",)): 3 / 4 * scattered,
+            (REDUCE_SCATTER, ("fsdp_2",)): 1 / 2 * scattered / 4,
+            (ALL_REDUCE, ("fsdp", "fsdp_2")): 2 * 7 / 8 * LAYERS * 2 * EMBED * 2,
         }
     )
 
 
-def test_copies_add_up_the_parts_of_gradients_alone(by_hand) -> None:
+def test_data_parallel_axis_sums_gradients_only(by_hand) -> None:
     gathered, scattered = 2 * LAYERS * LAYER * 2 + 2 * TABLE * 2, LAYERS * LAYER * 2 + 2 * TABLE * 4
     assert wires(by_hand(), data=2, fsdp=4) == pytest.approx(
         {
-            (GATHER, ("fsdp",)): 3 / 4 * gathered,
-            (SCATTER, ("fsdp",)): 3 / 4 * scattered,
-            (SUM, ("data",)): 2 * 1 / 2 * scattered / 4,
-            (SUM, ("data", "fsdp")): 2 * 7 / 8 * LAYERS * 2 * EMBED * 2,
+            (ALL_GATHER, ("fsdp",)): 3 / 4 * gathered,
+            (REDUCE_SCATTER, ("fsdp",)): 3 / 4 * scattered,
+            (ALL_REDUCE, ("data",)): 2 * 1 / 2 * scattered / 4,
+            (ALL_REDUCE, ("data", "fsdp")): 2 * 7 / 8 * LAYERS * 2 * EMBED * 2,
         }
     )
 
 
 @pytest.mark.parametrize(("remat", "again"), [("none", 0), ("dots", 0), ("block", 1)])
-def test_the_tensor_axis_gathers_and_scatters_rows(by_hand, remat, again) -> None:
+def test_tensor_axis_gathers_and_scatters_tokens(by_hand, remat, again) -> None:
     cfg = by_hand(compute={"remat": remat})
     rows = TOKENS // 4 * EMBED * 2  # bytes of the rows that two devices of the axis share
     # A layer has two pairs of products. Rows are gathered into each, again in its backward pass,
@@ -150,51 +157,53 @@ def test_the_tensor_axis_gathers_and_scatters_rows(by_hand, remat, again) -> Non
     gathers, scatters = gathers + 2, scatters + 2
     assert wires(cfg, data=2, fsdp=2, tensor=2) == pytest.approx(
         {
-            (GATHER, ("tensor",)): 1 / 2 * rows * gathers,
-            (SCATTER, ("tensor",)): 1 / 2 * rows * scatters,
+            (ALL_GATHER, ("tensor",)): 1 / 2 * rows * gathers,
+            (REDUCE_SCATTER, ("tensor",)): 1 / 2 * rows * scatters,
             # largest, sum and target's logit of each row, in float32
-            (SUM, ("tensor",)): 2 * 1 / 2 * 3 * 4 * TOKENS / 4,
+            (ALL_REDUCE, ("tensor",)): 2 * 1 / 2 * 3 * 4 * TOKENS / 4,
             # every device of the axis has half of each weight
-            (GATHER, ("fsdp",)): 1 / 2 * (2 * LAYERS * LAYER * 2 + 2 * TABLE * 2) / 2,
-            (SCATTER, ("fsdp",)): 1 / 2 * (LAYERS * LAYER * 2 + 2 * TABLE * 4) / 2,
-            (SUM, ("data",)): 2 * 1 / 2 * (LAYERS * LAYER * 2 + 2 * TABLE * 4) / 2 / 2,
+            (ALL_GATHER, ("fsdp",)): 1 / 2 * (2 * LAYERS * LAYER * 2 + 2 * TABLE * 2) / 2,
+            (REDUCE_SCATTER, ("fsdp",)): 1 / 2 * (LAYERS * LAYER * 2 + 2 * TABLE * 4) / 2,
+            (ALL_REDUCE, ("data",)): 2 * 1 / 2 * (LAYERS * LAYER * 2 + 2 * TABLE * 4) / 2 / 2,
             # a device normalises its own rows: scales are summed over the axis, too
-            (SUM, ("data", "fsdp", "tensor")): 2 * 7 / 8 * LAYERS * 2 * EMBED * 2,
+            (ALL_REDUCE, ("data", "fsdp", "tensor")): 2 * 7 / 8 * LAYERS * 2 * EMBED * 2,
         }
     )
 
 
-def test_rows_that_the_tensor_axis_does_not_divide_are_summed_everywhere(by_hand) -> None:
+def test_tokens_that_tensor_axis_does_not_divide_are_all_reduced(by_hand) -> None:
     cfg = by_hand(train={"seq_len": 31, "batch_tokens": 4 * 31})
     rows = 31 * EMBED * 2  # one sequence a device
     found = wires(cfg, data=2, fsdp=2, tensor=2)
     sums = LAYERS * 4 + 2
-    assert found[SUM, ("tensor",)] == pytest.approx(rows * sums + 3 * 4 * 31)
-    assert (GATHER, ("tensor",)) not in found
-    assert (SCATTER, ("tensor",)) not in found
-    assert (SUM, ("data", "fsdp")) in found  # of scales: each device has all rows of its two
+    assert found[ALL_REDUCE, ("tensor",)] == pytest.approx(rows * sums + 3 * 4 * 31)
+    assert (ALL_GATHER, ("tensor",)) not in found
+    assert (REDUCE_SCATTER, ("tensor",)) not in found
+    assert (ALL_REDUCE, ("data", "fsdp")) in found  # of scales: each device has all rows of its two
 
 
-def test_accumulation_repeats_what_weights_send_and_splits_rows(by_hand) -> None:
-    once = collectives.expected(by_hand(), sizes_of(data=2, fsdp=2, tensor=2))
-    thrice = collectives.expected(
+def test_accumulation_repeats_weights_and_splits_tokens(by_hand) -> None:
+    once = collectives.step_collectives(by_hand(), sizes_of(data=2, fsdp=2, tensor=2))
+    thrice = collectives.step_collectives(
         by_hand(train={"accumulation": 4}), sizes_of(data=2, fsdp=2, tensor=2)
     )
     for a, b in zip(once, thrice, strict=True):
-        assert (a.kind, a.axes, a.what) == (b.kind, b.axes, b.what)
+        assert (a.kind, a.axes, a.purpose) == (b.kind, b.axes, b.purpose)
         assert b.count == 4 * a.count
         of_rows = a.axes == ("tensor",)
-        assert b.wire == pytest.approx(a.wire if of_rows else 4 * a.wire), a.what
+        assert b.wire_bytes == pytest.approx(a.wire_bytes if of_rows else 4 * a.wire_bytes), (
+            a.purpose
+        )
     assert any(one.axes == ("tensor",) for one in once)
 
 
-def test_a_tied_table_is_gathered_once_for_both_uses(by_hand) -> None:
-    untied = wires(by_hand(), fsdp=8)[GATHER, ("fsdp",)]
-    tied = wires(by_hand({"tied_embeddings": True}), fsdp=8)[GATHER, ("fsdp",)]
+def test_tied_table_is_gathered_once_for_both_uses(by_hand) -> None:
+    untied = wires(by_hand(), fsdp=8)[ALL_GATHER, ("fsdp",)]
+    tied = wires(by_hand({"tied_embeddings": True}), fsdp=8)[ALL_GATHER, ("fsdp",)]
     assert untied - tied == pytest.approx(7 / 8 * TABLE * 2)
 
 
-def test_learned_positions_and_biases_are_sent_besides(by_hand) -> None:
+def test_learned_positions_and_biases_add_communication(by_hand) -> None:
     plain = wires(by_hand({"activation": "gelu_tanh"}), fsdp=8)
     more = wires(
         by_hand(
@@ -210,35 +219,39 @@ def test_learned_positions_and_biases_are_sent_besides(by_hand) -> None:
     places = 32 * EMBED  # as long as the sequences, not as the context
     # In a layer: two norms' biases; of q, k, v, o, up and down.
     biases = 2 * EMBED + 8 * 4 + 2 * 2 * 4 + EMBED + 64 + EMBED
-    assert more[GATHER, ("fsdp",)] - plain[GATHER, ("fsdp",)] == pytest.approx(7 / 8 * places * 2)
-    assert more[SCATTER, ("fsdp",)] == plain[SCATTER, ("fsdp",)]
-    sums = more[SUM, ("fsdp",)] - plain[SUM, ("fsdp",)]
+    assert more[ALL_GATHER, ("fsdp",)] - plain[ALL_GATHER, ("fsdp",)] == pytest.approx(
+        7 / 8 * places * 2
+    )
+    assert more[REDUCE_SCATTER, ("fsdp",)] == plain[REDUCE_SCATTER, ("fsdp",)]
+    sums = more[ALL_REDUCE, ("fsdp",)] - plain[ALL_REDUCE, ("fsdp",)]
     assert sums == pytest.approx(2 * 7 / 8 * (places * 4 + LAYERS * biases * 2))
 
 
 @pytest.mark.parametrize(("remat", "steps"), [("none", 3 + 3), ("dots", 9 - 1), ("block", 9 - 1)])
-def test_a_ring_sends_keys_in_every_pass_and_their_gradients_a_whole_turn(
+def test_ring_attention_sends_keys_in_each_pass_and_gradients_once_around(
     by_hand, remat, steps
 ) -> None:
     cfg = by_hand({"positions": "alibi"}, compute={"remat": remat}, data={"documents": "mask"})
     sizes = sizes_of(data=2, context=4)
-    found = collectives.by_axes(collectives.expected(cfg, sizes, ("ring",)))
+    found = collectives.by_axes(collectives.step_collectives(cfg, sizes, ("ring",)))
     keys, ids = TOKENS // 8 * 2 * 4, TOKENS // 8 * 4  # elements of K x C; bytes
     # In each pass three steps bring the other devices' keys and values, documents and positions;
     # the recomputation and the backward pass share their first. A fourth brings the gradients, in
     # float32, home.
     wire = steps * (2 * keys * 2 + 2 * ids) + 4 * 2 * keys * 4
-    assert found[SHIFT, ("context",)] == (
+    assert found[PERMUTE, ("context",)] == (
         pytest.approx(LAYERS * (steps * 4 + 4 * 2)),
         pytest.approx(LAYERS * wire),
     )
-    assert (GATHER, ("context",)) not in found
-    gathered = collectives.by_axes(collectives.expected(cfg, sizes, ("splash",)))
-    assert (SHIFT, ("context",)) not in gathered
-    assert (GATHER, ("context",)) in gathered
-    half = collectives.by_axes(collectives.expected(cfg, sizes, ("ring", "splash")))
-    assert half[SHIFT, ("context",)][1] == pytest.approx(LAYERS * wire / 2)
-    assert half[GATHER, ("context",)][1] == pytest.approx(gathered[GATHER, ("context",)][1] / 2)
+    assert (ALL_GATHER, ("context",)) not in found
+    gathered = collectives.by_axes(collectives.step_collectives(cfg, sizes, ("splash",)))
+    assert (PERMUTE, ("context",)) not in gathered
+    assert (ALL_GATHER, ("context",)) in gathered
+    half = collectives.by_axes(collectives.step_collectives(cfg, sizes, ("ring", "splash")))
+    assert half[PERMUTE, ("context",)][1] == pytest.approx(LAYERS * wire / 2)
+    assert half[ALL_GATHER, ("context",)][1] == pytest.approx(
+        gathered[ALL_GATHER, ("context",)][1] / 2
+    )
 
 
 # --- a mixture of experts: E = 4, two of a token, each 64 wide ------------------------------------
@@ -247,41 +260,41 @@ EXPERTS = MoeConfig(experts=4, top_k=2, hidden=64, capacity=1.25)
 
 
 @pytest.mark.parametrize(("remat", "passes"), [("none", 2), ("dots", 3), ("block", 3)])
-def test_experts_with_a_capacity_exchange_their_buffers(by_hand, remat, passes) -> None:
+def test_experts_with_capacity_exchange_buffers(by_hand, remat, passes) -> None:
     cfg = by_hand({"moe": EXPERTS}, compute={"remat": remat})
     # A device has two sequences of 32 tokens; an expert's even share of one is 16, and a quarter
     # more are 20. To the experts and from them in every pass.
     buffer = 2 * 4 * 20 * EMBED * 2
-    wire = wires(cfg, fsdp=2, expert=4)[EXCHANGE, ("expert",)]
+    wire = wires(cfg, fsdp=2, expert=4)[ALL_TO_ALL, ("expert",)]
     assert wire == pytest.approx(3 / 4 * buffer * 2 * passes * LAYERS)
 
 
-def test_an_expert_has_no_more_places_than_a_sequence_has_tokens(by_hand) -> None:
+def test_expert_buffer_is_at_most_a_sequence(by_hand) -> None:
     cfg = by_hand({"moe": MoeConfig(experts=4, top_k=4, hidden=64, capacity=3.0)})
     buffer = 2 * 4 * 32 * EMBED * 2
-    wire = wires(cfg, fsdp=2, expert=4)[EXCHANGE, ("expert",)]
+    wire = wires(cfg, fsdp=2, expert=4)[ALL_TO_ALL, ("expert",)]
     assert wire == pytest.approx(3 / 4 * buffer * 2 * 2 * LAYERS)
 
 
-def test_without_a_capacity_tokens_are_gathered_and_scattered(by_hand) -> None:
+def test_dropless_experts_gather_and_scatter_tokens(by_hand) -> None:
     cfg = by_hand({"moe": MoeConfig(experts=4, top_k=2, hidden=64)})
     group = 4 * 2 * 32 * EMBED * 2  # tokens of the four devices that share the experts
     found = wires(cfg, fsdp=2, expert=4)
-    assert (EXCHANGE, ("expert",)) not in found
+    assert (ALL_TO_ALL, ("expert",)) not in found
     # Forward, tokens are gathered and their results scattered; backward the reverse.
-    assert found[GATHER, ("expert",)] == pytest.approx(3 / 4 * group * 2 * LAYERS)
-    assert found[SCATTER, ("expert",)] == pytest.approx(3 / 4 * group * 2 * LAYERS)
+    assert found[ALL_GATHER, ("expert",)] == pytest.approx(3 / 4 * group * 2 * LAYERS)
+    assert found[REDUCE_SCATTER, ("expert",)] == pytest.approx(3 / 4 * group * 2 * LAYERS)
 
 
-def test_a_device_sends_its_own_experts_weights_alone(by_hand) -> None:
+def test_fsdp_of_expert_weights_is_within_a_device_s_own_experts(by_hand) -> None:
     attention = 2 * 32 * 32 + 2 * 32 * 8
     one = 3 * 32 * 64  # of the four
     found = wires(by_hand({"moe": EXPERTS}, compute={"remat": "block"}), fsdp=2, expert=4)
     scattered = LAYERS * (attention + one) * 2 + 2 * TABLE * 4
-    assert found[SCATTER, ("fsdp",)] == pytest.approx(1 / 2 * scattered)
+    assert found[REDUCE_SCATTER, ("fsdp",)] == pytest.approx(1 / 2 * scattered)
     # Gradients of experts are whole once scattered; those of all else are summed over the axis.
     sums = LAYERS * attention * 2 / 2 + 2 * TABLE * 4 / 2
-    assert found[SUM, ("expert",)] == pytest.approx(2 * 3 / 4 * sums)
+    assert found[ALL_REDUCE, ("expert",)] == pytest.approx(2 * 3 / 4 * sums)
     more = wires(
         by_hand(
             {"moe": MoeConfig(experts=4, top_k=2, hidden=64, capacity=1.25, shared=1)},
@@ -290,7 +303,7 @@ def test_a_device_sends_its_own_experts_weights_alone(by_hand) -> None:
         fsdp=2,
         expert=4,
     )
-    assert more[SCATTER, ("fsdp",)] - found[SCATTER, ("fsdp",)] == pytest.approx(
+    assert more[REDUCE_SCATTER, ("fsdp",)] - found[REDUCE_SCATTER, ("fsdp",)] == pytest.approx(
         1 / 2 * LAYERS * 3 * 32 * 64 * 2
     )
 
@@ -309,45 +322,53 @@ STEPS = {
     "three rings": (
         {"model": LLAMA},
         {"fsdp": 2, "fsdp_2": 2, "fsdp_3": 2},
-        [(kind, (axis,)) for kind in (GATHER, SCATTER) for axis in ("fsdp", "fsdp_2", "fsdp_3")],
+        [
+            (kind, (axis,))
+            for kind in (ALL_GATHER, REDUCE_SCATTER)
+            for axis in ("fsdp", "fsdp_2", "fsdp_3")
+        ],
     ),
     "data x fsdp": (
         {},  # GPT-2's layers: layer norms, biases, learned positions, a tied table
         {"data": 2, "fsdp": 4},
-        [(GATHER, ("fsdp",))],
+        [(ALL_GATHER, ("fsdp",))],
     ),
     "data x fsdp x tensor": (
         {"model": LLAMA, "compute": {"remat": "block", "loss_chunks": 2}},
         {"data": 2, "fsdp": 2, "tensor": 2},
         [
-            *((kind, (axis,)) for kind in (GATHER, SCATTER) for axis in ("fsdp", "tensor")),
-            (SUM, ("data",)),
+            *(
+                (kind, (axis,))
+                for kind in (ALL_GATHER, REDUCE_SCATTER)
+                for axis in ("fsdp", "tensor")
+            ),
+            (ALL_REDUCE, ("data",)),
         ],
     ),
     "accumulation": (
         {"model": LLAMA, "train": {"accumulation": 4}},
         {"data": 2, "fsdp": 2, "tensor": 2},
         [
-            (SCATTER, ("fsdp",)),
-            (SCATTER, ("tensor",)),
-            (GATHER, ("tensor",)),
-            (SUM, ("data",)),
+            (REDUCE_SCATTER, ("fsdp",)),
+            (REDUCE_SCATTER, ("tensor",)),
+            (ALL_GATHER, ("tensor",)),
+            (ALL_REDUCE, ("data",)),
         ],
     ),
     "a ring": (
         {"model": LLAMA, "compute": {"remat": "block"}, "data": {"documents": "mask"}},
         {"data": 2, "context": 4},
-        [(SHIFT, ("context",))],
+        [(PERMUTE, ("context",))],
     ),
     "a ring x tensor": (
         {"model": {**LLAMA, "positions": "alibi"}},
         {"tensor": 2, "context": 4},
-        [(SHIFT, ("context",))],
+        [(PERMUTE, ("context",))],
     ),
     "fsdp x expert": (
         {"model": {**LLAMA, "moe": FOUR}},
         {"fsdp": 2, "expert": 4},
-        [(EXCHANGE, ("expert",)), (SCATTER, ("fsdp",)), (SUM, ("expert",))],
+        [(ALL_TO_ALL, ("expert",)), (REDUCE_SCATTER, ("fsdp",)), (ALL_REDUCE, ("expert",))],
     ),
     "stages, with rounds, remat, two steps": (
         {
@@ -357,24 +378,24 @@ STEPS = {
         },
         {"stage": 2, "fsdp": 2, "tensor": 2},
         [
-            (SHIFT, ("stage",)),
-            (GATHER, ("stage",)),
-            (SCATTER, ("stage",)),
-            (GATHER, ("fsdp",)),
-            (SCATTER, ("fsdp",)),
-            (GATHER, ("tensor",)),
-            (SCATTER, ("tensor",)),
+            (PERMUTE, ("stage",)),
+            (ALL_GATHER, ("stage",)),
+            (REDUCE_SCATTER, ("stage",)),
+            (ALL_GATHER, ("fsdp",)),
+            (REDUCE_SCATTER, ("fsdp",)),
+            (ALL_GATHER, ("tensor",)),
+            (REDUCE_SCATTER, ("tensor",)),
         ],
     ),
     "stages x expert": (
         {"model": {**LLAMA, "layers": 4, "moe": FOUR}},
         {"data": 2, "stage": 2, "expert": 2},
-        [(SHIFT, ("stage",)), (EXCHANGE, ("expert",)), (SUM, ("data",))],
+        [(PERMUTE, ("stage",)), (ALL_TO_ALL, ("expert",)), (ALL_REDUCE, ("data",))],
     ),
     "shared experts x tensor": (
         {"model": {**LLAMA, "moe": MoeConfig(experts=4, top_k=2, shared=1)}},
         {"fsdp": 4, "tensor": 2},
-        [(SCATTER, ("tensor",)), (GATHER, ("tensor",))],
+        [(REDUCE_SCATTER, ("tensor",)), (ALL_GATHER, ("tensor",))],
     ),
 }
 
@@ -401,8 +422,8 @@ def compare(tiny_config, quick_compile):
                     objective.abstract_batch(cfg),
                 )
                 attention = objective.attention_backends(cfg)
-            found = list(aot.collectives(step.as_text(), mesh.shape))
-            predicted = collectives.expected(cfg, sizes, attention)
+            found = aot.program_collectives(step.as_text(), mesh.shape)
+            predicted = collectives.step_collectives(cfg, sizes, attention)
             both = collectives.by_axes(found), collectives.by_axes(predicted)
             done[key] = tuple({k: wire for k, (_, wire) in table.items()} for table in both)
         return done[key]
@@ -411,7 +432,7 @@ def compare(tiny_config, quick_compile):
 
 
 @pytest.mark.parametrize("name", list(STEPS))
-def test_the_compiled_step_sends_what_is_expected(compare, name) -> None:
+def test_compiled_step_has_the_predicted_communication(compare, name) -> None:
     sections, sizes, compared = STEPS[name]
     seen, expected = compare(sections, sizes)
     for key in compared:
@@ -419,7 +440,7 @@ def test_the_compiled_step_sends_what_is_expected(compare, name) -> None:
 
 
 @pytest.mark.parametrize("name", ["three rings", "data x fsdp x tensor", "a ring"])
-def test_the_compiled_step_sends_nothing_large_that_is_not_expected(compare, name) -> None:
+def test_compiled_step_has_no_large_unpredicted_communication(compare, name) -> None:
     sections, sizes, _ = STEPS[name]
     seen, expected = compare(sections, sizes)
     surplus = {key: wire - expected.get(key, 0) for key, wire in seen.items()}
@@ -428,12 +449,12 @@ def test_the_compiled_step_sends_nothing_large_that_is_not_expected(compare, nam
     assert total == pytest.approx(sum(seen.values()), rel=0.02)
 
 
-@pytest.mark.parametrize("key", [(SCATTER, ("fsdp",)), (SUM, ("data",))])
-def test_the_gradient_of_a_tied_table_is_sent_for_each_of_its_uses(compare, key) -> None:
+@pytest.mark.parametrize("key", [(REDUCE_SCATTER, ("fsdp",)), (ALL_REDUCE, ("data",))])
+def test_gradient_of_tied_table_is_communicated_for_each_use(compare, key) -> None:
     seen, expected = compare(*STEPS["data x fsdp"][:2])
     assert expected[key] == pytest.approx(seen[key], rel=0.02)
 
 
-def test_experts_weights_are_gathered_as_often_as_in_the_compiled_step(compare) -> None:
+def test_expert_weights_are_gathered_as_often_as_in_compiled_step(compare) -> None:
     seen, expected = compare(*STEPS["fsdp x expert"][:2])
-    assert expected[GATHER, ("fsdp",)] == pytest.approx(seen[GATHER, ("fsdp",)], rel=0.02)
+    assert expected[ALL_GATHER, ("fsdp",)] == pytest.approx(seen[ALL_GATHER, ("fsdp",)], rel=0.02)

@@ -1,4 +1,4 @@
-"""What a step computes, what its axes run over, and how long that takes at the least."""
+"""FLOPs of a step, the links of its mesh axes, and the roofline model of its time."""
 
 from dataclasses import replace
 
@@ -6,11 +6,13 @@ import pytest
 from shapes import LLAMA
 
 from gptjax.config import MeshConfig, MoeConfig
-from gptjax.model import flops
+from gptjax.config.registry import OPTIMIZERS
+from gptjax.model.flops import ModelCost
 from gptjax.parallel.mesh import AXES, arrange
-from gptjax.plan import estimate, hardware, roofline
-from gptjax.plan.collectives import GATHER, Collective
-from gptjax.plan.hardware import Machine, parse, places
+from gptjax.plan import estimate, roofline
+from gptjax.plan.collectives import ALL_GATHER, Collective
+from gptjax.plan.machines import Machine, abstract_devices, parse
+from gptjax.runtime.hardware import DEVICES
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ KEYS = (128 + 1) / 2  # that a token sees on average
 SCORES = 12 * 8 * 8 * KEYS * LAYERS * TOKENS  # products with keys and with values, three passes
 
 
-def test_the_parts_are_the_products_of_the_model(cfg_of) -> None:
+def test_flops_by_part_are_those_of_the_matrix_products(cfg_of) -> None:
     parts = roofline.flops(cfg_of())
     parts.pop("recomputed")
     assert parts == pytest.approx(
@@ -63,16 +65,16 @@ def test_the_parts_are_the_products_of_the_model(cfg_of) -> None:
     ],
 )
 @pytest.mark.parametrize("remat", ["none", "dots", "block"])
-def test_without_what_is_recomputed_they_are_those_of_the_model(cfg_of, model, remat) -> None:
+def test_flops_without_recomputation_are_those_of_the_model(cfg_of, model, remat) -> None:
     cfg = cfg_of(model, compute={"remat": remat})
     parts = roofline.flops(cfg)
     again = parts.pop("recomputed")
-    assert sum(parts.values()) == pytest.approx(flops.flops_per_token(cfg.model, 128) * TOKENS)
+    assert sum(parts.values()) == pytest.approx(ModelCost(cfg.model).flops_per_token(128) * TOKENS)
     assert all(part > 0 for part in parts.values())
     assert 0 < again < sum(parts.values()) / 2
 
 
-def test_a_mixture_counts_the_experts_that_a_token_meets_and_its_router(cfg_of) -> None:
+def test_flops_of_a_mixture_count_active_experts_and_router(cfg_of) -> None:
     parts = roofline.flops(cfg_of({"moe": MoeConfig(experts=8, top_k=2, hidden=48, shared=1)}))
     assert "feed-forward" not in parts
     each = 3 * 64 * 48 * (2 + 1) + 64 * 8
@@ -80,7 +82,7 @@ def test_a_mixture_counts_the_experts_that_a_token_meets_and_its_router(cfg_of) 
     assert parts["attention's scores"] == pytest.approx(SCORES)
 
 
-def test_what_is_recomputed_follows_from_the_policy(cfg_of) -> None:
+def test_recomputed_flops_by_remat_policy(cfg_of) -> None:
     none, dots, block = (
         roofline.flops(cfg_of(compute={"remat": remat}))["recomputed"]
         for remat in ("none", "dots", "block")
@@ -129,9 +131,9 @@ V5E, V5P, H100 = 45e9, 90e9, 4.5e11  # of a link, one way; of all links of a GPU
         ("h100:8", {"fsdp": 4, "tensor": 2}, dict.fromkeys(("fsdp", "tensor"), ("switch", H100))),
     ],
 )
-def test_each_axis_runs_over_what_joins_its_devices(name, mesh, wanted) -> None:
+def test_link_of_each_mesh_axis(name, mesh, wanted) -> None:
     machine = parse(name)
-    arranged = arrange(MeshConfig(**{"data": 1} | mesh), places(machine))
+    arranged = arrange(MeshConfig(**{"data": 1} | mesh), abstract_devices(machine))
     found = roofline.links(machine, arranged)
     assert set(found) == set(AXES)
     assert {axis: (found[axis].kind, found[axis].bandwidth) for axis in wanted} == wanted
@@ -151,7 +153,7 @@ PLANS = [
 
 @pytest.mark.parametrize(("name", "mesh"), PLANS)
 @pytest.mark.parametrize("remat", ["none", "block"])
-def test_no_step_is_expected_to_beat_its_bound(cfg_of, name, mesh, remat) -> None:
+def test_expected_time_is_at_least_the_bound(cfg_of, name, mesh, remat) -> None:
     cfg = cfg_of(compute={"remat": remat}, mesh={"data": 1} | mesh)
     planned = estimate.plan(cfg, parse(name))
     times = planned.times
@@ -164,19 +166,19 @@ def test_no_step_is_expected_to_beat_its_bound(cfg_of, name, mesh, remat) -> Non
     assert 0 < planned.mfu < roofline.reached(planned.machine) < 1
 
 
-def test_the_figures_of_a_plan_follow_from_its_step(cfg_of) -> None:
+def test_throughput_days_and_mfu_follow_from_step_time(cfg_of) -> None:
     cfg = cfg_of(mesh={"data": 1, "fsdp": 4, "tensor": 2}, train={"tokens": 10**9})
     planned = estimate.plan(cfg, parse("v7x:2x2x1"))
-    assert planned.total == sum(planned.held.values())
+    assert planned.total == sum(planned.memory_use.values())
     rate = TOKENS / planned.times.expected
     assert planned.tokens_per_second == pytest.approx(rate)
     assert planned.days == pytest.approx(1e9 / rate / 86400)
     assert planned.chip_hours == pytest.approx(4 * 1e9 / rate / 3600)  # of 8 devices
-    needed = flops.flops_per_token(cfg.model, 128) * rate
+    needed = ModelCost(cfg.model).flops_per_token(128) * rate
     assert planned.mfu == pytest.approx(needed / (8 * 1153.5e12))
 
 
-def test_a_plan_fits_up_to_the_memory_of_its_device(cfg_of) -> None:
+def test_plan_fits_up_to_device_memory(cfg_of) -> None:
     planned = estimate.plan(cfg_of(mesh={"data": 16}), parse("v5e:4x4"))
     assert planned.fits
     for memory, fits in ((planned.total, True), (planned.total * 0.999, False)):
@@ -184,43 +186,32 @@ def test_a_plan_fits_up_to_the_memory_of_its_device(cfg_of) -> None:
         assert replace(planned, machine=replace(planned.machine, device=device)).fits is fits
 
 
-@pytest.fixture
-def with_figures(monkeypatch):
-    """v5e:4x4 with other figures of a device."""
-
-    def make(**figures):
-        device = replace(hardware.DEVICES["v5e"], **figures)
-        monkeypatch.setitem(hardware.DEVICES, "v5e", device)
-        return Machine("v5e:4x4", device, (4, 4))
-
-    return make
-
-
 @pytest.mark.parametrize(
     ("figures", "bottleneck"),
     [
         ({"tflops": 0.1}, "arithmetic"),
-        ({"hbm": 1e9}, "memory"),
-        ({"link": 1e6}, "links"),
+        ({"hbm_bandwidth": 1e9}, "memory"),
+        ({"link_bandwidth": 1e6}, "links"),
     ],
 )
-def test_what_is_scarce_bounds_the_step(cfg_of, with_figures, figures, bottleneck) -> None:
+def test_scarce_resource_is_the_bottleneck(cfg_of, figures, bottleneck) -> None:
     cfg = cfg_of(mesh={"data": 1, "fsdp": 16})
     usual = estimate.plan(cfg, parse("v5e:4x4")).times
-    scarce = estimate.plan(cfg, with_figures(**figures)).times
+    machine = Machine("v5e:4x4", replace(DEVICES["v5e"], **figures), (4, 4))
+    scarce = estimate.plan(cfg, machine).times
     assert scarce.bottleneck == bottleneck
     assert scarce.expected > usual.expected
     assert scarce.bound > usual.bound
 
 
-def test_what_is_not_hidden_adds_to_the_step(cfg_of) -> None:
+def test_exposed_communication_adds_to_step_time(cfg_of) -> None:
     cfg, machine = cfg_of(compute={"remat": "block"}), parse("2xv5e:4x8")
-    arranged = arrange(MeshConfig(data=2, fsdp=32), places(machine))
+    arranged = arrange(MeshConfig(data=2, fsdp=32), abstract_devices(machine))
     over = roofline.links(machine, arranged)
     sizes = dict(zip(AXES, arranged.shape, strict=True))
 
     def times(axis, hidden):
-        one = Collective(GATHER, (axis,), sizes[axis], 1e6, 1, "", hidden=hidden)
+        one = Collective(ALL_GATHER, (axis,), sizes[axis], 1e6, 1, "", overlapped=hidden)
         return roofline.times(cfg, machine, sizes, over, [one], parameters=1000)
 
     none = roofline.times(cfg, machine, sizes, over, [], parameters=1000)
@@ -235,9 +226,9 @@ def test_what_is_not_hidden_adds_to_the_step(cfg_of) -> None:
         assert times("data", hidden).exposed == pytest.approx(1 / 2 * 1e6 / 3.125e9)
 
 
-def test_a_collective_takes_as_long_as_on_its_slowest_axis(cfg_of) -> None:
+def test_collective_takes_the_time_of_its_slowest_axis(cfg_of) -> None:
     machine = parse("2xv5e:4x8")
-    arranged = arrange(MeshConfig(data=2, fsdp=32), places(machine))
+    arranged = arrange(MeshConfig(data=2, fsdp=32), abstract_devices(machine))
     over = roofline.links(machine, arranged)
     sizes = dict(zip(AXES, arranged.shape, strict=True))
     one = Collective("all-reduce", ("data", "fsdp"), 8, 1e6, 1, "")
@@ -245,7 +236,14 @@ def test_a_collective_takes_as_long_as_on_its_slowest_axis(cfg_of) -> None:
     assert times.links == pytest.approx({"data": 2 * 7 / 8 * 1e6 / 3.125e9})
 
 
-def test_the_update_passes_over_the_state_once(cfg_of) -> None:
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_update_traffic_follows_from_declared_moments(cfg_of, name) -> None:
+    cfg = cfg_of(optim={"name": name})
+    _, update = roofline.memory_bytes(cfg, dict.fromkeys(AXES, 1), parameters=1000)
+    assert update == 1000 * 4 * (3 + 2 * OPTIMIZERS[name].moments)
+
+
+def test_update_reads_and_writes_the_state_once(cfg_of) -> None:
     cfg = cfg_of()
     sizes = dict.fromkeys(AXES, 1)
     passes, update = roofline.memory_bytes(cfg, sizes, parameters=1000)
@@ -257,7 +255,7 @@ def test_the_update_passes_over_the_state_once(cfg_of) -> None:
     assert roofline.memory_bytes(lion, sizes, 1000) == (passes, update - 1000 * 4 * 2)
 
 
-def test_the_passes_read_weights_in_every_part_of_the_batch(cfg_of) -> None:
+def test_passes_read_weights_in_each_accumulation_step(cfg_of) -> None:
     sizes = dict.fromkeys(AXES, 1)
     once, twice, four = (
         roofline.memory_bytes(cfg_of(train={"accumulation": n}), sizes, 0)[0] for n in (1, 2, 4)

@@ -8,7 +8,7 @@ import pytest
 from gptjax import config
 from gptjax.errors import ConfigError
 from gptjax.plan import estimate, search
-from gptjax.plan.hardware import parse
+from gptjax.plan.machines import parse
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SMALL, LLAMA, MIXTRAL = (
@@ -26,12 +26,13 @@ WAYS = [
 def fronts():
     """The front of each of WAYS."""
     return {
-        way: search.front(config.resolve(way[0], [], "gptjax plan"), parse(way[1])) for way in WAYS
+        way: search.pareto_front(config.resolve(way[0], [], "gptjax plan"), parse(way[1]))
+        for way in WAYS
     }
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_each_is_slower_than_those_before_it_and_holds_less(fronts, way) -> None:
+def test_pareto_front_is_ordered_by_time_and_memory(fronts, way) -> None:
     choices = fronts[way]
     assert len(choices) > 1
     times = [one.plan.times.expected for one in choices]
@@ -43,7 +44,7 @@ def test_each_is_slower_than_those_before_it_and_holds_less(fronts, way) -> None
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_overrides_give_the_plan_that_they_stand_beside(fronts, way) -> None:
+def test_overrides_of_a_choice_give_its_plan(fronts, way) -> None:
     for one in fronts[way]:
         words = " ".join(one.overrides).split()
         pasted = config.resolve(way[0], words, "gptjax plan")
@@ -56,7 +57,7 @@ def test_the_overrides_give_the_plan_that_they_stand_beside(fronts, way) -> None
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_slices_lie_along_data_and_no_tensor_axis_leaves_a_node(fronts, way) -> None:
+def test_search_keeps_slices_on_data_and_tensor_within_a_node(fronts, way) -> None:
     for one in fronts[way]:
         slow = {axis for axis, link in one.plan.links.items() if link.kind == "network"}
         assert "tensor" not in slow
@@ -65,19 +66,19 @@ def test_slices_lie_along_data_and_no_tensor_axis_leaves_a_node(fronts, way) -> 
             assert one.plan.sizes["data"] % one.plan.machine.slices == 0
 
 
-def test_what_fits_several_nodes_of_gpus_is_found() -> None:
+def test_search_finds_plans_over_several_gpu_nodes() -> None:
     cfg = config.load(LLAMA.replace("llama3_8b", "llama3_70b"))
-    found = search.front(cfg, parse("h100:64"))
+    found = search.pareto_front(cfg, parse("h100:64"))
     state = 70e9 * 12 / 8  # of which a node's devices would hold this much each
     assert all(one.plan.total < one.plan.machine.device.memory < state for one in found)
 
 
-def test_experts_are_searched_where_there_are_any(fronts) -> None:
+def test_search_tries_expert_axis_only_for_mixtures(fronts) -> None:
     assert {one.plan.sizes["expert"] for one in fronts[SMALL, "v5e:2x2"]} == {1}
     assert max(one.plan.sizes["expert"] for one in fronts[MIXTRAL, "v5p:4x4x4"]) > 1
 
 
-def test_the_fastest_is_no_slower_than_any_way_that_is_planned_by_itself(fronts) -> None:
+def test_fastest_choice_is_no_slower_than_single_plans(fronts) -> None:
     fastest = fronts[SMALL, "v5e:2x2"][0].plan.times.expected
     planned = 0
     for mesh in (["--mesh.fsdp", "4"], ["--mesh.fsdp", "2", "--mesh.data", "2"]):
@@ -91,10 +92,10 @@ def test_the_fastest_is_no_slower_than_any_way_that_is_planned_by_itself(fronts)
     assert planned
 
 
-def test_where_nothing_fits_the_error_says_what_to_do() -> None:
+def test_search_where_nothing_fits_raises_with_advice() -> None:
     cfg = config.resolve(str(CONFIGS / "llama.py:llama31_405b"), [], "gptjax plan")
     with pytest.raises(ConfigError) as caught:
-        search.front(cfg, parse("v5e:2x2"))
+        search.pareto_front(cfg, parse("v5e:2x2"))
     (problem,) = caught.value.problems
     assert problem.startswith("--search: ")
     for part in (cfg.run, "v5e:2x2", "more devices", "train.batch_tokens"):
@@ -116,7 +117,7 @@ def plan_of(preset, machine, *words):
         (LLAMA, "h100:8", ("--mesh.fsdp", "8", "--compute.remat", "dots")),
     ],
 )
-def test_what_would_fit_instead_does_and_costs_the_least_time_first(preset, machine, words) -> None:
+def test_remedies_fit_and_are_ordered_by_time(preset, machine, words) -> None:
     planned = plan_of(preset, machine, *words)
     assert not planned.fits
     found = search.remedies(planned)
@@ -131,7 +132,7 @@ def test_what_would_fit_instead_does_and_costs_the_least_time_first(preset, mach
         assert again.total == one.plan.total
 
 
-def test_of_changes_of_one_thing_each_is_offered_once() -> None:
+def test_remedies_offer_each_single_change_once() -> None:
     planned = plan_of(SMALL, "v5e:2x2", "--mesh.data", "4", "--compute.remat", "none")
     changes = []
     for one in search.remedies(planned, most=9):
@@ -149,7 +150,7 @@ def test_of_changes_of_one_thing_each_is_offered_once() -> None:
     assert not any(sum(change) == 0 for change in changes)
 
 
-def test_of_changes_of_one_thing_the_fastest_is_offered() -> None:
+def test_remedies_offer_the_fastest_of_each_single_change() -> None:
     words = ("--mesh.data", "4", "--compute.remat", "none")
     planned = plan_of(SMALL, "v5e:2x2", *words)
     ways = [("--train.accumulation", str(2**n)) for n in range(1, 8)]
@@ -164,14 +165,14 @@ def test_of_changes_of_one_thing_the_fastest_is_offered() -> None:
     assert offered.times.expected == fastest
 
 
-def test_more_remedies_are_left_out_the_slower_first() -> None:
+def test_remedies_beyond_the_limit_are_the_slowest() -> None:
     planned = plan_of(SMALL, "v5e:2x2", "--mesh.data", "4", "--compute.remat", "none")
     every, one = search.remedies(planned, most=9), search.remedies(planned, most=1)
     assert len(every) > 1
     assert [choice.overrides for choice in one] == [every[0].overrides]
 
 
-def test_where_no_change_fits_there_is_no_remedy() -> None:
+def test_no_remedies_where_no_change_fits() -> None:
     planned = plan_of(
         str(CONFIGS / "llama.py:llama31_405b"), "v5e:2x2", "--mesh.data", "1", "--mesh.fsdp", "4"
     )

@@ -1,4 +1,4 @@
-"""The plan against the TPU's own compiler: what a step sends, and where devices lie.
+"""The plan against the TPU's own compiler: memory, communication, and the order of devices.
 
 Each compiles in a process of its own, so that the TPU's library is never loaded into this one: a
 minute or two each. A model's layers are one loop, so that all of them take no longer than two.
@@ -43,7 +43,7 @@ def words_of(text):
         "--model.moe.capacity 1.25 --train.accumulation 4",
     ],
 )
-def test_the_compiled_step_holds_and_sends_what_is_predicted(words) -> None:
+def test_compiled_step_has_predicted_memory_and_communication(words) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "gptjax", "plan", *words_of(words)],
         capture_output=True,
@@ -64,16 +64,16 @@ def test_the_compiled_step_holds_and_sends_what_is_predicted(words) -> None:
 PLACES = """
 import json, sys
 from gptjax.plan import machines
-machines.environment()
-from gptjax import sharding
+machines.set_environment()
 from gptjax.config import MeshConfig
-from gptjax.plan import compiled
+from gptjax.parallel.mesh import arrange
+from gptjax.plan import aot
 
 told = []
 for name, mesh in json.loads(sys.argv[1]):
     machine = machines.parse(name)
-    real = compiled.devices(machine)
-    both = [sharding.arrange(MeshConfig(**mesh), d) for d in (real, machines.places(machine))]
+    both = aot.devices(machine), machines.abstract_devices(machine)
+    both = [arrange(MeshConfig(**mesh), devices) for devices in both]
     place = lambda d: [list(d.coords), d.core_on_chip, getattr(d, "slice_index", 0)]
     kind = lambda d: [d.device_kind, d.platform]
     told.append([[a.shape, [place(d) for d in a.flat], kind(a.flat[0])] for a in both])
@@ -82,7 +82,7 @@ print(json.dumps(told))
 
 
 def arranged(meshes):
-    """Of each (machine, mesh) how libtpu's devices are arranged, and how the plan's places are."""
+    """For each (machine, mesh), the arrangements of libtpu's devices and of abstract ones."""
     done = subprocess.run(
         [sys.executable, "-c", PLACES, json.dumps(meshes)],
         capture_output=True,
@@ -92,7 +92,7 @@ def arranged(meshes):
     return json.loads(done.stdout)
 
 
-def test_a_mesh_is_arranged_as_it_would_be_of_the_machines_own_devices() -> None:
+def test_mesh_of_abstract_devices_is_that_of_real_ones() -> None:
     meshes = [
         ("v5e:2x2", {"data": 4}),
         ("v5e:4x4", {"data": 1, "fsdp": 16}),
@@ -117,7 +117,7 @@ def test_a_mesh_is_arranged_as_it_would_be_of_the_machines_own_devices() -> None
         ("v4:2x2x1", ("--mesh.data", "4")),  # libtpu describes its cores singly
     ],
 )
-def test_a_machine_that_libtpu_does_not_have_so_is_told_in_a_line(machine, more) -> None:
+def test_machine_unknown_to_libtpu_is_refused_in_a_line(machine, more) -> None:
     preset = str(REPO / "configs" / "gpt2.py:small")
     words = ("--machine", machine, *more)
     done = subprocess.run(

@@ -15,13 +15,13 @@ from pathlib import Path
 import jax
 import pytest
 
-from gptjax.runtime import compilation_cache
+from gptjax.runtime import compilation_cache, hardware
 
 PROGRAM = """
 import json, sys
 import jax
 import numpy as np
-from gptjax import compilation
+from gptjax.runtime import compilation_cache as compilation
 
 compilation.enable_cache("")
 with compilation.cache_report() as report:
@@ -60,7 +60,8 @@ def say(word: str) -> str:
 
 def run(folder: str | Path, home: Path) -> tuple[dict[str, str], str]:
     """What is said of each function, and of all of them; their values are right."""
-    environment = {name: v for name, v in os.environ.items() if name != "XLA_FLAGS"}
+    ours = ("XLA_FLAGS", "JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE")
+    environment = {name: v for name, v in os.environ.items() if not name.startswith(ours)}
     completed = subprocess.run(
         [sys.executable, "-c", PROGRAM, folder],
         capture_output=True,
@@ -84,7 +85,7 @@ def filled(tmp_path_factory) -> Filled:
     return home / "deep" / "cache", run("~/deep/cache", home)
 
 
-def test_a_second_process_finds_what_the_first_has_compiled(filled: Filled) -> None:
+def test_second_process_hits_the_cache_of_the_first(filled: Filled) -> None:
     folder, said = filled
     assert said == (dict.fromkeys(VALUES, say("miss")), say("miss"))
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700  # it holds code that is run
@@ -98,7 +99,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def test_a_damaged_entry_is_compiled_anew_and_the_result_is_right(tmp_path) -> None:
+def test_corrupt_cache_entry_is_recompiled(tmp_path) -> None:
     folder = tmp_path / "cache"
     run(folder, tmp_path)
     for name, damage in DAMAGE.items():
@@ -109,7 +110,16 @@ def test_a_damaged_entry_is_compiled_anew_and_the_result_is_right(tmp_path) -> N
     assert together == say("miss")  # one miss is what made the user wait
 
 
-def test_a_folder_that_cannot_be_made_is_told_and_no_reason_to_stop(tmp_path, capsys) -> None:
+def test_compiler_options_are_for_devices_with_a_sparse_core() -> None:
+    wanted = {device for device in hardware.DEVICES.values() if device.sparse_core}
+    kinds = {kind: device for device in hardware.DEVICES.values() for kind in device.kinds}
+    assert {kinds[kind] for kind in kinds if compilation_cache.options(kind)} == wanted
+    assert {device.name for device in wanted} == {"v5p", "v6e", "v7x"}
+    assert len(compilation_cache.options("TPU7x")) == 3
+    assert compilation_cache.options("cpu") == {}
+
+
+def test_cache_folder_that_cannot_be_made_is_a_warning(tmp_path, capsys) -> None:
     (tmp_path / "file").write_text("")
     before = jax.config.jax_compilation_cache_dir
     compilation_cache.enable_cache(f"{tmp_path}/file/cache")

@@ -2,10 +2,12 @@
 
 import json
 import math
+from dataclasses import replace
 
 import jax
 import pytest
 
+from gptjax.runtime import hardware
 from gptjax.training import metrics
 from gptjax.training.metrics import JsonlWriter, Throughput, Writers
 
@@ -117,14 +119,14 @@ def test_tensorboard_writes_event_files_into_the_run_folder(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_unknown_device_has_no_peak_and_no_mfu(dtype):
+def test_unknown_device_has_no_peak_and_no_mfu(dtype):
     throughput = Throughput(1e6, dtype, 0.0)
     assert throughput.of(1000.0) == {"tokens_per_second": 1000.0}
     assert throughput.description.startswith("no peak known")
     assert "log.peak_tflops" in throughput.description
 
 
-def test_mfu_is_the_models_flops_over_the_peak_of_all_devices():
+def test_mfu_is_model_flops_over_peak_of_all_devices():
     throughput = Throughput(2e9, "float32", 0.5)
     rate = 100.0
     expected = rate * 2e9 / (jax.device_count() * 0.5e12)
@@ -132,8 +134,10 @@ def test_mfu_is_the_models_flops_over_the_peak_of_all_devices():
     assert f"{jax.device_count()} x 0.5 TFLOP/s" in throughput.description
 
 
-def test_the_table_of_peaks_is_for_bfloat16_alone(monkeypatch):
-    monkeypatch.setitem(metrics.PEAK_TFLOPS_BF16, jax.devices()[0].device_kind, 2.0)
+def test_peaks_of_the_hardware_table_are_for_bfloat16_only(monkeypatch):
+    kinds = (jax.devices()[0].device_kind,)
+    device = replace(hardware.DEVICES["v7x"], kinds=kinds, tflops=2.0)
+    monkeypatch.setitem(hardware.DEVICES, "v7x", device)
     rate = 1000.0
     expected = rate * 1e9 / (jax.device_count() * 2e12)
     assert Throughput(1e9, "bfloat16", 0.0).of(rate)["mfu"] == pytest.approx(expected)

@@ -30,7 +30,7 @@ def padded(rows, width):
 def test_documents_count_at_each_eos_and_positions_restart_there(on_mesh):
     tokens = np.array([[0, 5, 6, 0, 7, 0, 0, 8], [5, 6, 7, 0, 8, 9, 5, 5]], np.int32)
     with on_mesh(1, 1, 1):
-        segments, positions = objective.documents(arrays.global_batch(tokens, 2), EOS)
+        segments, positions = objective.segment_documents(arrays.global_batch(tokens, 2), EOS)
     np.testing.assert_array_equal(segments, [[1, 1, 1, 2, 2, 3, 4, 4], [0, 0, 0, 1, 1, 1, 1, 1]])
     np.testing.assert_array_equal(positions, [[0, 1, 2, 0, 1, 0, 0, 1], [0, 1, 2, 0, 1, 2, 3, 4]])
 
@@ -59,7 +59,7 @@ def test_a_packed_document_has_the_hidden_states_it_has_alone(
 
         @jax.jit
         def masked(tokens):
-            segments, where = objective.documents(tokens, EOS)
+            segments, where = objective.segment_documents(tokens, EOS)
             return decoder.apply(
                 params, cfg.model, cfg.compute, tokens, positions_BT=where, segments_BT=segments
             )[0]
@@ -85,7 +85,7 @@ def loss_sums(cfg, params, windows, lengths):
     batch = {"windows_BW": windows, "lengths_B": np.asarray(lengths, np.int32)}
     rows = len(windows)
     batch = {name: arrays.global_batch(a, rows) for name, a in batch.items()}
-    total, sums = jax.jit(lambda b: objective.next_token(params, cfg, b, EOS))(batch)
+    total, sums = jax.jit(lambda b: objective.next_token_loss(params, cfg, b, EOS))(batch)
     return {name: float(x) for name, x in sums.items()} | {"total": float(total)}
 
 

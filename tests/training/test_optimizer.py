@@ -8,7 +8,8 @@ import pytest
 
 from gptjax import param_tree
 from gptjax.checkpoint.checkpointer import leaves_by_path
-from gptjax.config import MoeConfig, TuneConfig
+from gptjax.config import MoeConfig, TuneConfig, registry
+from gptjax.errors import ConfigError
 from gptjax.model import decoder
 from gptjax.parallel import sharding
 from gptjax.training import optimizer as optim
@@ -31,13 +32,13 @@ def rate(tiny_config, step, **fields):
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear", "wsd", "constant"])
-def test_without_warmup_a_schedule_starts_at_the_peak(tiny_config, shape):
+def test_schedule_without_warmup_starts_at_peak(tiny_config, shape):
     fields = {"lr_schedule": shape, "decay_tokens": 20 * BATCH}
     assert rate(tiny_config, 0, **fields) == pytest.approx(PEAK)
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear", "wsd", "constant"])
-def test_warmup_rises_linearly_to_the_peak_and_the_first_step_already_learns(tiny_config, shape):
+def test_warmup_is_linear_and_starts_above_zero(tiny_config, shape):
     fields = {"lr_schedule": shape, "warmup_tokens": 10 * BATCH, "decay_tokens": 20 * BATCH}
     ramp = [rate(tiny_config, step, **fields) for step in range(11)]
     np.testing.assert_allclose(ramp[:10], PEAK * np.arange(1, 11) / 10, rtol=1e-6)
@@ -49,7 +50,7 @@ def test_warmup_rises_linearly_to_the_peak_and_the_first_step_already_learns(tin
     ("shape", "middle", "end"),
     [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1.0, 1.0), ("wsd", 1.0, 0.1)],
 )
-def test_the_middle_and_the_end_are_what_the_shape_says(tiny_config, shape, middle, end, warmup):
+def test_schedules_in_the_middle_and_at_the_end(tiny_config, shape, middle, end, warmup):
     fields = {
         "lr_schedule": shape,
         "warmup_tokens": warmup * BATCH,
@@ -61,14 +62,14 @@ def test_the_middle_and_the_end_are_what_the_shape_says(tiny_config, shape, midd
     assert rate(tiny_config, STEPS + 50, **fields) == pytest.approx(PEAK * end, rel=1e-5)
 
 
-def test_cosine_and_linear_differ_between_their_corners(tiny_config):
+def test_cosine_and_linear_schedules_differ_at_a_quarter(tiny_config):
     cosine, linear = (rate(tiny_config, 25, lr_schedule=shape) for shape in ("cosine", "linear"))
     assert cosine == pytest.approx(PEAK * (0.1 + 0.9 * (1 + np.cos(np.pi / 4)) / 2), rel=1e-5)
     assert linear == pytest.approx(PEAK * (1 - 0.9 / 4), rel=1e-5)
 
 
 @pytest.mark.parametrize("warmup", [0, 10])
-def test_wsd_is_flat_until_its_decay_and_linear_in_it(tiny_config, warmup):
+def test_wsd_schedule_is_constant_then_linear(tiny_config, warmup):
     fields = {
         "lr_schedule": "wsd",
         "warmup_tokens": warmup * BATCH,
@@ -102,7 +103,7 @@ MATRICES = {"embed", "positions", "head", "q", "k", "v", "o", "up", "down"}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_at_a_zero_gradient_matrices_decay_and_vectors_stay(on_mesh, tiny_config, params, name):
+def test_weight_decay_applies_to_matrices_only(on_mesh, tiny_config, params, name):
     fields = {"name": name, "lr": PEAK, "weight_decay": 0.5, "lr_schedule": "constant"}
     optimizer = optim.make_optimizer(tiny_config(optim=fields))
 
@@ -126,9 +127,7 @@ def test_at_a_zero_gradient_matrices_decay_and_vectors_stay(on_mesh, tiny_config
 
 
 @pytest.mark.parametrize(("clip", "norm"), [(1.0, 1.0), (0.0, 50.0), (100.0, 50.0)])
-def test_gradients_are_clipped_to_a_norm_of_all_parameters_together(
-    on_mesh, tiny_config, params, clip, norm
-):
+def test_gradients_are_clipped_by_global_norm(on_mesh, tiny_config, params, clip, norm):
     cfg = tiny_config(optim={"clip": clip, "b1": 0.9})
     optimizer = optim.make_optimizer(cfg)
 
@@ -147,13 +146,13 @@ def test_gradients_are_clipped_to_a_norm_of_all_parameters_together(
         np.testing.assert_allclose(np.asarray(m) / 0.1 * 50 / norm, g, rtol=1e-4, atol=1e-6)
 
 
-def test_global_norm_is_that_of_one_long_vector():
+def test_global_norm_of_all_leaves_in_float32():
     tree = {"a": jnp.array([3.0, 0.0]), "b": {"c": jnp.array([[4.0]], jnp.bfloat16)}}
     norm = optim.global_norm(tree)
     assert (float(norm), norm.dtype) == (5.0, jnp.float32)
 
 
-def test_adamw_is_the_formula(on_mesh, tiny_config, params):
+def test_adamw_against_numpy(on_mesh, tiny_config, params):
     fields = {"lr": PEAK, "lr_schedule": "constant", "clip": 0.0, "weight_decay": 0.0, "b2": 0.95}
     optimizer = optim.make_optimizer(tiny_config(optim=fields))
     rng = np.random.default_rng(0)
@@ -176,7 +175,7 @@ def test_adamw_is_the_formula(on_mesh, tiny_config, params):
     np.testing.assert_allclose(got, x, rtol=1e-5, atol=1e-6)
 
 
-def test_muon_makes_the_singular_values_of_a_blocks_matrix_alike(on_mesh, tiny_config, params):
+def test_muon_updates_of_block_matrices_are_near_orthogonal(on_mesh, tiny_config, params):
     """Newton-Schulz as Jordan et al. have it brings them between 0.7 and 1.2 of one another."""
     fields = {"name": "muon", "lr": 1.0, "lr_schedule": "constant", "weight_decay": 0.0}
     optimizer = optim.make_optimizer(tiny_config(optim=fields))
@@ -195,7 +194,7 @@ def test_muon_makes_the_singular_values_of_a_blocks_matrix_alike(on_mesh, tiny_c
             assert np.sqrt((layer**2).mean()) == pytest.approx(0.2, rel=0.2), name  # as Adam's
 
 
-def test_muon_is_adamw_for_all_but_the_matrices_of_the_blocks(on_mesh, tiny_config, params):
+def test_muon_updates_all_but_block_matrices_as_adamw(on_mesh, tiny_config, params):
     rng = np.random.default_rng(0)
     gradients = [jax.tree.map(lambda x: rng.normal(size=x.shape), params) for _ in range(2)]
 
@@ -222,7 +221,7 @@ def test_muon_is_adamw_for_all_but_the_matrices_of_the_blocks(on_mesh, tiny_conf
             np.testing.assert_allclose(muon[path], x, atol=1e-6, err_msg=path)
 
 
-def test_muon_takes_each_expert_for_a_matrix_and_leaves_the_router_to_adam(on_mesh, tiny_config):
+def test_muon_orthogonalizes_each_expert_and_leaves_router_to_adam(on_mesh, tiny_config):
     mixture = {"activation": "swiglu", "linear_bias": False, "moe": MoeConfig(experts=4, hidden=64)}
     cfg = tiny_config(model=mixture, optim={"name": "muon", "weight_decay": 0.0, "clip": 0.0})
     optimizer, rng = optim.make_optimizer(cfg), np.random.default_rng(0)
@@ -242,12 +241,56 @@ def test_muon_takes_each_expert_for_a_matrix_and_leaves_the_router_to_adam(on_me
     np.testing.assert_allclose(router, router.max(), rtol=1e-3)  # Adam's first step: the sign
 
 
-# --- factors ---------------------------------------------------------------------------------
+# --- declarations --------------------------------------------------------------------------------
 
 
-def test_a_layer_learns_at_a_rate_of_its_own_which_the_decay_and_its_height_give(
-    on_mesh, tiny_config, tiny_model, random_params
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_state_is_named_after_its_transforms(tiny_config, params, name):
+    optimizer = optim.make_optimizer(tiny_config(optim={"name": name}))
+    assert list(jax.eval_shape(optimizer.init, params)) == ["clip", name, "decay", "rate"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_declared_moments_bound_the_size_of_the_state(tiny_config, params, name):
+    optimizer = optim.make_optimizer(tiny_config(optim={"name": name}))
+    state, rule = jax.eval_shape(optimizer.init, params), registry.OPTIMIZERS[name]()
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree) if leaf.ndim)
+    if name in ("adamw", "lion"):
+        assert size(state) == rule.moments * size(params)
+    elif name == "muon":  # one for the matrices that it orthogonalizes, two for all else
+        assert size(params) < size(state) < rule.moments * size(params)
+    else:  # a row and a column of each matrix, small parameters in full
+        assert size(state) < size(params) / 2
+
+
+def test_optimizer_registered_from_outside_is_built_under_its_name(
+    tiny_config, params, monkeypatch
 ):
+    monkeypatch.setattr(registry.OPTIMIZERS, "_items", dict(registry.OPTIMIZERS._items))
+
+    @registry.OPTIMIZERS.register("momentum")
+    class Momentum(optim.UpdateRule):
+        moments = 1
+
+        def build(self, cfg):
+            return optax.trace(cfg.optim.b1)
+
+    cfg = tiny_config(optim={"name": "momentum"})
+    state = jax.eval_shape(optim.make_optimizer(cfg).init, params)
+    assert list(state) == ["clip", "momentum", "decay", "rate"]
+
+
+def test_optimizer_with_state_across_layers_refuses_interleaved_stages(tiny_config):
+    compute = {"rounds": 2}
+    optim.make_optimizer(tiny_config(optim={"name": "adamw"}, compute=compute))
+    with pytest.raises(ConfigError, match=r"compute.rounds=2: not with optim.name=adafactor"):
+        optim.make_optimizer(tiny_config(optim={"name": "adafactor"}, compute=compute))
+
+
+# --- learning-rate multipliers -------------------------------------------------------------------
+
+
+def test_layer_decay_multiplies_each_layers_update(on_mesh, tiny_config, tiny_model, random_params):
     """Six layers, two to a period; each is compared with the plain update, by hand."""
     model = tiny_model(layers=6, pattern=("full", "window"), window=9, tied_embeddings=False)
     fields = {"lr": PEAK, "lr_schedule": "constant", "weight_decay": 0.5, "clip": 0.0}
@@ -278,7 +321,7 @@ def test_a_layer_learns_at_a_rate_of_its_own_which_the_decay_and_its_height_give
             np.testing.assert_allclose(got[path], want, rtol=1e-6, err_msg=path)
 
 
-def test_factors_fall_from_the_top_layer_to_those_that_are_frozen(tiny_model):
+def test_lr_multipliers_fall_from_top_layer_to_frozen_ones(tiny_model):
     params = {"blocks": {"layer_0": {"w": np.zeros((4, 2))}}, "head": np.zeros((2, 2))}
     tune = TuneConfig(freeze_layers=1, layer_decay=0.5)
     found = param_groups.lr_multipliers(params, tune, tiny_model(layers=4))
@@ -297,7 +340,7 @@ def test_factors_fall_from_the_top_layer_to_those_that_are_frozen(tiny_model):
         ("mlp/gate/a", 4, ((2,), (3,))),
     ],
 )
-def test_a_matrix_has_two_sides_of_which_an_adapters_halves_have_one_each(path, ndim, sides):
+def test_sides_of_matrices_and_of_adapter_halves(path, ndim, sides):
     assert param_tree.sides(f"blocks/layer_0/{path}", ndim) == sides
 
 
@@ -305,9 +348,7 @@ def test_a_matrix_has_two_sides_of_which_an_adapters_halves_have_one_each(path, 
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_three_updates_on_a_mesh_of_eight_are_those_on_one_device(
-    on_mesh, tiny_config, model, params, name
-):
+def test_updates_on_eight_devices_equal_those_on_one(on_mesh, tiny_config, model, params, name):
     cfg = tiny_config(optim={"name": name, "lr": PEAK, "lr_schedule": "constant"})
     host = jax.device_get(params)
     rng = np.random.default_rng(0)

@@ -62,7 +62,7 @@ def fresh(cfg: Config) -> TrainState:
 
 
 def loss_fn(cfg: Config):
-    return lambda params, batch, key: objective.next_token(params, cfg, batch, EOS, key)
+    return lambda params, batch, key: objective.next_token_loss(params, cfg, batch, EOS, key)
 
 
 def one_device():

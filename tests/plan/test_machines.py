@@ -1,13 +1,18 @@
-"""Machines by name, every mistake in one, and where their devices lie."""
+"""Machines by name, every mistake in a name, and the coordinates of their devices."""
 
 from collections import Counter
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from gptjax.config import MeshConfig
 from gptjax.errors import ConfigError
 from gptjax.parallel.mesh import AXES, arrange
-from gptjax.plan.hardware import DEVICES, GIB, parse, places
+from gptjax.plan.machines import abstract_devices, parse
+from gptjax.runtime import compilation_cache, hardware
+from gptjax.runtime.hardware import DEVICES, GIB
+from gptjax.training.metrics import Throughput
 
 
 @pytest.mark.parametrize(
@@ -23,27 +28,29 @@ from gptjax.plan.hardware import DEVICES, GIB, parse, places
         ("h100:64", 64, 64, 8, 8),  # a node is what a slice is of a TPU
         ("h100:4", 4, 4, 1, 4),
         ("b200:8", 8, 8, 1, 8),
+        ("h100-pcie:16", 16, 16, 2, 8),
+        ("a100-40gb:8", 8, 8, 1, 8),
     ],
 )
-def test_a_name_says_how_many_devices_and_chips(name, devices, chips, slices, per_slice) -> None:
+def test_parse_counts_devices_chips_and_slices(name, devices, chips, slices, per_slice) -> None:
     machine = parse(name)
     assert (machine.devices, machine.chips) == (devices, chips)
     assert (machine.slices, machine.per_slice) == (slices, per_slice)
     assert machine.name == name
-    assert machine.device is DEVICES[machine.generation]
-    assert machine.generation in name
+    assert machine.device is DEVICES[machine.device.name]
+    assert machine.device.name in name
 
 
 @pytest.mark.parametrize(
     ("name", "processes"),
     [("v5e:2x2", 1), ("2xv5p:8x8x8", 256), ("h100:64", 8), ("h100:4", 1), ("v7x:4x4x4", 16)],
 )
-def test_a_process_runs_on_every_host(name, processes) -> None:
+def test_one_process_for_each_host(name, processes) -> None:
     assert parse(name).processes == processes
 
 
 @pytest.mark.parametrize(("name", "processes"), [("v5e:16x16", 64), ("v6e:8x8", 16)])
-def test_a_slice_of_several_hosts_has_as_many_processes_as_libtpu_says(name, processes) -> None:
+def test_processes_of_a_slice_are_as_many_as_libtpu_describes(name, processes) -> None:
     assert parse(name).processes == processes
 
 
@@ -69,9 +76,9 @@ def test_a_slice_of_several_hosts_has_as_many_processes_as_libtpu_says(name, pro
                 "v5e:16x16\n",
             )
         ],
-        ("v9z:4x4", ("no figures for v9z", *DEVICES)),
-        ("xv5e:16x16", ("no figures for xv5e", *DEVICES)),
-        ("2xh300:8", ("no figures for h300", *DEVICES)),
+        ("v9z:4x4", ("unknown device v9z", *DEVICES)),
+        ("xv5e:16x16", ("unknown device xv5e", *DEVICES)),
+        ("2xh300:8", ("unknown device h300", *DEVICES)),
         ("v5e:0x16", ("at least 1",)),
         ("0xv5e:16x16", ("at least 1",)),
         ("h100:0", ("at least 1",)),
@@ -86,7 +93,7 @@ def test_a_slice_of_several_hosts_has_as_many_processes_as_libtpu_says(name, pro
         ("a100:12", ("8 GPUs", "multiple")),
     ],
 )
-def test_a_wrong_name_is_told_with_what_to_write(name, wanted) -> None:
+def test_parse_rejects_invalid_names_and_says_what_to_write(name, wanted) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(name)
     (problem,) = caught.value.problems
@@ -95,25 +102,50 @@ def test_a_wrong_name_is_told_with_what_to_write(name, wanted) -> None:
         assert part in problem.removeprefix(f"--machine={name}: ")
 
 
-def test_figures_are_in_the_units_that_they_are_said_to_be_in() -> None:
+def test_figures_of_devices_are_in_their_units() -> None:
     for name, device in DEVICES.items():
         assert 100 < device.tflops < 5000, name
         assert 10 * GIB < device.memory < 300 * GIB, name
-        assert 1e11 < device.hbm < 1e13, name
-        assert device.network < device.link < device.hbm, name  # each is the next one's bottleneck
+        assert 1e11 < device.hbm_bandwidth < 1e13, name
+        # Each is the next one's bottleneck.
+        assert device.network_bandwidth < device.link_bandwidth < device.hbm_bandwidth, name
         assert (device.platform == "tpu") == name.startswith("v")
-        assert not device.rings or device.largest >= 256, name
+        assert not device.torus_dims or device.largest_slice >= 256, name
 
 
-# --- places ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", DEVICES)
+def test_planner_mfu_and_compiler_options_read_one_table(name, monkeypatch) -> None:
+    """The planner's machine, the peak of the MFU and XLA's options come from the same record."""
+    device = parse(f"{name}:{'x'.join('1' * max(1, DEVICES[name].torus_dims))}").device
+    assert device is DEVICES[name]
+    for kind in device.kinds:
+        assert hardware.find(kind) is device
+        present = SimpleNamespace(device_kind=kind)
+        monkeypatch.setattr(jax, "devices", lambda present=present: [present])
+        assert Throughput(1.0, "bfloat16", 0.0).of(1.0)["mfu"] == pytest.approx(
+            1 / (device.tflops * 1e12 * jax.device_count())
+        )
+        assert bool(compilation_cache.options(kind)) is device.sparse_core
+    kinds = [kind for one in DEVICES.values() for kind in one.kinds]
+    assert len(kinds) == len(set(kinds))
+
+
+def test_abstract_devices_have_a_kind_of_the_table() -> None:
+    for name in ("v5p:2x2x1", "v5e:2x2", "v7x:2x2x1", "h100:8"):
+        machine = parse(name)
+        kinds = {device.device_kind for device in abstract_devices(machine)}
+        assert {hardware.find(kind) for kind in kinds} == {machine.device}
+
+
+# --- abstract devices ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "name", ["v5e:4x8", "2xv5p:2x4x8", "v7x:2x2x4", "3xv7x:2x2x1", "h100:24", "h100:2"]
 )
-def test_every_device_has_a_place_of_its_own_within_its_slice(name) -> None:
+def test_abstract_devices_have_distinct_coordinates_in_their_slice(name) -> None:
     machine = parse(name)
-    found = places(machine)
+    found = abstract_devices(machine)
     assert [place.id for place in found] == list(range(machine.devices))
     per_slice = Counter(place.slice_index for place in found)
     if machine.device.platform == "tpu":
@@ -127,14 +159,14 @@ def test_every_device_has_a_place_of_its_own_within_its_slice(name) -> None:
     for place in found:
         assert len(place.coords) == 3
         assert all(0 <= at < size for at, size in zip(place.coords, bounds, strict=True))
-        assert 0 <= place.core_on_chip < machine.device.per_chip
+        assert 0 <= place.core_on_chip < machine.device.devices_per_chip
         assert place.platform == machine.device.platform
 
 
 @pytest.mark.parametrize("name", ["v5e:4x8", "2xv5p:2x4x8", "v7x:4x4x4", "h100:24", "h100:2"])
-def test_hosts_have_equally_many_devices_and_all_of_one_slice(name) -> None:
+def test_hosts_have_equal_numbers_of_devices_of_one_slice(name) -> None:
     machine = parse(name)
-    found = places(machine)
+    found = abstract_devices(machine)
     hosts = Counter(place.process_index for place in found)
     assert sorted(hosts) == list(range(machine.processes))
     assert len(set(hosts.values())) == 1
@@ -145,7 +177,7 @@ def test_hosts_have_equally_many_devices_and_all_of_one_slice(name) -> None:
 def test_two_small_slices_are_on_two_hosts() -> None:
     machine = parse("2xv5e:2x2")
     assert machine.processes == 2
-    assert {(p.slice_index, p.process_index) for p in places(machine)} == {(0, 0), (1, 1)}
+    assert {(p.slice_index, p.process_index) for p in abstract_devices(machine)} == {(0, 0), (1, 1)}
 
 
 @pytest.mark.parametrize(
@@ -163,16 +195,16 @@ def test_two_small_slices_are_on_two_hosts() -> None:
         ("h100:32", {"data": 4, "fsdp": 4, "tensor": 2}, {"data": 4, "fsdp": 4, "tensor": 2}),
     ],
 )
-def test_fsdp_is_arranged_along_the_rings_of_the_torus(name, mesh, sizes) -> None:
-    arranged = arrange(MeshConfig(**mesh), places(parse(name)))
+def test_fsdp_spans_the_dimensions_of_the_torus(name, mesh, sizes) -> None:
+    arranged = arrange(MeshConfig(**mesh), abstract_devices(parse(name)))
     found = zip(AXES, arranged.shape, strict=True)
     assert {axis: size for axis, size in found if size > 1} == sizes
     assert len({place.id for place in arranged.flat}) == arranged.size
 
 
-def test_slices_lie_along_the_data_axis_alone() -> None:
-    arranged = arrange(MeshConfig(data=4, fsdp=8), places(parse("2xv5e:4x4")))
+def test_slices_lie_along_the_data_axis_only() -> None:
+    arranged = arrange(MeshConfig(data=4, fsdp=8), abstract_devices(parse("2xv5e:4x4")))
     slices = [{place.slice_index for place in part.flat} for part in arranged]
     assert slices == [{0}, {0}, {1}, {1}]
     with pytest.raises(ConfigError, match=r"mesh.data=1: the 2 slices lie along it"):
-        arrange(MeshConfig(data=1, fsdp=32), places(parse("2xv5e:4x4")))
+        arrange(MeshConfig(data=1, fsdp=32), abstract_devices(parse("2xv5e:4x4")))
