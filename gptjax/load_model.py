@@ -240,9 +240,9 @@ class LoadedModel:
     params: Params
     step: int | None
 
-    def sampler(self, *, rows: int = 32) -> Sampler:
+    def sampler(self, *, slots: int = 32) -> Sampler:
         """A sampler of it; see there for what it keeps of the parameters."""
-        return Sampler(self.params, self.cfg.model, self.cfg.compute, self.tokenizer, rows=rows)
+        return Sampler(self.params, self.cfg.model, self.cfg.compute, self.tokenizer, slots=slots)
 
 
 @contextmanager
@@ -252,12 +252,12 @@ def load_model(
     dtype: str | None = None,
     say: Say = _silent,
     check: Callable[[Config, Tokenizer | None], None] = lambda cfg, tokenizer: None,
-    rehearse: Callable[[Sampler], None] | None = None,
+    precompile: Callable[[Sampler], None] | None = None,
 ) -> Iterator[LoadedModel]:
     """The model of a run folder or a Hugging Face folder, with its mesh as the ambient one.
 
     `dtype` is the element type to compute in, float32 or bfloat16; by default the run's own.
-    `check` is called before the parameters are read, and may raise. On a CPU `rehearse` is called
+    `check` is called before the parameters are read, and may raise. On a CPU `precompile` is called
     while they are read, with a sampler of the same model whose parameters are zero, so that the
     programs it runs are compiled by then; an error in it is left to the real run to meet. Raises
     what `find_model` and `read_params` raise.
@@ -268,17 +268,17 @@ def load_model(
         cfg = replace(cfg, compute=replace(cfg.compute, dtype=dtype))  # type: ignore[arg-type]
     check(cfg, tokenizer)
     with entered_mesh(cfg):
-        with _rehearsal(cfg, tokenizer, rehearse):
+        with _precompiling(cfg, tokenizer, precompile):
             params, step = source.read_params(say)
         yield LoadedModel(path, cfg, tokenizer, params, step)
 
 
 @contextmanager
-def _rehearsal(
-    cfg: Config, tokenizer: Tokenizer | None, rehearse: Callable[[Sampler], None] | None
+def _precompiling(
+    cfg: Config, tokenizer: Tokenizer | None, precompile: Callable[[Sampler], None] | None
 ) -> Iterator[None]:
-    """A thread of its own for `rehearse`, where zeros cost no memory and nobody else waits."""
-    if rehearse is None or sharding.platform() != "cpu" or jax.process_count() > 1:
+    """A thread of its own for `precompile`, where zeros cost no memory and nobody else waits."""
+    if precompile is None or sharding.platform() != "cpu" or jax.process_count() > 1:
         yield
         return
     mesh = jax.sharding.get_mesh()
@@ -286,9 +286,9 @@ def _rehearsal(
     def go() -> None:
         with suppress(Exception), jax.set_mesh(mesh):
             zeros = safetensors.zeros(cfg.model, cfg.compute.dtype)
-            rehearse(Sampler(zeros, cfg.model, cfg.compute, tokenizer))
+            precompile(Sampler(zeros, cfg.model, cfg.compute, tokenizer))
 
-    thread = Thread(target=go, name="rehearsal")
+    thread = Thread(target=go, name="precompile")
     thread.start()
     yield  # an error here is told at once, and the thread's end awaited at the interpreter's
     thread.join()

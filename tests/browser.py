@@ -79,7 +79,7 @@ class Browser:
         return result["result"].get("value")
 
     def until(self, script: str) -> None:
-        """Waits until an expression is true; a minute at most."""
+        """Waits until an expression is true, for at most a minute."""
         end = time.monotonic() + 60
         while not self.run(script):
             assert time.monotonic() < end, script

@@ -1,7 +1,7 @@
-"""How fast a model samples on this machine, beside what its memory allows.
+"""The decode speed of a model on this machine, compared with its memory bandwidth.
 
-At batch 1 a token costs one reading of all weights, so bytes of weights by memory bandwidth is the
-bound. The bandwidth is measured, not looked up.
+At batch 1 a decode step reads all weights once, so the time to read them bounds the time of a
+token. The bandwidth is measured, not looked up.
 """
 
 import os
@@ -18,25 +18,25 @@ import numpy as np
 from gptjax.kernels import cpu
 from gptjax.load_model import LoadedModel
 from gptjax.parallel import sharding
-from gptjax.sample import Request, Room, Sampler, SamplingParams
+from gptjax.sample import EngineLimits, Request, Sampler, SamplingParams
 
 BATCHES = (1, 8, 32)
 PROMPT, NEW = 64, 128
 
 
 class Rate(NamedTuple):
-    """Seconds from an empty engine to the first token of every row, and tokens/s after it."""
+    """Seconds until every slot has its first token, prefill included, and tokens/s after that."""
 
     first: float
     decode: float
 
 
 def memory_reader() -> Callable[[], float]:
-    """A function that measures the bytes/s that this process reads from memory: the median of half
-    a second of readings of 512 MiB.
+    """A function that measures memory bandwidth in bytes/s: the median over half a second of
+    readings of 512 MiB.
 
-    On a CPU every core takes the dot product of its share with itself; elsewhere it is one sum on
-    the first device.
+    On a CPU every core computes the dot product of its share with itself; elsewhere the first
+    device computes one sum.
     """
     values = np.ones(1 << 27, np.float32)
     if sharding.platform() == "cpu":
@@ -61,7 +61,9 @@ def memory_reader() -> Callable[[], float]:
 
 
 def weight_bytes(sampler: Sampler) -> int:
-    """Bytes of a device's parameters that a step reads: all but tables that it takes rows of."""
+    """Bytes of one device's parameters that a decode step reads: all but the embeddings of which it
+    reads single rows.
+    """
     params = dict(sampler.params)
     params.pop("positions", None)
     if "head" in params:
@@ -70,13 +72,13 @@ def weight_bytes(sampler: Sampler) -> int:
 
 
 def measure(sampler: Sampler, batch: int, prompt: int = PROMPT, new: int = NEW) -> Rate:
-    """One round: `batch` random prompts, each continued greedily by exactly `new` tokens."""
+    """The speed of one round: `batch` random prompts, each continued greedily by `new` tokens."""
     rng = np.random.default_rng(0)
     settings = SamplingParams(temperature=0, max_tokens=new)
-    engine = sampler.engine(rows=batch, capacity=prompt + new, room=Room())
+    engine = sampler.engine(slots=batch, capacity=prompt + new, limits=EngineLimits())
     ids = rng.integers(0, sampler.vocab_size, (batch, prompt)).tolist()
     start = time.perf_counter()
-    engine.submit(*(Request(row, settings, (), i) for i, row in enumerate(ids)))
+    engine.submit(*(Request(one, settings, (), i) for i, one in enumerate(ids)))
     engine.step(1)
     first = time.perf_counter()
     count = sum(len(event.tokens) for event in engine.run())
@@ -84,20 +86,20 @@ def measure(sampler: Sampler, batch: int, prompt: int = PROMPT, new: int = NEW) 
 
 
 def report(model: LoadedModel, say: Callable[[str], None], rounds: int = 5) -> None:
-    """Says medians of `rounds`, and from least to most; the first call of each shape compiles.
+    """Reports medians of `rounds` rounds, with least and most; an untimed round compiles.
 
-    Memory is read before each round: on a shared machine its speed changes from second to second.
+    Bandwidth is measured before each round: on a shared machine it changes from second to second.
     """
-    cfg, sampler = model.cfg, model.sampler(rows=max(BATCHES))
+    cfg, sampler = model.cfg, model.sampler(slots=max(BATCHES))
     prompt = min(PROMPT, cfg.model.context // 2)
     new = min(NEW, cfg.model.context - prompt)
     size, memory = weight_bytes(sampler), memory_reader()
     say(
-        f"{model.name}: {cfg.compute.dtype}, {size / 1e6:.0f} MB of weights a step; "
+        f"{model.name}: {cfg.compute.dtype}, {size / 1e6:.0f} MB of weights a decode step; "
         f"prompt {prompt}, new {new}"
     )
     if sharding.platform() == "cpu" and (reason := cpu.why_not()):
-        say(f"products of few rows by XLA, which is slower: {reason}")
+        say(f"decode by XLA, which is slower than the C kernels: {reason}")
     for batch in BATCHES:
         measure(sampler, batch, prompt, new)
         reads, rates = zip(
@@ -111,6 +113,6 @@ def report(model: LoadedModel, say: Callable[[str], None], rounds: int = 5) -> N
         say(
             f"batch {batch:2}: {statistics.median(decode):7.1f} tokens/s "
             f"({min(decode):.1f} to {max(decode):.1f}), first tokens after {1e3 * first:.0f} ms; "
-            f"weights at {share:.0%} of the {statistics.median(reads) / 1e9:.1f} GB/s "
-            f"({min(reads) / 1e9:.1f} to {max(reads) / 1e9:.1f}) that memory reads"
+            f"weights read at {share:.0%} of the {statistics.median(reads) / 1e9:.1f} GB/s "
+            f"({min(reads) / 1e9:.1f} to {max(reads) / 1e9:.1f}) memory bandwidth"
         )

@@ -1,9 +1,10 @@
-"""What `gptjax sample` does with a sampler: prompts, a file of them, a conversation.
+"""`gptjax sample`: prompts from the command line, from a file, or typed interactively.
 
-A file's lines are objects: "prompt", a text or token ids, and any of the settings. Each result is a
-line of the output, {"line": of the file, from 0, "sample", "text", "finish", …}, written as soon as
-it is there. Started again, it leaves out the lines whose results are all there. The draws of a line
-depend on its number and its seed, so a continued file has the results of an undisturbed one.
+The lines of a prompt file are JSON objects: "prompt", a text or token ids, and any fields of
+`SamplingParams`. Each result is a line of the output, {"line": number in the prompt file, from 0,
+"sample", "text", "finish", …}, written as soon as it is complete. A second run resumes: it skips
+lines whose results are all there. The random stream of a line depends on its number and seed alone,
+so a resumed output equals an uninterrupted one.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gptjax.errors import ConfigError, DataError, OutputError
 from gptjax.runtime.progress import Progress
@@ -24,11 +25,11 @@ PLAIN = (
     *("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "samples", "seed", "logprobs"),
 )
-"""Settings that are one number."""
+"""Fields of `SamplingParams` that are single numbers."""
 
 
 def to_json(completion: Completion, sampler: Sampler) -> dict[str, Any]:
-    """A result as an object; tokens only where their log-probabilities were asked for."""
+    """A result as a JSON object, with tokens if log-probabilities were requested."""
     result: dict[str, Any] = {"text": completion.text, "finish": completion.finish}
     if sampler.tokenizer is None:
         result["ids"] = completion.ids
@@ -56,11 +57,11 @@ def show(
     as_json: bool,
     many: bool,
 ) -> None:
-    """Prints results: prompt and continuation, or JSON lines."""
+    """Prints results, as prompt and continuation or as JSON lines."""
     for one in done:
         if as_json:
-            place = {"prompt": one.prompt, "sample": one.sample}
-            print(json.dumps(place | to_json(one, sampler), ensure_ascii=False))
+            index = {"prompt": one.prompt, "sample": one.sample}
+            print(json.dumps(index | to_json(one, sampler), ensure_ascii=False))
             continue
         if many:
             score = "" if one.score is None else f", score {one.score:.4f}"
@@ -73,8 +74,8 @@ def show(
 
 
 def converse(sampler: Sampler, settings: SamplingParams) -> None:
-    """Asks for prompts until the input ends; streams each continuation token by token."""
-    print("a prompt a line; Ctrl-C ends a continuation, Ctrl-D ends this", file=sys.stderr)
+    """Reads prompts until the input ends; streams each continuation token by token."""
+    print("one prompt per line; Ctrl-C ends a continuation, Ctrl-D quits", file=sys.stderr)
     while True:
         try:
             prompt = input("> ")
@@ -91,44 +92,44 @@ def converse(sampler: Sampler, settings: SamplingParams) -> None:
 
 
 class File:
-    """A file of prompts and the file of their results.
+    """A prompt file and its output file.
 
-    Reads and checks both at once, before a model is opened. Raises DataError for lines that cannot
-    be used and for results of other lines, OutputError where results cannot be written.
+    Both are read and validated at construction, before a model is loaded. Raises DataError for
+    invalid lines and for an output of other prompts, OutputError if the output cannot be written.
     """
 
     def __init__(self, source: str, target: str, settings: SamplingParams) -> None:
         self._source, self._target = Path(source), Path(target)
         self._lines = dict(_requests(self._source, settings))
         if self._target.exists() and self._target.samefile(self._source):
-            raise OutputError(f"{target}: is the file of prompts; give another --output")
-        self._have = _results(self._target)
-        for line, mark in self._have.values():
-            if line not in self._lines or mark != _mark(*self._lines[line]):
+            raise OutputError(f"{target}: is the prompt file; give another --output")
+        self._done = _results(self._target)
+        for line, digest in self._done.values():
+            if line not in self._lines or digest != _digest(*self._lines[line]):
                 raise DataError(
-                    f"{target}: has results of line {line + 1} with another prompt or other "
-                    f"settings than {source}; give another --output"
+                    f"{target}: has results of line {line + 1} with a prompt or settings that "
+                    f"differ from {source}; give another --output"
                 )
 
     def fill(self, sampler: Sampler, progress: Progress) -> None:
-        """Serves the lines that are left, and appends their results.
+        """Samples the remaining lines, and appends their results.
 
-        Raises DataError with every line whose prompt the model cannot take.
+        Raises DataError with every line whose prompt is invalid for the model.
         """
         requests, problems = [], []
-        for line, (prompt, one) in self._lines.items():
-            missing = [s for s in range(one.samples) if (line, s) not in self._have]
+        for line, (prompt, settings) in self._lines.items():
+            missing = [s for s in range(settings.samples) if (line, s) not in self._done]
             if not missing:
                 continue
             try:
-                requests.append(sampler.request(prompt, one, line))
+                requests.append(sampler.request(prompt, settings, line))
             except ConfigError as error:
                 problems.append(f"{self._source}, line {line + 1}: {error}")
         if problems:
             raise DataError("\n  ".join(problems))
         total = sum(request.settings.samples for request in requests)
         known = len(self._lines) - len(requests)
-        progress.say(f"{known} of {len(self._lines)} lines are done; {total} results to make")
+        progress.say(f"{known} of {len(self._lines)} lines are done; {total} results to sample")
         waiting: dict[int, list[Completion]] = {}
         try:
             with (
@@ -138,25 +139,25 @@ class File:
                 for count, one in enumerate(sampler.complete(requests), 1):
                     waiting.setdefault(one.prompt, []).append(one)
                     if len(waiting[one.prompt]) == self._lines[one.prompt][1].samples:
-                        out.write(self._written(waiting.pop(one.prompt), sampler))
+                        out.write(self._results_of(waiting.pop(one.prompt), sampler))
                         out.flush()
                     bar.update(count)
         except OSError as error:
             raise OutputError(f"{self._target}: cannot be written: {error}") from None
 
-    def _written(self, done: list[Completion], sampler: Sampler) -> str:
-        """The results of a line that are not there yet."""
+    def _results_of(self, done: list[Completion], sampler: Sampler) -> str:
+        """The results of a line that the output does not have yet."""
         lines = []
         for one in sorted(done, key=lambda completion: completion.sample):
-            if (one.prompt, one.sample) not in self._have:
-                mark = _mark(*self._lines[one.prompt])
-                place = {"line": one.prompt, "sample": one.sample, "request": mark}
-                lines.append(json.dumps(place | to_json(one, sampler), ensure_ascii=False) + "\n")
+            if (one.prompt, one.sample) not in self._done:
+                digest = _digest(*self._lines[one.prompt])
+                index = {"line": one.prompt, "sample": one.sample, "request": digest}
+                lines.append(json.dumps(index | to_json(one, sampler), ensure_ascii=False) + "\n")
         return "".join(lines)
 
 
-def _mark(prompt: str | list[int], settings: SamplingParams) -> str:
-    """What tells a prompt and its settings from others."""
+def _digest(prompt: str | list[int], settings: SamplingParams) -> str:
+    """A digest of a prompt and its settings, without the number of samples."""
     whole = json.dumps([prompt, {k: v for k, v in vars(settings).items() if k != "samples"}])
     return hashlib.sha256(whole.encode()).hexdigest()[:12]
 
@@ -164,7 +165,7 @@ def _mark(prompt: str | list[int], settings: SamplingParams) -> str:
 def _requests(
     source: Path, settings: SamplingParams
 ) -> Iterator[tuple[int, tuple[str | list[int], SamplingParams]]]:
-    """Number, prompt and settings of each line. Raises DataError with all that have mistakes."""
+    """Number, prompt and settings of each line. Raises DataError with all invalid lines."""
     names = {field.name for field in fields(SamplingParams)}
     problems = []
     for number, line in _objects(source):
@@ -172,11 +173,11 @@ def _requests(
         prompt = line.pop("prompt", None)
         ids = isinstance(prompt, list) and all(type(i) is int for i in prompt)
         if not isinstance(prompt, str) and not ids:
-            problems.append(f'{place}: needs "prompt", a text or a list of token ids')
+            problems.append(f'{place}: requires "prompt", a text or a list of token ids')
             continue
         if unknown := sorted(set(line) - names):
             problems.append(
-                f"{place}: {unknown[0]!r} is no setting; known: {', '.join(sorted(names))}"
+                f"{place}: {unknown[0]!r}: unknown setting; known: {', '.join(sorted(names))}"
             )
             continue
         try:
@@ -192,9 +193,10 @@ def _requests(
 
 
 def settings_from(values: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `SamplingParams` from JSON values. Raises ConfigError for one of another type."""
+    """Fields of `SamplingParams` from JSON values. Raises ConfigError for invalid types."""
     kinds: dict[str, Any] = {field.name: field.default for field in fields(SamplingParams)}
-    made, problems = {}, []
+    made: dict[str, Any] = {}
+    problems = []
     for name, value in values.items():
         default = kinds[name]
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -229,13 +231,13 @@ _KINDS = {
     "logit_bias": "must be an object of token ids and numbers",
     "stop": "must be a text or a list of texts",
     "banned": "must be a list of token ids",
-    **dict.fromkeys(("max_tokens", "top_k", "samples", "seed"), "must be a whole number"),
-    "logprobs": "must be a whole number or null",
+    **dict.fromkeys(("max_tokens", "top_k", "samples", "seed"), "must be an integer"),
+    "logprobs": "must be an integer or null",
 }
 
 
 def _objects(source: Path, contents: bytes | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The object of each line, and its number from 0; blank lines are none."""
+    """The number, from 0, and the object of each line that is not blank."""
     try:
         text = (source.read_bytes() if contents is None else contents).decode("utf-8")
     except (OSError, ValueError) as error:
@@ -253,9 +255,10 @@ def _objects(source: Path, contents: bytes | None = None) -> Iterator[tuple[int,
 
 
 def _results(target: Path) -> dict[tuple[int, int], tuple[int, str]]:
-    """Line and request of each result, by line and sample.
+    """Line and request digest of each result, by line and sample.
 
-    A last one that was cut off is taken away; a file of anything else is left as it is.
+    An incomplete last line is removed. Raises DataError for a file that has other contents, which
+    stays as it is.
     """
     try:
         if not target.exists():
@@ -263,14 +266,14 @@ def _results(target: Path) -> dict[tuple[int, int], tuple[int, str]]:
         whole = target.read_bytes()
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error}") from None
-    foreign = DataError(f"{target}: holds lines that are no results; give another --output")
+    foreign = DataError(f"{target}: contains lines that are not results; give another --output")
     end = whole.rfind(b"\n") + 1
     found = {}
     for _, value in _objects(target, whole[:end]):
-        line, sample, mark = (value.get(name) for name in ("line", "sample", "request"))
-        if type(line) is not int or type(sample) is not int or not isinstance(mark, str):
+        line, sample, digest = (value.get(name) for name in ("line", "sample", "request"))
+        if type(line) is not int or type(sample) is not int or not isinstance(digest, str):
             raise foreign
-        found[line, sample] = line, mark
+        found[line, sample] = line, digest
     if end < len(whole):
         if not found and not whole.startswith(b'{"line": '):
             raise foreign
@@ -316,7 +319,9 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
     _refuse_unused(args)
     beams = None
     if args.beams:
-        early = {"false": False, "true": True, "never": "never"}[args.early_stopping]
+        early: bool | Literal["never"] = args.early_stopping == "true"
+        if args.early_stopping == "never":
+            early = "never"
         beams = BeamSearchParams(
             args.beams, args.length_penalty, early, args.samples, args.max_tokens
         )
@@ -330,11 +335,11 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
     file = File(args.file, args.output, settings) if args.file else None
     from gptjax import load_model
 
-    prompts, rehearse = args.prompt or [""], None
+    prompts, precompile = args.prompt or [""], None
     if beams is None and not (args.file or args.interactive or args.bench):
-        rehearse = lambda sampler: sampler.rehearse(prompts, settings)
+        precompile = lambda sampler: sampler.precompile(prompts, settings)
     say = Progress().say
-    with load_model.load_model(args.run, dtype=args.dtype, say=say, rehearse=rehearse) as model:
+    with load_model.load_model(args.run, dtype=args.dtype, say=say, precompile=precompile) as model:
         if args.bench:
             from gptjax.cli import benchmark
 
@@ -342,7 +347,7 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
             return
         if model.tokenizer is None and file is None:
             raise DataError(f"{args.run}: its source had no tokenizer, so it cannot read a prompt")
-        sampler = model.sampler(rows=args.rows)
+        sampler = model.sampler(slots=args.rows)
         if file is not None:
             file.fill(sampler, Progress())
         elif args.interactive:

@@ -12,6 +12,8 @@ from gptjax.config.mesh import MeshConfig
 from gptjax.config.model import ModelConfig
 from gptjax.errors import ConfigError
 
+TokenizerKind = Literal["bytes", "sentencepiece", "huggingface"]
+
 
 @dataclass(frozen=True)
 class ComputeConfig:
@@ -44,7 +46,7 @@ class ComputeConfig:
 class TokenizerConfig:
     """The tokenizer: loaded from a file, or trained when the token store is prepared."""
 
-    kind: Literal["bytes", "sentencepiece", "huggingface"] = identity("sentencepiece")
+    kind: TokenizerKind = identity("sentencepiece")
     """Raw UTF-8 bytes, a SentencePiece model, or Hugging Face's tokenizer.json."""
     path: str = identity("")
     """The .model or tokenizer.json file to load, or its folder. Special tokens are those that the

@@ -7,12 +7,15 @@ is a Config, whose type cannot be imported here because schema.py imports this f
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 from gptjax.config.registry import ATTENTION_BACKENDS, METRIC_WRITERS, OPTIMIZERS
 
 TASK_KINDS = ("arc", "hellaswag", "lambada", "squad")
-ALGORITHMS = {"sentencepiece": ("bpe", "unigram"), "huggingface": ("byte_bpe", "wordpiece")}
+ALGORITHMS: dict[Literal["sentencepiece", "huggingface"], tuple[str, ...]] = {
+    "sentencepiece": ("bpe", "unigram"),
+    "huggingface": ("byte_bpe", "wordpiece"),
+}
 
 _MODEL_AT_LEAST_1 = ("vocab_size", "vocab_multiple", "context", "layers", "embed", "heads")
 _MODEL_AT_LEAST_0 = (

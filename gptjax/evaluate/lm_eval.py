@@ -128,7 +128,7 @@ class LMEvalAdapter(TemplateLM):
             self._scorer.model,
             self._scorer.compute,
             self._tokenizer,
-            rows=self.batch_size,
+            slots=self.batch_size,
         )
         prompts, settings = [], []
         for request in requests:

@@ -23,7 +23,7 @@ from gptjax.model import decoder
 from gptjax.model.decoder import Params
 from gptjax.parallel import arrays, sequence, sharding
 from gptjax.runtime.progress import Progress
-from gptjax.sample.engine import bucket, place_rows
+from gptjax.sample.engine import bucket, shard_batch
 from gptjax.tokenizer import Tokenizer
 
 MIN_LENGTH = 16
@@ -103,7 +103,7 @@ class Scorer:
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
                 rows = self._pad([pairs[i] for i in batch], lengths[batch[0]], batch_size)
-                queue.append((batch, _score(params, *place_rows(rows), self.model, self.compute)))
+                queue.append((batch, _score(params, *shard_batch(rows), self.model, self.compute)))
                 collect(1)
                 bar.update(start + len(batch))
             collect(0)

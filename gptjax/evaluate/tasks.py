@@ -85,7 +85,7 @@ class TaskEvaluator:
     def _questions(self, params: Params, examples: Sequence[Question]) -> list[Statistic]:
         scorer = self._scorer
         sampler = Sampler(
-            params, scorer.model, scorer.compute, self._tokenizer, rows=scorer.batch_size
+            params, scorer.model, scorer.compute, self._tokenizer, slots=scorer.batch_size
         )
         max_tokens = min(ANSWER_TOKENS, scorer.max_length // 2)
         max_prompt = scorer.max_length - max_tokens

@@ -23,7 +23,7 @@ from gptjax.model import decoder, heads, layers
 from gptjax.model.decoder import Params
 from gptjax.parallel import sequence, sharding
 from gptjax.runtime.progress import Progress
-from gptjax.sample.engine import place_rows
+from gptjax.sample.engine import shard_batch
 from gptjax.training import loss, objective
 from gptjax.training.callbacks import Evaluator
 from gptjax.training.objective import DeviceBatch
@@ -154,7 +154,7 @@ class Classifier:
         with self._progress.bar(name, count, unit="example") as bar:
             for start in range(0, count, size):
                 ids = np.minimum(np.arange(start, start + size), count - 1)
-                done.append(jax.device_get(self._scores(params, place_rows(rows.take(ids)))))
+                done.append(jax.device_get(self._scores(params, shard_batch(rows.take(ids)))))
                 bar.update(min(start + size, count))
         return np.concatenate(done)[:count]
 

@@ -15,7 +15,7 @@ from gptjax.model.decoder import Params
 from gptjax.parallel import sharding
 from gptjax.runtime.progress import Progress
 from gptjax.sample import Sampler, SamplingParams
-from gptjax.sample.engine import place_rows
+from gptjax.sample.engine import shard_batch
 from gptjax.tokenizer import Tokenizer
 from gptjax.training import objective
 from gptjax.training.callbacks import Evaluator
@@ -84,7 +84,7 @@ class AnswerLoss:
                 ids = np.arange(start, start + size)
                 batch = self._rows.take(np.minimum(ids, count - 1))
                 batch["counts_BT"] = batch["counts_BT"] * (ids < count)[:, None]
-                done.append(jax.device_get(self._sums(params, place_rows(batch))))
+                done.append(jax.device_get(self._sums(params, shard_batch(batch))))
                 bar.update(min(start + size, count))
         nats, targets = np.asarray(done, np.float64).sum(0)
         loss = float(nats / targets)
@@ -103,7 +103,7 @@ class AnswersRight:
         """valid_exact_match, valid_f1, valid_cut."""
         cfg, all_given = self._cfg, self._given.all
         rows = cfg.eval.batch
-        sampler = Sampler(params, cfg.model, cfg.compute, self._tokenizer, rows=rows)
+        sampler = Sampler(params, cfg.model, cfg.compute, self._tokenizer, slots=rows)
         longest = max(len(one.ids) - len(one.prompt) for one in all_given)
         longest = min(longest, cfg.model.context - 1)
         room = cfg.model.context - longest

@@ -1,17 +1,18 @@
-/* Decoding on a CPU: products of few rows with matrices, and attention of one token to a cache.
+/* CPU kernels for decoding: products of a few tokens with matrices, and attention of one token to
+ * a KV cache.
  *
- * Both are bound by reading memory. XLA:CPU reads a float32 matrix at half of the memory's speed
- * for one row, and has no bfloat16 product of one row (LOG.md). Here a matrix is read in the order
- * in which it lies, by all threads, what comes next fetched ahead into the second-level cache;
- * bfloat16 is widened in registers, and sums are float32. In what order they are summed depends on
- * shapes alone, not on how many threads there are or which of them comes first.
+ * Both are bound by memory bandwidth. XLA:CPU reads a float32 matrix at half of the bandwidth for
+ * one token, and has no bfloat16 product for one token (LOG.md). Here all threads read a matrix in
+ * its memory order, and prefetch the data that comes next into the L2 cache. bfloat16 is widened in
+ * registers, and sums are float32. The order of summation depends on the shapes alone, not on the
+ * number of threads or their timing.
  *
- * A call is cut into tasks. The caller takes them from the front, helpers from the back, so that
- * who has nothing to do can guess what it will read next, and fetch it.
+ * A call is cut into tasks. The caller takes tasks from the front, helper threads from the back, so
+ * that an idle thread can predict which part of the next matrix it will read, and prefetch it.
  *
- * Plain C with the vector extensions of GCC and Clang; cpu.py compiles it for the processor at
- * hand and registers the handlers at the end of this file. Names of sizes: n rows, k summed, f
- * columns.
+ * This is plain C with the vector extensions of GCC and Clang; cpu.py compiles it for this
+ * machine's processor and registers the handlers at the end of this file. Names of sizes: n tokens
+ * (rows of x), k input features (summed over), f output features (columns).
  */
 
 #include <sched.h>
@@ -30,31 +31,31 @@
 #endif
 
 enum {
-  MOST_WEIGHTS = 4,  /* matrices of one call */
-  MOST_SUMS = 6144,  /* of a task: they stay in the first-level cache */
-  TABLE_UNIT = 1024, /* rows of a table of a task */
+  MOST_WEIGHTS = 4,  /* matrices in one call */
+  MOST_SUMS = 6144,  /* sums of a task, so that they stay in the L1 cache */
+  TABLE_UNIT = 1024, /* rows of a table in a task */
   MOST_THREADS = 64,
-  LOOKS = 4096, /* of an idle helper */
+  LOOKS = 4096, /* polls of an idle helper before it ends */
   KNOWN_BITS = 10,
-  KNOWN = 1 << KNOWN_BITS, /* products whose successor is known */
-  MOST_EARLY = 1 << 18,    /* bytes that are fetched before their product is called for */
+  KNOWN = 1 << KNOWN_BITS, /* entries in the table of each product's successor */
+  MOST_EARLY = 1 << 18,    /* bytes prefetched before their product is called */
 };
 
-/* --- a call: its tasks, and who does them ---------------------------------------------------- */
+/* --- calls and tasks ------------------------------------------------------------------------- */
 
-/* The matrices of a product, and how they are cut into tasks. */
+/* The matrices of a product, and how the product is cut into tasks. */
 typedef struct {
   int table, wide;
   int64_t k, tasks;
-  int64_t unit; /* columns, or rows of the table, of a task */
+  int64_t unit; /* columns, or rows of the table, in a task */
   const char *w[MOST_WEIGHTS];
   int64_t f[MOST_WEIGHTS];
 } Product;
 
-/* A row's queries that share a head of keys are a task. */
+/* Attention; a task is the query heads of one sequence that share a key-value head. */
 typedef struct {
-  int64_t heads, queries, width, slots; /* heads of keys, queries of each */
-  int64_t window;                       /* the most tokens that are seen */
+  int64_t heads, queries, width, capacity; /* KV heads, query heads of each, head_dim, cache size */
+  int64_t window;                          /* most tokens that are attended to */
   const int32_t *positions;
   const char *new_keys, *new_values;
   char *keys, *values, *y;
@@ -64,8 +65,8 @@ typedef struct Call Call;
 struct Call {
   void (*task)(Call *, int64_t);
   int64_t tasks;
-  /* How many were taken from the front, and in the upper half from the back; every claim adds one
-   * to their sum, and holds if the sum was below `tasks`: so the two never meet. */
+  /* Number of tasks taken from the front, and in the upper 32 bits from the back. Each claim adds
+   * one to either, and is valid if their sum was below `tasks`: so no task is taken twice. */
   _Atomic uint64_t taken;
   _Atomic int64_t done;
   atomic_int holders;
@@ -74,11 +75,11 @@ struct Call {
   Product product;
   Attention attention;
   char *y[MOST_WEIGHTS];
-  float *x, *sums;   /* rows, and sums of each task */
-  atomic_int *parts; /* of each block of columns, that are done */
+  float *x, *sums;   /* x in float32, and the sums of each task */
+  atomic_int *parts; /* finished parts of each block of columns */
 };
 
-/* What a task reads: some rows and columns of one matrix, whose rows are `stride` apart. */
+/* The part of one matrix that a task reads; the matrix's rows are `stride` numbers apart. */
 typedef struct {
   const char *from;
   int64_t block, matrix, row, column, rows, columns, stride;
@@ -106,8 +107,9 @@ static Part part_of(const Product *of, int64_t task) {
   return part;
 }
 
-/* One of the parts of a block of columns; the last to be done joins them. */
-static void some_columns(Call *call, int64_t task) {
+/* A task of `columns`: one part of the sum over k, for a block of columns. The task that finishes
+ * the last part adds them up. */
+static void columns_task(Call *call, int64_t task) {
   const int n = call->n, wide = call->wide;
   const Part part = part_of(&call->product, task);
   const int64_t k = call->product.k, columns = part.columns, apart = n * columns;
@@ -124,7 +126,8 @@ static void some_columns(Call *call, int64_t task) {
   }
 }
 
-static void some_of_table(Call *call, int64_t task) {
+/* A task of `table`: some rows of the table. */
+static void rows_task(Call *call, int64_t task) {
   const int n = call->n, wide = call->wide;
   const Part part = part_of(&call->product, task);
   const int64_t k = call->product.k;
@@ -133,27 +136,28 @@ static void some_of_table(Call *call, int64_t task) {
            call->product.f[0])
 }
 
-/* The queries of one row that share a head of keys, once the row's new keys are in the cache. */
-static void some_queries(Call *call, int64_t task) {
+/* A task of attention: writes the new key and value of one sequence and KV head into the cache,
+ * then attends with the query heads that share it. */
+static void queries_task(Call *call, int64_t task) {
   const Attention *a = &call->attention;
-  const int64_t size = call->wide ? 4 : 2, row = a->width * size, slots = a->slots;
+  const int64_t size = call->wide ? 4 : 2, row = a->width * size, capacity = a->capacity;
   const int64_t position = a->positions[task / a->heads];
   char *y = a->y + task * a->queries * row;
   if (position < 0) {
     memset(y, 0, a->queries * row);
     return;
   }
-  const int64_t tokens = MIN(MIN(position + 1, slots), a->window), newest = position % slots;
-  const int64_t oldest = (position + 1 - tokens) % slots;
-  char *keys = a->keys + task * slots * row, *values = a->values + task * slots * row;
+  const int64_t tokens = MIN(MIN(position + 1, capacity), a->window), newest = position % capacity;
+  const int64_t oldest = (position + 1 - tokens) % capacity;
+  char *keys = a->keys + task * capacity * row, *values = a->values + task * capacity * row;
   memcpy(keys + newest * row, a->new_keys + task * row, row);
   memcpy(values + newest * row, a->new_values + task * row, row);
   const float *x = call->x + task * a->queries * a->width;
   float *scratch = call->sums + task * attention_scratch(a->queries, a->width);
   if (call->wide)
-    attend(1, a->queries, a->width, x, keys, values, slots, oldest, tokens, scratch, y);
+    attend(1, a->queries, a->width, x, keys, values, capacity, oldest, tokens, scratch, y);
   else
-    attend(0, a->queries, a->width, x, keys, values, slots, oldest, tokens, scratch, y);
+    attend(0, a->queries, a->width, x, keys, values, capacity, oldest, tokens, scratch, y);
 }
 
 static void release(Call *call) {
@@ -162,8 +166,8 @@ static void release(Call *call) {
 
 static int is_done(Call *call) { return atomic_load(&call->done) >= call->tasks; }
 
-/* From the front or the back, as far as there are; how many had been taken there before the first
- * of them, or `none`. */
+/* Runs tasks from the front or the back until none is left. Returns the index, counted from that
+ * end, of the first task run, or `none`. */
 static int64_t do_tasks(Call *call, int back, int64_t none) {
   const uint64_t one = back ? (uint64_t)1 << 32 : 1;
   int64_t first = none;
@@ -177,23 +181,24 @@ static int64_t do_tasks(Call *call, int back, int64_t none) {
   }
 }
 
-/* Helpers are threads of the runtime. Waking one takes as long as a small product, so one that has
- * nothing left to do looks out for the next call for a while: `offered` is a call that wants
- * helpers, `places` how many; both are guarded by `door`. */
+/* Helpers are threads of the runtime. Waking one takes as long as a small product, so a helper
+ * without tasks polls for the next call for a while. `offered` is a call that wants helpers,
+ * `places` the number that it wants; the spin lock `door` guards both, and the table below. */
 static atomic_flag door = ATOMIC_FLAG_INIT;
 static _Atomic(Call *) offered;
 static int64_t places;
 static _Atomic int64_t waiting;
 
-/* A step's products come in the same order each time. So who has nothing to do has the memory read
- * that it will probably want next; a wrong guess, even of memory that is gone, costs time alone. */
+/* The products of a decode step come in the same order each time, so an idle thread prefetches the
+ * memory that it will probably read next. A wrong prediction, even of freed memory, only costs
+ * time. */
 static struct {
-  const char *after; /* the first matrix of the product before */
+  const char *after; /* first matrix of the preceding product */
   Product product;
 } known[KNOWN];
 static const char *latest;
 
-/* After look number `look` in vain. Others run now and then, who may hold what is waited for. */
+/* Pauses after poll number `look`; yields now and then to threads that may hold the lock. */
 static void pause_after(int look) {
   PAUSE;
   if (look % 64 == 63) sched_yield();
@@ -207,7 +212,7 @@ static void leave(void) { atomic_flag_clear(&door); }
 
 static int is_offered(void) { return !!atomic_load_explicit(&offered, memory_order_relaxed); }
 
-/* The offered call, held; NULL if there is none. */
+/* The offered call, with a reference to it; NULL if there is none. */
 static Call *accept_offer(void) {
   enter();
   Call *call = atomic_load(&offered);
@@ -219,28 +224,30 @@ static Call *accept_offer(void) {
   return call;
 }
 
-static int64_t place_of(const char *matrix) {
+/* The index of a matrix in the table of successors. */
+static int64_t index_of(const char *matrix) {
   return ((uintptr_t)matrix >> 6) * 0x9e3779b97f4a7c15u >> (64 - KNOWN_BITS);
 }
 
+/* Records that this product follows the latest one. */
 static void remember(const Product *product) {
   enter();
-  const int64_t place = place_of(latest);
-  known[place].after = latest;
-  known[place].product = *product;
+  const int64_t index = index_of(latest);
+  known[index].after = latest;
+  known[index].product = *product;
   latest = product->w[0];
   leave();
 }
 
-/* Fetches the start of the next product's task `number`, from its front or back, until `call` is
- * done, or without one until there is another. */
+/* Prefetches the beginning of task `number`, from the front or back, of the predicted next product,
+ * until `call` is done, or if it is NULL until a call is offered. */
 static void look_ahead(Call *call, int back, int64_t number) {
   Part part = {0};
   enter();
-  const int64_t place = place_of(latest);
-  const Product *next = &known[place].product;
+  const int64_t index = index_of(latest);
+  const Product *next = &known[index].product;
   const int64_t size = next->wide ? 4 : 2;
-  if (known[place].after == latest && number < next->tasks)
+  if (known[index].after == latest && number < next->tasks)
     part = part_of(next, back ? next->tasks - 1 - number : number);
   leave();
   const int64_t row = part.columns * size, rows = row ? MIN(part.rows, MOST_EARLY / row) : 0;
@@ -248,6 +255,7 @@ static void look_ahead(Call *call, int back, int64_t number) {
     fetch(part.from + i * part.stride * size, row);
 }
 
+/* A helper thread: runs tasks of a call, then polls for the next. */
 static void help(void *data) {
   Call *call = data;
   int64_t mine = 0;
@@ -265,7 +273,7 @@ static void help(void *data) {
   }
 }
 
-static void forget(XLA_FFI_CallFrame *frame, XLA_FFI_Error *error) {
+static void destroy_error(XLA_FFI_CallFrame *frame, XLA_FFI_Error *error) {
   XLA_FFI_Error_Destroy_Args gone = {.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE,
                                      .error = error};
   frame->api->XLA_FFI_Error_Destroy(&gone);
@@ -279,13 +287,13 @@ static int64_t threads_of(XLA_FFI_CallFrame *frame) {
       .num_threads = &threads};
   XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_NumThreads(&count);
   if (error) {
-    forget(frame, error);
+    destroy_error(frame, error);
     return 1;
   }
   return MIN(threads, MOST_THREADS);
 }
 
-/* Does all tasks, with the runtime's threads as far as they come in time. */
+/* Runs all tasks of a call, with helpers as far as they come in time. */
 static void work(XLA_FFI_CallFrame *frame, Call *call, int64_t threads) {
   const int64_t wanted = MIN(threads, call->tasks) - 1;
   int64_t called = 0;
@@ -305,8 +313,8 @@ static void work(XLA_FFI_CallFrame *frame, Call *call, int64_t threads) {
   for (; called < wanted; called++) {
     atomic_fetch_add(&call->holders, 1);
     XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_Schedule(&schedule);
-    if (error) { /* no threads: the caller does it all */
-      forget(frame, error);
+    if (error) { /* no helper: the caller runs all tasks */
+      destroy_error(frame, error);
       release(call);
       break;
     }
@@ -322,7 +330,8 @@ static void work(XLA_FFI_CallFrame *frame, Call *call, int64_t threads) {
   for (int look = 0; !is_done(call); look++) pause_after(look);
 }
 
-/* Rows [n, k] in float32; if `split`, in the order of `load`, then what is left of each. */
+/* Reads x [n, k] as float32. If `split`, rows are in the order of `load`, and their last k % PAIR
+ * numbers follow after all rows. */
 static void read_rows(Call *call, const XLA_FFI_Buffer *x, int64_t k, int split) {
   const int wide = x->dtype == XLA_FFI_DataType_F32;
   const int64_t whole = k / PAIR * PAIR;
@@ -338,7 +347,7 @@ static void read_rows(Call *call, const XLA_FFI_Buffer *x, int64_t k, int split)
     }
 }
 
-/* A call with room behind it for its rows, some sums, and counts of parts; NULL without memory. */
+/* A call, allocated together with its x, sums and part counters; NULL if out of memory. */
 static Call *new_call(int64_t n, int64_t k, int64_t sums, int64_t blocks) {
   const int64_t rows = (n * k + LANES - 1) / LANES * LANES;
   const int64_t size = (rows + sums) * sizeof(float) + blocks * sizeof(atomic_int);
@@ -356,12 +365,12 @@ static Call *new_call(int64_t n, int64_t k, int64_t sums, int64_t blocks) {
 
 static XLA_FFI_Error *no_memory(XLA_FFI_CallFrame *frame) {
   XLA_FFI_Error_Create_Args error = {.struct_size = XLA_FFI_Error_Create_Args_STRUCT_SIZE,
-                                     .message = "gptjax: no memory for a step of decoding",
+                                     .message = "gptjax: out of memory in a decode step",
                                      .errc = XLA_FFI_Error_Code_RESOURCE_EXHAUSTED};
   return frame->api->XLA_FFI_Error_Create(&error);
 }
 
-/* x [n, k] times each w_i [k, f_i], or times the transpose of one table [f, k]; y_i [n, f_i]. */
+/* y_i [n, f_i]: x [n, k] times each w_i [k, f_i], or times the transpose of one table [f, k]. */
 static XLA_FFI_Error *product(XLA_FFI_CallFrame *frame, int table) {
   const XLA_FFI_Buffer *x = frame->args.args[0];
   const int64_t n = x->dims[0], k = x->dims[1], threads = threads_of(frame);
@@ -374,7 +383,7 @@ static XLA_FFI_Error *product(XLA_FFI_CallFrame *frame, int table) {
   Call *call = new_call(n, k, table ? 0 : blocks * PARTS * n * unit, blocks);
   if (!call) return no_memory(frame);
   Product *product = &call->product;
-  call->task = table ? some_of_table : some_columns;
+  call->task = table ? rows_task : columns_task;
   call->tasks = product->tasks = table ? blocks : blocks * PARTS;
   call->wide = product->wide = x->dtype == XLA_FFI_DataType_F32;
   product->table = table;
@@ -393,7 +402,7 @@ static XLA_FFI_Error *product(XLA_FFI_CallFrame *frame, int table) {
   return NULL;
 }
 
-/* The number that an attribute of this name has. */
+/* The value of the attribute with this name, 0 if there is none. */
 static int64_t attribute(const XLA_FFI_CallFrame *frame, const char *name) {
   for (int64_t i = 0; i < frame->attrs.size; i++) {
     const XLA_FFI_ByteSpan *its = frame->attrs.names[i];
@@ -403,8 +412,9 @@ static int64_t attribute(const XLA_FFI_CallFrame *frame, const char *name) {
   return 0;
 }
 
-/* Queries [b, h, c], keys and values [b, k, c] of one token a row, keys and values of the caches
- * [p, b, k, s, c], which are results too, positions [b], and which cache []; y [b, h, c]. */
+/* Attention. Arguments: queries [b, h, c], keys and values [b, k, c] of one token of each sequence;
+ * keys and values of the caches [p, b, k, s, c], which are results too; positions [b]; the index of
+ * the cache []. Result: y [b, h, c]. */
 static XLA_FFI_Error *attention(XLA_FFI_CallFrame *frame) {
   const XLA_FFI_Buffer *const *args = (const XLA_FFI_Buffer *const *)frame->args.args;
   const XLA_FFI_Buffer *const *rets = (const XLA_FFI_Buffer *const *)frame->rets.rets;
@@ -413,7 +423,7 @@ static XLA_FFI_Error *attention(XLA_FFI_CallFrame *frame) {
   const int64_t k = keys->dims[2], s = keys->dims[3], threads = threads_of(frame);
   Call *call = new_call(b * h, c, b * k * attention_scratch(h / k, c), 0);
   if (!call) return no_memory(frame);
-  call->task = some_queries;
+  call->task = queries_task;
   call->tasks = b * k;
   call->wide = x->dtype == XLA_FFI_DataType_F32;
   const int64_t cache = *(const int32_t *)args[6]->data * b * k * s * c * (call->wide ? 4 : 2);
@@ -421,7 +431,7 @@ static XLA_FFI_Error *attention(XLA_FFI_CallFrame *frame) {
       .heads = k,
       .queries = h / k,
       .width = c,
-      .slots = s,
+      .capacity = s,
       .window = attribute(frame, "window"),
       .positions = args[5]->data,
       .new_keys = args[1]->data,
@@ -440,8 +450,8 @@ static XLA_FFI_Error *attention(XLA_FFI_CallFrame *frame) {
 
 /* --- handlers -------------------------------------------------------------------------------- */
 
-/* XLA asks once for the version that a handler was compiled against. */
-static int is_question(XLA_FFI_CallFrame *frame) {
+/* Whether a call only asks for the API version that the handler was compiled for; answers it. */
+static int is_version_query(XLA_FFI_CallFrame *frame) {
   if (!frame->extension_start || frame->extension_start->type != XLA_FFI_Extension_Metadata)
     return 0;
   XLA_FFI_Metadata *about = ((XLA_FFI_Metadata_Extension *)frame->extension_start)->metadata;
@@ -451,13 +461,13 @@ static int is_question(XLA_FFI_CallFrame *frame) {
 }
 
 XLA_FFI_Error *gptjax_columns(XLA_FFI_CallFrame *frame) {
-  return is_question(frame) ? NULL : product(frame, 0);
+  return is_version_query(frame) ? NULL : product(frame, 0);
 }
 
 XLA_FFI_Error *gptjax_table(XLA_FFI_CallFrame *frame) {
-  return is_question(frame) ? NULL : product(frame, 1);
+  return is_version_query(frame) ? NULL : product(frame, 1);
 }
 
 XLA_FFI_Error *gptjax_attention(XLA_FFI_CallFrame *frame) {
-  return is_question(frame) ? NULL : attention(frame);
+  return is_version_query(frame) ? NULL : attention(frame);
 }

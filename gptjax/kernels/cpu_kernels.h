@@ -1,4 +1,4 @@
-/* Arithmetic of cpu.c: what one thread does, in registers and caches. */
+/* The arithmetic of cpu.c: the work of one thread, in registers and caches. */
 
 #pragma once
 
@@ -14,14 +14,14 @@ typedef uint32_t words __attribute__((vector_size(64), aligned(2), may_alias));
 
 enum {
   LANES = 16,
-  PAIR = 2 * LANES, /* columns that are read at a time */
-  DEPTH = 8,        /* rows of a matrix that are added up in registers */
-  TABLE_DEPTH = 4,  /* rows of a table that are summed side by side */
-  AHEAD = 8192,     /* bytes between what is fetched and what is used */
-  PARTS = 4,        /* that a sum is cut into */
-  MOST_ROWS = 8,    /* n */
-  GROUP = 4,        /* queries that are added up in registers */
-  BLOCK = 256,      /* tokens that are attended to at a time; a multiple of LANES */
+  PAIR = 2 * LANES, /* columns loaded at a time */
+  DEPTH = 8,        /* rows of a matrix summed in registers */
+  TABLE_DEPTH = 4,  /* rows of a table with sums in registers at a time */
+  AHEAD = 8192,     /* prefetch distance in bytes */
+  PARTS = 4,        /* tasks that share a sum over k */
+  MOST_ROWS = 8,    /* largest n */
+  GROUP = 4,        /* query heads with sums in registers at a time */
+  BLOCK = 256,      /* tokens of the cache processed at a time; a multiple of LANES */
 };
 
 /* --- numbers ------------------------------------------------------------------------------- */
@@ -33,14 +33,14 @@ INLINE float widen(uint16_t half) {
   return value;
 }
 
-/* To the nearest bfloat16, ties to even, in the upper half of each word; a NaN stays one. */
+/* Rounds to bfloat16, ties to even, in the upper half of each word; NaN stays NaN. */
 INLINE words rounded(words w) {
   const words nan = (words)((w & 0x7fffffffu) > 0x7f800000u);
   const words near = w + 0x7fffu + (w >> 16 & 1);
   return (nan & (w | 0x400000u)) | (~nan & near);
 }
 
-/* PAIR numbers as two vectors: of float32 one after the other, of bfloat16 the even and the odd. */
+/* Loads PAIR numbers as two vectors: float32 in order, bfloat16 as even and odd numbers. */
 INLINE void load(int wide, const char *from, floats *a, floats *b) {
   if (wide) {
     *a = *(const floats *)from;
@@ -62,7 +62,7 @@ INLINE void save(int wide, floats a, floats b, char *to) {
   }
 }
 
-/* Where `load` puts number i of a row. */
+/* The index at which `load` puts number i of a row. */
 INLINE int64_t lane(int wide, int64_t i) {
   return wide ? i : i / PAIR * PAIR + i % 2 * LANES + i % PAIR / 2;
 }
@@ -81,7 +81,7 @@ INLINE float sum_of(floats v) {
   return q[0] + q[1] + (q[2] + q[3]);
 }
 
-/* e^v for v <= 0, to 2 units in the last place: 2^n times a polynomial of what is left (Cody and
+/* e^v for v <= 0, to 2 units in the last place: 2^n times a polynomial of the remainder (Cody and
  * Waite 1980). */
 INLINE floats exp_of(floats v) {
   typedef int32_t ints __attribute__((vector_size(64), may_alias));
@@ -108,12 +108,12 @@ INLINE void put(int wide, char *to, int64_t i, float value) {
     ((uint16_t *)to)[i] = (uint16_t)(rounded((words)((floats){0} + value))[0] >> 16);
 }
 
-/* Asks for `size` bytes that will be read. */
+/* Prefetches `size` bytes. */
 INLINE void fetch(const char *from, int64_t size) {
   for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
-/* --- a part of a product: x [n, rows] times w [rows, columns], its rows `stride` apart ------- */
+/* --- a part of `columns`: x [n, rows] times w [rows, columns], its rows `stride` apart ------- */
 
 INLINE void add_rows(int wide, int n, int depth, const float *x, int64_t k, const char *w,
                      int64_t stride, int64_t columns, float *sums) {
@@ -139,7 +139,7 @@ INLINE void add_rows(int wide, int n, int depth, const float *x, int64_t k, cons
         sums[r * columns + j] += x[r * k + d] * number(wide, w, d * stride + j);
 }
 
-/* For a row or two, memory is fastest read in one stream; for more, arithmetic counts too. */
+/* For one or two tokens, a single stream reads memory fastest; for more, arithmetic counts too. */
 INLINE void add_part(int wide, int n, const float *x, int64_t k, const char *w, int64_t stride,
                      int64_t rows, int64_t columns, float *sums) {
   const int depth = n <= 2 ? 1 : DEPTH;
@@ -153,7 +153,7 @@ INLINE void add_part(int wide, int n, const float *x, int64_t k, const char *w, 
     add_rows(wide, n, 1, x + i, k, w + i * stride * size, stride, columns, sums);
 }
 
-/* One row of a product, from the sums of its parts, which are in the order of `load`. */
+/* One row of a product: adds up its parts, which are in the order of `load`. */
 INLINE void join(int wide, const float *sums, int64_t apart, int64_t columns, char *y) {
   const int64_t size = wide ? 4 : 2, whole = columns / PAIR * PAIR;
   for (int64_t j = 0; j < whole; j += PAIR) {
@@ -171,7 +171,7 @@ INLINE void join(int wide, const float *sums, int64_t apart, int64_t columns, ch
   }
 }
 
-/* --- one task: x [n, k] times the transpose of w [rows, k]; x as `load` gives it -------------- */
+/* --- `table`: x [n, k], in the order of `load`, times the transpose of w [rows, k] ----------- */
 
 INLINE void table_rows(int wide, int n, int depth, const float *x, const float *tail, int64_t k,
                        const char *w, float *y, int64_t apart) {
@@ -210,24 +210,24 @@ INLINE void table_task(int wide, int n, const float *x, const float *tail, int64
   for (; v < rows; v++) table_rows(wide, n, 1, x, tail, k, w + v * k * size, y + v, apart);
 }
 
-/* --- attention of the `queries` that share one head of keys, to the tokens of one row's cache ----
+/* --- attention of the query heads that share a KV head, to the cache of one sequence -------------
  *
- * Position p lies in slot p modulo `slots`; `oldest` is the slot of the first that is seen. x:
- * queries, scaled, as `load` gives them; scratch: `attention_scratch` floats. Keys of BLOCK tokens,
- * then their values, the sums of the blocks before scaled to the largest score so far (Milakov and
- * Gimelshein 2018): values are brought into the second-level cache with their keys, and are still
- * there when they are wanted. */
+ * Position p is at index p modulo `capacity` of the cache; `oldest` is the index of the first token
+ * attended to. x: scaled queries in the order of `load`; scratch: `attention_scratch` floats. The
+ * softmax is computed online (Milakov and Gimelshein 2018): for each BLOCK of tokens first the
+ * scores, then the weighted values, with the sums of earlier blocks rescaled to the new maximum.
+ * The values of a block are prefetched into the L2 cache along with its keys. */
 
-/* Of the i-th token that is seen. */
-INLINE int64_t slot_of(int64_t oldest, int64_t i, int64_t slots) {
-  return oldest + i < slots ? oldest + i : oldest + i - slots;
+/* The index of the i-th token attended to. */
+INLINE int64_t cache_index(int64_t oldest, int64_t i, int64_t capacity) {
+  return oldest + i < capacity ? oldest + i : oldest + i - capacity;
 }
 
 static int64_t attention_scratch(int64_t queries, int64_t width) {
   return queries * (BLOCK + width + LANES);
 }
 
-/* Scores of g queries with a key. */
+/* The scores of g query heads with a key. */
 INLINE void score(int wide, int g, int64_t width, const float *x, const char *key, float *scores) {
   floats s[GROUP], t[GROUP];
   for (int r = 0; r < g; r++) s[r] = t[r] = (floats){0};
@@ -242,9 +242,9 @@ INLINE void score(int wide, int g, int64_t width, const float *x, const char *ke
   for (int r = 0; r < g; r++) scores[r * BLOCK] = sum_of(s[r] + t[r]);
 }
 
-/* Adds what g queries see of `count` values, from token `first` on, to their sums. */
-INLINE void see(int wide, int g, int64_t width, const float *weights, const char *values,
-                int64_t slots, int64_t oldest, int64_t first, int64_t count, float *sums) {
+/* Adds `count` values from token `first` on, by the weights of g query heads, to their sums. */
+INLINE void add_values(int wide, int g, int64_t width, const float *weights, const char *values,
+                int64_t capacity, int64_t oldest, int64_t first, int64_t count, float *sums) {
   for (int64_t j = 0; j < width; j += PAIR) {
     floats s[GROUP], t[GROUP];
     for (int r = 0; r < g; r++) {
@@ -252,9 +252,9 @@ INLINE void see(int wide, int g, int64_t width, const float *weights, const char
       t[r] = *(const floats *)(sums + r * width + j + LANES);
     }
     for (int64_t i = 0; i < count; i++) {
-      const int64_t slot = slot_of(oldest, first + i, slots);
+      const int64_t index = cache_index(oldest, first + i, capacity);
       floats a, b;
-      load(wide, values + (slot * width + j) * (wide ? 4 : 2), &a, &b);
+      load(wide, values + (index * width + j) * (wide ? 4 : 2), &a, &b);
       for (int r = 0; r < g; r++) {
         s[r] += weights[r * BLOCK + i] * a;
         t[r] += weights[r * BLOCK + i] * b;
@@ -276,21 +276,21 @@ INLINE void see(int wide, int g, int64_t width, const float *weights, const char
   }
 
 INLINE void attend(int wide, int64_t queries, int64_t width, const float *x, const char *keys,
-                   const char *values, int64_t slots, int64_t oldest, int64_t tokens,
+                   const char *values, int64_t capacity, int64_t oldest, int64_t tokens,
                    float *scratch, char *y) {
   const int64_t size = wide ? 4 : 2;
   float *scores = scratch, *sums = scores + queries * BLOCK, *so_far = sums + queries * width;
   memset(sums, 0, queries * width * sizeof(float));
   for (int64_t r = 0; r < queries; r++) {
-    so_far[r * LANES] = -INFINITY; /* the largest score */
-    so_far[r * LANES + 1] = 0;     /* the sum of all weights */
+    so_far[r * LANES] = -INFINITY; /* largest score */
+    so_far[r * LANES + 1] = 0;     /* sum of all weights */
   }
   for (int64_t first = 0; first < tokens; first += BLOCK) {
     const int64_t count = MIN(BLOCK, tokens - first);
     for (int64_t i = 0; i < count; i++) {
-      const int64_t slot = slot_of(oldest, first + i, slots);
-      const char *key = keys + slot * width * size;
-      fetch(values + slot * width * size, width * size);
+      const int64_t index = cache_index(oldest, first + i, capacity);
+      const char *key = keys + index * width * size;
+      fetch(values + index * width * size, width * size);
       for (int64_t r = 0; r < queries; r += GROUP)
         BY_GROUP(score, wide, queries - r, width, x + r * width, key, scores + r * BLOCK + i)
     }
@@ -310,8 +310,8 @@ INLINE void attend(int wide, int64_t queries, int64_t width, const float *x, con
       for (int64_t j = 0; j < width; j += LANES) *(floats *)(sums + r * width + j) *= scale;
     }
     for (int64_t r = 0; r < queries; r += GROUP)
-      BY_GROUP(see, wide, queries - r, width, scores + r * BLOCK, values, slots, oldest, first,
-               count, sums + r * width)
+      BY_GROUP(add_values, wide, queries - r, width, scores + r * BLOCK, values, capacity, oldest,
+               first, count, sums + r * width)
   }
   for (int64_t r = 0; r < queries; r++)
     for (int64_t j = 0; j < width; j += PAIR) {
@@ -321,7 +321,7 @@ INLINE void attend(int wide, int64_t queries, int64_t width, const float *x, con
     }
 }
 
-/* Each number of rows, and each format, has code of its own. */
+/* Specializes a task for each number of tokens n and each dtype. */
 #define BY_SHAPE(task, ...)                                  \
   switch (n + (wide ? MOST_ROWS : 0)) {                      \
     case 1: task(0, 1, __VA_ARGS__); break;                  \

@@ -123,21 +123,19 @@ def sampling(cfg: Config, machine: Machine, prompt: int = 2048) -> Iterator[tupl
             f"prefill {rows} x {engine.CHUNK} tokens",
             _compile(lambda: prefill.compile(), mesh),
         )
-        blank = engine.blank_rows(rows, model.table, engine.Room())
+        empty = engine.empty_slots(rows, model.table, engine.EngineLimits())
         scalar = jax.ShapeDtypeStruct((), np.int32)
         burst = decoding.burst.lower(
             params,
-            jax.tree.map(lambda a: _rows(a.shape, a.dtype), blank),
+            jax.tree.map(lambda a: _rows(a.shape, a.dtype), empty),
             caches,
             scalar,
             jax.ShapeDtypeStruct((), np.bool_),
             scalar,
-            model,
-            cfg.compute,
-            decoding.Plan(drawn=True, filtered=True, logprobs=None),
+            decoding.DecodeConfig(model, cfg.compute, sampling=True, truncation=True),
         )
         yield (
-            f"decode {rows} rows, {capacity} tokens",
+            f"decode {rows} slots, {capacity} tokens",
             _compile(lambda: burst.compile(), mesh),
         )
 

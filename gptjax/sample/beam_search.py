@@ -1,19 +1,22 @@
-"""Beam search, one program from the first token to the last.
+"""Beam search: one compiled program from the first token to the last.
 
-Each prompt has `width` live beams and `width` places for finished ones, kept apart: a finished
-continuation never takes a live beam's place. At each step the best continuations of all live beams
-are looked at, enough of them that `width` go on even if all better ones end. Those among the first
-`width` that end are finished, with their log-probability divided by length ** length_penalty (Wu et
-al. 2016, without the coverage term), and compete with the finished ones for their places.
+Each prompt has `width` live beams and keeps its `width` best finished ones, apart: a finished
+continuation never takes a live beam's place. Each step ranks the best candidates over all live
+beams, enough of them that `width` live beams remain even if all better candidates end. Those among
+the first `width` that end are finished, with their log-probability divided by length **
+length_penalty (Wu et al. 2016, without the coverage term), and compete with the other finished
+ones.
 
-Shapes: b prompts, W beams, B = b*W rows, T prompt length, U longest continuation, V vocabulary.
+Shapes: R prompts, W beams, B = R*W slots, N candidates, U longest continuation, V vocabulary.
 """
 
 import functools
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from gptjax.config import ComputeConfig, ModelConfig
@@ -25,149 +28,203 @@ from gptjax.sample.decoding import next_logits
 
 
 class Beams(NamedTuple):
-    """Continuations, best first: tokens [b, W, U], lengths and scores [b, W].
+    """Continuations, best first: tokens [R, W, U], lengths and scores [R, W].
 
-    A score is a live beam's log-probability, and a finished one's divided by its length's power;
-    NEVER where there is none.
+    A live beam's score is its log-probability, a finished one's is divided by the length penalty;
+    NEVER where there is no beam.
     """
 
-    tokens_bWU: jax.Array
-    lengths_bW: jax.Array
-    scores_bW: jax.Array
+    tokens_RWU: jax.Array
+    lengths_RW: jax.Array
+    scores_RW: jax.Array
 
 
-class _State(NamedTuple):
+ScalarT = TypeVar("ScalarT", jax.Array, np.generic)
+"""Scalars on the device, or on the host."""
+
+
+class BeamOptions(NamedTuple, Generic[ScalarT]):
+    """The scalars of a search, as data: changing them compiles nothing.
+
+    `stop_early` and `exhaustive` are early stopping True and "never", see `BeamSearchParams`. A
+    continuation that reaches `max_tokens` counts as finished.
+    """
+
+    length_penalty: ScalarT
+    max_tokens: ScalarT
+    vocab_size: ScalarT
+    stop_early: ScalarT
+    exhaustive: ScalarT
+
+
+@dataclass(frozen=True)
+class BeamConfig:
+    """The static arguments of a search; `max_length` bounds `BeamOptions.max_tokens`."""
+
+    model: ModelConfig
+    compute: ComputeConfig
+    stop_ids: tuple[int, ...]
+    width: int
+    max_length: int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BeamState:
+    """Everything that a step of the search changes."""
+
     step: jax.Array
     live: Beams
     finished: Beams
-    open_b: jax.Array  # prompts whose finished beams could still become better
+    open_R: jax.Array  # prompts whose finished beams could still become better
     caches: Caches
 
 
-def _pick(beams: Beams, index_bn: jax.Array) -> Beams:
-    """Some of the beams of each prompt."""
+def _pick(beams: Beams, index_RN: jax.Array) -> Beams:
+    """The beams of each prompt at the given indices."""
     pick = lambda x: jnp.take_along_axis(
-        x, index_bn.reshape(*index_bn.shape, *[1] * (x.ndim - 2)), 1
+        x, index_RN.reshape(*index_RN.shape, *[1] * (x.ndim - 2)), 1
     )
     return Beams(*map(pick, beams))
 
 
 def _best(beams: Beams, n: int) -> Beams:
-    """The n best of each prompt, best first; of equal ones those that stand first."""
-    return _pick(beams, lax.top_k(beams.scores_bW, n)[1])
+    """The n best of each prompt, best first; ties keep their order."""
+    return _pick(beams, lax.top_k(beams.scores_RW, n)[1])
 
 
-def _join(one: Beams, other: Beams) -> Beams:
+def _concatenate(one: Beams, other: Beams) -> Beams:
     return Beams(*(jnp.concatenate(pair, 1) for pair in zip(one, other, strict=True)))
 
 
-def _reorder(caches: Caches, rows_B: jax.Array) -> Caches:
-    """The caches with row `rows_B[i]` in place of row i."""
+def _reorder(caches: Caches, slots_B: jax.Array) -> Caches:
+    """The KV caches with slot `slots_B[i]` in place of slot i."""
     out = sharding.spec(*CACHE_AXES)
-    return jax.tree.map(lambda store: store.at[:, rows_B].get(out_sharding=out), caches)
+    return jax.tree.map(lambda store: store.at[:, slots_B].get(out_sharding=out), caches)
 
 
-@functools.partial(jax.jit, static_argnums=(9, 10, 11, 12, 13))
+def _length_penalised(
+    total: jax.Array, length: jax.Array, options: BeamOptions[jax.Array]
+) -> jax.Array:
+    return total / length.astype(jnp.float32) ** options.length_penalty
+
+
+def _candidates(
+    logits_BV: jax.Array, step: jax.Array, live: Beams, n: int
+) -> tuple[Beams, jax.Array, jax.Array]:
+    """The n best one-token extensions of each prompt's live beams, the beam that each extends, and
+    its token.
+    """
+    (r, w), v = live.scores_RW.shape, logits_BV.shape[-1]
+    logprobs_RWV = jax.nn.log_softmax(logits_BV, -1).reshape(r, w, v)
+    total_RM = (logprobs_RWV + live.scores_RW[:, :, None]).reshape(r, w * v)
+    scores_RN, index_RN = lax.top_k(total_RM, n)
+    parent_RN, token_RN = index_RN // v, (index_RN % v).astype(jnp.int32)
+    beams = _pick(live, parent_RN)
+    tokens_RNU = beams.tokens_RWU.at[:, :, step].set(token_RN)
+    return Beams(tokens_RNU, beams.lengths_RW + 1, scores_RN), parent_RN, token_RN
+
+
+def _select(
+    logits_BV: jax.Array, state: BeamState, options: BeamOptions[jax.Array], config: BeamConfig
+) -> tuple[Beams, Beams, jax.Array, jax.Array]:
+    """The live and finished beams after a step, the prompts still open, and the slot [B] that each
+    live beam extends.
+    """
+    (r, w), step = state.live.scores_RW.shape, state.step
+    n = w * max(2, 1 + len(config.stop_ids))
+    candidates, parent_RN, token_RN = _candidates(logits_BV, step, state.live, n)
+    scores_RN = candidates.scores_RW
+    ends_RN = (token_RN[..., None] == jnp.array(config.stop_ids, jnp.int32)).any(-1)
+    ends_RN |= step + 1 >= options.max_tokens
+
+    first_RN = jnp.arange(n) < w
+    done_RN = ends_RN & first_RN & state.open_R[:, None] & (scores_RN > NEVER / 2)
+    penalised_RN = _length_penalised(scores_RN, candidates.lengths_RW, options)
+    done = candidates._replace(scores_RW=jnp.where(done_RN, penalised_RN, NEVER))
+    finished = _best(_concatenate(state.finished, done), w)
+
+    live_RN = jnp.where(ends_RN, NEVER, scores_RN)
+    chosen_RW = lax.top_k(live_RN, w)[1]
+    live = _pick(candidates._replace(scores_RW=live_RN), chosen_RW)
+    parent_RW = jnp.take_along_axis(parent_RN, chosen_RW, 1)
+
+    full_R = (finished.scores_RW > NEVER).all(1)
+    longest = (options.length_penalty > 0) & options.exhaustive
+    reach = jnp.where(longest, options.max_tokens, step + 1)
+    best_R = _length_penalised(live.scores_RW[:, 0], reach, options)
+    better_R = best_R > finished.scores_RW.min(1)
+    open_R = state.open_R & (~full_R | (better_R & ~options.stop_early))
+    slots_B = (jnp.arange(r)[:, None] * w + parent_RW).reshape(-1)
+    return live, finished, open_R, slots_B
+
+
+def beam_step(
+    params: Params,
+    last_R: jax.Array,
+    position_R: jax.Array,
+    state: BeamState,
+    options: BeamOptions[jax.Array],
+    config: BeamConfig,
+) -> BeamState:
+    """Every live beam extended by a token. `last_R`, `position_R`: see `search`."""
+    shape, slots_spec = state.live.scores_RW.shape, sharding.spec("batch")
+    token_RW = jnp.where(
+        state.step == 0, last_R[:, None], state.live.tokens_RWU[:, :, state.step - 1]
+    )
+    position_RW = jnp.broadcast_to((position_R + state.step)[:, None], shape)
+    to_slots = lambda x: jax.sharding.reshard(x.reshape(-1), slots_spec)
+    logits_BV, caches = next_logits(
+        params,
+        config.model,
+        config.compute,
+        to_slots(token_RW),
+        to_slots(position_RW),
+        state.caches,
+        options.vocab_size,
+    )
+    logits_BV = jax.sharding.reshard(logits_BV, jax.P())
+
+    @functools.partial(jax.sharding.auto_axes, out_sharding=jax.P(), axes=None)
+    def select(
+        logits_BV: jax.Array, step: jax.Array, live: Beams, finished: Beams, open_R: jax.Array
+    ) -> tuple[Beams, Beams, jax.Array, jax.Array]:
+        return _select(logits_BV, BeamState(step, live, finished, open_R, ()), options, config)
+
+    live, finished, open_R, slots_B = select(
+        logits_BV, state.step, state.live, state.finished, state.open_R
+    )
+    caches = _reorder(caches, jax.sharding.reshard(slots_B, slots_spec))
+    return BeamState(state.step + 1, live, finished, open_R, caches)
+
+
+@functools.partial(jax.jit, static_argnums=5)
 def search(
     params: Params,
-    last_b: jax.Array,
-    position_b: jax.Array,
+    last_R: jax.Array,
+    position_R: jax.Array,
     caches: Caches,
-    length_penalty: jax.Array,
-    max_tokens: jax.Array,
-    vocab_size: jax.Array,
-    at_once: jax.Array,
-    never: jax.Array,
-    model: ModelConfig,
-    compute: ComputeConfig,
-    stop_ids: tuple[int, ...],
-    width: int,
-    room: int,
+    options: BeamOptions[jax.Array],
+    config: BeamConfig,
 ) -> Beams:
-    """The best continuations of prompts whose last tokens are `last_b`, at `position_b`.
+    """The best continuations of prompts whose last tokens are `last_R`, at `position_R`.
 
-    The caches have b*W rows, those of a prompt one after the other, each with the prompt before its
-    last token in it; a position below zero is no prompt. A continuation that reaches `max_tokens`,
-    which is at most `room`, counts as finished. `at_once` and `never` are early stopping True and
-    "never", see `settings.BeamSearchParams`.
+    The KV caches have R*W slots, those of a prompt side by side, each with the prompt before its
+    last token in it; a negative position is no prompt.
     """
-    b, w = len(last_b), width
-    candidates = w * max(2, 1 + len(stop_ids))
-    whole = jax.P()
 
-    def blank(n: int, score: float) -> Beams:
+    def empty(score_W: jax.Array) -> Beams:
+        shape = (len(last_R), config.width)
         return Beams(
-            jnp.zeros((b, n, room), jnp.int32),
-            jnp.zeros((b, n), jnp.int32),
-            jnp.full((b, n), score, jnp.float32),
+            jnp.zeros((*shape, config.max_length), jnp.int32),
+            jnp.zeros(shape, jnp.int32),
+            jnp.broadcast_to(score_W, shape),
         )
 
-    def scored(total: jax.Array, length: jax.Array) -> jax.Array:
-        return total / length.astype(jnp.float32) ** length_penalty
-
-    @functools.partial(jax.sharding.auto_axes, out_sharding=whole, axes=None)
-    def advance(logits_BV, step, live, finished, open_b):
-        v = logits_BV.shape[-1]
-        logprobs_bWV = jax.nn.log_softmax(logits_BV, -1).reshape(b, w, v)
-        total_bn = (logprobs_bWV + live.scores_bW[:, :, None]).reshape(b, w * v)
-        scores_bc, index_bc = lax.top_k(total_bn, candidates)
-        parent_bc, token_bc = index_bc // v, (index_bc % v).astype(jnp.int32)
-        after = _pick(live, parent_bc)
-        after = Beams(
-            after.tokens_bWU.at[:, :, step].set(token_bc), after.lengths_bW + 1, scores_bc
-        )
-        ends_bc = (token_bc[..., None] == jnp.array(stop_ids, jnp.int32)).any(-1)
-        ends_bc |= step + 1 >= max_tokens
-
-        places_bc = jnp.arange(candidates) < w
-        done_bc = ends_bc & places_bc & open_b[:, None] & (scores_bc > NEVER / 2)
-        done = after._replace(
-            scores_bW=jnp.where(done_bc, scored(scores_bc, after.lengths_bW), NEVER)
-        )
-        finished = _best(_join(finished, done), w)
-
-        going_bc = jnp.where(ends_bc, NEVER, scores_bc)
-        chosen_bW = lax.top_k(going_bc, w)[1]
-        live = _pick(after._replace(scores_bW=going_bc), chosen_bW)
-        parents_bW = jnp.take_along_axis(parent_bc, chosen_bW, 1)
-
-        full_b = (finished.scores_bW > NEVER).all(1)
-        reach = jnp.where((length_penalty > 0) & never, max_tokens, step + 1)
-        hope_b = scored(live.scores_bW[:, 0], reach)
-        better_b = hope_b > finished.scores_bW.min(1)
-        open_b &= ~full_b | (better_b & ~at_once)
-        rows_B = (jnp.arange(b)[:, None] * w + parents_bW).reshape(-1)
-        return live, finished, open_b, rows_B
-
-    def go_on(state: _State) -> jax.Array:
-        return (state.step < max_tokens) & state.open_b.any()
-
-    rows_spec = sharding.spec("batch")
-
-    def one(state: _State) -> _State:
-        tokens_bW = jnp.where(
-            state.step == 0, last_b[:, None], state.live.tokens_bWU[:, :, state.step - 1]
-        )
-        to_rows = lambda x: jax.sharding.reshard(x.reshape(-1), rows_spec)
-        position_bW = jnp.broadcast_to((position_b + state.step)[:, None], (b, w))
-        logits_BV, caches = next_logits(
-            params,
-            model,
-            compute,
-            to_rows(tokens_bW),
-            to_rows(position_bW),
-            state.caches,
-            vocab_size,
-        )
-        logits_BV = jax.sharding.reshard(logits_BV, whole)
-        live, finished, open_b, rows_B = advance(
-            logits_BV, state.step, state.live, state.finished, state.open_b
-        )
-        caches = _reorder(caches, jax.sharding.reshard(rows_B, rows_spec))
-        return _State(state.step + 1, live, finished, open_b, caches)
-
-    live = blank(w, 0.0)
-    # At first all beams of a prompt are the same one.
-    live = live._replace(scores_bW=jnp.where(jnp.arange(w) == 0, live.scores_bW, NEVER))
-    state = _State(jnp.int32(0), live, blank(w, NEVER), position_b >= 0, caches)
-    return lax.while_loop(go_on, one, state).finished
+    never_W = jnp.full(config.width, NEVER, jnp.float32)
+    # At first all beams of a prompt are the same one, so only one of them counts.
+    first_W = jnp.where(jnp.arange(config.width) == 0, 0.0, never_W)
+    state = BeamState(jnp.int32(0), empty(first_W), empty(never_W), position_R >= 0, caches)
+    unfinished = lambda state: (state.step < options.max_tokens) & state.open_R.any()
+    step = lambda state: beam_step(params, last_R, position_R, state, options, config)
+    return lax.while_loop(unfinished, step, state).finished

@@ -1,54 +1,53 @@
-"""Tokens to text as they come, and texts that end a continuation."""
+"""Incremental detokenization, and stop texts."""
 
 from collections.abc import Sequence
 
 from gptjax.tokenizer import Tokenizer
 
-_CONTEXT = 8  # of a prompt's last tokens, so that a first word keeps its space
-_UNFINISHED = "\ufffd"
+_CONTEXT = 8  # last tokens of the prompt that are decoded too, so that a first word keeps its space
+_INCOMPLETE = "\ufffd"  # in place of a character some of whose bytes are missing
 
 
 class Continuation:
-    """The text of a continuation, which grows by tokens.
+    """An incremental detokenizer: the text of a continuation, token by token.
 
-    Text is given out only when it can no longer change: not the first bytes of a character, nor
-    what may be the beginning of a stop text. `stopped` is true once one of those was met; the text
-    ends before it.
+    `text` holds only what can no longer change: neither part of a character's bytes nor a possible
+    beginning of a stop text. `stopped` is true after a stop text; `text` ends before it.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
         self._tokenizer, self._stop = tokenizer, stop
         self._ids = list(prompt[-_CONTEXT:])
         self._start, self._read = 0, len(self._ids)
-        self._held = ""
+        self._pending = ""
         self.text = ""
         self.stopped = False
 
     def add(self, ids: Sequence[int], *, last: bool = False) -> str:
-        """The text that these tokens make certain; with `last`, all that there is."""
+        """Adds tokens; returns the text that is now final: with `last`, all that remains."""
         if self.stopped:
             return ""
         self._ids += ids
         whole = self._tokenizer.decode(self._ids[self._start :])
-        if last or not whole.endswith(_UNFINISHED):
+        if last or not whole.endswith(_INCOMPLETE):
             known = self._tokenizer.decode(self._ids[self._start : self._read])
-            known = known.rstrip(_UNFINISHED)
-            self._held += whole[len(known) :]
+            known = known.rstrip(_INCOMPLETE)
+            self._pending += whole[len(known) :]
             self._start, self._read = self._read, len(self._ids)
-        ends = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        ends = [at for stop in self._stop if (at := self._pending.find(stop)) >= 0]
         if ends:
             self.stopped = True
-            certain = min(ends)
+            final = min(ends)
         else:
-            certain = len(self._held) - (0 if last else self._beginning())
-        new, self._held = self._held[:certain], self._held[certain:]
+            final = len(self._pending) - (0 if last else self._possible_stop())
+        new, self._pending = self._pending[:final], self._pending[final:]
         self.text += new
         return new
 
-    def _beginning(self) -> int:
-        """Characters at the end of the held text with which a stop text may begin."""
+    def _possible_stop(self) -> int:
+        """Length of the pending text's longest suffix that may begin a stop text."""
         longest = max(map(len, self._stop), default=1) - 1
-        for size in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-size:]) for stop in self._stop):
+        for size in range(min(longest, len(self._pending)), 0, -1):
+            if any(stop.startswith(self._pending[-size:]) for stop in self._stop):
                 return size
         return 0

@@ -1,15 +1,15 @@
-"""Continuous batching: requests wait for a row, a row that ends takes the next one.
+"""Continuous batching: requests wait in a queue for a slot; a slot that ends takes the next one.
 
-The host's side of `decoding`. Everything is decided from the requests and from the tokens drawn, so
-on several processes each comes to the same decisions.
+This is the host's side of `decoding`. Every decision follows from the requests and the tokens
+drawn, so all processes of a distributed run make the same ones.
 
 Shapes: as in `decoding`.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -21,25 +21,26 @@ from gptjax.model.decoder import Params
 from gptjax.model.layers import NEVER
 from gptjax.parallel import arrays, sharding
 from gptjax.sample import decoding
-from gptjax.sample.decoding import BURST, READ, Drawn, Plan, Rows
-from gptjax.sample.logits_processors import Knobs
+from gptjax.sample.decoding import BURST, INLINE_PROMPT, DecodeConfig, DecodeOutput, Slots
+from gptjax.sample.logits_processors import ProcessorParams
 from gptjax.sample.sampling_params import MOST_LOGPROBS, SamplingParams
 
 CHUNK = 256
-"""Most tokens of a prompt that are prefilled at a time."""
-
-
+"""Most tokens of a prompt in one prefill; longer prompts are prefilled in chunks."""
 PREFILL_TOKENS = 8192
-"""Most tokens of prompts, filled up to one length, that are prefilled side by side."""
+"""Most tokens of prompts, with padding, that are prefilled together."""
 
 
-def in_groups(
-    items: Iterable[Any], length: Callable[[Any], int], tokens: int
-) -> Iterator[list[Any]]:
-    """Items, ascending by length, in groups of at most so many tokens when filled up."""
-    group: list[Any] = []
+Item = TypeVar("Item")
+
+
+def padded_groups(
+    items: Iterable[Item], length: Callable[[Item], int], max_tokens: int
+) -> Iterator[list[Item]]:
+    """Groups of items of at most `max_tokens` tokens, with padding; `items` ascend by length."""
+    group: list[Item] = []
     for item in items:
-        if group and bucket(len(group) + 1) * bucket(length(item), 16) > tokens:
+        if group and bucket(len(group) + 1) * bucket(length(item), 16) > max_tokens:
             yield group
             group = []
         group.append(item)
@@ -48,14 +49,16 @@ def in_groups(
 
 
 def bucket(n: int, least: int = 1) -> int:
-    """The next power of two: what shapes are rounded up to, so that few programs are compiled."""
+    """The size that shapes are rounded up to, so that few programs are compiled: the next power of
+    two, and at least `least`.
+    """
     return max(least, 1 << (n - 1).bit_length())
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token of a continuation; its log-probability under the model as it is, before any setting,
-    and those of the likeliest tokens, where the settings ask for them.
+    """A token of a continuation, with its log-probability and the likeliest tokens and theirs, if
+    requested. The log-probabilities are the model's, before any logits processor.
     """
 
     id: int
@@ -67,7 +70,7 @@ class Token:
 class Request:
     """A prompt to continue `settings.samples` times.
 
-    `index` is its place among the prompts of one seed: it chooses the streams of its draws.
+    `index` numbers the prompts that share a seed: it selects the random streams of this one.
     """
 
     prompt: Sequence[int]
@@ -77,16 +80,16 @@ class Request:
     cancelled: set[int] = field(default_factory=set)
 
     def cancel(self, sample: int | None = None) -> None:
-        """Wants no more of one sample, or of all; its row is free before the next burst."""
+        """Ends one sample, or all; its slot is free before the next burst."""
         self.cancelled |= set(range(self.settings.samples)) if sample is None else {sample}
 
 
 @dataclass(frozen=True)
 class Event:
-    """New tokens of a sample; none while its prompt is read.
+    """New tokens of a sample; none while decode steps read its prompt.
 
-    `finish` is None while it goes on, "stop" after a stop token, which is the last of its tokens,
-    "length" at its bound.
+    `finish` is None until the sample ends, then "stop" after a stop token, which is its last token,
+    or "length" after `max_tokens`.
     """
 
     request: Request
@@ -96,8 +99,8 @@ class Event:
 
 
 @dataclass
-class _Seat:
-    """Who sits in a row."""
+class _Assignment:
+    """The sample that a slot decodes."""
 
     request: Request
     sample: int
@@ -105,39 +108,40 @@ class _Seat:
 
 
 @dataclass
-class _Kept:
-    """A prompt whose prefill is not yet in all its rows, and its place in the caches."""
+class _KeptPrefill:
+    """A prefilled prompt, row `row` of `caches`, of which more samples wait for a slot."""
 
     request: Request
     caches: decoder.Caches
-    place: int
+    row: int
 
 
-class Room(NamedTuple):
-    """What rows have room for: stop tokens, biased and banned tokens, and whether penalties."""
+class EngineLimits(NamedTuple):
+    """The most that a request may use: stop tokens, biased and banned tokens, and penalties."""
 
     stops: int = 1
     biases: int = 0
     penalties: bool = False
 
     @classmethod
-    def needed(cls, settings: SamplingParams, stop_ids: Sequence[int]) -> "Room":
-        """What one request needs."""
+    def needed(cls, settings: SamplingParams, stop_ids: Sequence[int]) -> "EngineLimits":
+        """The limits that one request needs."""
         biases = len(settings.logit_bias) + len(settings.banned)
-        return cls(len(stop_ids), biases, settings.penalised)
+        return cls(len(stop_ids), biases, settings.has_penalties)
 
     @classmethod
-    def of(cls, settings: SamplingParams, stop_ids: Sequence[int]) -> "Room":
-        """Room for one request, rounded up."""
+    def of(cls, settings: SamplingParams, stop_ids: Sequence[int]) -> "EngineLimits":
+        """The limits that one request needs, rounded up."""
         stops, biases, penalties = cls.needed(settings, stop_ids)
         return cls(bucket(stops or 1), bucket(biases, 4) if biases else 0, penalties)
 
 
 class Engine:
-    """Rows that decode side by side, on the ambient mesh.
+    """Continuous batching over `slots` decode slots, on the ambient mesh.
 
-    `params` and `model` are those of `decoding.decoding_params`; `capacity` bounds prompt and
-    continuation together, `room` what requests may ask for. Ids below `vocab_size` are drawn.
+    `params` and `model` come from `decoding.decoding_params`. `capacity` is the most tokens of
+    prompt and continuation together. Only ids below `vocab_size` are drawn. The number of slots is
+    rounded up to a multiple of the batch axes' size.
     """
 
     def __init__(
@@ -146,45 +150,44 @@ class Engine:
         model: ModelConfig,
         compute: ComputeConfig,
         *,
-        rows: int,
+        slots: int,
         capacity: int,
-        room: Room,
+        limits: EngineLimits,
         vocab_size: int,
     ) -> None:
         shards = sharding.axis_size("batch")
-        self._params, self._model, self._compute = params, model, compute
-        self._vocab = np.int32(vocab_size)
+        self._params, self._config = params, DecodeConfig(model, compute)
+        self._vocab_size = np.int32(vocab_size)
         self._capacity = capacity
-        self._count = -(-rows // shards) * shards
+        self._count = -(-slots // shards) * shards
         self._caches = empty_caches(model, self._count, capacity, compute.dtype)
-        self._seats: list[_Seat | None] = [None] * self._count
+        self._assigned: list[_Assignment | None] = [None] * self._count
         self._waiting: deque[tuple[Request, int]] = deque()
-        self._plan = Plan(drawn=False, filtered=False, logprobs=None)
-        self._room = room
-        self._kept: _Kept | None = None
-        self._rows = place_rows(self._blank())
+        self._limits = limits
+        self._kept: _KeptPrefill | None = None
+        self._slots = shard_batch(self._empty_slots())
 
-    # --- what a caller sees ---
+    # --- public ---
 
     @property
-    def rows(self) -> int:
+    def slots(self) -> int:
         """Samples that decode at a time."""
         return self._count
 
     @property
     def busy(self) -> int:
-        """Rows that are taken."""
-        return sum(seat is not None for seat in self._seats)
+        """Slots that decode a sample."""
+        return sum(one is not None for one in self._assigned)
 
     @property
     def waiting(self) -> int:
-        """Samples without a row yet."""
+        """Samples in the queue."""
         return sum(sample not in request.cancelled for request, sample in self._waiting)
 
     def submit(self, *requests: Request) -> None:
-        """Puts requests into the queue. They are taken as checked, see `settings.check`.
+        """Puts requests into the queue; `sampling_params.check` must have passed them.
 
-        Raises ConfigError for one that needs more than the engine's capacity or room.
+        Raises ConfigError for a request that exceeds the engine's capacity or limits.
         """
         for request in requests:
             length = len(request.prompt) + request.settings.max_tokens
@@ -192,177 +195,172 @@ class Engine:
                 raise ConfigError(
                     [
                         f"max_tokens={request.settings.max_tokens}: with a prompt of "
-                        f"{len(request.prompt)} tokens more than the {self._capacity} of a row"
+                        f"{len(request.prompt)} tokens, more than the engine's capacity of "
+                        f"{self._capacity} tokens"
                     ]
                 )
-            needed = Room.needed(request.settings, request.stop_ids)
-            if short := [n for n in Room._fields if getattr(needed, n) > getattr(self._room, n)]:
-                raise ConfigError([f"{short[0]}: the engine has no room for those of this request"])
-            self._provide(request.settings)
+            self._check_limits(EngineLimits.needed(request.settings, request.stop_ids))
+            self._enable(request.settings)
             self._waiting += [(request, sample) for sample in range(request.settings.samples)]
 
     def step(self, limit: int = BURST) -> list[Event]:
-        """Fills free rows from the queue and reads or draws up to `limit` tokens for each."""
+        """Assigns free slots from the queue, then runs up to `limit` decode steps."""
         self._drop_cancelled()
         self._fill()
         if not self.busy:
             return []
-        self._rows, self._caches, drawn = decoding.burst(
+        self._slots, self._caches, output = decoding.burst(
             self._params,
-            self._rows,
+            self._slots,
             self._caches,
             np.int32(min(limit, BURST)),
             np.bool_(bool(self._waiting)),
-            self._vocab,
-            self._model,
-            self._compute,
-            self._plan,
+            self._vocab_size,
+            self._config,
         )
-        return list(self._events(arrays.to_host(drawn)))
+        return list(self._events(arrays.to_host(output)))
 
     def run(self, limit: int = BURST) -> Iterator[Event]:
-        """Steps until nothing waits and every row has ended."""
+        """Steps until the queue is empty and every slot has ended."""
         while self.busy or self.waiting:
             yield from self.step(limit)
 
-    # --- queue and rows ---
+    # --- queue and slots ---
 
-    def _provide(self, settings: SamplingParams) -> None:
-        """Widens what is compiled to what a request needs; it never narrows again."""
-        plan, asked = self._plan, None
+    def _check_limits(self, needed: EngineLimits) -> None:
+        for name, used, limit in zip(EngineLimits._fields, needed, self._limits, strict=True):
+            if used > limit:
+                raise ConfigError(
+                    [
+                        f"{name}={used}: this request exceeds the engine's limit for {name}, "
+                        f"{limit}; use less, or raise EngineLimits.{name}"
+                    ]
+                )
+
+    def _enable(self, settings: SamplingParams) -> None:
+        """Adds the features that a request uses to the compiled ones; none is ever removed."""
+        config, logprobs = self._config, self._config.logprobs
         if settings.logprobs is not None:
             asked = next(n for n in (0, 1, 5, MOST_LOGPROBS) if n >= settings.logprobs)
-        self._plan = Plan(
-            drawn=plan.drawn or settings.temperature > 0,
-            filtered=plan.filtered or settings.filtered,
-            logprobs=max((n for n in (plan.logprobs, asked) if n is not None), default=None),
+            logprobs = asked if logprobs is None else max(logprobs, asked)
+        self._config = replace(
+            config,
+            sampling=config.sampling or settings.temperature > 0,
+            truncation=config.truncation or settings.truncates,
+            logprobs=logprobs,
         )
 
     def _drop_cancelled(self) -> None:
-        gone = np.zeros(self._count, bool)
-        for row, seat in enumerate(self._seats):
-            if seat is not None and seat.sample in seat.request.cancelled:
-                self._seats[row], gone[row] = None, True
-        if gone.any():
-            self._rows = self._seat(gone, self._blank())
+        cancelled = np.zeros(self._count, bool)
+        for slot, one in enumerate(self._assigned):
+            if one is not None and one.sample in one.request.cancelled:
+                self._assigned[slot], cancelled[slot] = None, True
+        if cancelled.any():
+            self._replace_slots(cancelled, self._empty_slots())
 
     def _fill(self) -> None:
-        """Gives free rows to waiting samples; those of one prompt share its prefill."""
-        free = [row for row, seat in enumerate(self._seats) if seat is None]
+        """Assigns free slots to waiting samples; those of one prompt share its prefill."""
+        free = [slot for slot, one in enumerate(self._assigned) if one is None]
         taken: dict[Request, list[int]] = {}
-        new, chosen = self._blank(), np.zeros(self._count, bool)
+        new, chosen = self._empty_slots(), np.zeros(self._count, bool)
         while free and self._waiting:
             request, sample = self._waiting.popleft()
             if sample in request.cancelled:
                 continue
-            row = free.pop(0)
-            self._seats[row] = _Seat(request, sample, request.settings.max_tokens)
-            taken.setdefault(request, []).append(row)
-            self._describe(new, row, request, sample)
-            chosen[row] = True
+            slot = free.pop(0)
+            self._assigned[slot] = _Assignment(request, sample, request.settings.max_tokens)
+            taken.setdefault(request, []).append(slot)
+            _write_slot(new, slot, request, sample, self._config.model.table)
+            chosen[slot] = True
         if not taken:
             return
         self._prefill(taken)
-        self._rows = self._seat(chosen, new)
+        self._replace_slots(chosen, new)
 
     def _prefill(self, taken: dict[Request, list[int]]) -> None:
-        """Computes the prompts that decoding does not read itself, all but their last tokens, and
-        puts them into their rows.
+        """Prefills prompts, without their last tokens, and inserts them into their slots.
 
-        Short ones together; the last one is kept while samples of it wait.
+        Prompts of similar length are prefilled together; decode steps read the shortest instead.
+        A prefill is kept while samples of its prompt wait.
         """
         kept, self._kept = self._kept, None
-        taken = {r: rows for r, rows in taken.items() if not _is_read(r.prompt)}
-        groups = [] if kept is None or kept.request not in taken else [[kept.request]]
-        new = sorted(
-            (r for r in taken if [r] not in groups), key=lambda request: len(request.prompt)
-        )
-        groups += in_groups(new, lambda request: len(request.prompt), PREFILL_TOKENS)
-        for group in groups:
-            if kept is not None and group == [kept.request]:
-                caches, first = kept.caches, kept.place
-            else:
-                prompts = [request.prompt for request in group]
-                first, caches = (
-                    0,
-                    prompt_caches(
-                        self._params, self._model, self._compute, prompts, self._capacity
-                    ),
-                )
-            if caches is None:
-                continue
-            width = bucket(max(len(taken[request]) for request in group))
-            rows = np.full((caches[0].keys_PBKSC.shape[1], width), self._count, np.int32)
-            for place, request in enumerate(group, first):
-                rows[place, : len(taken[request])] = taken[request]
-                if self._waiting and self._waiting[0][0] is request:
-                    self._kept = _Kept(request, caches, place)
-            self._caches = decoding.take_over(self._caches, caches, rows)
+        taken = {r: slots for r, slots in taken.items() if not _is_inline(r.prompt)}
+        if kept is not None and kept.request in taken:
+            self._insert([kept.request], kept.caches, kept.row, taken)
+        else:
+            kept = None
+        length = lambda request: len(request.prompt)
+        new = sorted((r for r in taken if kept is None or r is not kept.request), key=length)
+        for group in padded_groups(new, length, PREFILL_TOKENS):
+            prompts = [request.prompt for request in group]
+            caches = prompt_caches(
+                self._params, self._config.model, self._config.compute, prompts, self._capacity
+            )
+            if caches is not None:
+                self._insert(group, caches, 0, taken)
 
-    def _events(self, drawn: Drawn) -> Iterator[Event]:
-        for row, seat in enumerate(self._seats):
-            if seat is None:
+    def _insert(
+        self,
+        requests: list[Request],
+        caches: decoder.Caches,
+        first: int,
+        taken: dict[Request, list[int]],
+    ) -> None:
+        """Copies rows `first`, … of the prefilled caches into the slots of their requests."""
+        width = bucket(max(len(taken[request]) for request in requests))
+        slots = np.full((caches[0].keys_PBKSC.shape[1], width), self._count, np.int32)
+        for row, request in enumerate(requests, first):
+            slots[row, : len(taken[request])] = taken[request]
+            if self._waiting and self._waiting[0][0] is request:
+                self._kept = _KeptPrefill(request, caches, row)
+        self._caches = decoding.insert_prompts(self._caches, caches, slots)
+
+    def _events(self, output: DecodeOutput) -> Iterator[Event]:
+        for slot, one in enumerate(self._assigned):
+            if one is None:
                 continue
-            request, places = seat.request, np.flatnonzero(drawn.tokens_BU[row] >= 0)
-            ids = drawn.tokens_BU[row, places].tolist()
-            seat.left -= len(ids)
-            finish = "length" if seat.left == 0 else None
-            if ids and ids[-1] in request.stop_ids:
+            steps = np.flatnonzero(output.tokens_BU[slot] >= 0)
+            tokens = list(_tokens(one.request, output, slot, steps))
+            one.left -= len(tokens)
+            finish = "length" if one.left == 0 else None
+            if tokens and tokens[-1].id in one.request.stop_ids:
                 finish = "stop"
             if finish:
-                self._seats[row] = None
-            tokens = list(self._tokens(request, drawn, row, places))
-            yield Event(request, seat.sample, tokens, finish)
+                self._assigned[slot] = None
+            yield Event(one.request, one.sample, tokens, finish)
 
-    @staticmethod
-    def _tokens(request: Request, drawn: Drawn, row: int, places: np.ndarray) -> Iterator[Token]:
-        asked = request.settings.logprobs
-        for i in places:
-            token = int(drawn.tokens_BU[row, i])
-            if asked is None:
-                yield Token(token)
-                continue
-            top: tuple[tuple[int, float], ...] = ()
-            if asked:
-                top_ids, values = drawn.top_ids_BUa[row, i], drawn.top_logprobs_BUa[row, i]
-                top = tuple(zip(top_ids[:asked].tolist(), values[:asked].tolist(), strict=True))
-            yield Token(token, float(drawn.logprobs_BU[row, i]), top)
+    def _empty_slots(self) -> Slots[np.ndarray]:
+        return empty_slots(self._count, self._config.model.table, self._limits)
 
-    # --- rows as data ---
-
-    def _blank(self) -> Rows:
-        return blank_rows(self._count, self._model.table, self._room)
-
-    def _describe(self, rows: Rows, row: int, request: Request, sample: int) -> None:
-        """Writes a sample of a request into its row."""
-        s, knobs = request.settings, rows.knobs
-        first = 0 if _is_read(request.prompt) else len(request.prompt) - 1
-        rows.token_B[row], *rest = request.prompt[first:]
-        rows.prompt_Br[row, : len(rest)] = rest
-        rows.position_B[row] = first
-        rows.left_B[row] = s.max_tokens
-        rows.stop_Bm[row, : len(request.stop_ids)] = request.stop_ids
-        rows.stream_B3[row] = s.seed, request.index, sample
-        biases = [*s.logit_bias, *((token, NEVER) for token in s.banned)]
-        for i, (token, bias) in enumerate(biases):
-            knobs.bias_ids_Bn[row, i], knobs.bias_Bn[row, i] = token, bias
-        knobs.repetition_B[row] = s.repetition_penalty
-        knobs.presence_B[row] = s.presence_penalty
-        knobs.frequency_B[row] = s.frequency_penalty
-        knobs.temperature_B[row] = s.temperature
-        knobs.top_k_B[row] = min(s.top_k, self._model.table)
-        knobs.top_p_B[row] = s.top_p
-        knobs.min_p_B[row] = s.min_p
-        if rows.seen_BV is not None:
-            rows.seen_BV[row, list(request.prompt)] = True
-
-    def _seat(self, chosen: np.ndarray, new: Rows) -> Rows:
-        return decoding.seat(self._rows, *place_rows((chosen, new)))
+    def _replace_slots(self, chosen: np.ndarray, new: Slots[np.ndarray]) -> None:
+        self._slots = decoding.replace_slots(self._slots, *shard_batch((chosen, new)))
 
 
-def _is_read(prompt: Sequence[int]) -> bool:
-    """Whether decoding reads a prompt itself: on a CPU, whose step takes as long for many rows."""
-    return len(prompt) <= 1 + READ and sharding.platform() == "cpu"
+def _is_inline(prompt: Sequence[int]) -> bool:
+    """Whether decode steps read a prompt: only on CPUs, where a step takes as long for many slots
+    as for few.
+    """
+    return len(prompt) <= 1 + INLINE_PROMPT and sharding.platform() == "cpu"
+
+
+def _tokens(
+    request: Request, output: DecodeOutput, slot: int, steps: np.ndarray
+) -> Iterator[Token]:
+    """The tokens that a slot drew at these steps, with the log-probabilities requested."""
+    asked = request.settings.logprobs
+    for i in steps:
+        token = int(output.tokens_BU[slot, i])
+        if asked is None:
+            yield Token(token)
+            continue
+        assert output.logprobs_BU is not None
+        top: tuple[tuple[int, float], ...] = ()
+        if asked:
+            assert output.top_ids_BUa is not None
+            assert output.top_logprobs_BUa is not None
+            top_ids, values = output.top_ids_BUa[slot, i], output.top_logprobs_BUa[slot, i]
+            top = tuple(zip(top_ids[:asked].tolist(), values[:asked].tolist(), strict=True))
+        yield Token(token, float(output.logprobs_BU[slot, i]), top)
 
 
 def prompt_caches(
@@ -372,9 +370,10 @@ def prompt_caches(
     prompts: Sequence[Sequence[int]],
     capacity: int,
 ) -> decoder.Caches | None:
-    """Caches with all tokens of the prompts but their last in them, for a row each and some more.
+    """Prefilled KV caches of the prompts without their last tokens, one row for each and padding.
 
-    None where no prompt has a second token. `capacity` is that of the caches they are taken to.
+    None if no prompt has a second token. `capacity` is that of the caches that they are inserted
+    into.
     """
     known = [prompt[:-1] for prompt in prompts]
     longest = max(map(len, known))
@@ -392,8 +391,8 @@ def prompt_caches(
     caches = empty_caches(model, rows, size, compute.dtype, capacity)
     for start in range(0, tokens.shape[1], chunk):
         part = slice(start, start + chunk)
-        placed = place_rows((tokens[:, part], positions[:, part]))
-        caches = decoding.prefill(params, placed, caches, model, compute)
+        sharded = shard_batch((tokens[:, part], positions[:, part]))
+        caches = decoding.prefill(params, sharded, caches, model, compute)
     return caches
 
 
@@ -405,26 +404,31 @@ _empty_caches = jax.jit(decoder.empty_caches, static_argnums=(0, 1, 2, 3, 4))
 
 
 def empty_caches(
-    model: ModelConfig, rows: int, size: int, dtype: str, capacity: int | None = None
+    model: ModelConfig, slots: int, size: int, dtype: str, capacity: int | None = None
 ) -> decoder.Caches:
-    """Caches of so many tokens, whose rings are those of caches of `capacity` tokens."""
-    return _empty_caches(model, rows, size, dtype, _chunk(capacity or size))
+    """Empty KV caches of `size` tokens a slot.
+
+    Their ring buffers are as large as those of caches of `capacity` tokens, by default `size`.
+    """
+    return _empty_caches(model, slots, size, dtype, _chunk(capacity or size))
 
 
-def blank_rows(b: int, table: int, room: Room) -> Rows:
-    """`b` rows with nothing to do, on the host; `table` rows in the vocabulary's."""
+# --- slots as arrays ---------------------------------------------------------------------------
+
+
+def empty_slots(b: int, table: int, limits: EngineLimits) -> Slots[np.ndarray]:
+    """`b` slots with nothing to do, as host arrays; `table` rows in the embedding."""
     number = lambda value: np.full(b, value, np.float32)
-    penalties = (b, table)
-    return Rows(
+    return Slots(
         token_B=np.zeros(b, np.int32),
-        prompt_Br=np.full((b, READ), -1, np.int32),
+        prompt_Br=np.full((b, INLINE_PROMPT), -1, np.int32),
         position_B=np.full(b, -1, np.int32),
         left_B=np.zeros(b, np.int32),
-        stop_Bm=np.full((b, room.stops), -1, np.int32),
+        stop_Bm=np.full((b, limits.stops), -1, np.int32),
         stream_B3=np.zeros((b, 3), np.uint32),
-        knobs=Knobs(
-            bias_ids_Bn=np.full((b, room.biases), 2**31 - 1, np.int32),
-            bias_Bn=np.zeros((b, room.biases), np.float32),
+        params=ProcessorParams(
+            bias_ids_Bn=np.full((b, limits.biases), 2**31 - 1, np.int32),
+            bias_Bn=np.zeros((b, limits.biases), np.float32),
             repetition_B=number(1),
             presence_B=number(0),
             frequency_B=number(0),
@@ -433,18 +437,44 @@ def blank_rows(b: int, table: int, room: Room) -> Rows:
             top_p_B=number(1),
             min_p_B=number(0),
         ),
-        seen_BV=np.zeros(penalties, bool) if room.penalties else None,
-        counts_BV=np.zeros(penalties, np.int32) if room.penalties else None,
+        seen_BV=np.zeros((b, table), bool) if limits.penalties else None,
+        counts_BV=np.zeros((b, table), np.int32) if limits.penalties else None,
     )
 
 
-def place_rows(tree: Any) -> Any:
-    """Host arrays, the same on every process, with their rows laid out over the batch axis."""
+def _write_slot(
+    slots: Slots[np.ndarray], slot: int, request: Request, sample: int, table: int
+) -> None:
+    """Writes a sample of a request into a slot of host arrays."""
+    s, params = request.settings, slots.params
+    first = 0 if _is_inline(request.prompt) else len(request.prompt) - 1
+    slots.token_B[slot], *rest = request.prompt[first:]
+    slots.prompt_Br[slot, : len(rest)] = rest
+    slots.position_B[slot] = first
+    slots.left_B[slot] = s.max_tokens
+    slots.stop_Bm[slot, : len(request.stop_ids)] = request.stop_ids
+    slots.stream_B3[slot] = s.seed, request.index, sample
+    biases = [*s.logit_bias, *((token, NEVER) for token in s.banned)]
+    for i, (token, bias) in enumerate(biases):
+        params.bias_ids_Bn[slot, i], params.bias_Bn[slot, i] = token, bias
+    params.repetition_B[slot] = s.repetition_penalty
+    params.presence_B[slot] = s.presence_penalty
+    params.frequency_B[slot] = s.frequency_penalty
+    params.temperature_B[slot] = s.temperature
+    params.top_k_B[slot] = min(s.top_k, table)
+    params.top_p_B[slot] = s.top_p
+    params.min_p_B[slot] = s.min_p
+    if slots.seen_BV is not None:
+        slots.seen_BV[slot, list(request.prompt)] = True
+
+
+def shard_batch(tree: Any) -> Any:
+    """Host arrays, the same on every process, sharded over the batch axes by their first dim."""
     mesh = jax.sharding.get_mesh()
 
-    def place(rows: np.ndarray) -> jax.Array:
-        axes = sharding.spec("batch", *[None] * (rows.ndim - 1))
+    def place(array: np.ndarray) -> jax.Array:
+        axes = sharding.spec("batch", *[None] * (array.ndim - 1))
         layout = jax.NamedSharding(mesh, axes)
-        return jax.make_array_from_callback(rows.shape, layout, lambda index: rows[index])
+        return jax.make_array_from_callback(array.shape, layout, lambda index: array[index])
 
     return jax.tree.map(place, tree)

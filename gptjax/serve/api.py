@@ -1,4 +1,4 @@
-"""The HTTP interface, an ASGI application: completions, models, health, metrics and the page."""
+"""The HTTP API, an ASGI application: completions, models, health, metrics and the page."""
 
 import asyncio
 import base64
@@ -7,7 +7,7 @@ import hmac
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -26,19 +26,22 @@ from gptjax.errors import GptjaxError
 from gptjax.sample import Sampler
 from gptjax.serve import protocol
 from gptjax.serve.metrics import Metrics
-from gptjax.serve.protocol import Answer, Call, Refusal
-from gptjax.serve.worker import Busy, Job, Stopped, TensorMapping, Worker
+from gptjax.serve.protocol import Call, Refusal, ResponseBuilder
+from gptjax.serve.worker import Busy, Job, Stopped, TextChunk, Worker
 
 OPEN = ("/", "/health")
-"""What needs no token: the page, which asks for one, and the health."""
+"""Paths that need no token: the page, which asks for one, and the health check."""
 
-_BODY_SECONDS = 30.0  # for a body to arrive
+Chunks = asyncio.Queue[TextChunk | GptjaxError | None]
+"""Output of a job; None after the client has disconnected."""
+
+_BODY_SECONDS = 30.0  # until a body must have arrived
 
 
 @dataclass(frozen=True)
 class Served:
-    """A model and its limits: `capacity` tokens of prompt and continuation, `queue` samples of a
-    request, `max_body` bytes.
+    """A served model and its limits: `capacity` tokens of prompt and continuation, `queue` samples
+    of a request, `max_body` bytes of a body.
     """
 
     name: str
@@ -51,7 +54,7 @@ class Served:
 
 
 def make_app(served: Served, *, token: bytes | None, hosts: Sequence[str] | None) -> Starlette:
-    """The application. Requests need the `token` if there is one, and name one of the `hosts`."""
+    """The application. Requests must carry the `token` and name one of the `hosts`, if given."""
     endpoints = _Endpoints(served, guarded=token is not None)
     middleware = [Middleware(_SafeHeaders)]
     if hosts is not None:
@@ -71,16 +74,16 @@ def make_app(served: Served, *, token: bytes | None, hosts: Sequence[str] | None
         exception_handlers={
             Refusal: _refused,
             HTTPException: _http_error,
-            Exception: _defect,
+            Exception: _internal_error,
         },
     )
 
 
-# --- answers ---------------------------------------------------------------------------------
+# --- responses -------------------------------------------------------------------------------
 
 
 def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    # In ASCII: half of a surrogate pair, which JSON can say, has no UTF-8.
+    # As ASCII: JSON may contain half of a surrogate pair, which UTF-8 cannot encode.
     return Response(json.dumps(value), status, headers, media_type="application/json")
 
 
@@ -96,16 +99,16 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return _json(refusal.to_json(), error.status_code, dict(error.headers or {}))
 
 
-async def _defect(_: Request, __: Exception) -> Response:
-    # Starlette raises the exception again after this answer, so that the log has its traceback.
+async def _internal_error(_: Request, __: Exception) -> Response:
+    # Starlette raises the exception again after this response, so the log has its traceback.
     return _json(Refusal("an error in the server; its log says more", status=500).to_json(), 500)
 
 
 class _Token:
-    """Middleware: refuses what does not carry the token."""
+    """Middleware: rejects requests without the token."""
 
     def __init__(self, app: ASGIApp, token: bytes) -> None:
-        self._app, self._wanted = app, token
+        self._app, self._token = app, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN and not self._allowed(scope):
@@ -122,12 +125,12 @@ class _Token:
     def _allowed(self, scope: Scope) -> bool:
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         scheme, _, token = (given[0] if len(given) == 1 else b"").partition(b" ")
-        same = hmac.compare_digest(token.strip(), self._wanted)
+        same = hmac.compare_digest(token.strip(), self._token)
         return same and scheme.lower() == b"bearer"
 
 
 class _SafeHeaders:
-    """Middleware: headers that keep browsers from guessing, keeping and framing what is sent."""
+    """Middleware: headers that keep browsers from sniffing, caching and framing responses."""
 
     HEADERS = {  # noqa: RUF012
         "X-Content-Type-Options": "nosniff",
@@ -151,7 +154,7 @@ class _SafeHeaders:
 
 
 def page_with_policy() -> tuple[str, str]:
-    """The page, and a policy under which only its own script and style work."""
+    """The page, and a Content-Security-Policy that allows only its own script and style."""
     page = resources.files("gptjax.serve").joinpath("page.html").read_text(encoding="utf-8")
 
     def sources(tag: str) -> str:
@@ -171,7 +174,7 @@ def page_with_policy() -> tuple[str, str]:
 
 
 class _Endpoints:
-    """What each address does."""
+    """The handlers of all paths."""
 
     def __init__(self, served: Served, *, guarded: bool) -> None:
         self._served, self._created = served, int(time.time())
@@ -210,7 +213,7 @@ class _Endpoints:
             raise
         except ClientDisconnect:
             outcomes.labels("gone").inc()
-            return Response(status_code=499)  # nobody reads it
+            return Response(status_code=499)  # no client is left to read it
         except Exception:
             outcomes.labels("failed").inc()
             raise
@@ -219,48 +222,48 @@ class _Endpoints:
         served = self._served
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
-            # Also what keeps other sites' pages out: they cannot send this type unasked.
+            # This also keeps out pages of other sites: they cannot send this type unasked.
             raise Refusal(f"Content-Type: {kind or 'none'}: must be application/json", status=415)
         body = await _read(request, served.max_body)
         call = protocol.parse(body, model=served.name, most=served.queue)
         requests = await asyncio.to_thread(call.requests, served.sampler, served.capacity)
         loop = asyncio.get_running_loop()
-        pieces: asyncio.Queue[TensorMapping | GptjaxError | None] = asyncio.Queue()
+        chunks: Chunks = asyncio.Queue()
 
-        def tell(piece: TensorMapping | GptjaxError) -> None:
+        def send(chunk: TextChunk | GptjaxError) -> None:
             if not loop.is_closed():
-                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+                loop.call_soon_threadsafe(chunks.put_nowait, chunk)
 
-        job = Job(requests, tell, streamed=call.stream)
+        job = Job(requests, send, streamed=call.stream)
         try:
             served.worker.submit(job)
         except Busy as error:
             raise Refusal(str(error), status=429, headers={"Retry-After": "1"}) from None
         except GptjaxError as error:
-            raise _ended(error) from None
-        conversation = _Conversation(served, call, job, pieces)
-        gone = asyncio.create_task(_until_gone(request, pieces))
+            raise _engine_error(error) from None
+        completion = _Completion(served, call, job, chunks)
+        watcher = asyncio.create_task(_watch_disconnect(request, chunks))
         handed_over = False
         try:
             if call.stream:
-                # Before the status is sent, so that a failure up to here has its own.
-                first = await conversation.next()
+                # Waits before the status is sent, so that an earlier failure has its own status.
+                first = await completion.next()
                 handed_over = True
-                return _EventStream(conversation, first)
-            return await conversation.whole()
+                return _EventStream(completion, first)
+            return await completion.whole()
         finally:
-            gone.cancel()
+            watcher.cancel()
             if not handed_over:
                 job.cancel()
 
 
-def _ended(error: GptjaxError) -> Refusal:
+def _engine_error(error: GptjaxError) -> Refusal:
     return Refusal(str(error), status=503 if isinstance(error, Stopped) else 500)
 
 
 async def _read(request: Request, most: int) -> bytes:
-    """The body, of at most so many bytes however it is sent."""
-    # What is left of it is not read, so the connection cannot be used again.
+    """The body of a request. Raises Refusal for one of more than `most` bytes, or a slow one."""
+    # The rest of the body is not read, so the connection cannot be reused.
     close = {"Connection": "close"}
     refusal = Refusal(f"the body is longer than {most} bytes", status=413, headers=close)
     declared = request.headers.get("content-length", "0")
@@ -279,75 +282,69 @@ async def _read(request: Request, most: int) -> bytes:
     return bytes(body)
 
 
-async def _until_gone(request: Request, pieces: asyncio.Queue[Any]) -> None:
-    """Puts a None behind the pieces when the client has left."""
+async def _watch_disconnect(request: Request, chunks: Chunks) -> None:
+    """Puts None into the queue when the client disconnects."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    pieces.put_nowait(None)
+    chunks.put_nowait(None)
 
 
-class _Conversation:
-    """One call on its way: pieces of its job become an answer."""
+class _Completion:
+    """One call while it runs: makes a response from the chunks of its job."""
 
-    def __init__(
-        self,
-        served: Served,
-        call: Call,
-        job: Job,
-        pieces: asyncio.Queue[TensorMapping | GptjaxError | None],
-    ) -> None:
-        self._call, self._pieces, self.job = call, pieces, job
+    def __init__(self, served: Served, call: Call, job: Job, chunks: Chunks) -> None:
+        self._call, self._chunks, self.job = call, chunks, job
         self._outcomes = served.metrics.requests
-        self._spelled = call.settings.logprobs is not None
+        self._logprobs = call.settings.logprobs is not None
         self._token_ids = served.sampler.tokenizer is None
-        self._answer = Answer(
+        self._builder = ResponseBuilder(
             served.name, call.settings.seed, int(time.time()), token_ids=self._token_ids
         )
         self._choices = len(job.requests) * call.settings.samples
         self._ended = self._drawn = 0
 
-    async def next(self) -> TensorMapping:
-        """The next piece. Raises ClientDisconnect, or Refusal where there will be none."""
-        piece = await self._pieces.get()
-        if piece is None:
+    async def next(self) -> TextChunk:
+        """The next chunk. Raises ClientDisconnect, or Refusal if the engine has ended."""
+        chunk = await self._chunks.get()
+        if chunk is None:
             raise ClientDisconnect
-        if isinstance(piece, GptjaxError):
-            raise _ended(piece)
-        self._drawn += len(piece.ids)
-        self._ended += piece.finish is not None
-        return piece
+        if isinstance(chunk, GptjaxError):
+            raise _engine_error(chunk)
+        self._drawn += len(chunk.ids)
+        self._ended += chunk.finish is not None
+        return chunk
 
     async def whole(self) -> Response:
-        """The answer to a call without a stream."""
-        pieces: list[list[TensorMapping]] = [[] for _ in range(self._choices)]
+        """The response to a call that does not stream."""
+        chunks: list[list[TextChunk]] = [[] for _ in range(self._choices)]
         while self._ended < self._choices:
-            piece = await self.next()
-            pieces[piece.choice].append(piece)
+            chunk = await self.next()
+            chunks[chunk.choice].append(chunk)
         choices = [
-            self._answer.choice(
+            self._builder.choice(
                 index,
-                "".join(piece.text for piece in own),
-                [i for piece in own for i in piece.ids],
-                [one for piece in own for one in piece.spelled] if self._spelled else None,
+                "".join(chunk.text for chunk in own),
+                [i for chunk in own for i in chunk.ids],
+                [one for chunk in own for one in chunk.tokens] if self._logprobs else None,
                 own[-1].finish,
             )
-            for index, own in enumerate(pieces)
+            for index, own in enumerate(chunks)
         ]
         self._outcomes.labels("ok").inc()
-        return _json(self._answer.whole(choices, self._usage()))
+        return _json(self._builder.whole(choices, self._usage()))
 
-    async def events(self, piece: TensorMapping) -> AsyncIterator[str]:
-        """The stream of server-sent events, from its first piece on."""
+    async def events(self, chunk: TextChunk) -> AsyncGenerator[str, None]:
+        """Server-sent events of this chunk and all that follow."""
         outcome = "gone"
         try:
             while True:
-                if piece.text or piece.spelled or piece.finish or self._token_ids:
-                    yield _event(self._answer.whole([self._choice(piece)], None))
+                if chunk.text or chunk.tokens or chunk.finish or self._token_ids:
+                    yield _event(self._builder.whole([self._choice(chunk)], None))
                 if self._ended == self._choices:
                     break
-                piece = await self.next()
+                chunk = await self.next()
             if self._call.usage:
-                yield _event(self._answer.whole([], self._usage()))
+                yield _event(self._builder.whole([], self._usage()))
             outcome = "ok"
             yield "data: [DONE]\n\n"
         except Refusal as error:
@@ -356,9 +353,9 @@ class _Conversation:
         finally:
             self._outcomes.labels(outcome).inc()
 
-    def _choice(self, piece: TensorMapping) -> dict[str, Any]:
-        spelled = piece.spelled if self._spelled else None
-        return self._answer.choice(piece.choice, piece.text, piece.ids, spelled, piece.finish)
+    def _choice(self, chunk: TextChunk) -> dict[str, Any]:
+        tokens = chunk.tokens if self._logprobs else None
+        return self._builder.choice(chunk.choice, chunk.text, chunk.ids, tokens, chunk.finish)
 
     def _usage(self) -> dict[str, int]:
         prompts = sum(len(request.prompt) for request in self.job.requests)
@@ -370,11 +367,11 @@ def _event(value: Any) -> str:
 
 
 class _EventStream(StreamingResponse):
-    """A stream whose job ends with it, however that comes."""
+    """A streaming response; cancels its job when it ends for any reason."""
 
-    def __init__(self, conversation: _Conversation, first: TensorMapping) -> None:
-        self._job = conversation.job
-        self._events = conversation.events(first)
+    def __init__(self, completion: _Completion, first: TextChunk) -> None:
+        self._job = completion.job
+        self._events = completion.events(first)
         super().__init__(self._events, media_type="text/event-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -382,4 +379,4 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._job.cancel()
-            await self._events.aclose()  # type: ignore[attr-defined]
+            await self._events.aclose()

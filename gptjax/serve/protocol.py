@@ -1,7 +1,7 @@
-"""OpenAI's completions interface as data: what a body may say, and the objects of the answers.
+"""OpenAI's completions API as data: the fields of a request body, and the objects of a response.
 
-Nothing is ignored in silence: a field that is not known here, or that cannot be honoured, refuses
-the request and is named. A null is as if the field was not there.
+No field is silently ignored: one that is unknown or not supported is named in an error. A null is
+the same as a missing field.
 """
 
 import json
@@ -13,13 +13,13 @@ from typing import Any, NoReturn
 
 from gptjax.errors import ConfigError, GptjaxError
 from gptjax.sample import Request, Sampler, SamplingParams, check
-from gptjax.serve.token_text import Spelled
+from gptjax.serve.token_text import TokenText
 from gptjax.serve.worker import BIASES
 
 STOPS = 4
 """Most stop texts of a request."""
 MAX_TOKENS = 16
-"""Longest continuation of a request that does not say."""
+"""Default of the request field max_tokens."""
 
 _LONGEST_MESSAGE = 1000
 _NUMBERS = (
@@ -30,11 +30,11 @@ _WHOLE = ("max_tokens", "n", "seed", "logprobs", "top_k", "best_of")
 _FLAGS = ("stream", "echo")
 _OTHER = ("model", "prompt", "stop", "logit_bias", "stream_options")
 FIELDS = (*_OTHER, *_NUMBERS, *_WHOLE, *_FLAGS)
-"""Fields that a body may have. `echo` and `best_of` may only say what is done anyway."""
+"""Known fields. `echo` and `best_of` are accepted only with the values of what is done anyway."""
 
 
 class Refusal(GptjaxError):
-    """A request that is not served: an HTTP status, a sentence, and OpenAI's param and code."""
+    """An HTTP error response: a status, a message, and OpenAI's param and code."""
 
     def __init__(
         self,
@@ -61,16 +61,16 @@ class Refusal(GptjaxError):
 
 @dataclass(frozen=True)
 class Call:
-    """What a body asks for."""
+    """A parsed request body."""
 
     prompts: list[str | list[int]]
     settings: SamplingParams
     stream: bool
     usage: bool
-    """Whether a stream ends with the usage."""
+    """Whether a stream ends with the token usage."""
 
     def requests(self, sampler: Sampler, capacity: int) -> list[Request]:
-        """A checked request for each prompt, which is tokenized now. Raises Refusal."""
+        """A validated request for each prompt, tokenized. Raises Refusal."""
         settings = self.settings
         try:
             ids = [sampler.ids(prompt) for prompt in self.prompts]
@@ -82,11 +82,11 @@ class Call:
             raise Refusal(message, param=first if first in FIELDS else None) from None
         longest = max(map(len, ids))
         if longest >= capacity:
-            message = f"a prompt has {longest} tokens, which leave no room in this server's"
+            message = f"a prompt has {longest} tokens, which leave no space in this server's"
             raise Refusal(f"prompt: {message} {capacity} tokens", param="prompt")
         if longest + settings.max_tokens > capacity:
             raise Refusal(
-                f"max_tokens={settings.max_tokens}: with a prompt of {longest} tokens more than "
+                f"max_tokens={settings.max_tokens}: with a prompt of {longest} tokens, more than "
                 f"this server's {capacity}; at most {capacity - longest} fit",
                 param="max_tokens",
             )
@@ -94,17 +94,17 @@ class Call:
 
 
 def parse(body: bytes, *, model: str, most: int) -> Call:
-    """A call from a body of JSON. `model` is what is served, `most` the most continuations.
+    """Parses a JSON body. `model` is the served model's name, `most` the most continuations.
 
-    Raises Refusal for anything but known fields with values of their types.
+    Raises Refusal for unknown or unsupported fields and invalid values.
     """
     values = {name: value for name, value in _object(body).items() if value is not None}
     if unknown := sorted(set(values) - set(FIELDS)):
         known = ", ".join(sorted(FIELDS))
-        raise Refusal(f"{', '.join(unknown)}: no such field here; known: {known}", param=unknown[0])
+        raise Refusal(f"{', '.join(unknown)}: unknown field; known: {known}", param=unknown[0])
     if values.get("model", model) != model:
         raise Refusal(
-            f"model={_short(values['model'])}: not served here; this is {model}",
+            f"model={_short(values['model'])}: not found; this server has {model}",
             status=404,
             param="model",
             code="model_not_found",
@@ -114,18 +114,18 @@ def parse(body: bytes, *, model: str, most: int) -> Call:
     n = values.pop("n", 1)
     prompts = _prompts(values.pop("prompt", None))
     if len(prompts) > most:
-        message = f"prompt: {len(prompts)} prompts are more than the {most} of a request"
+        message = f"prompt: {len(prompts)} prompts are more than the {most} that a request may have"
         raise Refusal(message, param="prompt")
     if not 1 <= n * len(prompts) <= most:
         _refuse("n", n, f"with {len(prompts)} prompts it must be from 1 to {most // len(prompts)}")
     if values.get("echo"):
-        _refuse("echo", True, "is not supported; put the prompt before the text yourself")
+        _refuse("echo", True, "is not supported; prepend the prompt to the text yourself")
     if values.get("best_of", n) != n:
-        _refuse("best_of", values["best_of"], f"is not supported; leave it out, or say n={n}")
+        _refuse("best_of", values["best_of"], f"is not supported; leave it out, or set it to n={n}")
     stream = values.get("stream", False)
     options = values.get("stream_options")
     if options is not None and not stream:
-        _refuse("stream_options", options, "goes with stream=true only")
+        _refuse("stream_options", options, "requires stream=true")
     settings = SamplingParams(
         logit_bias=_biases(values.get("logit_bias", {})),
         stop=_stops(values.get("stop", [])),
@@ -140,11 +140,11 @@ def parse(body: bytes, *, model: str, most: int) -> Call:
 
 
 def _object(body: bytes) -> dict[str, Any]:
-    def no_number(name: str) -> NoReturn:
-        raise ValueError(f"{name} is no number of JSON")
+    def reject(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not a JSON number")
 
     try:
-        value = json.loads(body, parse_constant=no_number)
+        value = json.loads(body, parse_constant=reject)
     except (ValueError, RecursionError) as error:
         raise Refusal(f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(value, dict):
@@ -166,7 +166,7 @@ def _check_type(name: str, value: Any) -> None:
     if name in _NUMBERS and not number:
         _refuse(name, value, "must be a number")
     if name in _WHOLE and type(value) is not int:
-        _refuse(name, value, "must be a whole number")
+        _refuse(name, value, "must be an integer")
     if name in _FLAGS and not isinstance(value, bool):
         _refuse(name, value, "must be true or false")
     if name == "stream_options" and not (
@@ -174,20 +174,22 @@ def _check_type(name: str, value: Any) -> None:
         and set(value) <= {"include_usage"}
         and isinstance(value.get("include_usage", False), bool)
     ):
-        _refuse(name, value, 'must be an object with "include_usage", true or false, alone')
+        _refuse(
+            name, value, 'must be an object with "include_usage", true or false, and nothing else'
+        )
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
-    """The four forms of a prompt as a list of texts or of token ids."""
+    """A list of prompts from any of the four forms: a text, token ids, or a list of either."""
     is_ids = lambda x: isinstance(x, list) and all(type(i) is int for i in x)
     if value is None:
-        raise Refusal("prompt: is needed, a text or token ids, or a list of such", param="prompt")
+        raise Refusal("prompt: is required: a text, token ids, or a list of either", param="prompt")
     if isinstance(value, str) or (is_ids(value) and value):
         return [value]
     texts = isinstance(value, list) and all(isinstance(one, str) for one in value)
     if value and (texts or (isinstance(value, list) and all(map(is_ids, value)))):
         return value
-    _refuse("prompt", value, "must be a text or token ids, or a list of such, and not empty")
+    _refuse("prompt", value, "must be a text, token ids, or a list of either, and not empty")
 
 
 def _stops(value: Any) -> tuple[str, ...]:
@@ -216,8 +218,8 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...]:
     return tuple(biases.items())
 
 
-class Answer:
-    """Makes the objects of the answers to one call."""
+class ResponseBuilder:
+    """Builds the objects of the response to one call."""
 
     def __init__(self, model: str, seed: int, created: int, *, token_ids: bool) -> None:
         self._common = {
@@ -234,41 +236,41 @@ class Answer:
         index: int,
         text: str,
         ids: list[int],
-        spelled: Sequence[Spelled] | None,
+        tokens: Sequence[TokenText] | None,
         finish: str | None,
     ) -> dict[str, Any]:
-        """A choice, or a piece of one. Token ids are in it where there is no text."""
-        logprobs = None if spelled is None else logprobs_of(spelled)
+        """A choice, or a chunk of one; with token ids if the model has no tokenizer."""
+        logprobs = None if tokens is None else logprobs_of(tokens)
         choice = {"index": index, "text": text, "finish_reason": finish, "logprobs": logprobs}
         return choice | {"token_ids": ids} if self._token_ids else choice
 
     def whole(self, choices: list[dict[str, Any]], usage: dict[str, int] | None) -> dict[str, Any]:
-        """An object with these choices, and the usage where it is known."""
+        """A completion object with these choices, and the usage if given."""
         usages = {} if usage is None else {"usage": usage}
         return {**self._common, "choices": choices, **usages}
 
 
-def usage_of(prompts: int, completion: int) -> dict[str, int]:
-    """The usage of so many tokens of prompts and of continuations."""
+def usage_of(prompt: int, completion: int) -> dict[str, int]:
+    """OpenAI's usage object, from the numbers of prompt and completion tokens."""
     return {
-        "prompt_tokens": prompts,
+        "prompt_tokens": prompt,
         "completion_tokens": completion,
-        "total_tokens": prompts + completion,
+        "total_tokens": prompt + completion,
     }
 
 
-def logprobs_of(spelled: Sequence[Spelled]) -> dict[str, Any]:
-    """OpenAI's logprobs of tokens."""
+def logprobs_of(tokens: Sequence[TokenText]) -> dict[str, Any]:
+    """OpenAI's logprobs object."""
     return {
-        "tokens": [one.token for one in spelled],
-        "token_logprobs": [_finite(one.logprob) for one in spelled],
+        "tokens": [one.token for one in tokens],
+        "token_logprobs": [_finite(one.logprob) for one in tokens],
         "top_logprobs": [
-            {token: _finite(p) for token, p in one.top.items()} or None for one in spelled
+            {token: _finite(p) for token, p in one.top.items()} or None for one in tokens
         ],
-        "text_offset": [one.start for one in spelled],
+        "text_offset": [one.start for one in tokens],
     }
 
 
 def _finite(logprob: float) -> float | None:
-    """A log-probability as JSON has it: no NaN, and -9999 for what is never drawn."""
+    """A log-probability for JSON: None for NaN, and at least -9999, also for banned tokens."""
     return None if math.isnan(logprob) else max(logprob, -9999.0)

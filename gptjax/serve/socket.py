@@ -1,4 +1,4 @@
-"""Where a server listens and who may ask: addresses, and the token."""
+"""The listening socket, and the token that requests must carry."""
 
 import ipaddress
 import os
@@ -14,14 +14,14 @@ _BACKLOG = 512
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to the address, which does not listen yet; port 0 is a free one.
+    """A socket bound to the address, which does not listen yet; port 0 takes a free one.
 
-    Raises ConfigError for a host that there is not, OutputError for a port that cannot be had.
+    Raises ConfigError for an unknown host, OutputError for a port that cannot be bound.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
-        raise ConfigError([f"--host={host}: no such host: {error.strerror}"]) from None
+        raise ConfigError([f"--host={host}: host not found: {error.strerror}"]) from None
     family, kind, protocol, _, address = found[0]
     bound = socket.socket(family, kind, protocol)
     try:
@@ -34,7 +34,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def listen(bound: socket.socket) -> None:
-    """Takes connections from now on. Raises OutputError where another process was faster."""
+    """Accepts connections from now on. Raises OutputError if another process listens already."""
     try:
         bound.listen(_BACKLOG)
     except OSError as error:
@@ -43,7 +43,7 @@ def listen(bound: socket.socket) -> None:
 
 
 def _refused(host: str, port: int, error: OSError) -> OutputError:
-    why = f"--host={host} --port={port}: cannot be listened on: {error.strerror}"
+    why = f"--host={host} --port={port}: cannot listen: {error.strerror}"
     return OutputError(f"{why}; give another --port, or 0 for one that is free")
 
 
@@ -54,15 +54,16 @@ def is_loopback(bound: socket.socket) -> bool:
 
 
 def url(bound: socket.socket) -> str:
-    """The address of the socket, for people to open."""
+    """The URL of the socket."""
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if bound.family == socket.AF_INET6 else f"http://{host}:{port}"
 
 
 def read_token(file: str | None) -> bytes | None:
-    """The token in a file, or else in the environment; None where there is neither.
+    """The token in a file, or else in the environment; None if neither is given.
 
-    Never from the command line, which every user of a machine can read. Raises ConfigError.
+    It is never an argument, since every user of a machine can read command lines. Raises
+    ConfigError for an unreadable file or an invalid token.
     """
     if file is None:
         name, text = TOKEN_VARIABLE, os.environ.get(TOKEN_VARIABLE)

@@ -1,8 +1,8 @@
-"""The thread that owns the engine: jobs come in from any thread, pieces of text go out.
+"""The thread that owns the engine: it takes jobs from any thread and returns chunks of text.
 
-The engine is built, stepped and dropped in this one thread, on the mesh that is ambient where
-`Worker.start` is called. It decodes in short bursts, so that a new job, or the end of one whose
-client has left, waits for a few tokens only.
+The engine is built, stepped and dropped in this one thread, on the ambient mesh of `Worker.start`'s
+caller. It decodes in short bursts, so that a new job, or the cancellation of one, waits for a few
+tokens only.
 """
 
 import logging
@@ -15,75 +15,75 @@ from dataclasses import dataclass, field
 import jax
 
 from gptjax.errors import GptjaxError
-from gptjax.sample import Engine, Event, Request, Room, Sampler, SamplingParams
-from gptjax.sample.decoding import READ
+from gptjax.sample import Engine, EngineLimits, Event, Request, Sampler, SamplingParams
+from gptjax.sample.decoding import INLINE_PROMPT
 from gptjax.sample.sampler import accept
 from gptjax.serve.metrics import Metrics
-from gptjax.serve.token_text import Spelled, Spelling
+from gptjax.serve.token_text import TokenText, TokenTextStream
 
 BIASES = 300
-"""Most tokens with a bias in a request, as in OpenAI's interface."""
+"""Most biased tokens in a request, as in OpenAI's API."""
 
-_STREAMED_BURST = 1  # tokens between two looks at the queue while someone watches
-_BURST = 8  # and otherwise
+_STREAMED_BURST = 1  # decode steps between two looks at the queue, while a client streams
+_BURST = 8  # otherwise
 
 _log = logging.getLogger("gptjax.serve")
 
 
 class Busy(GptjaxError):
-    """The queue has no room for a job."""
+    """The queue is full."""
 
 
 class Failed(GptjaxError):
-    """The engine has failed, and serves nothing more."""
+    """The engine has failed, and will serve no more jobs."""
 
     def __init__(self) -> None:
         super().__init__("the engine has failed; the server's log says why")
 
 
 class Stopped(GptjaxError):
-    """The server ends before a job has."""
+    """The server stops before a job has ended."""
 
     def __init__(self) -> None:
         super().__init__("the server is being stopped; try again later")
 
 
 @dataclass(frozen=True)
-class TensorMapping:
-    """What is new of one continuation: certain text, and the tokens that were drawn.
+class TextChunk:
+    """New output of one continuation: final text, and the tokens that were drawn.
 
-    `spelled` are tokens whose text is out, of jobs that ask for log-probabilities. `finish` as in
-    `sample.Event`, and "stop" after a stop text.
+    `tokens` are those whose text is complete, if the job requests log-probabilities. `finish` is as
+    in `sample.Event`, and "stop" after a stop text.
     """
 
     choice: int
     text: str
     ids: list[int]
-    spelled: list[Spelled] = field(default_factory=list)
+    tokens: list[TokenText] = field(default_factory=list)
     finish: str | None = None
 
 
 class Job:
-    """Prompts to be continued by one client.
+    """The prompts of one client's request.
 
-    `tell` is called in the worker's thread with each piece, or with a GptjaxError in place of all
-    that are left. Choice i*n + k is sample k of prompt i.
+    `send` is called in the worker's thread with each chunk, or with a GptjaxError instead of all
+    remaining ones. Choice i*n + k is sample k of prompt i.
     """
 
     def __init__(
         self,
         requests: Sequence[Request],
-        tell: Callable[[TensorMapping | GptjaxError], None],
+        send: Callable[[TextChunk | GptjaxError], None],
         *,
         streamed: bool,
     ) -> None:
-        self.requests, self.tell, self.streamed = requests, tell, streamed
+        self.requests, self.send, self.streamed = requests, send, streamed
         self.cancelled = False
         self.left = sum(request.settings.samples for request in requests)
         self.begun = time.perf_counter()
 
     def cancel(self) -> None:
-        """Wants no more; its rows are free before the next burst. From any thread."""
+        """Ends the job; its slots are free before the next burst. Any thread may call it."""
         self.cancelled = True
         for request in self.requests:
             request.cancel()
@@ -97,12 +97,12 @@ class _Sample:
         self._text = sampler.continuation(request)
         self._stop_ids = request.stop_ids
         asked = request.settings.logprobs is not None
-        self._spelling = Spelling(sampler, request.prompt) if asked else None
-        self._held: list[Spelled] = []
+        self._token_texts = TokenTextStream(sampler, request.prompt) if asked else None
+        self._pending: list[TokenText] = []
         self.latest: float | None = None
 
-    def take(self, event: Event) -> TensorMapping:
-        """What an event makes known; cancels the sample at a stop text."""
+    def take(self, event: Event) -> TextChunk:
+        """The chunk of an event; cancels the sample after a stop text."""
         text = self._text
         tokens, new = accept(event.tokens, text, event.finish, self._stop_ids)
         finish = event.finish
@@ -110,42 +110,42 @@ class _Sample:
             if finish is None:
                 self._request.cancel(event.sample)
             finish = "stop"
-        spelled: list[Spelled] = []
-        if self._spelling is not None:
-            self._held += map(self._spelling.add, tokens)
+        done: list[TokenText] = []
+        if self._token_texts is not None:
+            self._pending += map(self._token_texts.add, tokens)
             out = 0 if text is None else len(text.text)
-            if text is not None and text.stopped:  # what begins the stop text is no part of it
-                self._held = [one for one in self._held if one.start < out]
-            certain = len(self._held)
+            if text is not None and text.stopped:  # without the tokens of the stop text
+                self._pending = [one for one in self._pending if one.start < out]
+            count = len(self._pending)
             if finish is None:
-                certain = next((i for i, s in enumerate(self._held) if s.end > out), certain)
-            spelled, self._held = self._held[:certain], self._held[certain:]
-        return TensorMapping(self._choice, new, [token.id for token in tokens], spelled, finish)
+                count = next((i for i, t in enumerate(self._pending) if t.end > out), count)
+            done, self._pending = self._pending[:count], self._pending[count:]
+        return TextChunk(self._choice, new, [token.id for token in tokens], done, finish)
 
 
 class Worker:
-    """Serves jobs with `rows` rows of `capacity` tokens; as many as `queue` samples wait."""
+    """Serves jobs with `slots` decode slots of `capacity` tokens; at most `queue` samples wait."""
 
     def __init__(
-        self, sampler: Sampler, metrics: Metrics, *, rows: int, capacity: int, queue: int
+        self, sampler: Sampler, metrics: Metrics, *, slots: int, capacity: int, queue: int
     ) -> None:
         self._sampler, self._metrics = sampler, metrics
-        self._rows, self._capacity, self._queue = rows, capacity, queue
+        self._slots, self._capacity, self._queue = slots, capacity, queue
         self._changed = threading.Condition()
         self._inbox: list[Job] = []
-        self._open = 0  # samples taken in and not ended
+        self._open = 0  # samples accepted and not ended
         self._stopping, self._deadline = False, math.inf
         self._failure: BaseException | None = None
         self._jobs: set[Job] = set()
         self._samples: dict[tuple[Request, int], _Sample] = {}
         self._thread: threading.Thread | None = None
 
-    # --- what other threads see ---
+    # --- for other threads ---
 
     def start(self) -> float:
-        """Builds the engine and runs a tiny request on it; returns the seconds that this took.
+        """Starts the thread, and waits until its engine is warmed up; returns the seconds taken.
 
-        Raises what either of them raises.
+        Raises the engine's error if it fails to warm up.
         """
         ready, began = threading.Event(), time.perf_counter()
         mesh = jax.sharding.get_mesh()
@@ -153,11 +153,11 @@ class Worker:
         def work() -> None:
             try:
                 with jax.set_mesh(mesh):
-                    engine = self._warm()
+                    engine = self._warm_up()
                     ready.set()
                     self._serve(engine)
             except BaseException as error:
-                self._fail(error, told=ready.is_set())
+                self._fail(error, log=ready.is_set())
                 ready.set()
 
         self._thread = threading.Thread(target=work, name="engine", daemon=True)
@@ -168,16 +168,16 @@ class Worker:
         return time.perf_counter() - began
 
     def submit(self, job: Job) -> None:
-        """Takes a job in. Raises Busy where the queue has no room for it, Stopped and Failed."""
+        """Accepts a job. Raises Busy if the queue is full; Stopped; Failed."""
         with self._changed:
             if self._stopping:
                 raise Stopped
             if not self.alive:
                 raise Failed
-            if self._open + job.left > self._rows + self._queue:
+            if self._open + job.left > self._slots + self._queue:
                 raise Busy(
-                    f"the queue has no room for {job.left} more: {self._open} continuations are "
-                    f"under way or wait, of at most {self._rows + self._queue}; try again later"
+                    f"the queue has no space for {job.left} more: {self._open} continuations are "
+                    f"running or queued, of at most {self._slots + self._queue}; try again later"
                 )
             self._open += job.left
             self._inbox.append(job)
@@ -185,11 +185,11 @@ class Worker:
         self._metrics.prompt_tokens.inc(sum(len(request.prompt) for request in job.requests))
 
     def drain(self, seconds: float) -> None:
-        """Ends after so long what is under way then. Takes no lock: a signal's handler may call."""
+        """Stops after so many seconds. Takes no lock, so a signal handler may call it."""
         self._deadline = time.monotonic() + seconds
 
     def stop(self, seconds: float) -> None:
-        """Ends the thread, and waits for that at most so long. Jobs that are left are told."""
+        """Stops the thread and waits for it at most so long. Remaining jobs get `Stopped`."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -198,7 +198,7 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether jobs are served."""
+        """Whether the worker serves jobs."""
         return (
             self._thread is not None
             and self._thread.is_alive()
@@ -207,24 +207,25 @@ class Worker:
         )
 
     @property
-    def rows(self) -> int:
+    def slots(self) -> int:
         """Samples that decode at a time."""
-        return self._rows
+        return self._slots
 
     # --- the thread ---
 
-    def _warm(self) -> Engine:
-        """An engine that has compiled what most requests need."""
+    def _warm_up(self) -> Engine:
+        """An engine that has compiled the programs of most requests."""
         sampler = self._sampler
-        room = Room(stops=max(1, len(sampler.stop_ids)), biases=BIASES, penalties=True)
-        engine = sampler.engine(rows=self._rows, capacity=self._capacity, room=room)
-        self._rows = engine.rows  # rounded up to what the mesh divides
+        stops = max(1, len(sampler.stop_ids))
+        limits = EngineLimits(stops=stops, biases=BIASES, penalties=True)
+        engine = sampler.engine(slots=self._slots, capacity=self._capacity, limits=limits)
+        self._slots = engine.slots  # rounded up
         settings = SamplingParams(top_p=0.95, max_tokens=1, logprobs=5)
-        prompt = [0] * min(READ + 2, self._capacity - 1)  # longer than what decoding reads itself
+        prompt = [0] * min(INLINE_PROMPT + 2, self._capacity - 1)  # long enough for a prefill
         engine.submit(Request(prompt, settings))
         for _ in engine.run():
             pass
-        self._metrics.rows.set(self._rows)
+        self._metrics.slots.set(self._slots)
         return engine
 
     def _serve(self, engine: Engine) -> None:
@@ -232,7 +233,7 @@ class Worker:
         metrics.queue_length.set_function(
             lambda: engine.waiting + sum(job.left for job in self._inbox)
         )
-        metrics.busy_rows.set_function(lambda: engine.busy)
+        metrics.busy_slots.set_function(lambda: engine.busy)
         while True:
             with self._changed:
                 while not (self._inbox or self._stopping or engine.busy or engine.waiting):
@@ -244,13 +245,13 @@ class Worker:
             self._jobs.update(new)
             self._drop_cancelled()
             for job in new:
-                self._seat(job, engine)
-            watched = any(job.streamed for job in self._jobs)
-            for event in engine.step(_STREAMED_BURST if watched else _BURST):
-                self._tell(event)
+                self._submit(job, engine)
+            streamed = any(job.streamed for job in self._jobs)
+            for event in engine.step(_STREAMED_BURST if streamed else _BURST):
+                self._send(event)
         self._end(Stopped())
 
-    def _seat(self, job: Job, engine: Engine) -> None:
+    def _submit(self, job: Job, engine: Engine) -> None:
         if job.cancelled:
             return
         choice = 0
@@ -270,21 +271,21 @@ class Worker:
             with self._changed:
                 self._open -= job.left
 
-    def _tell(self, event: Event) -> None:
+    def _send(self, event: Event) -> None:
         one = self._samples.get((event.request, event.sample))
         if one is None or not event.tokens:
             return
         now, job = time.perf_counter(), one.job
-        piece = one.take(event)
-        self._measure(one, len(piece.ids), now)
-        if piece.finish is not None:
+        chunk = one.take(event)
+        self._measure(one, len(chunk.ids), now)
+        if chunk.finish is not None:
             del self._samples[event.request, event.sample]
             job.left -= 1
             with self._changed:
                 self._open -= 1
             if not job.left:
                 self._jobs.remove(job)
-        job.tell(piece)
+        job.send(chunk)
 
     def _measure(self, one: _Sample, count: int, now: float) -> None:
         metrics = self._metrics
@@ -296,19 +297,19 @@ class Worker:
                 metrics.each_token.observe((now - one.latest) / count)
         one.latest = now
 
-    def _fail(self, error: BaseException, *, told: bool) -> None:
+    def _fail(self, error: BaseException, *, log: bool) -> None:
         with self._changed:
             self._failure = error
-        if told:
+        if log:
             _log.error("the engine has failed; requests are refused from now on", exc_info=error)
         self._end(Failed())
 
     def _end(self, error: GptjaxError) -> None:
-        """Tells the jobs that are left that there will be no more."""
+        """Sends an error to all remaining jobs."""
         with self._changed:
             jobs, self._inbox, self._open = {*self._jobs, *self._inbox}, [], 0
         self._jobs, self._samples = set(), {}
-        for gauge in (self._metrics.queue_length, self._metrics.busy_rows):
+        for gauge in (self._metrics.queue_length, self._metrics.busy_slots):
             gauge.set_function(lambda: 0)
         for job in jobs:
-            job.tell(error)
+            job.send(error)

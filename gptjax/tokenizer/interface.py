@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-FILES = {  # the file that identifies each kind
+from gptjax.config import TokenizerKind
+
+FILES: dict[TokenizerKind, str] = {  # the file that identifies each kind
     "huggingface": "tokenizer.json",
     "sentencepiece": "tokenizer.model",
     "bytes": "tokenizer.bytes",
@@ -23,7 +25,7 @@ class Tokenizer(ABC):
     which begins a prompt, or None; `stop_ids`, each of which ends a generated text, `eos_id` first.
     """
 
-    kind: str
+    kind: TokenizerKind
     vocab_size: int
     eos_id: int
     bos_id: int | None = None

@@ -504,24 +504,24 @@ def lines_of(file: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_what_a_prompt_needs_is_rehearsed_with_zeros_and_its_errors_are_nobodys(
+def test_programs_of_a_prompt_are_precompiled_with_zeros_and_errors_in_it_are_ignored(
     run, trained, monkeypatch, fails
 ) -> None:
     import jax
 
     from gptjax.sample import Sampler
 
-    seen, rehearse = [], Sampler.rehearse
+    seen, precompile = [], Sampler.precompile
 
     def spy(sampler, prompts, settings):
         seen.append((prompts, all(not leaf.any() for leaf in jax.tree.leaves(sampler.params))))
         if fails:
             raise RuntimeError("nobody is told")
-        rehearse(sampler, prompts, settings)
+        precompile(sampler, prompts, settings)
 
     words = ["sample", trained, "--prompt", "ab", "--max-tokens", 6, "--temperature", 0]
     plain = run(*words)
-    monkeypatch.setattr(Sampler, "rehearse", spy)
+    monkeypatch.setattr(Sampler, "precompile", spy)
     assert run(*words) == plain
     assert plain[0] == 0
     assert seen == [(["ab"], True)]
@@ -594,18 +594,18 @@ def test_a_file_of_prompts_is_continued_and_taken_up_where_it_was_left(
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ('{"prompt": 3}', 'line 2: needs "prompt"'),
+        ('{"prompt": 3}', 'line 2: requires "prompt"'),
         ("{", "line 2: is not JSON"),
         ("[1]", "line 2: must be an object"),
         (
             '{"prompt": "x", "temprature": 1}',
-            "line 2: 'temprature' is no setting; known: .*temperature",
+            "line 2: 'temprature': unknown setting; known: .*temperature",
         ),
         ('{"prompt": "x", "temperature": "hot"}', "line 2: temperature='hot': must be a number"),
         ('{"prompt": "x", "top_p": 7}', "line 2: top_p=7: .*at most 1"),
-        ('{"prompt": "x", "max_tokens": 2.5}', "line 2: max_tokens=2.5: must be a whole number"),
+        ('{"prompt": "x", "max_tokens": 2.5}', "line 2: max_tokens=2.5: must be an integer"),
         ('{"prompt": "x", "stop": [1]}', r"line 2: stop=\[1\]: must be a text"),
-        ('{"prompt": "x", "seed": true}', "line 2: seed=True: must be a whole number"),
+        ('{"prompt": "x", "seed": true}', "line 2: seed=True: must be an integer"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named_before_a_model_is_opened(
@@ -691,8 +691,8 @@ def test_every_line_that_the_model_cannot_take_is_named(run, trained, tmp_path: 
         (["--beams", "3", "--interactive"], "--beams=3: goes with --prompt only"),
         (["--beams", "2", "--samples", "3"], "returned=3: must be from 1 to width=2"),
         (["--rows", "0"], "--rows=0: must be at least 1"),
-        (["--min-p", "1"], "min_p=1.0: must not be negative, and below 1"),
-        (["--stop", ""], "stop='': an empty text"),
+        (["--min-p", "1"], "min_p=1.0: must be at least 0 and below 1"),
+        (["--stop", ""], "stop='': must not be empty"),
         (["--logprobs", "50"], "logprobs=50: must be from 0 to 20"),
     ],
 )
@@ -707,7 +707,7 @@ def test_options_that_make_no_sense_are_told_before_a_model_is_opened(
 def test_a_prompt_too_long_for_the_context_is_told(run, trained) -> None:
     code, _, err = run("sample", trained, "--prompt", "x" * 100)
     assert code == 2
-    assert "101 tokens, which leave no room in model.context=64" in sentence(err)
+    assert "101 tokens, which leave no space in model.context=64" in sentence(err)
 
 
 def test_a_conversation_streams_a_continuation_for_each_line(

@@ -1,4 +1,4 @@
-"""Decoding's own products and attention, against numpy, and what happens without them."""
+"""The CPU kernels against numpy, and the fallback without a compiler."""
 
 import os
 import subprocess
@@ -25,9 +25,9 @@ def normal(key: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
     return jax.random.normal(jax.random.key(key), shape, dtype)
 
 
-def attend(q_BHC, keys, slots, width, window=None):
-    """Of ones, to an empty cache."""
-    new, cache = jnp.ones((1, keys, width)), jnp.ones((1, 1, keys, slots, width))
+def attend(q_BHC, keys, size, width, window=None):
+    """Attention of ones to an empty KV cache of `size` tokens."""
+    new, cache = jnp.ones((1, keys, width)), jnp.ones((1, 1, keys, size, width))
     return cpu.attention(q_BHC, new, new, cache, cache, jnp.zeros(1, "int32"), 0, window)
 
 
@@ -36,7 +36,7 @@ def exact(*arrays: jax.Array) -> list[np.ndarray]:
 
 
 def close(found: jax.Array, wanted: np.ndarray, terms: int) -> None:
-    """Within the rounding of so many terms of size one, and of the result itself."""
+    """Asserts equality up to the rounding of `terms` summands of size one, and of the result."""
     own = 2**-8 if found.dtype == jnp.bfloat16 else 0
     (found,) = exact(found)
     bound = own * np.abs(wanted) + 4e-7 * terms**0.5 * max(1, np.abs(wanted).max())
@@ -46,7 +46,7 @@ def close(found: jax.Array, wanted: np.ndarray, terms: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", range(1, cpu.ROWS + 1))
 @pytest.mark.parametrize(("summed", "widths"), SIZES)
-def test_columns_are_products(dtype, rows, summed, widths):
+def test_columns_equal_matmul(dtype, rows, summed, widths):
     x = normal(0, (rows, summed), dtype)
     weights = tuple(normal(1 + i, (summed, width), dtype) for i, width in enumerate(widths))
     found = jax.jit(cpu.columns)(x, weights)
@@ -58,7 +58,7 @@ def test_columns_are_products(dtype, rows, summed, widths):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2, 3, 8])
 @pytest.mark.parametrize(("length", "summed"), [(5000, 576), (1, 3), (1025, 37), (6, 64)])
-def test_a_table_gives_products_in_float32(dtype, rows, length, summed):
+def test_table_products_are_float32(dtype, rows, length, summed):
     x, w = normal(0, (rows, summed), dtype), normal(1, (length, summed), dtype)
     found = jax.jit(cpu.table)(x, w)
     assert found.dtype == jnp.float32
@@ -67,19 +67,19 @@ def test_a_table_gives_products_in_float32(dtype, rows, length, summed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("slots", "window"), [(24, None), (24, 5), (600, None), (600, 300)])
+@pytest.mark.parametrize(("size", "window"), [(24, None), (24, 5), (600, None), (600, 300)])
 @pytest.mark.parametrize(("heads", "keys", "width"), [(9, 3, 64), (4, 4, 32), (8, 1, 96)])
-def test_attention_sees_what_the_cache_holds_of_a_rows_past(
-    dtype, slots, window, heads, keys, width
+def test_attention_reads_and_updates_full_and_ring_buffer_caches(
+    dtype, size, window, heads, keys, width
 ):
     which = 1
-    positions = [0, 3, slots - 1, slots, 3 * slots + 7, -1]
+    positions = [0, 3, size - 1, size, 3 * size + 7, -1]
     rows = len(positions)
     q = normal(0, (rows, heads, width), dtype)
     new = [normal(i, (rows, keys, width), dtype) for i in (1, 2)]
-    caches = [normal(i, (2, rows, keys, slots, width), dtype) for i in (3, 4)]
+    caches = [normal(i, (2, rows, keys, size, width), dtype) for i in (3, 4)]
     # What has not been written yet is not read.
-    unwritten = np.arange(slots) > np.array(positions)[:, None]
+    unwritten = np.arange(size) > np.array(positions)[:, None]
     caches = [jnp.where(unwritten[:, None, :, None], jnp.nan, cache) for cache in caches]
     found, *written = jax.jit(cpu.attention, static_argnums=7)(
         q, *new, *caches, jnp.array(positions, jnp.int32), which, window
@@ -87,37 +87,37 @@ def test_attention_sees_what_the_cache_holds_of_a_rows_past(
     caches, new = exact(*caches), exact(*new)
     for cache, one in zip(caches, new, strict=True):
         for row, position in enumerate(positions[:-1]):
-            cache[which, row, :, position % slots] = one[row]
+            cache[which, row, :, position % size] = one[row]
     for cache, store in zip(caches, exact(*written), strict=True):
         np.testing.assert_array_equal(cache, store)  # in its slot, and nowhere else
     (q64,), k64, v64 = exact(q), *(cache[which] for cache in caches)
     wanted = np.zeros((rows, heads, width))
     for row, position in enumerate(positions):
-        first = max(0, position - slots + 1, position - (window or slots) + 1)
-        seen = [p % slots for p in range(first, position + 1)]
+        first = max(0, position - size + 1, position - (window or size) + 1)
+        seen = [p % size for p in range(first, position + 1)]
         for head in range(heads if seen else 0):
             group = head // (heads // keys)
             scores = k64[row, group, seen] @ q64[row, head] / width**0.5
             weights = np.exp(scores - scores.max())
             wanted[row, head] = weights / weights.sum() @ v64[row, group, seen]
-    close(found, wanted, slots)
+    close(found, wanted, size)
 
 
-def test_softmax_keeps_its_tails():
+def test_softmax_is_exact_for_scores_far_apart():
     """Scores far apart: the weights are those of float64 to a few units of float32's last place."""
-    width = slots = 64
-    scores = np.linspace(0, -86, slots).astype(np.float32)
+    width = size = 64
+    scores = np.linspace(0, -86, size).astype(np.float32)
     q = jnp.zeros((1, 1, width)).at[0, 0, 0].set(width**0.5)
-    k = jnp.zeros((1, 1, 1, slots, width)).at[..., 0].set(scores)
-    v = jnp.eye(slots)[None, None, None]
+    k = jnp.zeros((1, 1, 1, size, width)).at[..., 0].set(scores)
+    v = jnp.eye(size)[None, None, None]
     last = (cache[0, :, :, -1] for cache in (k, v))
-    found, *_ = cpu.attention(q, *last, k, v, jnp.array([slots - 1], jnp.int32), 0, None)
+    found, *_ = cpu.attention(q, *last, k, v, jnp.array([size - 1], jnp.int32), 0, None)
     weights = np.exp(scores.astype(np.float64))
     np.testing.assert_allclose(found[0, 0], weights / weights.sum(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_not_a_number_stays_so_where_it_belongs(dtype):
+def test_nan_and_inf_stay_in_their_columns(dtype):
     x, w = normal(0, (2, 64), dtype), normal(1, (64, 96), dtype)
     w = w.at[5, 40].set(jnp.nan).at[6, 50].set(jnp.inf)
     (found,) = exact(cpu.columns(x, (w,))[0])
@@ -126,8 +126,8 @@ def test_what_is_not_a_number_stays_so_where_it_belongs(dtype):
     assert np.isfinite(np.delete(found, [40, 50], 1)).all()
 
 
-def test_many_callers_at_once_have_the_bits_of_one():
-    """Calls of several devices and threads share the helpers."""
+def test_concurrent_calls_have_the_bits_of_one():
+    """Calls from several devices and threads share the helper threads."""
     x, w = normal(0, (1, 576), "bfloat16"), normal(1, (576, 1536), "bfloat16")
     run = jax.jit(lambda x, w: cpu.columns(x, (w,))[0])
     wanted = np.asarray(run(x, w))
@@ -143,8 +143,8 @@ def test_many_callers_at_once_have_the_bits_of_one():
         assert all(pool.map(repeat, range(16)))
 
 
-def test_one_thread_has_the_bits_of_many(tmp_path):
-    """How many threads the runtime has does not change a sum."""
+def test_results_are_independent_of_the_number_of_threads(tmp_path):
+    """The order of summation depends on shapes alone."""
     code = (
         "import sys, jax, numpy as np\n"
         "from gptjax.kernels import cpu\n"
@@ -172,10 +172,10 @@ def test_one_thread_has_the_bits_of_many(tmp_path):
         ({"GPTJAX_NATIVE": "0"}, "GPTJAX_NATIVE=0"),
         ({"PATH": "", "CC": "no-such-compiler"}, "no C compiler was found"),
         ({"CC": "false"}, "could not compile"),
-        ({"HOME": "/proc/nowhere", "XDG_CACHE_HOME": ""}, "could not be kept, loaded or reg"),
+        ({"HOME": "/proc/nowhere", "XDG_CACHE_HOME": ""}, "could not be stored, loaded or reg"),
     ],
 )
-def test_without_it_the_reason_is_told(tmp_path, env, why):
+def test_reason_of_the_fallback_is_given(tmp_path, env, why):
     code = "from gptjax.kernels import cpu; print(cpu.ready(), cpu.why_not())"
     whole = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)} | env
     done = subprocess.run(
@@ -191,7 +191,7 @@ def in_a_process(folder, code="print(cpu.why_not())"):
     return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
 
 
-def test_a_broken_file_is_made_anew(tmp_path):
+def test_broken_library_is_compiled_again(tmp_path):
     assert in_a_process(tmp_path) == "None\n"
     (file,) = (tmp_path / "gptjax/native").iterdir()
     whole = file.read_bytes()
@@ -201,15 +201,15 @@ def test_a_broken_file_is_made_anew(tmp_path):
     assert list(file.parent.iterdir()) == [file]
 
 
-def test_code_is_not_loaded_from_where_others_can_write(tmp_path):
+def test_library_is_not_loaded_from_a_folder_writable_by_others(tmp_path):
     folder = tmp_path / "gptjax/native"
     folder.mkdir(parents=True)
     folder.chmod(0o777)
-    assert "must be this user's, and written by nobody else" in in_a_process(tmp_path)
+    assert "must belong to this user and be writable by no one else" in in_a_process(tmp_path)
     assert not list(folder.iterdir())
 
 
-def test_no_home_is_a_reason_too(tmp_path, monkeypatch):
+def test_missing_home_directory_is_a_reason(tmp_path, monkeypatch):
     def fail(path):
         raise RuntimeError("Could not determine home directory.")
 
@@ -227,11 +227,14 @@ def test_no_home_is_a_reason_too(tmp_path, monkeypatch):
         (lambda: attend(jnp.ones((1, 2, 32)), 2, 0, 32), "caches"),
         (lambda: attend(jnp.ones((1, 2, 32)), 2, 4, 32, window=0), "window=0"),
         (lambda: attend(jnp.ones((1, 2, 16)), 2, 4, 16), "heads of 16; must be a multiple of 32"),
-        (lambda: cpu.columns(jnp.ones((9, 4)), (jnp.ones((4, 4)),)), "9 rows; at most 8"),
-        (lambda: cpu.columns(jnp.ones((1, 4)), (jnp.ones((4, 4)),) * 5), "5 weights; at most 4"),
+        (lambda: cpu.columns(jnp.ones((9, 4)), (jnp.ones((4, 4)),)), "9 tokens; at most 8"),
+        (
+            lambda: cpu.columns(jnp.ones((1, 4)), (jnp.ones((4, 4)),) * 5),
+            "5 weight matrices; at most 4",
+        ),
         (lambda: cpu.table(jnp.ones((1, 4), "float16"), jnp.ones((4, 4))), "dtypes"),
     ],
 )
-def test_what_the_code_does_not_take_is_refused(call, problem):
+def test_invalid_arguments_are_refused(call, problem):
     with pytest.raises(ValueError, match=problem):
         call()

@@ -1,4 +1,4 @@
-"""The filters against those of `transformers`, alone and together: chances to 1e-5."""
+"""The logits processors against those of `transformers`, alone and together, to 1e-5."""
 
 import jax
 import numpy as np
@@ -9,15 +9,15 @@ from gptjax.sample import logits_processors
 
 pytestmark = pytest.mark.slow
 
-ROWS, VOCABULARY = 20, 1000
+SLOTS, VOCABULARY = 20, 1000
 
 
-def knobs(**values):
-    row = lambda name, default, dtype=np.float32: np.full(ROWS, values.get(name, default), dtype)
+def params(**values):
+    row = lambda name, default, dtype=np.float32: np.full(SLOTS, values.get(name, default), dtype)
     biases = values.get("biases", ())
-    return logits_processors.Knobs(
-        np.tile(np.array([i for i, _ in biases], np.int32), (ROWS, 1)),
-        np.tile(np.array([b for _, b in biases], np.float32), (ROWS, 1)),
+    return logits_processors.ProcessorParams(
+        np.tile(np.array([i for i, _ in biases], np.int32), (SLOTS, 1)),
+        np.tile(np.array([b for _, b in biases], np.float32), (SLOTS, 1)),
         row("repetition", 1),
         row("presence", 0),
         row("frequency", 0),
@@ -70,17 +70,17 @@ def cases():
 @pytest.mark.parametrize(
     "name", ["temperature", "top-k", "top-p", "min-p", "repetition", "bias", "ban", "all"]
 )
-def test_chances_are_those_of_transformers(name):
+def test_probabilities_equal_those_of_transformers(name):
     import torch
 
     settings, processors = cases()[name]
     rng = np.random.default_rng(0)
-    logits = np.float32(3 * rng.normal(size=(ROWS, VOCABULARY)))
-    tokens = rng.integers(0, VOCABULARY, (ROWS, 30))
+    logits = np.float32(3 * rng.normal(size=(SLOTS, VOCABULARY)))
+    tokens = rng.integers(0, VOCABULARY, (SLOTS, 30))
     seen = np.zeros(logits.shape, bool)
     np.put_along_axis(seen, tokens, True, 1)
-    got = logits_processors.adjust(
-        logits, knobs(**settings), seen, np.zeros(logits.shape, np.int32), filtered=True
+    got = logits_processors.process_logits(
+        logits, params(**settings), seen, np.zeros(logits.shape, np.int32), truncation=True
     )
     want = torch.tensor(logits)
     for processor in processors:

@@ -1,4 +1,4 @@
-"""A device, and a small model with random parameters, for every test here."""
+"""Fixtures: one device, and a small model with random parameters."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The filters again, one row at a time in float64: probabilities, as the definitions read."""
+"""The logits processors in numpy and float64, one slot at a time, by their definitions."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ def softmax(logits):
 
 
 def distribution(logits, prompt, drawn, settings: SamplingParams):
-    """Chances of the next token, [V], by the documented order."""
+    """Probabilities of the next token [V], by the processors in their documented order."""
     x = np.float64(logits).copy()
     allowed = np.ones(len(x), bool)
     for token, bias in settings.logit_bias:

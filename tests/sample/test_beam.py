@@ -1,4 +1,4 @@
-"""Beam search against one written plainly, and what its settings mean."""
+"""Beam search against a plain implementation, its settings, and groups of prompts."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def params(on_mesh, model, random_params):
 
 
 def plain_search(next_logprobs, prompt, s: BeamSearchParams, stop_ids):
-    """Lists of (score, ids), best first: the definition, a beam and a token at a time."""
+    """Lists of (score, ids), best first: the definition, one beam and one token at a time."""
     live, finished = [(0.0, [])], []
     for step in range(1, s.max_tokens + 1):
         table = next_logprobs([prompt + ids for _, ids in live])
@@ -57,7 +57,7 @@ def plain_search(next_logprobs, prompt, s: BeamSearchParams, stop_ids):
 
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0, -1.0])
-def test_it_finds_what_a_plain_search_finds(
+def test_beams_equal_those_of_a_plain_search(
     one_device, model, params, early_stopping, length_penalty
 ):
     settings = BeamSearchParams(4, length_penalty, early_stopping, returned=3, max_tokens=7)
@@ -70,11 +70,11 @@ def test_it_finds_what_a_plain_search_finds(
         scores = decoder.logits(params, model, decoder.apply(params, model, COMPUTE, tokens).x_ND)
         return jax.nn.log_softmax(scores[:, :24], -1)
 
-    def next_logprobs(rows):
+    def next_logprobs(sequences):
         padded = np.zeros((4, 16), np.int32)  # one program for all
-        padded[: len(rows), : len(rows[0])] = rows
+        padded[: len(sequences), : len(sequences[0])] = sequences
         logprobs = np.asarray(every_logprob(arrays.global_batch(padded, 4)))
-        return logprobs.reshape(4, 16, -1)[: len(rows), len(rows[0]) - 1]
+        return logprobs.reshape(4, 16, -1)[: len(sequences), len(sequences[0]) - 1]
 
     lengths = set()
     for i, prompt in enumerate(prompts):
@@ -89,7 +89,7 @@ def test_it_finds_what_a_plain_search_finds(
     assert len(lengths) > 1 or length_penalty > 0
 
 
-def test_one_beam_without_stops_is_greedy(one_device, model, params):
+def test_one_beam_without_stop_tokens_is_greedy(one_device, model, params):
     prompts = [[i % 24 for i in prompt] for prompt in prompts_of(3, 8)]
     sampler = Sampler(params, model, COMPUTE)
     one = sampler.beam(prompts, BeamSearchParams(width=1, max_tokens=12))
@@ -97,7 +97,7 @@ def test_one_beam_without_stops_is_greedy(one_device, model, params):
 
 
 @pytest.mark.parametrize("mesh", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
-def test_eight_devices_find_what_one_finds(on_mesh, model, params, random_params, mesh):
+def test_eight_devices_find_the_beams_of_one(on_mesh, model, params, random_params, mesh):
     prompts = [[i % 24 for i in prompt] for prompt in prompts_of(3, 8, 2)]
     settings = BeamSearchParams(width=3, returned=3, max_tokens=6)
     with on_mesh(1, 1, 1):
@@ -121,17 +121,17 @@ def test_eight_devices_find_what_one_finds(on_mesh, model, params, random_params
         ({"max_tokens": 40}, "max_tokens=40: .*at most 31 fit"),
     ],
 )
-def test_a_setting_that_makes_no_sense_is_refused(one_device, model, params, change, problem):
+def test_invalid_setting_is_refused(one_device, model, params, change, problem):
     settings = replace(BeamSearchParams(), **change)
     with pytest.raises(ConfigError, match=problem):
         Sampler(params, model, COMPUTE).beam([[1]], settings)
 
 
-def test_prompts_beyond_the_rows_are_searched_in_groups(one_device, model, params):
+def test_prompts_beyond_the_slots_are_searched_in_groups(one_device, model, params):
     prompts = [[i % 24 for i in prompt] for prompt in prompts_of(3, 8, 2, 5, 1)]
     settings = BeamSearchParams(width=3, returned=2, max_tokens=6)
     whole = Sampler(params, model, COMPUTE, stop_ids=STOP).beam(prompts, settings)
-    few = Sampler(params, model, COMPUTE, stop_ids=STOP, rows=7).beam(prompts, settings)
+    few = Sampler(params, model, COMPUTE, stop_ids=STOP, slots=7).beam(prompts, settings)
     assert [(b.prompt, b.sample, b.ids) for b in few] == [
         (b.prompt, b.sample, b.ids) for b in whole
     ]

@@ -1,4 +1,4 @@
-"""Text is given out once it is certain, and never what belongs to a stop text."""
+"""Incremental detokenization: only final text is returned, and nothing of a stop text."""
 
 import pytest
 from hypothesis import given
@@ -11,25 +11,25 @@ BYTES = ByteTokenizer()
 
 
 def collect(text, stop, cut):
-    """What is given out when the text's bytes come `cut` at a time."""
+    """The texts returned when the bytes of `text` are added `cut` at a time."""
     ids = BYTES.encode(text)
     out = Continuation(BYTES, [256], stop)
-    given_out = []
+    chunks = []
     for i in range(0, len(ids), cut):
-        given_out.append(out.add(ids[i : i + cut], last=i + cut >= len(ids)))
-    assert "".join(given_out) == out.text
-    return out, given_out
+        chunks.append(out.add(ids[i : i + cut], last=i + cut >= len(ids)))
+    assert "".join(chunks) == out.text
+    return out, chunks
 
 
 @given(st.text(max_size=12), st.integers(1, 4))
-def test_the_pieces_make_the_text_however_it_is_cut(text, cut):
-    out, pieces = collect(text, (), cut)
+def test_chunks_join_to_the_text_for_any_chunk_size(text, cut):
+    out, chunks = collect(text, (), cut)
     assert out.text == text.encode("utf-8", "replace").decode()
-    assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
+    assert not any("\ufffd" in chunk for chunk in chunks) or "\ufffd" in text
 
 
 @given(st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=3), max_size=2))
-def test_a_text_ends_before_the_first_stop_text_whole_or_byte_by_byte(text, stop):
+def test_text_ends_before_the_first_stop_text_whole_or_byte_by_byte(text, stop):
     ends = [at for one in stop if (at := text.find(one)) >= 0]
     byte_by_byte, _ = collect(text, stop, 1)
     assert byte_by_byte.stopped == bool(ends)
@@ -45,7 +45,7 @@ def test_a_text_ends_before_the_first_stop_text_whole_or_byte_by_byte(text, stop
     assert whole.text == (text[: min(ends)] if ends else text)
 
 
-def test_what_may_begin_a_stop_text_is_held_back_until_it_does_not():
+def test_possible_beginnings_of_a_stop_text_are_held_back():
     out = Continuation(BYTES, [256], ("END",))
     assert out.add(BYTES.encode("xE")) == "x"
     assert out.add(BYTES.encode("N")) == ""
@@ -54,7 +54,7 @@ def test_what_may_begin_a_stop_text_is_held_back_until_it_does_not():
     assert not out.stopped
 
 
-def test_nothing_is_added_after_the_stop():
+def test_nothing_is_added_after_a_stop_text():
     out = Continuation(BYTES, [256], ("b",))
     assert out.add(BYTES.encode("abc")) == "a"
     assert out.stopped
@@ -70,13 +70,13 @@ class Words:
 
 
 @pytest.mark.parametrize("prompt", [[1], [1, 2, 3]])
-def test_the_space_before_a_first_word_is_kept(prompt):
+def test_space_before_the_first_word_is_kept(prompt):
     out = Continuation(Words(), prompt, ())
     assert out.add([7]) == " w7"
     assert out.add([8, 9]) == " w8 w9"
 
 
-def test_a_prompt_that_ends_within_a_character_is_finished():
+def test_character_split_between_prompt_and_continuation_is_completed():
     first, rest = "é".encode()
     out = Continuation(BYTES, [97, first], ())
     assert out.add([rest, 66]) == "éB"

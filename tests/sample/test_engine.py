@@ -1,4 +1,4 @@
-"""Rows that are refilled, prompts in chunks, rings, shared prefills, cancellation, scores."""
+"""Continuous batching, chunked and shared prefill, ring buffer caches, cancellation, scores."""
 
 import re
 from dataclasses import replace
@@ -11,7 +11,7 @@ from test_sampler import COMPUTE, GREEDY, full_logits, generate, prompts_of
 from gptjax.config import ComputeConfig
 from gptjax.errors import ConfigError
 from gptjax.kernels import cpu
-from gptjax.sample import Request, Room, Sampler, SamplingParams, decoding, engine
+from gptjax.sample import EngineLimits, Request, Sampler, SamplingParams, decoding, engine
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -48,21 +48,21 @@ def drain(engine, burst=64):
     return ids, finish
 
 
-def engine_of(params, model, rows, room=Room(), capacity=64):  # noqa: B008
-    return Sampler(params, model, COMPUTE).engine(rows=rows, capacity=capacity, room=room)
+def engine_of(params, model, slots, limits=EngineLimits(), capacity=64):  # noqa: B008
+    return Sampler(params, model, COMPUTE).engine(slots=slots, capacity=capacity, limits=limits)
 
 
 # --- continuous batching -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rows", "burst"), [(1, 64), (2, 64), (2, 3), (4, 1)])
-def test_rows_are_refilled_and_results_do_not_hang_on_rows_nor_bursts(
-    one_device, model, params, rows, burst
+@pytest.mark.parametrize(("slots", "burst"), [(1, 64), (2, 64), (2, 3), (4, 1)])
+def test_slots_are_refilled_and_results_are_independent_of_slots_and_bursts(
+    one_device, model, params, slots, burst
 ):
     lengths = [3, 9, 1, 20, 5, 2, 14]
     settings = [replace(DRAWN, max_tokens=n) for n in (2, 9, 5, 1, 9, 12, 3)]
     whole = Sampler(params, model, COMPUTE).generate(prompts_of(*lengths), settings)
-    few = engine_of(params, model, rows)
+    few = engine_of(params, model, slots)
     few.submit(*requests_of(prompts_of(*lengths), settings))
     assert few.waiting == 7
     ids, finish = drain(few, burst)
@@ -71,7 +71,7 @@ def test_rows_are_refilled_and_results_do_not_hang_on_rows_nor_bursts(
     assert few.busy == few.waiting == 0
 
 
-def test_a_row_that_ends_takes_the_next_one_while_the_others_go_on(one_device, model, params):
+def test_ended_slot_takes_the_next_request_while_others_continue(one_device, model, params):
     settings = [replace(DRAWN, max_tokens=n) for n in (30, 2, 4, 9)]
     two = engine_of(params, model, 2)
     two.submit(*requests_of(prompts_of(3, 3, 3, 3), settings))
@@ -83,7 +83,7 @@ def test_a_row_that_ends_takes_the_next_one_while_the_others_go_on(one_device, m
     assert [(e.request.index, e.finish) for e in two.step()] == [(0, None), (2, "length")]
 
 
-def test_a_request_may_come_while_others_decode(one_device, model, params):
+def test_request_may_be_submitted_while_others_decode(one_device, model, params):
     prompts = prompts_of(3, 7)
     alone = generate(params, model, prompts, DRAWN)
     late = engine_of(params, model, 4)
@@ -107,7 +107,7 @@ def test_each_request_has_its_own_settings(one_device, model, params):
     together = Sampler(params, model, COMPUTE).generate(prompts, each)
     for i, (prompt, settings) in enumerate(zip(prompts, each, strict=True)):
         request = Request(prompt, settings, (), i)
-        one = engine_of(params, model, 1, Room.of(settings, ()))
+        one = engine_of(params, model, 1, EngineLimits.of(settings, ()))
         one.submit(request)
         assert drain(one)[0][i, 0] == together[i].ids
     assert together[4].ids == [77] * 12
@@ -118,7 +118,7 @@ def test_each_request_has_its_own_settings(one_device, model, params):
     )
 
 
-def test_a_cancelled_request_frees_its_row_and_leaves_the_queue(one_device, model, params):
+def test_cancelled_request_frees_its_slot_and_leaves_the_queue(one_device, model, params):
     many = engine_of(params, model, 2)
     one, two, three = requests_of(prompts_of(3, 3, 3), replace(DRAWN, max_tokens=50))
     many.submit(one, two, three)
@@ -137,7 +137,7 @@ def test_a_cancelled_request_frees_its_row_and_leaves_the_queue(one_device, mode
 @pytest.mark.parametrize(
     "kind", [{}, {"positions": "rope", "pattern": ("window", "full"), "window": 5}]
 )
-def test_a_long_prompt_goes_in_chunks(
+def test_long_prompt_is_prefilled_in_chunks(
     one_device, tiny_model, random_params, monkeypatch, prefills, kind
 ):
     monkeypatch.setattr(engine, "CHUNK", 16)
@@ -151,15 +151,15 @@ def test_a_long_prompt_goes_in_chunks(
         assert scores[len(prompt) - 1 : -1].argmax(-1).tolist() == out
 
 
-def test_layers_with_a_window_keep_a_ring_and_no_more(
+def test_sliding_window_layers_keep_a_ring_buffer_cache(
     one_device, tiny_model, random_params, monkeypatch
 ):
-    """Decoding far past the ring's size, rows at different places, refilled over old ones."""
+    """Decoding far past the ring buffer's size, from different positions, in refilled slots."""
     monkeypatch.setattr(engine, "CHUNK", 16)
     model = tiny_model(context=128, positions="rope", pattern=("window", "full"), window=6)
     params = random_params(model)
     sampler = Sampler(params, model, COMPUTE)
-    some = sampler.engine(rows=2, capacity=128, room=Room())
+    some = sampler.engine(slots=2, capacity=128, limits=EngineLimits())
     sizes = [cache.keys_PBKSC.shape[3] for cache in some._caches]
     assert sizes == [6 + 16 - 1, 128]
     prompts = prompts_of(50, 3, 20, 1)
@@ -183,23 +183,23 @@ PENALISED = replace(DRAWN, repetition_penalty=1.3, frequency_penalty=0.4, logpro
 
 @pytest.mark.parametrize("settings", [DRAWN, PENALISED])
 @pytest.mark.parametrize("burst", [1, 3, 64])
-def test_short_prompts_are_read_by_decoding_with_the_results_of_a_prefill(
+def test_short_prompts_read_by_decode_steps_have_the_results_of_a_prefill(
     one_device, model, params, prefills, monkeypatch, settings, burst
 ):
-    prompts = prompts_of(*range(1, decoding.READ + 3))
+    prompts = prompts_of(*range(1, decoding.INLINE_PROMPT + 3))
     requests = requests_of(prompts, replace(settings, samples=2))
 
     def run():
-        rows = engine_of(params, model, 4, Room(penalties=True))
-        rows.submit(*requests)
+        four = engine_of(params, model, 4, EngineLimits(penalties=True))
+        four.submit(*requests)
         done = {}
-        for event in rows.run(burst):
+        for event in four.run(burst):
             done.setdefault((event.request.index, event.sample), []).extend(event.tokens)
         return done
 
     read = run()
     assert prefills == [(1, 16)]  # of the longest alone
-    monkeypatch.setattr(engine, "_is_read", lambda prompt: False)
+    monkeypatch.setattr(engine, "_is_inline", lambda prompt: False)
     prefilled = run()
     assert len(prefills) > 2
     assert [[t.id for t in tokens] for tokens in read.values()] == [
@@ -213,9 +213,9 @@ def test_short_prompts_are_read_by_decoding_with_the_results_of_a_prefill(
 
 
 @pytest.mark.skipif(cpu.why_not() is not None, reason="XLA writes the caches")
-@pytest.mark.parametrize("rows", [1, 4])
-def test_a_step_writes_its_caches_in_place(one_device, model, params, monkeypatch, rows):
-    """XLA copied all of them three times a step of one row, a sixth of its time."""
+@pytest.mark.parametrize("slots", [1, 4])
+def test_decode_step_writes_its_caches_in_place(one_device, model, params, monkeypatch, slots):
+    """XLA copied them three times in a step of one slot, a sixth of its time."""
     programs, burst = [], decoding.burst
 
     def spy(*args):
@@ -223,15 +223,15 @@ def test_a_step_writes_its_caches_in_place(one_device, model, params, monkeypatc
         return burst(*args)
 
     monkeypatch.setattr(decoding, "burst", spy)
-    generate(params, model, prompts_of(*[3] * rows))
+    generate(params, model, prompts_of(*[3] * slots))
     cache = rf"= f32\[1,\d+,{model.kv},\d+,{cpu.WIDTH}\]\S* ([\w-]+)"
     assert set(re.findall(cache, programs[0])) == {"parameter", "get-tuple-element"}
 
 
-def test_a_stop_token_in_a_prompt_that_is_read_ends_nothing(one_device, model, params):
-    rows = engine_of(params, model, 1, Room(stops=2))
-    rows.submit(*requests_of([[7, 9, 7, 4]], GREEDY, stop_ids=(7, 9)))
-    (event,) = rows.step()
+def test_stop_token_in_a_prompt_read_by_decode_steps_ends_nothing(one_device, model, params):
+    one = engine_of(params, model, 1, EngineLimits(stops=2))
+    one.submit(*requests_of([[7, 9, 7, 4]], GREEDY, stop_ids=(7, 9)))
+    (event,) = one.step()
     drawn = [token.id for token in event.tokens]
     assert drawn
     assert drawn == generate(params, model, [[7, 9, 7, 4]])[0][: len(drawn)]
@@ -241,7 +241,7 @@ def test_a_stop_token_in_a_prompt_that_is_read_ends_nothing(one_device, model, p
 # --- log-probabilities -------------------------------------------------------------------------
 
 
-def test_log_probabilities_are_those_of_the_model_before_any_setting(one_device, model, params):
+def test_logprobs_are_those_of_the_model_before_logits_processors(one_device, model, params):
     prompts = prompts_of(4, 11)
     settings = replace(DRAWN, temperature=0.7, top_k=30, presence_penalty=0.3, logprobs=3)
     done = Sampler(params, model, COMPUTE).generate(prompts, settings)
@@ -258,7 +258,7 @@ def test_log_probabilities_are_those_of_the_model_before_any_setting(one_device,
     )
 
 
-def test_given_texts_are_scored_as_the_forward_pass_scores_them(one_device, model, params):
+def test_scores_equal_those_of_the_full_forward(one_device, model, params):
     texts = prompts_of(9, 1, 30, 2)
     scored = Sampler(params, model, COMPUTE).score(texts, alternatives=2)
     assert [[t.id for t in one] for one in scored] == texts
@@ -270,7 +270,7 @@ def test_given_texts_are_scored_as_the_forward_pass_scores_them(one_device, mode
             assert [i for i, _ in token.top] == np.argsort(-row)[:2].tolist()
 
 
-def test_texts_are_scored_in_slices_and_in_groups(one_device, model, params, monkeypatch):
+def test_scores_are_independent_of_slices_and_groups(one_device, model, params, monkeypatch):
     from gptjax.sample import logprobs, sampler
 
     texts = prompts_of(40, 12, 33)
@@ -295,7 +295,7 @@ def test_texts_are_scored_in_slices_and_in_groups(one_device, model, params, mon
         (["abc"], "no tokenizer"),
     ],
 )
-def test_a_text_that_cannot_be_scored_is_named(one_device, model, params, texts, problem):
+def test_invalid_text_to_score_is_refused(one_device, model, params, texts, problem):
     with pytest.raises(ConfigError, match=problem):
         Sampler(params, model, COMPUTE).score(texts)
 
@@ -304,7 +304,7 @@ def test_a_text_that_cannot_be_scored_is_named(one_device, model, params, texts,
 
 
 @pytest.mark.parametrize("mesh", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
-def test_refilled_rows_rings_and_scores_are_the_same_on_eight_devices(
+def test_refilled_slots_ring_buffers_and_scores_are_the_same_on_eight_devices(
     on_mesh, tiny_model, random_params, mesh
 ):
     model = tiny_model(
@@ -316,8 +316,8 @@ def test_refilled_rows_rings_and_scores_are_the_same_on_eight_devices(
         for i in range(10)
     ]
 
-    def run(rows):
-        sampler = Sampler(random_params(model, std=0.1), model, COMPUTE, rows=rows)
+    def run(slots):
+        sampler = Sampler(random_params(model, std=0.1), model, COMPUTE, slots=slots)
         done = sampler.generate(prompts, settings)
         return [one.ids for one in done], sampler.score(prompts)
 
@@ -332,13 +332,13 @@ def test_refilled_rows_rings_and_scores_are_the_same_on_eight_devices(
         )
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_weights_and_cache_may_be_bfloat16(one_device, model, params, rows):
+@pytest.mark.parametrize("slots", [1, 3])
+def test_weights_and_kv_cache_may_be_bfloat16(one_device, model, params, slots):
     sampler = Sampler(params, model, ComputeConfig(dtype="bfloat16"))
     assert sampler._params["embed"].dtype == "bfloat16"
-    some = sampler.engine(rows=rows, capacity=32, room=Room())
+    some = sampler.engine(slots=slots, capacity=32, limits=EngineLimits())
     assert some._caches[0].keys_PBKSC.dtype == "bfloat16"
-    prompts = prompts_of(*range(4, 4 + rows))
+    prompts = prompts_of(*range(4, 4 + slots))
     settings = replace(GREEDY, logprobs=0)
     for prompt, one in zip(prompts, sampler.generate(prompts, settings), strict=True):
         scores = full_logits(params, model, [prompt + one.ids])[0, len(prompt) - 1 : -1]
@@ -348,29 +348,30 @@ def test_weights_and_cache_may_be_bfloat16(one_device, model, params, rows):
             assert row[token.id] > row.max() - 0.1
 
 
-# --- what must not pass unnoticed --------------------------------------------------------------
+# --- limits and groups --------------------------------------------------------------
 
 
-def test_a_request_beyond_the_capacity_or_the_room_is_refused(one_device, model, params):
+def test_request_beyond_the_capacity_or_the_limits_is_refused(one_device, model, params):
     small = engine_of(params, model, 2, capacity=16)
     with pytest.raises(
-        ConfigError, match="max_tokens=9: with a prompt of 8 tokens more than the 16"
+        ConfigError,
+        match=r"max_tokens=9: with a prompt of 8 tokens, more than .* capacity of 16",
     ):
         small.submit(*requests_of(prompts_of(8), DRAWN))
     for change, name in [
         ({"presence_penalty": 1.0}, "penalties"),
         ({"banned": (3,)}, "biases"),
     ]:
-        with pytest.raises(ConfigError, match=f"{name}: the engine has no room"):
+        with pytest.raises(ConfigError, match=f"exceeds the engine's limit for {name}"):
             small.submit(*requests_of(prompts_of(2), replace(DRAWN, **change)))
     assert small.waiting == 0
-    exact = engine_of(params, model, 2, Room(stops=3, biases=5, penalties=False))
+    exact = engine_of(params, model, 2, EngineLimits(stops=3, biases=5, penalties=False))
     five = replace(DRAWN, banned=(1, 2, 3, 4, 5))
     exact.submit(*requests_of(prompts_of(2), five, (7, 8, 9)))
     assert exact.waiting == 1
 
 
-def test_samples_that_wait_for_rows_share_the_prefill_too(one_device, model, params, prefills):
+def test_samples_that_wait_for_slots_share_the_prefill_too(one_device, model, params, prefills):
     prompts = prompts_of(20, 13)
     settings = replace(DRAWN, samples=5)
     whole = Sampler(params, model, COMPUTE).generate(prompts, settings)
@@ -382,9 +383,7 @@ def test_samples_that_wait_for_rows_share_the_prefill_too(one_device, model, par
     assert [ids[one.prompt, one.sample] for one in whole] == [one.ids for one in whole]
 
 
-def test_scores_are_those_of_decoding_where_the_table_has_more_rows_than_pieces(
-    one_device, model, params
-):
+def test_scores_equal_logprobs_of_decoding_with_a_padded_vocabulary(one_device, model, params):
     sampler = Sampler(params, model, COMPUTE, vocab_size=40)
     prompt = [5, 9, 30]
     (one,) = sampler.generate([prompt], replace(DRAWN, logprobs=1))
@@ -395,15 +394,15 @@ def test_scores_are_those_of_decoding_where_the_table_has_more_rows_than_pieces(
     assert [t.top[0][0] for t in scored] == [t.top[0][0] for t in one.tokens]
 
 
-def test_only_one_continuation_streams(one_device, model, params):
+def test_stream_takes_one_sample_and_yields_the_tokens_of_generate(one_device, model, params):
     sampler = Sampler(params, model, COMPUTE)
-    with pytest.raises(ConfigError, match="samples=2: one continuation streams"):
+    with pytest.raises(ConfigError, match="samples=2: must be 1 to stream"):
         next(sampler.stream([1, 2], replace(DRAWN, samples=2)))
     streamed = [t.id for _, tokens in sampler.stream([1, 2], DRAWN, 2) for t in tokens]
     assert streamed == sampler.generate([[1, 2]], DRAWN)[0].ids
 
 
-def test_long_and_short_prompts_are_prefilled_apart(
+def test_long_and_short_prompts_are_prefilled_separately(
     one_device, tiny_model, random_params, monkeypatch, prefills
 ):
     monkeypatch.setattr(engine, "PREFILL_TOKENS", 64)
@@ -415,7 +414,7 @@ def test_long_and_short_prompts_are_prefilled_apart(
     assert outs == [generate(params, model, [prompt])[0] for prompt in prompts]
 
 
-def test_settings_take_lists_and_one_stop_text():
+def test_sampling_params_accept_lists_and_a_single_stop_text():
     assert SamplingParams(stop="END", banned=[3], logit_bias=[[1, 2.0]]) == SamplingParams(
         stop=("END",), banned=(3,), logit_bias=((1, 2.0),)
     )

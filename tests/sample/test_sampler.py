@@ -1,4 +1,4 @@
-"""Decoding against the full forward, the filters against numpy, and what a seed promises."""
+"""Decoding against the full forward pass, sampling against numpy, seeds, stops and compilations."""
 
 import contextlib
 from dataclasses import replace
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpy_filters import distribution
+from numpy_processors import distribution
 from scipy import stats
 
 from gptjax.config import ComputeConfig
@@ -40,9 +40,9 @@ def generate(params, model, prompts, settings=GREEDY, stop_ids=(), **kwargs):
     return [one.ids for one in sampler.generate(prompts, settings)]
 
 
-def full_logits(params, model, rows):
-    """Scores after every token of equally long rows, by training's forward pass, [B, T, V]."""
-    tokens = arrays.global_batch(np.asarray(rows, np.int32), len(rows))
+def full_logits(params, model, sequences):
+    """Logits [B, T, V] after every token of equally long sequences, by training's forward pass."""
+    tokens = arrays.global_batch(np.asarray(sequences, np.int32), len(sequences))
 
     def forward(params, tokens):
         return decoder.logits(params, model, decoder.apply(params, model, COMPUTE, tokens)[0])
@@ -54,12 +54,12 @@ def full_logits(params, model, rows):
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_cached_logits_are_those_of_the_full_forward_at_every_step(
+def test_cached_logits_equal_the_full_forward_at_every_step(
     one_device, tiny_model, random_params, kind
 ):
     model = tiny_model(**KINDS[kind])
     params = random_params(model, std=0.1)
-    rows = np.asarray(prompts_of(20, 20, 20), np.int32)
+    sequences = np.asarray(prompts_of(20, 20, 20), np.int32)
     prefilled, at = 7, lambda t: np.full((3, 1), t, np.int32)
     cache = decoder.empty_caches(model, 3, 24, "float32", chunk=7)
 
@@ -70,18 +70,18 @@ def test_cached_logits_are_those_of_the_full_forward_at_every_step(
 
     place = lambda a: arrays.global_batch(a, 3)
     positions = np.broadcast_to(np.arange(prefilled, dtype=np.int32), (3, prefilled))
-    first, cache = step(cache, place(rows[:, :prefilled]), place(positions))
+    first, cache = step(cache, place(sequences[:, :prefilled]), place(positions))
     got = [np.asarray(first).reshape(3, prefilled, -1)]
     for t in range(prefilled, 20):
-        logits, cache = step(cache, place(rows[:, t : t + 1]), place(at(t)))
+        logits, cache = step(cache, place(sequences[:, t : t + 1]), place(at(t)))
         got.append(np.asarray(logits)[:, None])
-    want = full_logits(params, model, rows)
+    want = full_logits(params, model, sequences)
     assert want.std() > 0.1
     np.testing.assert_allclose(np.concatenate(got, 1), want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_greedy_tokens_are_the_likeliest_of_the_full_forward_for_prompts_of_any_length(
+def test_greedy_tokens_are_the_argmax_of_the_full_forward(
     one_device, tiny_model, random_params, kind
 ):
     model = tiny_model(tied_embeddings=False, **KINDS[kind])
@@ -89,7 +89,7 @@ def test_greedy_tokens_are_the_likeliest_of_the_full_forward_for_prompts_of_any_
     prompts = prompts_of(3, 1, 16, 17)
     outs = generate(params, model, prompts)
     assert [len(out) for out in outs] == [12] * 4
-    assert len({token for out in outs for token in out}) > 5  # no dull repetition
+    assert len({token for out in outs for token in out}) > 5  # not one token repeated
     whole = np.zeros((4, 29), np.int32)
     for row, prompt, out in zip(whole, prompts, outs, strict=True):
         row[: len(prompt) + 12] = prompt + out
@@ -98,13 +98,13 @@ def test_greedy_tokens_are_the_likeliest_of_the_full_forward_for_prompts_of_any_
         assert row[len(prompt) - 1 : len(prompt) + 11].tolist() == out
 
 
-def test_a_batch_of_prompts_continues_each_as_alone(one_device, model, params):
+def test_batched_prompts_continue_as_each_alone(one_device, model, params):
     prompts = prompts_of(3, 16, 17)
     together = generate(params, model, prompts)
     assert together == [generate(params, model, [prompt])[0] for prompt in prompts]
 
 
-def test_a_mesh_of_eight_generates_the_tokens_of_one_device(
+def test_eight_devices_generate_the_tokens_of_one(
     on_mesh, model, params, random_params, tiny_model
 ):
     prompts = prompts_of(3, 9, 20)
@@ -122,7 +122,7 @@ def test_a_mesh_of_eight_generates_the_tokens_of_one_device(
 # --- stopping ----------------------------------------------------------------------------------
 
 
-def test_a_row_stops_with_a_stop_token_and_the_others_go_on(one_device, model, params):
+def test_stop_token_ends_its_slot_only(one_device, model, params):
     prompts = prompts_of(3, 5)
     first, second = generate(params, model, prompts)
     stop = next(token for token in first[2:-1] if token not in second)
@@ -134,7 +134,7 @@ def test_a_row_stops_with_a_stop_token_and_the_others_go_on(one_device, model, p
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 31])
-def test_a_row_stops_after_max_tokens(one_device, model, params, max_tokens):
+def test_slot_ends_after_max_tokens(one_device, model, params, max_tokens):
     prompts = prompts_of(3, 5, 17)
     outs = generate(params, model, prompts, replace(GREEDY, max_tokens=max_tokens))
     assert [len(out) for out in outs] == [max_tokens] * 3
@@ -142,14 +142,14 @@ def test_a_row_stops_after_max_tokens(one_device, model, params, max_tokens):
         assert outs == [out[:max_tokens] for out in generate(params, model, prompts)]
 
 
-def test_a_prompt_and_its_continuation_may_fill_the_context_exactly(one_device, model, params):
+def test_prompt_and_continuation_may_fill_the_context_exactly(one_device, model, params):
     (prompt,) = prompts_of(model.context - 3)
     (out,) = generate(params, model, [prompt], replace(GREEDY, max_tokens=3))
     likeliest = full_logits(params, model, [prompt + out])[0].argmax(-1)
     assert out == likeliest[len(prompt) - 1 : -1].tolist()
 
 
-# --- drawing -----------------------------------------------------------------------------------
+# --- sampling -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -167,32 +167,32 @@ def test_a_prompt_and_its_continuation_may_fill_the_context_exactly(one_device, 
         f"{k}={v}" for k, v in vars(s).items() if v != getattr(SamplingParams(), k)
     ),
 )
-def test_drawn_tokens_follow_the_claimed_distribution(
+def test_sampled_tokens_follow_the_processed_distribution(
     one_device, tiny_model, random_params, settings
 ):
     model = tiny_model(vocab_size=8, layers=1)
     params = random_params(model, std=0.15)
-    prompt, rows = [1, 2, 3], 4096
-    settings = replace(settings, max_tokens=1, seed=1, samples=rows)
-    drawn = np.array(generate(params, model, [prompt], settings, rows=rows))[:, 0]
+    prompt, slots = [1, 2, 3], 4096
+    settings = replace(settings, max_tokens=1, seed=1, samples=slots)
+    drawn = np.array(generate(params, model, [prompt], settings, slots=slots))[:, 0]
     scores = full_logits(params, model, [prompt])[0, -1, :8]
     share = distribution(scores, prompt, [], settings)
     counts = np.bincount(drawn, minlength=8)
     assert counts[share == 0].sum() == 0
     assert share.max() < 0.8
-    found = stats.chisquare(counts[share > 0], rows * share[share > 0])
+    found = stats.chisquare(counts[share > 0], slots * share[share > 0])
     assert found.pvalue > 1e-3
 
 
-def test_penalties_count_what_was_drawn(one_device, tiny_model, random_params):
-    """Pairs of tokens, the second drawn from what the first has made of the distribution."""
+def test_penalties_count_drawn_tokens(one_device, tiny_model, random_params):
+    """Pairs of tokens, the second drawn from the distribution after the first."""
     model = tiny_model(vocab_size=8, layers=1)
     params = random_params(model, std=0.1)
     settings = SamplingParams(
         max_tokens=2, samples=4096, seed=2, presence_penalty=0.7, frequency_penalty=0.5
     )
     prompt = [1, 2]
-    pairs = np.array(generate(params, model, [prompt], settings, rows=4096))
+    pairs = np.array(generate(params, model, [prompt], settings, slots=4096))
     first = np.bincount(pairs[:, 0], minlength=8).argmax()
     second = pairs[pairs[:, 0] == first, 1]
     scores = full_logits(params, model, [[*prompt, int(first)]])[0, -1, :8]
@@ -204,20 +204,18 @@ def test_penalties_count_what_was_drawn(one_device, tiny_model, random_params):
 
 
 def test_draws_at_successive_positions_are_independent(one_device, tiny_model, random_params):
-    """A model that gives every token the same chance, so that only the streams matter."""
+    """With a model that gives every token the same probability, so that only the streams matter."""
     model = tiny_model(vocab_size=8, layers=1)
     params = jax.tree.map(jnp.zeros_like, random_params(model))
     settings = SamplingParams(temperature=1.0, max_tokens=2, seed=5)
-    pairs = np.array(generate(params, model, [[1]] * 2048, settings, rows=2048))
+    pairs = np.array(generate(params, model, [[1]] * 2048, settings, slots=2048))
     table = np.bincount(pairs[:, 0] * 8 + pairs[:, 1], minlength=64)
     assert stats.chisquare(table).pvalue > 1e-3
     neighbours = np.bincount(pairs[:-1, 0] * 8 + pairs[1:, 0], minlength=64)
     assert stats.chisquare(neighbours).pvalue > 1e-3
 
 
-def test_a_seed_decides_the_samples_and_a_row_does_not_depend_on_the_rows_beside_it(
-    one_device, model, params
-):
+def test_seed_determines_samples_and_slots_are_independent(one_device, model, params):
     settings = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=12, seed=7)
     prompts = prompts_of(3, 5, 9)
     three = generate(params, model, prompts, settings)
@@ -226,10 +224,10 @@ def test_a_seed_decides_the_samples_and_a_row_does_not_depend_on_the_rows_beside
     assert generate(params, model, prompts[:2], settings) == three[:2]
     assert generate(params, model, prompts, replace(settings, seed=8)) != three
     same = generate(params, model, prompts[:1] * 3, settings)
-    assert len({tuple(out) for out in same}) == 3  # each row has its own stream
+    assert len({tuple(out) for out in same}) == 3  # each slot has its own stream
 
 
-def test_a_seed_above_32_bits_is_refused_or_counts_whole(one_device, model, params):
+def test_seed_above_32_bits_is_refused_or_used_whole(one_device, model, params):
     settings = SamplingParams(temperature=1.0, max_tokens=12, seed=1)
     prompts = prompts_of(3)
     low = generate(params, model, prompts, settings)
@@ -260,32 +258,32 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def test_a_new_length_seed_or_setting_inside_a_bucket_compiles_nothing(
+def test_new_length_seed_or_setting_within_a_bucket_compiles_nothing(
     one_device, tiny_model, random_params, compilations
 ):
     model = tiny_model(vocab_size=120, layers=1)  # that no other test has compiled already
     params = random_params(model)
-    rows = lambda *lengths: [[5] * n for n in lengths]
+    prompts = lambda *lengths: [[5] * n for n in lengths]
     settings = SamplingParams(temperature=1.0, top_k=5, top_p=0.9, max_tokens=12)
-    generate(params, model, rows(3, 12, 10, 5), settings)
+    generate(params, model, prompts(3, 12, 10, 5), settings)
     known = len(compilations)
     assert known > 0
     changed = SamplingParams(temperature=0.7, top_k=9, top_p=0.8, max_tokens=10, seed=4)
-    generate(params, model, rows(4, 12, 2, 16), changed)
+    generate(params, model, prompts(4, 12, 2, 16), changed)
     assert len(compilations) == known
-    generate(params, model, rows(18, 12, 2), settings)
+    generate(params, model, prompts(18, 12, 2), settings)
     assert len(compilations) > known
 
 
 @pytest.mark.parametrize("lengths", [(3, 5), (3, 12)])
-def test_a_rehearsal_with_zeros_compiles_what_the_real_run_needs(
+def test_precompile_with_zero_parameters_compiles_every_program_of_the_run(
     one_device, tiny_model, random_params, compilations, lengths
 ):
     model = tiny_model(vocab_size=110 + lengths[1], layers=1)
     prompts = [[5] * n for n in lengths]
     settings = SamplingParams(temperature=1.0, max_tokens=12)
     params = random_params(model)
-    Sampler(safetensors.zeros(model, "float32"), model, COMPUTE).rehearse(prompts, settings)
+    Sampler(safetensors.zeros(model, "float32"), model, COMPUTE).precompile(prompts, settings)
     known = len(compilations)
     assert known > 0
     outs = generate(params, model, prompts, settings)
@@ -309,28 +307,28 @@ def test_a_rehearsal_with_zeros_compiles_what_the_real_run_needs(
         ([[1]], SamplingParams(top_p=0.0), "top_p=0.0: must be above 0"),
         ([[1]], SamplingParams(top_p=1.1), "top_p=1.1: .*at most 1"),
         ([[1]], SamplingParams(max_tokens=0), "max_tokens=0: must be at least 1"),
-        ([[1]], SamplingParams(seed=-1), "seed=-1: must not be negative"),
+        ([[1]], SamplingParams(seed=-1), "seed=-1: must be at least 0"),
         ([[1]], SamplingParams(seed=2**63), "seed=.*below 2"),
     ],
 )
-def test_a_request_that_makes_no_sense_is_refused_with_its_reason(
+def test_invalid_request_is_refused_with_its_reason(
     one_device, model, params, prompts, settings, problem
 ):
     with pytest.raises(ConfigError, match=problem):
         generate(params, model, prompts, settings)
 
 
-def test_no_prompts_at_all_have_no_continuations(one_device, model, params):
+def test_no_prompts_give_no_completions(one_device, model, params):
     assert generate(params, model, []) == []
 
 
-def test_a_prompt_that_leaves_no_room_is_told_so(one_device, model, params):
+def test_prompt_as_long_as_the_context_is_refused(one_device, model, params):
     with pytest.raises(ConfigError) as refusal:
         generate(params, model, [[1] * 70])
     assert "at most -" not in str(refusal.value)
 
 
-def test_all_problems_are_told_at_once(one_device, model, params):
+def test_all_problems_are_reported_at_once(one_device, model, params):
     with pytest.raises(ConfigError) as refusal:
         generate(params, model, [[], [200], [1] * 60])
     assert len(refusal.value.problems) == 3
@@ -339,7 +337,7 @@ def test_all_problems_are_told_at_once(one_device, model, params):
     assert len(refusal.value.problems) == 3
 
 
-def test_rows_of_the_table_that_are_no_piece_are_never_drawn(one_device, model, params):
+def test_embedding_rows_beyond_the_vocabulary_are_never_drawn(one_device, model, params):
     settings = SamplingParams(temperature=5.0, max_tokens=40)  # nearly uniform
     some = generate(params, model, prompts_of(5, 5), settings, vocab_size=9)
     assert {i for out in some for i in out} <= set(range(9))

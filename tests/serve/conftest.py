@@ -1,4 +1,4 @@
-"""A tiny model behind a real server on a free port."""
+"""Fixtures: a server with a tiny model, on a free port."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import pytest
 import uvicorn
-from live_server import CAPACITY, MAX_BODY, QUEUE, ROWS, Server, Throttle
+from live_server import CAPACITY, MAX_BODY, QUEUE, SLOTS, Server, Throttle
 
 from gptjax.config import ComputeConfig
 from gptjax.sample import Sampler
@@ -21,7 +21,7 @@ from gptjax.tokenizer import ByteTokenizer
 
 @pytest.fixture(scope="session")
 def make_sampler(tiny_model, random_params) -> Callable[..., Sampler]:
-    """A sampler of a tiny model, which reads bytes or has no tokenizer. Called on a mesh."""
+    """Makes a sampler of a tiny model with a byte tokenizer or none; needs an ambient mesh."""
 
     def make(*, text: bool = True) -> Sampler:
         model = tiny_model(vocab_size=264, context=CAPACITY * 2, layers=1)
@@ -47,7 +47,7 @@ def start(make_sampler, on_mesh) -> Callable[..., Any]:
         with on_mesh():
             sampler = make_sampler(text=text)
             throttle.install(sampler)
-            worker = Worker(sampler, metrics, rows=ROWS, capacity=CAPACITY, queue=QUEUE)
+            worker = Worker(sampler, metrics, slots=SLOTS, capacity=CAPACITY, queue=QUEUE)
             worker.start()
         jax.config.update("jax_disable_most_optimizations", False)
         served = Served("tiny", sampler, worker, metrics, CAPACITY, QUEUE, MAX_BODY)
@@ -79,7 +79,7 @@ def _server(start) -> Iterator[Server]:
 
 @pytest.fixture
 def server(_server: Server) -> Iterator[Server]:
-    """A server that does nothing when a test begins, and is left so."""
+    """A server that is idle when a test begins and when it ends."""
     yield _server
     _server.throttle.running.set()
     _server.throttle.seconds = 0.0

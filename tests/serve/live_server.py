@@ -1,4 +1,4 @@
-"""A server under test with its client, and an engine that can be held, slowed and broken."""
+"""A server under test, its client, and a throttle that pauses, slows or breaks its engine."""
 
 import http.client
 import json
@@ -11,13 +11,13 @@ from typing import Any
 from gptjax.sample import Sampler
 from gptjax.serve.api import Served
 
-ROWS, QUEUE, CAPACITY, MAX_BODY = 2, 4, 1024, 20_000
+SLOTS, QUEUE, CAPACITY, MAX_BODY = 2, 4, 1024, 20_000
 JSON = {"Content-Type": "application/json"}
 
 
 @dataclass
 class Throttle:
-    """Holds an engine before each step while `running` is not set; sleeps; raises."""
+    """Before each step of an engine: waits until `running` is set, sleeps, and raises `error`."""
 
     running: threading.Event = field(default_factory=threading.Event)
     seconds: float = 0.0
@@ -81,7 +81,7 @@ class Server:
         return value
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Waits for what must come sooner or later; a minute at most."""
+        """Waits until the condition holds, for at most a minute."""
         end = time.monotonic() + 60
         while not condition():
             assert time.monotonic() < end

@@ -1,4 +1,4 @@
-"""The HTTP interface, over real sockets: OpenAI's objects, refusals, limits, clients that leave."""
+"""The HTTP API over real sockets: OpenAI's objects, errors, limits, disconnecting clients."""
 
 import json
 import socket
@@ -7,7 +7,7 @@ from typing import Any
 
 import openai
 import pytest
-from live_server import CAPACITY, JSON, MAX_BODY, QUEUE, ROWS
+from live_server import CAPACITY, JSON, MAX_BODY, QUEUE, SLOTS
 
 from gptjax.sample import SamplingParams, decoding
 from gptjax.serve.metrics import Metrics
@@ -15,7 +15,7 @@ from gptjax.serve.worker import Worker
 
 
 def events(body: bytes) -> list[Any]:
-    """The data of server-sent events, [DONE] as None."""
+    """The data of server-sent events; None for [DONE]."""
     parts = body.decode().split("\n\n")
     assert parts.pop() == ""
     assert all(part.startswith("data: ") for part in parts)
@@ -38,14 +38,12 @@ def client(server) -> openai.OpenAI:
     )
 
 
-def test_a_prefill_is_compiled_before_the_server_is_ready(
-    make_sampler, on_mesh, monkeypatch
-) -> None:
+def test_prefill_is_compiled_before_the_server_is_ready(make_sampler, on_mesh, monkeypatch) -> None:
     shapes, prefill = [], decoding.prefill
     spy = lambda p, chunk, *rest: shapes.append(chunk[0].shape) or prefill(p, chunk, *rest)
     monkeypatch.setattr(decoding, "prefill", spy)
     with on_mesh():
-        worker = Worker(make_sampler(), Metrics(), rows=1, capacity=CAPACITY, queue=1)
+        worker = Worker(make_sampler(), Metrics(), slots=1, capacity=CAPACITY, queue=1)
         worker.start()
     try:
         assert len(shapes) == 1
@@ -56,7 +54,7 @@ def test_a_prefill_is_compiled_before_the_server_is_ready(
 # --- completions -----------------------------------------------------------------------------
 
 
-def test_a_completion_has_the_fields_of_openai(server) -> None:
+def test_completion_has_the_fields_of_openai(server) -> None:
     status, answer = server.complete(prompt="abc", max_tokens=5, logprobs=2)
     assert status == 200
     assert answer.keys() == {"id", "object", "created", "model", "seed", "choices", "usage"}
@@ -75,11 +73,11 @@ def test_a_completion_has_the_fields_of_openai(server) -> None:
     assert all(len(top) == 2 for top in choice["logprobs"]["top_logprobs"])
 
 
-def test_the_defaults_are_those_of_openai(server) -> None:
+def test_defaults_are_those_of_openai(server) -> None:
     _, plain = server.complete(prompt="abc", seed=4, logit_bias={"256": -100})
-    spelled_out = {"temperature": 1, "max_tokens": 16, "top_p": 1, "n": 1, "stream": False}
+    defaults = {"temperature": 1, "max_tokens": 16, "top_p": 1, "n": 1, "stream": False}
     _, same = server.complete(
-        model="tiny", prompt="abc", seed=4, logit_bias={"256": -100}, **spelled_out, echo=False
+        model="tiny", prompt="abc", seed=4, logit_bias={"256": -100}, **defaults, echo=False
     )
     assert plain["choices"] == same["choices"]
     assert plain["usage"]["completion_tokens"] == 16
@@ -87,7 +85,7 @@ def test_the_defaults_are_those_of_openai(server) -> None:
     assert plain["choices"][0]["logprobs"] is None
 
 
-def test_without_a_seed_one_is_drawn_and_told_and_gives_the_same_again(server) -> None:
+def test_random_seed_is_returned_and_reproduces_the_completion(server) -> None:
     answers = [server.complete(prompt="abc", n=2)[1] for _ in range(2)]
     first, second = (answer["seed"] for answer in answers)
     assert first != second
@@ -96,7 +94,7 @@ def test_without_a_seed_one_is_drawn_and_told_and_gives_the_same_again(server) -
     assert again["choices"] == answers[0]["choices"]
 
 
-def test_every_form_of_a_prompt_is_continued_in_order(server) -> None:
+def test_every_form_of_prompt_is_completed_in_order(server) -> None:
     eos = server.served.sampler.ids("")[0]
     ids = [eos, *b"abc"]
     common = {"temperature": 0, "max_tokens": 6}
@@ -111,13 +109,13 @@ def test_every_form_of_a_prompt_is_continued_in_order(server) -> None:
     assert several["usage"]["prompt_tokens"] == 3 + 4
 
 
-def test_samples_of_several_prompts_are_those_of_the_sampler(server, on_mesh) -> None:
-    """Also with more continuations than rows."""
+def test_samples_of_several_prompts_equal_those_of_the_sampler(server, on_mesh) -> None:
+    """With more continuations than slots."""
     sampler, prompts = server.served.sampler, ["ab", "c"]
     with on_mesh():
         settings = SamplingParams(max_tokens=6, samples=2, seed=3, top_p=0.9)
         wanted = [one.text for one in sampler.generate(prompts, settings)]
-    assert len(wanted) > ROWS
+    assert len(wanted) > SLOTS
     _, answer = server.complete(prompt=prompts, max_tokens=6, n=2, seed=3, top_p=0.9)
     assert [choice["text"] for choice in answer["choices"]] == wanted
 
@@ -135,7 +133,7 @@ def test_samples_of_several_prompts_are_those_of_the_sampler(server, on_mesh) ->
         {"logit_bias": {"97": 100}},
     ],
 )
-def test_each_setting_reaches_the_draw(server, setting: dict[str, Any]) -> None:
+def test_each_sampling_param_changes_the_completion(server, setting: dict[str, Any]) -> None:
     common = {"prompt": "abc", "seed": 7, "max_tokens": 12}
     _, plain = server.complete(**common)
     _, other = server.complete(**common, **setting)
@@ -143,10 +141,10 @@ def test_each_setting_reaches_the_draw(server, setting: dict[str, Any]) -> None:
 
 
 ASCII = {str(i): -100 for i in range(128, 258)}
-"""Leaves bytes that are a character each, and no end."""
+"""Biases that leave only bytes that are a character each, without EOS."""
 
 
-def test_stop_texts_end_a_text_before_them(server) -> None:
+def test_text_ends_before_a_stop_text(server) -> None:
     common = {"prompt": "abc", "seed": 7, "max_tokens": 40, "logit_bias": ASCII, "logprobs": 0}
     _, plain = server.complete(**common)
     text, tokens = plain["choices"][0]["text"], plain["choices"][0]["logprobs"]["tokens"]
@@ -162,8 +160,8 @@ def test_stop_texts_end_a_text_before_them(server) -> None:
         assert choice["logprobs"]["text_offset"] == list(range(20))
 
 
-def test_a_stop_text_frees_the_row_while_other_samples_go_on(server) -> None:
-    fields = {"prompt": "abc", "seed": 7, "logit_bias": ASCII, "n": ROWS}
+def test_stop_text_frees_the_slot_while_other_samples_continue(server) -> None:
+    fields = {"prompt": "abc", "seed": 7, "logit_bias": ASCII, "n": SLOTS}
     _, plain = server.complete(**fields, max_tokens=40)
     stop = plain["choices"][0]["text"][8:12]
     assert all(stop not in choice["text"] for choice in plain["choices"][1:])
@@ -171,24 +169,24 @@ def test_a_stop_text_frees_the_row_while_other_samples_go_on(server) -> None:
     connection = server.connect()
     body = json.dumps({**fields, "max_tokens": 1000, "stop": stop})
     connection.request("POST", "/v1/completions", body, JSON)
-    server.until(lambda: server.metric("gptjax_rows_busy") == ROWS)
-    server.until(lambda: server.metric("gptjax_rows_busy") == ROWS - 1)
+    server.until(lambda: server.metric("gptjax_rows_busy") == SLOTS)
+    server.until(lambda: server.metric("gptjax_rows_busy") == SLOTS - 1)
     connection.close()
 
 
-def test_tokens_of_a_stream_come_with_their_text(server) -> None:
-    """Also where some is held back because a stop text may begin there."""
+def test_streamed_tokens_come_with_their_text(server) -> None:
+    """Even if some is held back because a stop text may begin there."""
     common = {"prompt": "abc", "seed": 7, "max_tokens": 20, "logit_bias": ASCII}
     _, whole = server.complete(**common)
     text = whole["choices"][0]["text"]
     stop = text[8:11] + "\x80"
-    pieces = [p["choices"][0] for p in stream(server, **common, stop=stop, logprobs=0)[:-1]]
-    assert max(len(piece["text"]) for piece in pieces) >= 3
-    assert all("".join(piece["logprobs"]["tokens"]) == piece["text"] for piece in pieces)
-    assert "".join(piece["text"] for piece in pieces) == text
+    chunks = [p["choices"][0] for p in stream(server, **common, stop=stop, logprobs=0)[:-1]]
+    assert max(len(chunk["text"]) for chunk in chunks) >= 3
+    assert all("".join(chunk["logprobs"]["tokens"]) == chunk["text"] for chunk in chunks)
+    assert "".join(chunk["text"] for chunk in chunks) == text
 
 
-def test_an_end_token_finishes_and_is_written_as_the_vocabulary_does(server) -> None:
+def test_eos_token_finishes_and_has_its_vocabulary_entry_as_text(server) -> None:
     eos = server.served.sampler.ids("")[0]
     _, answer = server.complete(prompt="abc", logit_bias={str(eos): 100}, logprobs=1)
     (choice,) = answer["choices"]
@@ -200,26 +198,26 @@ def test_an_end_token_finishes_and_is_written_as_the_vocabulary_does(server) -> 
 # --- streams ---------------------------------------------------------------------------------
 
 
-def test_a_stream_adds_up_to_the_whole(server) -> None:
+def test_stream_adds_up_to_the_whole_completion(server) -> None:
     fields = {"prompt": ["ab", "c"], "n": 2, "seed": 5, "max_tokens": 9, "logprobs": 3}
     _, whole = server.complete(**fields, stop="q")
-    *pieces, last, done = stream(server, **fields, stop="q", stream_options={"include_usage": True})
+    *chunks, last, done = stream(server, **fields, stop="q", stream_options={"include_usage": True})
     assert done is None
     assert (last["choices"], last["usage"]) == ([], whole["usage"])
-    assert {(p["id"], p["seed"], p["object"]) for p in [*pieces, last]} == {
-        (pieces[0]["id"], 5, "text_completion")
+    assert {(p["id"], p["seed"], p["object"]) for p in [*chunks, last]} == {
+        (chunks[0]["id"], 5, "text_completion")
     }
     for wanted in whole["choices"]:
-        own = [p["choices"][0] for p in pieces if p["choices"][0]["index"] == wanted["index"]]
-        assert "".join(piece["text"] for piece in own) == wanted["text"]
-        assert [piece["finish_reason"] for piece in own[:-1]] == [None] * (len(own) - 1)
+        own = [p["choices"][0] for p in chunks if p["choices"][0]["index"] == wanted["index"]]
+        assert "".join(chunk["text"] for chunk in own) == wanted["text"]
+        assert [chunk["finish_reason"] for chunk in own[:-1]] == [None] * (len(own) - 1)
         assert own[-1]["finish_reason"] == wanted["finish_reason"]
         for column, values in wanted["logprobs"].items():
-            assert [one for piece in own for one in piece["logprobs"][column]] == values
+            assert [one for chunk in own for one in chunk["logprobs"][column]] == values
 
 
-def test_a_stream_comes_piece_by_piece(server) -> None:
-    """The first piece is read while the engine is held."""
+def test_stream_is_sent_chunk_by_chunk(server) -> None:
+    """The first chunk is read while the engine is paused."""
     connection = server.connect()
     body = json.dumps({"prompt": "a", "max_tokens": 900, "stream": True})
     server.throttle.seconds = 0.01
@@ -235,23 +233,23 @@ def test_a_stream_comes_piece_by_piece(server) -> None:
 # --- OpenAI's own client ---------------------------------------------------------------------
 
 
-def test_the_client_of_openai_is_served(server, client) -> None:
+def test_openai_client_completes_and_streams(server, client) -> None:
     done = client.completions.create(
         model="tiny", prompt="abc", max_tokens=8, logprobs=1, seed=1, extra_body={"top_k": 50}
     )
     assert isinstance(done.choices[0].text, str)
     assert len(done.choices[0].logprobs.tokens) == done.usage.completion_tokens
-    pieces = list(
+    chunks = list(
         client.completions.create(
             model="tiny", prompt="abc", max_tokens=8, seed=1, stream=True, extra_body={"top_k": 50}
         )
     )
-    assert "".join(piece.choices[0].text for piece in pieces) == done.choices[0].text
-    assert pieces[-1].choices[0].finish_reason == done.choices[0].finish_reason
+    assert "".join(chunk.choices[0].text for chunk in chunks) == done.choices[0].text
+    assert chunks[-1].choices[0].finish_reason == done.choices[0].finish_reason
     assert [model.id for model in client.models.list()] == ["tiny"]
 
 
-def test_the_client_of_openai_knows_the_refusals(server, client) -> None:
+def test_openai_client_raises_its_own_errors(server, client) -> None:
     with pytest.raises(openai.BadRequestError) as refusal:
         client.completions.create(model="tiny", prompt="abc", temperature=-1)
     assert refusal.value.param == "temperature"
@@ -260,36 +258,36 @@ def test_the_client_of_openai_knows_the_refusals(server, client) -> None:
     assert refusal.value.code == "model_not_found"
 
 
-# --- refusals --------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
         ({"prompt": "a", "tempratur": 1, "best": 2}, "best", ["best, tempratur", "temperature"]),
-        ({}, "prompt", ["prompt: is needed"]),
+        ({}, "prompt", ["prompt: is required"]),
         ({"prompt": []}, "prompt", ["prompt=[]", "not empty"]),
         ({"prompt": [[]]}, "prompt", ["prompt 0: is empty"]),
-        ({"prompt": ["a", 1]}, "prompt", ["must be a text or token ids"]),
-        ({"prompt": [True]}, "prompt", ["must be a text or token ids"]),
+        ({"prompt": ["a", 1]}, "prompt", ["must be a text, token ids"]),
+        ({"prompt": [True]}, "prompt", ["must be a text, token ids"]),
         ({"prompt": [1, 264]}, "prompt", ["outside 0..263"]),
         ({"prompt": "a", "temperature": -1}, "temperature", ["temperature=-1", "not be negative"]),
         ({"prompt": "a", "temperature": "1"}, "temperature", ['temperature="1"', "a number"]),
         ({"prompt": "a", "temperature": 1e999}, None, ["Infinity"]),
         ({"prompt": "a", "top_p": 0}, "top_p", ["top_p=0", "above 0"]),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens", ["max_tokens=0", "at least 1"]),
-        ({"prompt": "a", "max_tokens": 1.5}, "max_tokens", ["whole number"]),
-        ({"prompt": "a", "max_tokens": True}, "max_tokens", ["whole number"]),
+        ({"prompt": "a", "max_tokens": 1.5}, "max_tokens", ["an integer"]),
+        ({"prompt": "a", "max_tokens": True}, "max_tokens", ["an integer"]),
         ({"prompt": "a", "max_tokens": CAPACITY}, "max_tokens", [f"at most {CAPACITY - 2} fit"]),
-        ({"prompt": "a" * CAPACITY}, "prompt", ["leave no room", str(CAPACITY)]),
+        ({"prompt": "a" * CAPACITY}, "prompt", ["leave no space", str(CAPACITY)]),
         ({"prompt": "a", "n": 0}, "n", ["n=0", f"from 1 to {QUEUE}"]),
         ({"prompt": ["a", "b"], "n": QUEUE}, "n", ["2 prompts", f"1 to {QUEUE // 2}"]),
         ({"prompt": ["a"] * (QUEUE + 1)}, "prompt", [str(QUEUE)]),
         ({"prompt": "a", "stop": ["a"] * 5}, "stop", ["at most 4"]),
-        ({"prompt": "a", "stop": ""}, "stop", ["empty text"]),
+        ({"prompt": "a", "stop": ""}, "stop", ["must not be empty"]),
         ({"prompt": "a", "stop": 3}, "stop", ["stop=3"]),
         ({"prompt": "a", "logprobs": 21}, "logprobs", ["from 0 to 20"]),
-        ({"prompt": "a", "logprobs": True}, "logprobs", ["whole number"]),
+        ({"prompt": "a", "logprobs": True}, "logprobs", ["an integer"]),
         ({"prompt": "a", "seed": 2**32}, "seed", ["below 2**32"]),
         ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", ["token ids"]),
         ({"prompt": "a", "logit_bias": {"264": 1}}, "logit_bias", ["outside", "264"]),
@@ -298,7 +296,7 @@ def test_the_client_of_openai_knows_the_refusals(server, client) -> None:
         ({"prompt": "a", "logit_bias": dict.fromkeys(range(301), 1)}, "logit_bias", ["300"]),
         ({"prompt": "a", "echo": True}, "echo", ["not supported"]),
         ({"prompt": "a", "best_of": 2}, "best_of", ["not supported"]),
-        ({"prompt": "a", "suffix": "b"}, "suffix", ["suffix: no such field"]),
+        ({"prompt": "a", "suffix": "b"}, "suffix", ["suffix: unknown field"]),
         ({"prompt": "a", "stream": 1}, "stream", ["true or false"]),
         ({"prompt": "a", "stream_options": {}}, "stream_options", ["stream=true"]),
         (
@@ -308,7 +306,7 @@ def test_the_client_of_openai_knows_the_refusals(server, client) -> None:
         ),
     ],
 )
-def test_a_mistake_is_named_with_what_to_do(server, fields, param, words) -> None:
+def test_invalid_request_is_refused_with_param_and_reason(server, fields, param, words) -> None:
     status, answer = server.complete(**fields)
     assert status == 400
     assert answer.keys() == {"error"}
@@ -326,7 +324,7 @@ def test_a_mistake_is_named_with_what_to_do(server, fields, param, words) -> Non
         *(b"[]", b'"text"', b"null", b'{"prompt": "a", "temperature": -Infinity}'),
     ],
 )
-def test_what_is_no_json_object_is_refused_without_a_traceback(server, body: bytes) -> None:
+def test_body_that_is_not_a_json_object_is_refused_without_a_traceback(server, body: bytes) -> None:
     status, _, answer = server.send("/v1/completions", body)
     assert status == 400
     message = json.loads(answer)["error"]["message"]
@@ -334,12 +332,12 @@ def test_what_is_no_json_object_is_refused_without_a_traceback(server, body: byt
     assert "Traceback" not in message
 
 
-def test_a_null_is_as_if_the_field_was_not_there(server) -> None:
+def test_null_is_the_same_as_a_missing_field(server) -> None:
     status, _ = server.complete(prompt="a", suffix=None, user=None, stop=None, logprobs=None)
     assert status == 200
 
 
-def test_half_of_a_surrogate_pair_does_no_harm(server) -> None:
+def test_lone_surrogates_are_handled(server) -> None:
     status, _ = server.complete(prompt="a\ud800b", stop="\udfff")
     assert status == 200
     status, answer = server.complete(prompt="a", model="\ud800")
@@ -348,7 +346,7 @@ def test_half_of_a_surrogate_pair_does_no_harm(server) -> None:
     assert (status, answer["error"]["param"]) == (400, "\ud800")
 
 
-def test_a_long_value_is_not_sent_back_whole(server) -> None:
+def test_error_message_shortens_a_long_value(server) -> None:
     _, answer = server.complete(prompt="a", temperature="x" * 15_000)
     assert len(answer["error"]["message"]) < 2_000
 
@@ -362,16 +360,14 @@ def test_a_long_value_is_not_sent_back_whole(server) -> None:
         ("GET", "/../../etc/passwd", 404),
     ],
 )
-def test_other_addresses_and_methods_have_the_error_object_too(
-    server, method, path, status
-) -> None:
+def test_unknown_paths_and_methods_have_the_error_object(server, method, path, status) -> None:
     got, _, body = server.send(path, method=method)
     assert got == status
     assert path in json.loads(body)["error"]["message"]
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
-def test_a_body_that_a_page_of_another_site_could_send_is_refused(server, kind: str) -> None:
+def test_content_types_that_other_sites_can_send_are_refused(server, kind: str) -> None:
     headers = {"Content-Type": kind} if kind else {}
     status, answer_headers, _ = server.send("/v1/completions", b'{"prompt": "a"}', headers)
     assert status == 415
@@ -381,14 +377,14 @@ def test_a_body_that_a_page_of_another_site_could_send_is_refused(server, kind: 
 # --- limits ----------------------------------------------------------------------------------
 
 
-def test_a_body_of_more_than_the_limit_is_refused(server) -> None:
+def test_body_above_the_limit_is_refused(server) -> None:
     body = json.dumps({"prompt": "a", "stop": "b" * MAX_BODY}).encode()
     status, _, answer = server.send("/v1/completions", body)
     assert status == 413
     assert str(MAX_BODY) in json.loads(answer)["error"]["message"]
 
 
-def test_a_body_without_a_length_is_refused_where_it_passes_the_limit(server) -> None:
+def test_chunked_body_is_refused_when_it_passes_the_limit(server) -> None:
     sock = socket.create_connection(("127.0.0.1", server.port), timeout=60)
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
     head += "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -398,7 +394,7 @@ def test_a_body_without_a_length_is_refused_where_it_passes_the_limit(server) ->
         assert sock.recv(1000).startswith(b"HTTP/1.1 413")
 
 
-def test_a_body_that_does_not_arrive_is_given_up(server, monkeypatch) -> None:
+def test_body_that_does_not_arrive_times_out(server, monkeypatch) -> None:
     monkeypatch.setattr("gptjax.serve.api._BODY_SECONDS", 0.1)
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
@@ -406,41 +402,41 @@ def test_a_body_that_does_not_arrive_is_given_up(server, monkeypatch) -> None:
         assert sock.recv(1000).startswith(b"HTTP/1.1 408")
 
 
-def test_a_full_queue_refuses_and_serves_again_when_there_is_room(server) -> None:
+def test_full_queue_refuses_and_serves_again_later(server) -> None:
     server.throttle.running.clear()
     before = server.metric("gptjax_requests_total", outcome="busy")
     answers: list[int] = []
     ask = lambda: answers.append(server.complete(prompt="a", max_tokens=3)[0])
-    threads = [threading.Thread(target=ask) for _ in range(ROWS + QUEUE)]
+    threads = [threading.Thread(target=ask) for _ in range(SLOTS + QUEUE)]
     for thread in threads:
         thread.start()
     held = lambda: server.metric("gptjax_rows_busy") + server.metric("gptjax_queue_length")
-    server.until(lambda: held() == ROWS + QUEUE)
+    server.until(lambda: held() == SLOTS + QUEUE)
     status, headers, body = server.send("/v1/completions", b'{"prompt": "a"}')
     assert status == 429
     assert int(headers["retry-after"]) > 0
     error = json.loads(body)["error"]
     assert error["type"] == "rate_limit_error"
-    assert str(ROWS + QUEUE) in error["message"]
+    assert str(SLOTS + QUEUE) in error["message"]
     assert server.metric("gptjax_requests_total", outcome="busy") == before + 1
     server.throttle.running.set()
     for thread in threads:
         thread.join()
-    assert answers == [200] * (ROWS + QUEUE)
+    assert answers == [200] * (SLOTS + QUEUE)
     assert server.complete(prompt="a")[0] == 200
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_a_client_that_leaves_frees_its_rows(server, streamed: bool) -> None:
-    """Those that wait, too."""
+def test_disconnected_client_frees_its_slots(server, streamed: bool) -> None:
+    """And its waiting samples leave the queue."""
     server.throttle.seconds = 0.05
     gone = server.metric("gptjax_requests_total", outcome="gone")
     drawn = server.metric("gptjax_completion_tokens_total")
-    body = {"prompt": "a", "max_tokens": 1000, "n": ROWS + 1, "stream": streamed}
+    body = {"prompt": "a", "max_tokens": 1000, "n": SLOTS + 1, "stream": streamed}
     connection = server.connect()
     body["logit_bias"] = {"256": -100}  # no end before
     connection.request("POST", "/v1/completions", json.dumps(body), JSON)
-    server.until(lambda: server.metric("gptjax_rows_busy") == ROWS)
+    server.until(lambda: server.metric("gptjax_rows_busy") == SLOTS)
     server.until(lambda: server.metric("gptjax_completion_tokens_total") > drawn)
     assert server.metric("gptjax_queue_length") == 1
     connection.close()
@@ -452,10 +448,10 @@ def test_a_client_that_leaves_frees_its_rows(server, streamed: bool) -> None:
     assert server.complete(prompt="a")[0] == 200
 
 
-# --- what else there is ----------------------------------------------------------------------
+# --- models and metrics ----------------------------------------------------------------------
 
 
-def test_models_and_health_tell_what_is_served(server) -> None:
+def test_models_and_health_endpoints(server) -> None:
     status, _, body = server.send("/v1/models")
     assert status == 200
     (model,) = json.loads(body)["data"]
@@ -488,19 +484,19 @@ def test_metrics_count_requests_and_tokens(server) -> None:
     assert status == 200
     assert headers["content-type"].startswith("text/plain; version=0.0.4")
     assert b"# TYPE gptjax_token_seconds histogram" in body
-    assert f"gptjax_rows {ROWS}.0".encode() in body
+    assert f"gptjax_rows {SLOTS}.0".encode() in body
 
 
-def test_two_servers_of_a_process_count_apart(server, start) -> None:
+def test_two_servers_in_a_process_have_separate_metrics(server, start) -> None:
     with start() as other:
         other.complete(prompt="abc")
         assert other.metric("gptjax_requests_total", outcome="ok") == 1
 
 
-# --- who may ask -----------------------------------------------------------------------------
+# --- access ----------------------------------------------------------------------------------
 
 
-def test_a_name_that_is_rebound_to_this_machine_is_refused(server) -> None:
+def test_unknown_host_name_is_refused(server) -> None:
     for host, wanted in {
         "127.0.0.1": 200,
         f"localhost:{server.port}": 200,
@@ -510,7 +506,7 @@ def test_a_name_that_is_rebound_to_this_machine_is_refused(server) -> None:
         assert server.send("/v1/models", headers={"Host": host})[0] == wanted
 
 
-def test_a_token_is_asked_for_where_there_is_one(start) -> None:
+def test_server_with_a_token_requires_it(start) -> None:
     with start(token=b"secret", hosts=None) as server:
         bearer = lambda token: {**JSON, "Authorization": token}
         for path in ("/v1/models", "/metrics", "/v1/nothing", "//v1/models", "/health/"):
@@ -533,7 +529,7 @@ def test_a_token_is_asked_for_where_there_is_one(start) -> None:
         assert b"data-guarded=yes" in server.send("/")[2]
 
 
-def test_an_engine_that_fails_is_told_to_clients_and_the_log(start, caplog) -> None:
+def test_engine_failure_is_reported_to_clients_and_the_log(start, caplog) -> None:
     with start() as server:
         server.throttle.error = RuntimeError("the secret reason")
         for wanted in (500, 500):
@@ -549,7 +545,7 @@ def test_an_engine_that_fails_is_told_to_clients_and_the_log(start, caplog) -> N
     assert "the secret reason" in str(record.exc_info[1])
 
 
-def test_a_stream_under_way_is_told_when_the_engine_fails(start) -> None:
+def test_running_stream_ends_with_an_error_when_the_engine_fails(start) -> None:
     with start() as server:
         server.throttle.seconds = 0.01
         connection = server.connect()
@@ -565,7 +561,7 @@ def test_a_stream_under_way_is_told_when_the_engine_fails(start) -> None:
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_what_does_not_end_in_time_is_told_that_the_server_stops(start, streamed: bool) -> None:
+def test_request_that_outlasts_the_drain_time_gets_an_error(start, streamed: bool) -> None:
     with start() as server:
         server.throttle.seconds = 0.01
         connection = server.connect()
@@ -582,7 +578,7 @@ def test_what_does_not_end_in_time_is_told_that_the_server_stops(start, streamed
         assert server.send("/health")[0] == 503
 
 
-def test_a_model_without_a_tokenizer_has_token_ids_in_place_of_text(start) -> None:
+def test_model_without_a_tokenizer_returns_token_ids(start) -> None:
     with start(text=False) as server:
         fields = {"prompt": [1, 2], "max_tokens": 5, "seed": 1, "logprobs": 1}
         _, answer = server.complete(**fields)
@@ -590,8 +586,8 @@ def test_a_model_without_a_tokenizer_has_token_ids_in_place_of_text(start) -> No
         assert choice["text"] == ""
         assert len(choice["token_ids"]) == 5
         assert choice["logprobs"]["tokens"] == [str(i) for i in choice["token_ids"]]
-        *pieces, _ = stream(server, **{**fields, "logprobs": None})
-        ids = [i for piece in pieces for i in piece["choices"][0]["token_ids"]]
+        *chunks, _ = stream(server, **{**fields, "logprobs": None})
+        ids = [i for chunk in chunks for i in chunk["choices"][0]["token_ids"]]
         assert ids == choice["token_ids"]
         for wrong in ({"prompt": "text"}, {"prompt": [1], "stop": "text"}):
             status, answer = server.complete(**wrong)
@@ -599,10 +595,10 @@ def test_a_model_without_a_tokenizer_has_token_ids_in_place_of_text(start) -> No
             assert "no tokenizer" in answer["error"]["message"]
 
 
-def test_an_error_of_the_server_itself_is_a_plain_answer(start, monkeypatch, caplog) -> None:
+def test_internal_error_is_a_500_without_details(start, monkeypatch, caplog) -> None:
     with start() as server:
         monkeypatch.setattr(
-            "gptjax.serve.protocol.Answer.choice", lambda *_: {}["the secret reason"]
+            "gptjax.serve.protocol.ResponseBuilder.choice", lambda *_: {}["the secret reason"]
         )
         status, answer = server.complete(prompt="a")
         assert status == 500
@@ -613,7 +609,7 @@ def test_an_error_of_the_server_itself_is_a_plain_answer(start, monkeypatch, cap
         assert server.complete(prompt="a")[0] == 200
 
 
-def test_the_page_runs_its_own_script_and_style_only(server) -> None:
+def test_page_allows_only_its_own_script_and_style(server) -> None:
     status, headers, body = server.send("/")
     assert status == 200
     assert headers["content-type"].startswith("text/html")

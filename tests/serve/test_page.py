@@ -23,7 +23,7 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
     opened.close()
 
 
-def test_a_text_streams_in_with_the_probability_of_each_token(browser, server) -> None:
+def test_text_streams_in_with_token_probabilities(browser, server) -> None:
     browser.open(f"http://127.0.0.1:{server.port}/")
     browser.until("document.querySelector('#model').textContent.startsWith('tiny')")
     prompt = "<img src=x onerror=alert(1)> abc"
@@ -49,7 +49,7 @@ def test_a_text_streams_in_with_the_probability_of_each_token(browser, server) -
     assert browser.problems == []
 
 
-def test_stop_ends_the_stream_and_frees_the_row(browser, server) -> None:
+def test_stop_button_ends_the_stream_and_frees_the_slot(browser, server) -> None:
     browser.open(f"http://127.0.0.1:{server.port}/")
     server.throttle.seconds = 0.05
     browser.type("#prompt", "abc")
@@ -63,7 +63,7 @@ def test_stop_ends_the_stream_and_frees_the_row(browser, server) -> None:
     assert browser.run("document.querySelectorAll('.piece').length") < 1000
 
 
-def test_a_refusal_is_shown_as_it_is(browser, server) -> None:
+def test_error_message_is_shown(browser, server) -> None:
     browser.open(f"http://127.0.0.1:{server.port}/")
     browser.type("#prompt", "abc")
     browser.type("#temperature", "-1")
@@ -72,7 +72,7 @@ def test_a_refusal_is_shown_as_it_is(browser, server) -> None:
     assert browser.run(STATUS) == "temperature=-1: must not be negative"
 
 
-def test_the_page_asks_for_the_token(browser, start) -> None:
+def test_page_asks_for_the_token(browser, start) -> None:
     with start(token=b"secret", hosts=None) as server:
         browser.open(f"http://127.0.0.1:{server.port}/")
         browser.type("#prompt", "abc")
@@ -84,7 +84,7 @@ def test_the_page_asks_for_the_token(browser, start) -> None:
         browser.until(IDLE)
 
 
-def test_nothing_of_another_origin_is_loaded(browser, server) -> None:
+def test_nothing_is_loaded_from_other_origins(browser, server) -> None:
     browser.open(f"http://127.0.0.1:{server.port}/")
     browser.run("document.body.append(Object.assign(new Image(), {src: '/health'}))")
     browser.until("document.images[0].complete")

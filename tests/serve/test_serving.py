@@ -57,7 +57,7 @@ def run(capsys, monkeypatch) -> Run:
         (["no-such-run", "--rows", "0"], 2, {*HEAVY, *PACKAGES.values()}),
     ],
 )
-def test_what_opens_no_model_loads_nothing_heavy(argv, code, unused) -> None:
+def test_help_and_invalid_options_import_nothing_heavy(argv, code, unused) -> None:
     clean = {k: v for k, v in os.environ.items() if k != listening.TOKEN_VARIABLE}
     done = subprocess.run(
         [sys.executable, "-c", PROBE, "serve", *argv], capture_output=True, text=True, env=clean
@@ -69,7 +69,7 @@ def test_what_opens_no_model_loads_nothing_heavy(argv, code, unused) -> None:
     assert unused.isdisjoint(loaded.split())
 
 
-def test_values_that_make_no_sense_are_named_all_at_once(run: Run) -> None:
+def test_all_invalid_options_are_reported_at_once(run: Run) -> None:
     code, err = run(
         *("--port", 70000, "--rows", 0, "--queue", -1, "--max-body", 0, "--max-tokens-limit", 1)
     )
@@ -79,14 +79,14 @@ def test_values_that_make_no_sense_are_named_all_at_once(run: Run) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
-def test_an_address_that_others_can_reach_needs_a_token(run: Run, host: str) -> None:
+def test_non_loopback_address_requires_a_token(run: Run, host: str) -> None:
     code, err = run("--host", host, "--port", 0)
     assert code == 2
     assert all(word in err for word in (f"--host={host}", "--token-file", "GPTJAX_TOKEN"))
 
 
 @pytest.mark.parametrize("text", ["", "\n", "two words", "s\xe9cret", None])
-def test_a_token_that_is_none_is_refused(run: Run, tmp_path: Path, monkeypatch, text) -> None:
+def test_invalid_token_is_refused(run: Run, tmp_path: Path, monkeypatch, text) -> None:
     file = tmp_path / "token"
     if text is not None:
         file.write_text(text, encoding="utf-8")
@@ -102,7 +102,7 @@ def test_a_token_that_is_none_is_refused(run: Run, tmp_path: Path, monkeypatch, 
             assert text not in err
 
 
-def test_a_token_is_read_from_its_file_and_else_from_the_environment(tmp_path, monkeypatch) -> None:
+def test_token_is_read_from_the_file_or_else_the_environment(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv(listening.TOKEN_VARIABLE, "of-environment")
     file = tmp_path / "token"
     file.write_text("of-file\n")
@@ -112,33 +112,33 @@ def test_a_token_is_read_from_its_file_and_else_from_the_environment(tmp_path, m
     assert listening.read_token(None) is None
 
 
-def test_a_port_in_use_is_told_in_a_sentence(run: Run) -> None:
+def test_port_in_use_is_refused(run: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         code, err = run("--port", port)
     assert code == 73
-    assert f"--port={port}: cannot be listened on: Address already in use" in err
+    assert f"--port={port}: cannot listen: Address already in use" in err
 
 
-def test_a_port_that_another_process_takes_in_the_meantime_is_told_too() -> None:
+def test_port_taken_between_bind_and_listen_is_refused() -> None:
     with listening.bind("127.0.0.1", 0) as ours:
         port = ours.getsockname()[1]
         with listening.bind("127.0.0.1", port) as other:
             listening.listen(other)
-            with pytest.raises(listening.OutputError, match=f"--port={port}: cannot be listened"):
+            with pytest.raises(listening.OutputError, match=f"--port={port}: cannot listen"):
                 listening.listen(ours)
 
 
-def test_a_host_that_there_is_not_is_told_in_a_sentence(run: Run) -> None:
+def test_unknown_host_is_refused(run: Run) -> None:
     code, err = run("--host", "no such host")
     assert code == 2
-    assert "--host=no such host: no such host" in err
+    assert "--host=no such host: host not found" in err
 
 
 @pytest.mark.parametrize(
     ("host", "local"), [("127.0.0.1", True), ("localhost", True), ("127.1.2.3", True)]
 )
-def test_loopback_is_told_by_the_address(host: str, local: bool) -> None:
+def test_is_loopback_by_address(host: str, local: bool) -> None:
     with listening.bind(host, 0) as bound:
         assert listening.is_loopback(bound) == local
     with listening.bind("0.0.0.0", 0) as bound:
@@ -146,7 +146,7 @@ def test_loopback_is_told_by_the_address(host: str, local: bool) -> None:
 
 
 @pytest.mark.parametrize("module", PACKAGES.values())
-def test_packages_that_are_not_installed_are_named(run: Run, monkeypatch, module: str) -> None:
+def test_missing_packages_are_named(run: Run, monkeypatch, module: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     code, err = run()
     assert code == 2
@@ -156,7 +156,7 @@ def test_packages_that_are_not_installed_are_named(run: Run, monkeypatch, module
 
 # --- to the end ------------------------------------------------------------------------------
 
-# `gptjax serve` as it is, but for the model, which no folder holds.
+# `gptjax serve` with a model made in memory.
 TINY = """
 import os, sys
 from contextlib import contextmanager
@@ -166,28 +166,30 @@ import jax
 
 jax.config.update("jax_disable_most_optimizations", True)
 
-from gptjax import cli, opening, sharding
+from gptjax import load
+from gptjax.cli import main
 from gptjax.config import ComputeConfig, Config, MeshConfig, ModelConfig
 from gptjax.model import decoder
+from gptjax.parallel.mesh import make_mesh
 from gptjax.tokenizer import ByteTokenizer
 
 @contextmanager
-def opened(path, *, dtype=None, say=None):
+def load_model(path, *, dtype=None, say=None):
     model = ModelConfig(vocab_size=264, context=4096, layers=1, embed=16, heads=2)
     cfg = replace(Config(), model=model, compute=ComputeConfig(dtype="float32"))
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices())):
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices())):
         params = decoder.init(model, jax.random.key(0))
-        yield opening.Opened(path, cfg, ByteTokenizer(), params, None)
+        yield load.LoadedModel(path, cfg, ByteTokenizer(), params, None)
 
-opening.opened = opened
-sys.exit(cli.main(["serve", "runs/tiny", "--port", "0", *sys.argv[1:]]))
+load.load_model = load_model
+sys.exit(main.main(["serve", "runs/tiny", "--port", "0", *sys.argv[1:]]))
 """
 
 
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
-def test_a_server_that_is_told_to_stop_answers_what_it_has_and_ends_well(
+def test_signal_drains_running_requests_and_exits_with_0(
     number: signal.Signals, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
@@ -205,7 +207,7 @@ def test_a_server_that_is_told_to_stop_answers_what_it_has_and_ends_well(
         try:
             line = process.stdout.readline()
             found = re.fullmatch(
-                r"http://127\.0\.0\.1:(\d+) serves tiny: float32, 8 rows of 4000 tokens, "
+                r"http://127\.0\.0\.1:(\d+) serves tiny: float32, 8 slots of 4000 tokens, "
                 r"without a token\n",
                 line,
             )
