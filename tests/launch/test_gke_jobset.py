@@ -97,7 +97,7 @@ def test_command_parses_and_its_machine_matches_the_requested_slices(job, monkey
     hosts = machine.processes // machine.slices
     assert job["template"]["spec"]["parallelism"] == hosts
     assert job["template"]["spec"]["completions"] == hosts
-    assert container["resources"]["limits"]["google.com/tpu"] == machine.device.node
+    assert container["resources"]["limits"]["google.com/tpu"] == machine.device.devices_per_host
     topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
     assert topology == "x".join(map(str, machine.shape))
     cfg.check(machine.devices, machine.processes)
