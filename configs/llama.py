@@ -10,6 +10,9 @@ scales 3's rotary positions from 8k to 128k tokens in further training at long c
 distilled, and 3.3 is 3.1 trained further; these presets have 3's recipe.
 """
 
+from dataclasses import replace
+from typing import Any
+
 from gptjax.config import (
     CheckpointConfig,
     ComputeConfig,
@@ -26,24 +29,24 @@ from gptjax.config import (
 
 def llama1_7b() -> Config:
     """6.7 billion parameters."""
-    return _llama("1-7b", **_7B, eps=1e-6, context=2048, lr=3e-4, tokens=1.0)
+    return _llama("1-7b", **_7B, norm_eps=1e-6, context=2048, lr=3e-4, tokens=1.0)
 
 
 def llama1_13b() -> Config:
     """13.0 billion parameters."""
-    return _llama("1-13b", **_13B, eps=1e-6, context=2048, lr=3e-4, tokens=1.0)
+    return _llama("1-13b", **_13B, norm_eps=1e-6, context=2048, lr=3e-4, tokens=1.0)
 
 
 def llama1_33b() -> Config:
     """32.5 billion parameters."""
     shape = {"layers": 60, "embed": 6656, "mlp": 17920, "heads": 52}
-    return _llama("1-33b", **shape, eps=1e-6, context=2048, lr=1.5e-4, tokens=1.4)
+    return _llama("1-33b", **shape, norm_eps=1e-6, context=2048, lr=1.5e-4, tokens=1.4)
 
 
 def llama1_65b() -> Config:
     """65.3 billion parameters."""
     shape = {"layers": 80, "embed": 8192, "mlp": 22016, "heads": 64}
-    return _llama("1-65b", **shape, eps=1e-5, context=2048, lr=1.5e-4, tokens=1.4)
+    return _llama("1-65b", **shape, norm_eps=1e-5, context=2048, lr=1.5e-4, tokens=1.4)
 
 
 def llama2_7b() -> Config:
@@ -73,35 +76,35 @@ def llama3_70b() -> Config:
 
 def llama31_8b() -> Config:
     """Llama 3 8B for 128k tokens."""
-    return _llama3("3.1-8b", **_8B, stretch=8.0, lr=3e-4)
+    return _llama3("3.1-8b", **_8B, rope_factor=8.0, lr=3e-4)
 
 
 def llama31_70b() -> Config:
     """Llama 3 70B for 128k tokens."""
-    return _llama3("3.1-70b", **_70B, stretch=8.0, lr=1.5e-4)
+    return _llama3("3.1-70b", **_70B, rope_factor=8.0, lr=1.5e-4)
 
 
 def llama31_405b() -> Config:
     """405.9 billion parameters."""
     shape = {"layers": 126, "embed": 16384, "mlp": 53248, "heads": 128, "kv_heads": 8}
-    return _llama3("3.1-405b", **shape, stretch=8.0, lr=8e-5, tokens=15.6)
+    return _llama3("3.1-405b", **shape, rope_factor=8.0, lr=8e-5, tokens=15.6)
 
 
 def llama32_1b() -> Config:
     """1.2 billion parameters, tied."""
     shape = {"layers": 16, "embed": 2048, "mlp": 8192, "heads": 32, "kv_heads": 8}
-    return _llama3("3.2-1b", **shape, stretch=32.0, lr=3e-4, tied=True)
+    return _llama3("3.2-1b", **shape, rope_factor=32.0, lr=3e-4, tied=True)
 
 
 def llama32_3b() -> Config:
     """3.2 billion parameters, tied."""
     shape = {"layers": 28, "embed": 3072, "mlp": 8192, "heads": 24, "kv_heads": 8}
-    return _llama3("3.2-3b", **shape, stretch=32.0, lr=3e-4, tied=True)
+    return _llama3("3.2-3b", **shape, rope_factor=32.0, lr=3e-4, tied=True)
 
 
 def llama33_70b() -> Config:
     """The shapes of 3.1 70B."""
-    return _llama3("3.3-70b", **_70B, stretch=8.0, lr=1.5e-4)
+    return _llama3("3.3-70b", **_70B, rope_factor=8.0, lr=1.5e-4)
 
 
 _7B = {"layers": 32, "embed": 4096, "mlp": 11008, "heads": 32}
@@ -115,68 +118,54 @@ def _llama3(
     *,
     lr: float,
     context: int = 131_072,
-    stretch: float = 1.0,
+    rope_factor: float = 1.0,
     tokens: float = 15.0,
     tied: bool = False,
     **shape: int,
 ) -> Config:
+    """Llama 3's recipe; `shape` are ModelConfig's sizes."""
     rope = RopeConfig(theta=5e5)
-    if stretch > 1:
-        rope = RopeConfig(theta=5e5, scaling="low_frequency", factor=stretch, original_context=8192)
+    if rope_factor > 1:
+        rope = replace(rope, scaling="low_frequency", factor=rope_factor, original_context=8192)
     tokenizer = TokenizerConfig(
         kind="huggingface", algorithm="byte_bpe", vocab_size=128_256, sample_bytes=200_000_000
     )
+    model = {"context": context, "rope": rope, "tied_embeddings": tied, **shape}
     return _llama(
-        size,
-        **shape,
-        context=context,
-        lr=lr,
-        tokens=tokens,
-        rope=rope,
-        tied=tied,
-        tokenizer=tokenizer,
-        warmup_steps=8000,
-        seq_len=8192,
+        size, lr=lr, tokens=tokens, tokenizer=tokenizer, warmup_steps=8000, seq_len=8192, **model
     )
 
 
 def _llama(
     size: str,
     *,
-    context: int,
     lr: float,
     tokens: float,
-    eps: float = 1e-5,
-    rope: RopeConfig | None = None,
-    tied: bool = False,
     tokenizer: TokenizerConfig | None = None,
     warmup_steps: int = 2000,
     seq_len: int | None = None,
-    **shape: int,
+    **model: Any,
 ) -> Config:
-    """`tokens` in trillions."""
+    """The common recipe; `tokens` in trillions, `model` are further fields of ModelConfig."""
     tokenizer = tokenizer or TokenizerConfig(vocab_size=32_000, sample_bytes=200_000_000)
     batch = 4_194_304
+    cfg = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        activation="swiglu",
+        norm="rmsnorm",
+        positions="rope",
+        linear_bias=False,
+        **{"tied_embeddings": False, **model},
+    )
     return Config(
         run=f"runs/llama-{size}",
-        model=ModelConfig(
-            vocab_size=tokenizer.vocab_size,
-            context=context,
-            activation="swiglu",
-            norm="rmsnorm",
-            norm_eps=eps,
-            positions="rope",
-            rope=rope or RopeConfig(),
-            linear_bias=False,
-            tied_embeddings=tied,
-            **shape,
-        ),
+        model=cfg,
         compute=ComputeConfig(dtype="bfloat16", remat="block", loss_chunks=8),
         tokenizer=tokenizer,
         data=DataConfig(store="data/corpus", valid_fraction=0.001),
         optim=OptimConfig(lr=lr, warmup_tokens=warmup_steps * batch),
         train=TrainConfig(
-            tokens=round(tokens * 1e12), batch_tokens=batch, seq_len=seq_len or context
+            tokens=round(tokens * 1e12), batch_tokens=batch, seq_len=seq_len or cfg.context
         ),
         eval=EvalConfig(every=2000, batch=64),
         checkpoint=CheckpointConfig(every=1000, keep_every=10_000),

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gptjax.errors import ConfigError, DataError, OutputError
 from gptjax.runtime.progress import Progress
@@ -319,7 +319,9 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
     _refuse_unused(args)
     beams = None
     if args.beams:
-        early = "never" if args.early_stopping == "never" else args.early_stopping == "true"
+        early: bool | Literal["never"] = args.early_stopping == "true"
+        if args.early_stopping == "never":
+            early = "never"
         beams = BeamSearchParams(
             args.beams, args.length_penalty, early, args.samples, args.max_tokens
         )

@@ -330,7 +330,7 @@ def lora_problems(lora: Any, option: str) -> Iterator[str]:
     """Problems of a LoraConfig; `option` is its dotted name."""
     yield from _below(0, {f"{option}.rank": lora.rank})
     if lora.rank == 0 and lora != type(lora)():
-        yield f"{option}.rank=0: there are no adapters, but other fields of {option}; give a rank"
+        yield f"{option}.rank=0: there are no adapters, yet other fields of it are set; give a rank"
     if not lora.alpha > 0:
         yield f"{option}.alpha={lora.alpha}: must be above 0"
     if not lora.targets:

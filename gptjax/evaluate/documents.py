@@ -105,7 +105,7 @@ class TextLoss:
             self.tokens += len(ids) - 1
 
     def measure(self, params: Params) -> list[Statistic]:
-        """loss, perplexity and bits_per_byte, with a sample for each document."""
+        """loss, perplexity and bits_per_byte, with an entry for each document."""
         scores = self._scorer.score(params, self._pairs, self._name)
         per_document = lambda values: np.bincount(self._document, values, len(self._bytes))
         nats = -per_document([score.logprob for score in scores])

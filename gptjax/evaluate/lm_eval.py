@@ -1,11 +1,10 @@
 """An adapter to EleutherAI's lm_eval, which runs its tasks on a model of gptjax.
 
+    import gptjax
     import lm_eval
-    from gptjax.evaluate import LMEvalAdapter
-    from gptjax.load import load_model
 
-    with load_model("runs/mine") as model:
-        adapter = LMEvalAdapter(model.params, model.cfg, model.tokenizer)
+    with gptjax.load("runs/mine") as model:
+        adapter = gptjax.LMEvalAdapter(model.params, model.cfg, model.tokenizer)
         results = lm_eval.simple_evaluate(adapter, tasks=["hellaswag"])
 
 Needs the extra `lm-eval`.

@@ -38,7 +38,7 @@ class TaskEvaluator:
         self.cut = 0
 
     def measure(self, params: Params) -> list[Statistic]:
-        """The statistics, with a sample for each example."""
+        """The statistics, with an entry for each example."""
         measures: dict[type, Callable[[Params, Any], list[Statistic]]] = {
             MultipleChoice: self._multiple_choice,
             Cloze: self._cloze,

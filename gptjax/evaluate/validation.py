@@ -43,7 +43,7 @@ class ValidationLoss:
         return values | {"valid_tokens": tokens}
 
     def measure(self, params: Params) -> tuple[list[Statistic], float]:
-        """Loss, perplexity and bits per byte, a sample for each batch; and the number of tokens."""
+        """Loss, perplexity and bits per byte, an entry for each batch; and the number of tokens."""
         cfg = self._cfg
         rows = arrays.host_rows(cfg.eval.batch)
         batches = loader.eval_batches(

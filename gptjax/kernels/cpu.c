@@ -2,7 +2,7 @@
  * a KV cache.
  *
  * Both are bound by memory bandwidth. XLA:CPU reads a float32 matrix at half of the bandwidth for
- * one token, and has no bfloat16 product for one token (LOG.md). Here all threads read a matrix in
+ * one token, and has no bfloat16 product for one token (docs/lab_log.md). Here all threads read a matrix in
  * its memory order, and prefetch the data that comes next into the L2 cache. bfloat16 is widened in
  * registers, and sums are float32. The order of summation depends on the shapes alone, not on the
  * number of threads or their timing.

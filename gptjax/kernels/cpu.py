@@ -1,9 +1,9 @@
 """CPU kernels for decoding, written in C in `cpu.c`: products of few tokens, and attention.
 
 A decode step reads all weights and the KV cache for one or a few tokens, so memory bandwidth bounds
-its speed; XLA:CPU reaches a third to a half of that bound (LOG.md). The C file is compiled for this
-machine's processor at first use, in a few seconds, and kept in the user's cache folder. If that
-fails, XLA's own products are used, and `why_not` gives the reason. GPTJAX_NATIVE=0 in the
+its speed; XLA:CPU reaches a third to a half of that bound (docs/lab_log.md). The C file is compiled
+for this machine's processor at first use, in a few seconds, and kept in the user's cache folder. If
+that fails, XLA's own products are used, and `why_not` gives the reason. GPTJAX_NATIVE=0 in the
 environment disables the kernels.
 
 Shapes: N tokens, at most ROWS; K input features, F output features, V vocabulary. In

@@ -348,8 +348,10 @@ def logits(params: Params, cfg: ModelConfig, x_ND: jax.Array) -> jax.Array:
     return jnp.where(ids_V < cfg.vocab_size, y_NV, layers.NEVER)
 
 
-def empty_caches(cfg: ModelConfig, rows: int, capacity: int, dtype: str, chunk: int = 1) -> Caches:
-    """Caches for `rows` sequences of up to `capacity` tokens, at most `chunk` of them at a time.
+def empty_caches(
+    cfg: ModelConfig, sequences: int, capacity: int, dtype: str, chunk: int = 1
+) -> Caches:
+    """Caches for so many sequences of up to `capacity` tokens, at most `chunk` of them at a time.
 
     A layer with a window keeps the tokens that the first of a chunk sees, and the chunk.
     """
@@ -357,7 +359,7 @@ def empty_caches(cfg: ModelConfig, rows: int, capacity: int, dtype: str, chunk: 
     def one(kind: str) -> Cache:
         window = window_of(cfg, kind)
         size = capacity if window is None else min(capacity, window + chunk - 1)
-        shape = (periods_of(cfg), rows, cfg.kv, size, cfg.head)
+        shape = (periods_of(cfg), sequences, cfg.kv, size, cfg.head)
         out_sharding = sharding.spec(*attention.CACHE_AXES)
         return Cache(*(jnp.zeros(shape, dtype, out_sharding=out_sharding) for _ in range(2)))
 

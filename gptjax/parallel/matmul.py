@@ -8,7 +8,7 @@ too are split over the tensor axis, so that no device keeps or normalises what a
 (sequence parallelism, Korthikanti et al. 2022): a pair then gathers tokens before it and scatters
 them after it.
 
-A `Layout`, made once for a forward pass, says how tokens lie and which implementation runs.
+A `Layout`, chosen once for a forward pass, says how tokens are split and which implementation runs.
 
 Products are in the dtype of the activations, and so are the sums of weights' gradients over
 devices; the gradients are then cast to float32.
@@ -37,12 +37,12 @@ _TENSOR = "tensor"
 
 @dataclass(frozen=True)
 class Layout:
-    """How tokens and weights lie for the products of a forward pass, and what computes them.
+    """How tokens and weights are split in a forward pass, and which implementation runs.
 
     axis: the logical axis of flat tokens outside the pairs of products: "tokens"; "residual", where
-    they are split over the tensor axis too; or "batch" in decoding, where nothing is differentiated
-    and a sequence's few tokens are not split. whole_weights: every device has whole weights, so XLA
-    needs no help. cpu_kernel: `kernels.cpu` computes the products of few tokens.
+    they are split over the tensor axis too; or "batch" in decoding, where a sequence's few tokens
+    are not split and there are no gradients. whole_weights: every device has whole weights, and
+    products are plain einsums. cpu_kernel: products of few tokens are computed by `kernels.cpu`.
     """
 
     axis: str
@@ -65,7 +65,7 @@ def choose_layout(tokens: int, *, decoding: bool = False) -> Layout:
 
 
 def layout_of(x_ND: jax.Array) -> Layout:
-    """The layout of tokens that lie on the mesh already."""
+    """The layout of tokens as they are sharded."""
     split = jax.typeof(x_ND).sharding.spec[0]
     axes = (a for a in ("residual", "batch") if split == sharding.entry(a))
     return _layout(next(axes, "tokens"), len(x_ND))

@@ -7,8 +7,8 @@ stages, comes back to the first for its next round, and after R rounds makes roo
 group. So stages idle only while the pipeline fills and drains, the bubble: of the
 M*R + S - 1 ticks each stage works M*R, and more rounds make a tick, hence the bubble, shorter.
 
-`schedule` says what a stage works on at a tick. `run` executes it as one scan over ticks, manual
-over the stage axis alone: inside it, every other axis is as usual. Gradients come from
+`schedule` gives a stage's work at a tick. `run` executes it as one scan over ticks, manual over the
+stage axis alone: inside it, every other axis is as usual. Gradients come from
 differentiating the scan: they pass the stages in reverse, on the same schedule.
 
 Shapes: B sequences, b of a microbatch, N tokens, n of a microbatch, T positions, D embed, S stages,

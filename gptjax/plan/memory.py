@@ -2,7 +2,7 @@
 
 Parameters and optimizer state come from the real `create_state`, traced on a mesh with no devices.
 The rest follows from the shapes, and from the memory that compiled programs were seen to use
-(LOG.md).
+(docs/lab_log.md).
 """
 
 import math

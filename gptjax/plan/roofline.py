@@ -43,7 +43,7 @@ def reached(machine: Machine) -> float:
 
 
 def overlapped_kinds(device: Device) -> tuple[str, ...]:
-    """Collectives that run beside arithmetic in the compiled step (LOG.md).
+    """Collectives that run beside arithmetic in the compiled step (docs/lab_log.md).
 
     Those that the SparseCore can take where there is one, gathers on a v5e, none on a v4; on GPUs
     all are assumed to.
@@ -117,7 +117,8 @@ def _link(machine: Machine, line: list[Any]) -> Link:
 
 def as_compiled(one: Collective, over: Mapping[str, Link]) -> Collective:
     """The collective that XLA makes of one: on several dimensions of the torus at once, it compiles
-    a reduce-scatter, and on three an all-gather, too, to an all-reduce of whole arrays (LOG.md).
+    a reduce-scatter, and on three an all-gather, too, to an all-reduce of whole arrays
+    (docs/lab_log.md).
     """
     dims = max(over[axis].dims for axis in one.axes)
     if (one.kind == REDUCE_SCATTER and dims > 1) or (one.kind == ALL_GATHER and dims > 2):

@@ -26,7 +26,7 @@ def held(
     """
     with file.open("a+") as lock:
         ends = time.monotonic() + (0 if waiting is None else patience)
-        told = False
+        reported = False
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -36,9 +36,9 @@ def held(
                 in_use = f"{name}: in use by {lock.read().strip()}"
             if waiting is None or time.monotonic() > ends:
                 raise OutputError(in_use)
-            if not told:
+            if not reported:
                 waiting(in_use)
-                told = True
+                reported = True
             time.sleep(0.2)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")

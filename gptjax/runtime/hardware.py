@@ -49,7 +49,7 @@ class Device:
 # Memory is XLA's own figure ("of 15.75G hbm") for v5e, v5p, v6e (here, too), v4 and 7x. Links,
 # wrapping and network: jax-ml.github.io/scaling-book/tpus (the attainable figures, a tenth below
 # those of the documentation); a v7x chip's six links are shared by its two devices. On those with
-# `sparse_core`, collectives were seen to run beside arithmetic with its options (LOG.md).
+# `sparse_core`, collectives were seen to run beside arithmetic with its options (docs/lab_log.md).
 _TPUS = (
     Device(
         name="v4",

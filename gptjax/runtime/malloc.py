@@ -2,8 +2,8 @@
 
 XLA:CPU allocates its temporaries in each step; by default glibc returns their pages and the kernel
 zeroes them again, hundreds of thousands of page faults a step. One arena, no mmap and no trimming
-keep the pages, and huge pages avoid most TLB misses (LOG.md has the measurements). It only works
-before the first threads allocate, so the command line calls it before any large import.
+keep the pages, and huge pages avoid most TLB misses (docs/lab_log.md has the measurements). It
+only works before the first threads allocate, so the command line calls it before any large import.
 """
 
 import ctypes

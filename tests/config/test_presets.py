@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gptjax import config
-from gptjax.cli import main
+from gptjax.cli import arguments, main
 from gptjax.plan import machines
 
 REPO = Path(__file__).resolve().parents[2]
@@ -49,9 +49,9 @@ def test_preset_is_valid_on_its_machine_or_on_one_and_eight_devices(preset: str)
 
 @pytest.mark.parametrize("line", SHOWN)
 def test_documented_command_parses(line: str) -> None:
-    args, rest = main._parser().parse_known_args(shlex.split(line)[1:])
-    if args.takes_overrides:
-        main._resolve(args, rest)
+    args, rest = main.parser().parse_known_args(shlex.split(line)[1:])
+    if args.command.overrides:
+        arguments.resolve(args, rest)
     else:
         assert rest == []
 

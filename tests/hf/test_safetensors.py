@@ -207,7 +207,7 @@ def test_damaged_file_is_reported_by_name(folders, tmp_path):
         ("gpt2", {"activation_function": "relu"}, "activation_function='relu'"),
         ("gpt2", {"n_embd": "wide"}, "invalid value"),
         ("gpt2", {"n_layer": 0}, "model.layers=0: must be at least 1"),
-        ("llama", {"head_dim": 15}, "even width"),
+        ("llama", {"head_dim": 15}, "need an even number"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ("mistral", {"attention_bias": True}, "attention_bias=True"),
         ("mixtral", {"rms_norm_eps": None}, "has no rms_norm_eps"),

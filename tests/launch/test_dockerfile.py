@@ -6,26 +6,26 @@ import shlex
 import tomllib
 from pathlib import Path
 
-from gptjax.cli import main
+from gptjax.cli import arguments, main
 
 REPO = Path(__file__).resolve().parents[2]
 TEXT = (REPO / "launch" / "Dockerfile").read_text()
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 
 
-def arguments(instruction: str) -> list[str]:
+def instruction_arguments(instruction: str) -> list[str]:
     """The arguments of each use of an instruction, with continued lines joined."""
     return re.findall(rf"^{instruction} (.*)$", TEXT.replace("\\\n", " "), re.M)
 
 
 def test_copied_files_exist_and_include_all_that_the_build_reads() -> None:
-    copied = {word for words in arguments("COPY") for word in words.split()[:-1]}
+    copied = {word for words in instruction_arguments("COPY") for word in words.split()[:-1]}
     assert [path for path in copied if not (REPO / path).exists()] == []
     assert {PROJECT["readme"], *PROJECT["license-files"], "pyproject.toml", "gptjax"} <= copied
 
 
 def test_installed_extras_exist_and_documented_builds_are_supported() -> None:
-    (install,) = [words for words in arguments("RUN") if "pip install" in words]
+    (install,) = [words for words in instruction_arguments("RUN") if "pip install" in words]
     branches = dict(re.findall(r"(\w+)\) extra=(\S*) ;;", install))
     known = importlib.metadata.metadata("jax").get_all("Provides-Extra")
     for extra in filter(None, branches.values()):
@@ -36,7 +36,7 @@ def test_installed_extras_exist_and_documented_builds_are_supported() -> None:
 
 
 def test_image_has_the_python_version_of_development() -> None:
-    (image,) = arguments("FROM")
+    (image,) = instruction_arguments("FROM")
     version = re.fullmatch(r"python:(\d\.\d+)-slim", image)[1]
     assert version == (REPO / ".python-version").read_text().strip()
 
@@ -55,5 +55,5 @@ def test_documented_commands_parse(monkeypatch) -> None:
     assert commands
     for command in commands:
         words = shlex.split(command.replace("CONFIG", "configs/quickstart.py"))
-        args, rest = main._parser().parse_known_args(words)
-        assert main._resolve(args, rest)
+        args, rest = main.parser().parse_known_args(words)
+        assert arguments.resolve(args, rest)

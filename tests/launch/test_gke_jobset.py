@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gptjax import config
-from gptjax.cli import main
+from gptjax.cli import arguments, main
 from gptjax.plan import machines
 
 yaml = pytest.importorskip("yaml")
@@ -33,9 +33,9 @@ def job(objects) -> dict[str, Any]:
 
 def resolved(words: list[str], monkeypatch: pytest.MonkeyPatch) -> config.Config:
     monkeypatch.chdir(REPO)  # the image's folder has the configs too
-    args, rest = main._parser().parse_known_args(words)
-    assert args.command is main._train
-    return main._resolve(args, rest)
+    args, rest = main.parser().parse_known_args(words)
+    assert args.command.name == "train"
+    return arguments.resolve(args, rest)
 
 
 def test_objects_have_the_expected_kinds_and_api_versions(objects) -> None:
@@ -97,7 +97,7 @@ def test_command_parses_and_its_machine_matches_the_requested_slices(job, monkey
     hosts = machine.processes // machine.slices
     assert job["template"]["spec"]["parallelism"] == hosts
     assert job["template"]["spec"]["completions"] == hosts
-    assert container["resources"]["limits"]["google.com/tpu"] == machine.device.node
+    assert container["resources"]["limits"]["google.com/tpu"] == machine.device.devices_per_host
     topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
     assert topology == "x".join(map(str, machine.shape))
     cfg.check(machine.devices, machine.processes)

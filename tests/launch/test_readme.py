@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gptjax import errors
-from gptjax.cli import main
+from gptjax.cli import arguments, main
 
 REPO = Path(__file__).resolve().parents[2]
 LAUNCH = REPO / "launch"
@@ -67,8 +67,8 @@ def documented(name: str) -> list[str]:
 )
 def test_documented_training_command_parses(name: str, line: str, monkeypatch) -> None:
     monkeypatch.chdir(REPO)
-    args, rest = main._parser().parse_known_args(["train", *shlex.split(line)])
-    assert main._resolve(args, rest)
+    args, rest = main.parser().parse_known_args(["train", *shlex.split(line)])
+    assert arguments.resolve(args, rest)
 
 
 def test_launchers_contain_commands() -> None:

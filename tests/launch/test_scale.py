@@ -113,13 +113,13 @@ def test_planned_figures_equal_the_planner_output(place: int, command_line, monk
 
 @pytest.mark.parametrize("place", range(3))
 def test_given_figures_equal_those_of_preset_and_machine(place: int, monkeypatch) -> None:
-    from gptjax.cli import main
+    from gptjax.cli import arguments, main
     from gptjax.model.flops import ModelCost
     from gptjax.plan import machines
 
     monkeypatch.chdir(REPO)
-    args, rest = main._parser().parse_known_args(shlex.split(COMMANDS[place])[1:])
-    cfg, column = main._resolve(args, rest), COLUMNS[place]
+    args, rest = main.parser().parse_known_args(shlex.split(COMMANDS[place])[1:])
+    cfg, column = arguments.resolve(args, rest), COLUMNS[place]
     assert column["P"] == ModelCost(cfg.model).parameters.total
     assert (column["L"], column["D"]) == (cfg.model.layers, cfg.model.embed)
     assert (column["B"], column["a"]) == (cfg.train.batch_tokens, cfg.train.accumulation)

@@ -1,5 +1,6 @@
 """The router, grouped products, and dispatch with and without a capacity."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from gptjax.checkpoint.checkpointer import leaves_by_path
 from gptjax.config import MoeConfig
 from gptjax.model import decoder, moe
-from gptjax.parallel import arrays, sharding
+from gptjax.parallel import arrays, matmul, sharding
 from gptjax.training import objective
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -177,10 +178,12 @@ def test_capacity_overflow_drops_second_choices_first(on_mesh, tiny_config, rand
         x = arrays.global_batch(
             np.random.default_rng(1).normal(size=(ROWS * T, 32)).astype(np.float32), ROWS * T
         )
-        run = jax.jit(
-            lambda p, x, training: moe.MoE(cfg.model, training).apply({"params": p}, x, ROWS),
-            static_argnums=2,
-        )
+
+        @functools.partial(jax.jit, static_argnums=2)
+        def run(params, x, training):
+            layer = moe.MoE(cfg.model, training, matmul.layout_of(x))
+            return layer.apply({"params": params}, x, ROWS)
+
         (y, routing), (free, _) = (jax.device_get(run(layer, x, mode)) for mode in (True, False))
         layer, x = jax.device_get((layer, x))
     assert evaluated["moe_dropped"] == 0

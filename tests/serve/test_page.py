@@ -45,6 +45,7 @@ def test_text_streams_in_with_token_probabilities(browser, server) -> None:
     assert browser.run("document.querySelectorAll('#tip tr').length") >= 5
     assert browser.run("document.querySelectorAll('#tip tr.own').length") == 1
     assert "%" in browser.run("document.querySelector('#tip').textContent")
+    browser.picture_for_docs("serve.png")
     assert browser.problems == []
 
 

@@ -9,9 +9,9 @@ A backend is a subclass of `Backend`, registered by its name, which `compute.att
 
         def attend_local(self, q_bThC, k_bTkC, v_bTkC, segments_bT, window, scale): ...
 
-A backend is only called for what the model and the batch need (`Requirements`) if it declares those
-features. A backend that the configuration names but that lacks one is an error, never a silent
-change of the mathematics.
+A backend is called only if it declares the features that the model and the batch need
+(`Requirements`). It is an error to name a backend that lacks one, never a silent change of the
+mathematics.
 
 Shapes: B sequences, T positions, H query heads, K key heads, C head_dim; in lower case, one
 device's share.

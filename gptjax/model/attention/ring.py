@@ -13,7 +13,7 @@ half a square of queries and keys on every device, and nothing that the causal m
 computed, except within the blocks on the diagonal. Scores exist for one block at a time.
 
 `block_pairs` and `key_owner` are the schedule; `_ring_pass` executes it; `update(query, key, acc)`
-of the forward and the backward pass adds up what a block of queries and a block of keys contribute.
+of the forward and the backward pass adds the contribution of a block of queries and one of keys.
 
 Inside the shard_map everything is one device's share. Shapes: b sequences, t tokens, n blocks of S
 tokens each, h query heads, k key heads, R = h/k, Q = R*S queries of a block for a key head, C

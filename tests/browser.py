@@ -1,4 +1,4 @@
-"""Headless Chromium on a pipe: what a test needs of its DevTools protocol, and no more."""
+"""Headless Chromium on a pipe: the part of its DevTools protocol that tests need."""
 
 import base64
 import json
@@ -106,8 +106,12 @@ class Browser:
         self.run(f"{field}.focus(), {field}.select()")
         self.call("Input.insertText", text=text)
 
-    def screenshot(self, file: Path) -> None:
-        file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
+    def picture_for_docs(self, name: str) -> None:
+        """Writes a picture of the page to GPTJAX_SCREENSHOTS, if that names a folder."""
+        if folder := os.environ.get("GPTJAX_SCREENSHOTS"):
+            Path(folder, name).write_bytes(
+                base64.b64decode(self.call("Page.captureScreenshot")["data"])
+            )
 
     def close(self) -> None:
         self._process.kill()
