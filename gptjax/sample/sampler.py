@@ -124,7 +124,7 @@ class Sampler:
         """Validated requests, in order. Raises ConfigError as `sampling_params.check` does."""
         check(self.model, ids, settings, self.vocab_size)
         if self.tokenizer is None and (with_stop := [s.stop for s in settings if s.stop]):
-            problem = f"stop={with_stop[0]}: requires a tokenizer, which this model does not have"
+            problem = f"stop={with_stop[0]}: this model has no tokenizer; leave stop texts out"
             raise ConfigError([problem])
         pairs = enumerate(zip(ids, settings, strict=True))
         return [Request(prompt, s, self.stop_ids, i) for i, (prompt, s) in pairs]

@@ -7,11 +7,11 @@ the token, `metrics` the metrics. Requires the packages of the extra "serve".
 
 import importlib
 import signal
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGINT, SIGTERM
+from socket import socket as Socket
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -105,7 +105,7 @@ def _require_packages() -> None:
 def _load_and_serve(
     path: str,
     options: Options,
-    bound: socket.socket,
+    bound: Socket,
     token: bytes | None,
     say: Callable[[str], None],
 ) -> None:
@@ -142,7 +142,7 @@ def _capacity(options: Options, context: int) -> int:
     return capacity
 
 
-def _run(app: "ASGIApp", worker: "Worker", bound: socket.socket, line: str) -> None:
+def _run(app: "ASGIApp", worker: "Worker", bound: Socket, line: str) -> None:
     """Runs the application until a signal; prints the line when it listens."""
     import uvicorn
 

@@ -725,7 +725,7 @@ def test_a_conversation_streams_a_continuation_for_each_line(
     words = ["sample", trained, "--temperature", 0, "--max-tokens", 5]
     code, out, err = run(*words, "--interactive")
     assert code == 0
-    assert "no room in model.context=64" in err  # and goes on
+    assert "no space in model.context=64" in err  # and goes on
     first, empty, second = out.splitlines()
     assert first == second
     assert empty == ""

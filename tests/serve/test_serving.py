@@ -21,7 +21,7 @@ from gptjax.serve import socket as listening
 PROBE = """
 import atexit, sys
 atexit.register(lambda: print("LOADED", *{m.partition(".")[0] for m in sys.modules}))
-from gptjax.cli import main
+from gptjax.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 HEAVY = {"jax", "jaxlib", "numpy", "tensorflow", "flax", "optax", "orbax"}
