@@ -11,6 +11,7 @@ import pages
 import pytest
 from pages import DOCS, REPO
 
+import gptjax
 from gptjax import config, errors
 from gptjax.cli import main
 from gptjax.config import Config
@@ -53,6 +54,10 @@ def test_the_command_reference_has_every_command_and_option(tmp_path: Path) -> N
 
 def test_the_readme_is_at_most_12_kilobytes() -> None:
     assert len((REPO / "README.md").read_bytes()) <= 12_000
+
+
+def test_the_citation_has_the_version() -> None:
+    assert f"\nversion: {gptjax.__version__}\n" in (REPO / "CITATION.cff").read_text()
 
 
 # --- questions by error message ------------------------------------------------------------------
