@@ -155,12 +155,35 @@ def meshes(axes: tuple[str, ...]) -> list[dict[str, int]]:
     return [shape for shape in shapes if math.prod(shape.values()) in (2, 4, 8)]
 
 
+def split(mesh: dict[str, int]) -> frozenset[str]:
+    """The axes that a mesh splits something over."""
+    return frozenset(axis for axis, size in mesh.items() if size > 1)
+
+
+def covering(shapes: list[dict[str, int]], sizes: dict[int, tuple[tuple[int, ...], ...]]):
+    """Of the meshes, those with these sizes along so many split axes."""
+    along = lambda mesh: tuple(size for size in mesh.values() if size > 1)
+    return [mesh for mesh in shapes if along(mesh) in sizes.get(len(split(mesh)), ())]
+
+
 def named(mesh: dict[str, int]) -> str:
     return " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1)
 
 
-DENSE = meshes(tuple(axis for axis in AXES if axis != "expert"))
-MOE = [mesh for mesh in meshes(AXES) if mesh["expert"] > 1]
+ALL_DENSE = meshes(tuple(axis for axis in AXES if axis != "expert"))
+ALL_MOE = [mesh for mesh in meshes(AXES) if mesh["expert"] > 1]
+# Each axis alone, each pair and each triple of axes once; pairs on four devices, with dropout.
+DENSE = covering(ALL_DENSE, {1: ((4,), (8,)), 2: ((2, 2),), 3: ((2, 2, 2),)})
+MOE = [
+    mesh
+    for mesh in covering(ALL_MOE, {1: ((2,), (8,)), 2: ((4, 2), (2, 4)), 3: ((2, 2, 2),)})
+    if len(split(mesh)) != 2 or mesh["expert"] == 4
+]
+
+
+@pytest.mark.parametrize(("chosen", "every"), [(DENSE, ALL_DENSE), (MOE, ALL_MOE)])
+def test_every_combination_of_axes_is_among_the_meshes(chosen, every) -> None:
+    assert {split(mesh) for mesh in chosen} == {split(mesh) for mesh in every}
 
 
 @pytest.mark.parametrize("mesh", DENSE, ids=named)

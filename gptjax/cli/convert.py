@@ -129,7 +129,7 @@ def merge_run(folder: str, target: str, progress: Progress) -> Json:
 
 
 def export_adapters(folder: str, target: str, progress: Progress) -> Json:
-    """Writes a run's adapters as PEFT has them; returns what they are.
+    """Writes a run's adapters in PEFT's layout; returns a summary.
 
     Raises ConfigError for a run without adapters, or with a layer of its task beside them, for
     which PEFT has no place; MismatchError as `peft.write_folder` does.
@@ -168,7 +168,7 @@ def export_adapters(folder: str, target: str, progress: Progress) -> Json:
 def import_adapters(folder: str, base: str, target: str, progress: Progress) -> Json:
     """Makes a run of PEFT's adapters merged into their base, a run or hf:FOLDER.
 
-    Returns what they are. Before anything is written raises ConfigError for a base that is itself
+    Returns a summary. Before anything is written raises ConfigError for a base that is itself
     fine-tuned, and what opening the base and `peft.read_folder` raise; OutputError where the target
     exists and is not empty.
     """

@@ -1,1 +1,1 @@
-"""Fine-tuning: a pre-trained model learns a task from examples, through `train.fit`."""
+"""Fine-tuning: classification, multiple choice and conversations, with all parameters or LoRA."""

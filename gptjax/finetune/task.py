@@ -1,4 +1,4 @@
-"""The part of a fine-tuning task that its kind does not matter for."""
+"""The base class of fine-tuning tasks."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar
@@ -38,9 +38,9 @@ RowsT = TypeVar("RowsT", bound=Rows)
 
 
 class FinetuneTask(Generic[RowsT]):
-    """A task that starts from a base and is trained on rows of examples; see training/task.py.
+    """A task that starts from a base model and is trained on rows; see training/task.py.
 
-    A kind of task gives the loss on the model's parameters, and what is measured.
+    A subclass gives the loss on the model's parameters, and the evaluators.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class FinetuneTask(Generic[RowsT]):
         return base_params.model_params(self.cfg, params)
 
     def evaluators(self, progress: Progress) -> list[tuple[int, Evaluator]]:
-        """What is measured on the validation rows, each with its period in steps."""
+        """Evaluators on the validation rows, each with its period in steps."""
         raise NotImplementedError
 
     def report(self, progress: Progress) -> Mapping[str, Any]:

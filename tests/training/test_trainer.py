@@ -1,4 +1,4 @@
-"""The step and the loop, in process, on a tiny model."""
+"""The train step and the training loop, in this process, on a tiny model."""
 
 import dataclasses
 import signal
@@ -69,7 +69,7 @@ def one_device():
     return jax.set_mesh(mesh.make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
-def test_accumulated_gradients_weigh_tokens_not_parts() -> None:
+def test_accumulated_gradients_weigh_targets_not_microbatches() -> None:
     lengths = np.array([32] * 8 + [3] * 8, np.int32)  # parts of very different numbers of targets
     results = {}
     for parts in (1, 2, 4):
@@ -89,7 +89,7 @@ def test_accumulated_gradients_weigh_tokens_not_parts() -> None:
         )
 
 
-def test_a_step_that_is_not_finite_changes_nothing_but_the_counters() -> None:
+def test_a_nonfinite_step_changes_only_the_counters() -> None:
     cfg = tiny(ema_decay=0.9)
 
     def poisoned(params, batch, key):
@@ -107,7 +107,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters() -> None:
     assert (int(state.step), int(metrics["nonfinite"])) == (1, 1)
 
 
-def test_ema_follows_the_parameters() -> None:
+def test_the_moving_average_follows_the_parameters() -> None:
     cfg = tiny(ema_decay=0.75)
     with one_device():
         state = fresh(cfg)
@@ -199,7 +199,7 @@ def death_at(cfg: Config, step: int):
     return batches
 
 
-def test_a_run_continued_from_a_checkpoint_is_the_run_never_interrupted(tmp_path) -> None:
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tmp_path) -> None:
     cfg = tiny(accumulation=2, ema_decay=0.9)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dropout=0.1))
     whole, _ = fit(cfg, tmp_path / "whole")
@@ -223,7 +223,7 @@ class Counted:
         return {self.name: self.asked}
 
 
-def test_evaluation_is_due_at_its_steps_and_again_where_a_run_goes_on(tmp_path) -> None:
+def test_evaluation_runs_at_its_period_and_again_at_the_resumed_step(tmp_path) -> None:
     cfg = dataclasses.replace(tiny(), eval=EvalConfig(every=2, sample_every=4))
     sampled: list[int] = []
     sampler = lambda snapshot: sampled.append(snapshot.step)
@@ -248,7 +248,7 @@ def test_a_step_is_saved_before_it_is_evaluated_and_evaluated_again_after_a_resu
     assert [step for step, metrics in written if "asked" in metrics] == [4, 8]
 
 
-def test_tasks_have_a_period_of_their_own_and_are_written_when_they_were_measured(tmp_path) -> None:
+def test_tasks_have_their_own_period_and_are_logged_with_the_step(tmp_path) -> None:
     cfg = dataclasses.replace(tiny(), eval=EvalConfig(every=2, tasks_every=3))
     tasks = [Counted(name="task"), Counted(name="other")]
     _, written = fit(cfg, tmp_path, evaluators=[Counted()], tasks=tasks)
@@ -262,7 +262,7 @@ def test_tasks_have_a_period_of_their_own_and_are_written_when_they_were_measure
     ]
 
 
-def test_told_to_stop_while_it_evaluates_it_leaves_and_saves(tmp_path) -> None:
+def test_a_signal_during_evaluation_ends_it_and_saves_the_step(tmp_path) -> None:
     cfg = dataclasses.replace(tiny(), eval=EvalConfig(every=3))
     stop = Counted(then=lambda: signal.raise_signal(signal.SIGTERM))
     never = Counted()
@@ -274,7 +274,7 @@ def test_told_to_stop_while_it_evaluates_it_leaves_and_saves(tmp_path) -> None:
     assert [step for step, metrics in written if "asked" in metrics] == [3, 6, 8]
 
 
-def test_told_to_stop_before_the_first_step_it_says_so(tmp_path) -> None:
+def test_a_signal_before_the_first_step_is_reported(tmp_path) -> None:
     cfg = tiny()
 
     def batches(first, last):
@@ -285,7 +285,7 @@ def test_told_to_stop_before_the_first_step_it_says_so(tmp_path) -> None:
         fit(cfg, tmp_path, batches=batches)
 
 
-def test_a_budget_lowered_below_the_resumed_step_ends_at_that_step(tmp_path) -> None:
+def test_a_budget_below_the_resumed_step_ends_at_that_step(tmp_path) -> None:
     cfg = tiny()
     fit(cfg, tmp_path)
     less = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, tokens=4 * 512))
@@ -294,13 +294,13 @@ def test_a_budget_lowered_below_the_resumed_step_ends_at_that_step(tmp_path) -> 
 
 
 @pytest.mark.parametrize(("first", "steps", "traced"), [(3, 2, True), (8, 5, True), (9, 1, False)])
-def test_a_profile_of_the_configured_steps_lies_in_the_run(tmp_path, first, steps, traced) -> None:
+def test_the_configured_steps_are_profiled_into_the_run_folder(tmp_path, first, steps, traced) -> None:
     log = dataclasses.replace(Config().log, profile_start=first, profile_steps=steps)
     fit(dataclasses.replace(tiny(), log=log), tmp_path)
     assert bool(list(tmp_path.glob("profile/**/*.xplane.pb"))) == traced
 
 
-def test_a_run_that_goes_on_within_the_window_of_a_profile_makes_none(tmp_path) -> None:
+def test_a_run_resumed_within_the_profiled_steps_makes_no_profile(tmp_path) -> None:
     log = dataclasses.replace(Config().log, profile_start=4, profile_steps=4)
     cfg = dataclasses.replace(tiny(), log=log)
     with pytest.raises(Killed):
@@ -309,7 +309,7 @@ def test_a_run_that_goes_on_within_the_window_of_a_profile_makes_none(tmp_path) 
     assert not (tmp_path / "profile").exists()
 
 
-def test_a_step_left_out_does_not_put_the_schedule_behind(tmp_path) -> None:
+def test_the_schedule_advances_over_a_nonfinite_step(tmp_path) -> None:
     cfg = tiny()
     with one_device():
         skipped = dataclasses.replace(fresh(cfg), step=jnp.int32(0))
@@ -341,7 +341,7 @@ def test_dropout_depends_on_the_step(tmp_path) -> None:
         assert step(state, batch) != step(later, batch)
 
 
-def test_the_run_ends_after_the_limit_of_steps_that_are_not_finite(tmp_path) -> None:
+def test_the_run_ends_after_nonfinite_limit_steps(tmp_path) -> None:
     cfg = tiny(nonfinite_limit=2)
 
     def poisoned(params, batch, key):
@@ -352,7 +352,7 @@ def test_the_run_ends_after_the_limit_of_steps_that_are_not_finite(tmp_path) -> 
         fit(cfg, tmp_path, loss=poisoned)
 
 
-def test_metrics_are_those_of_their_own_step(tmp_path) -> None:
+def test_logged_metrics_belong_to_their_step(tmp_path) -> None:
     cfg = dataclasses.replace(tiny(), log=dataclasses.replace(Config().log, every=3))
     _, written = fit(cfg, tmp_path)
     assert [step for step, metrics in written if metrics] == [3, 6, 8]
