@@ -294,7 +294,9 @@ def test_a_budget_below_the_resumed_step_ends_at_that_step(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("first", "steps", "traced"), [(3, 2, True), (8, 5, True), (9, 1, False)])
-def test_the_configured_steps_are_profiled_into_the_run_folder(tmp_path, first, steps, traced) -> None:
+def test_the_configured_steps_are_profiled_into_the_run_folder(
+    tmp_path, first, steps, traced
+) -> None:
     log = dataclasses.replace(Config().log, profile_start=first, profile_steps=steps)
     fit(dataclasses.replace(tiny(), log=log), tmp_path)
     assert bool(list(tmp_path.glob("profile/**/*.xplane.pb"))) == traced
