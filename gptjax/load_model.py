@@ -14,6 +14,7 @@ from typing import Protocol
 
 import jax
 
+from gptjax import config
 from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.config import (
@@ -79,16 +80,7 @@ class RunModel:
 
     def at_step(self, step: int | None) -> "RunModel":
         """The run at a checkpoint; None: at its newest. Raises CheckpointError if it has none."""
-        if step is None:
-            step = self.steps()[-1]
-        return replace(self, step=step)
-
-    def steps(self) -> list[int]:
-        """Steps of the checkpoints. Raises CheckpointError where there is none."""
-        steps = Checkpointer(Path(self.path) / run_dir.CHECKPOINTS).steps()
-        if not steps:
-            raise CheckpointError(f"{self.path}: this run has no checkpoint yet")
-        return steps
+        return replace(self, step=_steps(self.path)[-1] if step is None else step)
 
     def read_params(self, say: Say = _silent) -> tuple[Params, int | None]:
         """The parameters, averaged where the run keeps a moving average, and their step."""
@@ -195,11 +187,19 @@ def find_base(path: str, say: Say = _silent) -> RunModel | HuggingFaceModel:
             raise ConfigError([f"{path}: must be a run folder, or hf:FOLDER"])
         if is_hugging_face(path):
             raise ConfigError([f"{path}: is a Hugging Face folder; give hf:{path}"])
+        config.load(path)
+        _steps(path)
     base = find_model(path, say)
     check_base(base)
-    if isinstance(base, RunModel):
-        base.steps()
     return base
+
+
+def _steps(path: str) -> list[int]:
+    """Steps of a run's checkpoints. Raises CheckpointError where there is none."""
+    steps = Checkpointer(Path(path) / run_dir.CHECKPOINTS).steps()
+    if not steps:
+        raise CheckpointError(f"{path}: this run has no checkpoint yet")
+    return steps
 
 
 def is_hugging_face(path: str) -> bool:

@@ -113,7 +113,7 @@ def load(argument: str) -> Config:
     if not file.exists():
         folder = file.parent if file.parent.is_dir() else Path("configs")
         near = difflib.get_close_matches(
-            file.name, [p.name for p in folder.glob("*.py")], n=2, cutoff=0.4
+            file.name, [p.name for p in folder.glob("[!_]*.py")], n=2, cutoff=0.4
         )
         hint = f"; did you mean {' or '.join(str(folder / n) for n in near)}?" if near else ""
         raise ConfigError([f"{path}: no such file{hint}"])

@@ -50,6 +50,6 @@ def check_base(base: BaseModel) -> None:
     """Raises ConfigError or DataError for a model that cannot be fine-tuned."""
     if base.cfg.finetune.lora.rank:
         raise ConfigError(
-            [f"{base.path}: has adapters beside a base; merge: gptjax convert {base.path} NEW"]
+            [f"{base.path}: has adapters beside a base; merge them: gptjax convert {base.path} NEW"]
         )
     check_vocab_size(tokenizer_of(base), base.cfg.model.vocab_size)

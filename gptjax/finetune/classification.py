@@ -27,7 +27,7 @@ from gptjax.sample.engine import shard_batch
 from gptjax.training import loss, objective
 from gptjax.training.callbacks import Evaluator
 from gptjax.training.objective import DeviceBatch
-from gptjax.training.step import Sums
+from gptjax.training.step import LossFn, Sums
 
 
 def task_loss(
@@ -101,6 +101,11 @@ def _own_tokens(
     )
 
 
+def training_loss(cfg: Config) -> LossFn:
+    """The loss of both tasks, as `step.train_step` calls it."""
+    return lambda params, batch, keys_B2: task_loss(params, cfg, batch, keys_B2, training=True)[:2]
+
+
 class _LabelledTask(FinetuneTask[TokenizedExamples]):
     """A task whose examples have one right label or choice."""
 
@@ -111,10 +116,7 @@ class _LabelledTask(FinetuneTask[TokenizedExamples]):
         rows: Mapping[str, TokenizedExamples],
         say: Callable[[str], None],
     ) -> None:
-        loss = lambda params, batch, keys_B2: task_loss(params, cfg, batch, keys_B2, training=True)[
-            :2
-        ]
-        super().__init__(cfg, base, rows, loss, say)
+        super().__init__(cfg, base, rows, training_loss(cfg), say)
 
     def evaluators(self, progress: Progress) -> list[tuple[int, Evaluator]]:
         self._quality = LabelQuality(self.cfg, self.rows["valid"], progress)

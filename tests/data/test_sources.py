@@ -160,7 +160,7 @@ class Lines:
 
 def test_registered_scheme_resolves_to_the_sources_of_its_factory(tree, monkeypatch) -> None:
     monkeypatch.setattr(DATA_SOURCES, "_items", dict(DATA_SOURCES._items))
-    with pytest.raises(DataError, match=r"data\.sources=words:a b: no such file.*scheme \(tfds:\)"):
+    with pytest.raises(DataError, match=r"data\.sources=words:a b: no such file.*scheme \(tfds:"):
         sources.resolve(("words:a b",))
 
     @DATA_SOURCES.register("words")

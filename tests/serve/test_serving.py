@@ -166,7 +166,7 @@ import jax
 
 jax.config.update("jax_disable_most_optimizations", True)
 
-from gptjax import load
+from gptjax import load_model as loading
 from gptjax.cli import main
 from gptjax.config import ComputeConfig, Config, MeshConfig, ModelConfig
 from gptjax.model import decoder
@@ -179,9 +179,9 @@ def load_model(path, *, dtype=None, say=None):
     cfg = replace(Config(), model=model, compute=ComputeConfig(dtype="float32"))
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices())):
         params = decoder.init(model, jax.random.key(0))
-        yield load.LoadedModel(path, cfg, ByteTokenizer(), params, None)
+        yield loading.LoadedModel(path, cfg, ByteTokenizer(), params, None)
 
-load.load_model = load_model
+loading.load_model = load_model
 sys.exit(main.main(["serve", "runs/tiny", "--port", "0", *sys.argv[1:]]))
 """
 

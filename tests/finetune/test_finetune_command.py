@@ -357,7 +357,7 @@ def test_adapters_are_learnt_resumed_merged_and_used(
     often = (*LORA, "--finetune.epochs", 12, "--checkpoint.every", 6, "--checkpoint.keep", 9)
     code, out, err = finetune("whole", *often, "--optim.lr", "1e-2")
     assert code == 0, err
-    assert "learns 2,112 of " in err
+    assert "trains 2,112 of " in err
     assert json.loads(out)["valid_accuracy"] >= 0.9
     tree = Checkpointer(tmp_path / "whole/checkpoints").meta(18)["tree"]
     saved = {path for path in tree if path.startswith("params/")}
@@ -391,7 +391,7 @@ def test_adapters_are_learnt_resumed_merged_and_used(
     shutil.move(base, f"{base}.away")
     try:
         code, _, err = command_line("predict", tmp_path / "whole", *files)
-        assert (code, f"its adapters go with finetune.base={base}" in err) == (2, True), err
+        assert (code, f"its adapters need finetune.base={base}" in err) == (2, True), err
         assert command_line("predict", tmp_path / "merged", *files)[0] == 0
     finally:
         shutil.move(f"{base}.away", base)
