@@ -396,7 +396,7 @@ def test_adapters_are_learnt_resumed_merged_and_used(
     finally:
         shutil.move(f"{base}.away", base)
     code, _, err = finetune("more", start=str(tmp_path / "whole"))
-    assert (code, "is adapters beside a base; merge them" in err) == (2, True), err
+    assert (code, "has adapters beside a base; merge them" in err) == (2, True), err
 
 
 @pytest.mark.slow
