@@ -139,23 +139,9 @@ def pretrain(
         evaluators.append((cfg.eval.tasks_every, TaskEvaluator(file, tokenizer, scorer, name)))
     writers = metrics.metric_writers(cfg)
     evaluate = callbacks.Evaluate(evaluators, writers, watchdog, progress)
-    trainer = Trainer(
-        cfg,
-        task,
-        checkpointer,
-        [
-            callbacks.Profile(cfg.log, Path(cfg.run) / "profile"),
-            callbacks.ShowProgress(progress),
-            callbacks.NonfiniteGuard(cfg.train.nonfinite_limit, progress),
-            callbacks.LogMetrics(cfg.log, writers, metrics.throughput(cfg), progress),
-            callbacks.Save(cfg.checkpoint.every, checkpointer, watchdog, progress),
-            evaluate,
-            callbacks.Every(cfg.eval.sample_every, samples),
-        ],
-        watchdog=watchdog,
-        progress=progress,
-    )
-    trainer.fit()
+    todo = callbacks.standard_callbacks(cfg, checkpointer, evaluate, watchdog, progress)
+    todo.append(callbacks.Every(cfg.eval.sample_every, samples))
+    Trainer(cfg, task, checkpointer, todo, watchdog=watchdog, progress=progress).fit()
     return evaluate.results
 
 

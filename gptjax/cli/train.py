@@ -4,14 +4,15 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from gptjax import pretrain
 from gptjax.cli.arguments import resolve
-from gptjax.runtime import distributed
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Runs the command."""
     cfg = resolve(args, overrides)
+    from gptjax import pretrain
+    from gptjax.runtime import distributed
+
     results = pretrain.train(cfg)
     if distributed.first():
         print(json.dumps({"run": cfg.run, **results}))

@@ -62,22 +62,8 @@ def finetune(
     checkpointer = _checkpointer(task, backends, progress)
     writers = metrics.metric_writers(cfg)
     evaluate = callbacks.Evaluate(task.evaluators(progress), writers, watchdog, progress)
-    trainer = Trainer(
-        cfg,
-        task,
-        checkpointer,
-        [
-            callbacks.Profile(cfg.log, Path(cfg.run) / "profile"),
-            callbacks.ShowProgress(progress),
-            callbacks.NonfiniteGuard(cfg.train.nonfinite_limit, progress),
-            callbacks.LogMetrics(cfg.log, writers, metrics.throughput(cfg), progress),
-            callbacks.Save(cfg.checkpoint.every, checkpointer, watchdog, progress),
-            evaluate,
-        ],
-        watchdog=watchdog,
-        progress=progress,
-    )
-    trainer.fit()
+    todo = callbacks.standard_callbacks(cfg, checkpointer, evaluate, watchdog, progress)
+    Trainer(cfg, task, checkpointer, todo, watchdog=watchdog, progress=progress).fit()
     report = task.report(progress)
     if report and distributed.first():
         run_dir.write_json(Path(cfg.run) / REPORT, report)

@@ -11,12 +11,12 @@ from typing import Any, Protocol
 import jax
 
 from gptjax.checkpoint.checkpointer import Checkpointer
-from gptjax.config import LogConfig
+from gptjax.config import Config, LogConfig
 from gptjax.errors import NumericError
 from gptjax.model.decoder import Params
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
-from gptjax.training.metrics import Throughput, Writers, perplexity
+from gptjax.training.metrics import Throughput, Writers, perplexity, throughput
 from gptjax.training.step import TrainState
 from gptjax.training.task import Task
 
@@ -168,7 +168,7 @@ class Evaluate(Callback):
         watchdog: Watchdog,
         progress: Progress,
     ) -> None:
-        self._evaluators, self._writers = evaluators, writers
+        self._evaluators, self.writers = evaluators, writers
         self._watchdog, self._progress = watchdog, progress
         self.results: dict[str, float] = {}
 
@@ -184,7 +184,7 @@ class Evaluate(Callback):
             self._watchdog.at("eval", snapshot.step)
             values.update(evaluator.run(snapshot.model_params))
         self.results.update(values)
-        self._writers.write(snapshot.step, values)
+        self.writers.write(snapshot.step, values)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         self._progress.say(f"step {snapshot.step}: {shown}")
 
@@ -273,3 +273,21 @@ class Profile(Callback):
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing = False
+
+
+def standard_callbacks(
+    cfg: Config,
+    checkpointer: Checkpointer,
+    evaluate: Evaluate,
+    watchdog: Watchdog,
+    progress: Progress,
+) -> list[Callback]:
+    """The callbacks of every kind of training, in their order: a step is saved, then evaluated."""
+    return [
+        Profile(cfg.log, checkpointer.folder.parent / "profile"),
+        ShowProgress(progress),
+        NonfiniteGuard(cfg.train.nonfinite_limit, progress),
+        LogMetrics(cfg.log, evaluate.writers, throughput(cfg), progress),
+        Save(cfg.checkpoint.every, checkpointer, watchdog, progress),
+        evaluate,
+    ]

@@ -25,7 +25,7 @@ from gptjax.parallel import arrays, mesh
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
 from gptjax.training import callbacks, objective
-from gptjax.training.metrics import Throughput, Writers
+from gptjax.training.metrics import Writers
 from gptjax.training.step import TrainState, create_state, gradients, train_step
 from gptjax.training.trainer import Trainer
 
@@ -169,16 +169,10 @@ def fit(cfg: Config, folder, *, loss=None, batches=None, evaluators=(), tasks=()
     checkpointer = Checkpointer(folder / "checkpoints", cfg.checkpoint)
     due = [(cfg.eval.every, one) for one in evaluators]
     due += [(cfg.eval.tasks_every, one) for one in tasks]
-    sample = sampler or (lambda snapshot: None)
-    todo = [
-        callbacks.Profile(cfg.log, folder / "profile"),
-        callbacks.NonfiniteGuard(cfg.train.nonfinite_limit, quiet),
-        callbacks.LogMetrics(cfg.log, writers, Throughput(1.0, "float32", 0.0), quiet),
-        callbacks.Save(cfg.checkpoint.every, checkpointer, watchdog, quiet),
-        callbacks.Evaluate(due, writers, watchdog, quiet),
-        callbacks.Every(cfg.eval.sample_every, sample),
-    ]
+    evaluate = callbacks.Evaluate(due, writers, watchdog, quiet)
     with one_device():
+        todo = callbacks.standard_callbacks(cfg, checkpointer, evaluate, watchdog, quiet)
+        todo.append(callbacks.Every(cfg.eval.sample_every, sampler or (lambda snapshot: None)))
         task = ToyTask(cfg, loss, batches)
         trainer = Trainer(cfg, task, checkpointer, todo, watchdog=watchdog, progress=quiet)
         state = trainer.fit()
