@@ -29,6 +29,8 @@ from gptjax.model.attention.backends import LocalBackend
 from gptjax.plan import estimate, machines
 from gptjax.training.optimizer import UpdateRule
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 CALLS: dict[str, list[Any]] = {"attention": [], "metrics": [], "closed": []}
 
 

@@ -1,5 +1,6 @@
 """The base class of fine-tuning tasks."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -37,7 +38,7 @@ class Rows(Protocol):
 RowsT = TypeVar("RowsT", bound=Rows)
 
 
-class FinetuneTask(Generic[RowsT]):
+class FinetuneTask(ABC, Generic[RowsT]):
     """A task that starts from a base model and is trained on rows; see training/task.py.
 
     A subclass gives the loss on the model's parameters, and the evaluators.
@@ -85,9 +86,9 @@ class FinetuneTask(Generic[RowsT]):
     def to_model_params(self, params: Tree) -> Params:
         return base_params.model_params(self.cfg, params)
 
+    @abstractmethod
     def evaluators(self, progress: Progress) -> list[tuple[int, Evaluator]]:
         """Evaluators on the validation rows, each with its period in steps."""
-        raise NotImplementedError
 
     def report(self, progress: Progress) -> Mapping[str, Any]:
         """Details of the last evaluation, to be kept in the run; shows the main ones."""

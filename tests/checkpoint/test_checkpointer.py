@@ -18,6 +18,8 @@ from gptjax.config import CheckpointConfig, MeshConfig
 from gptjax.errors import CheckpointError, MismatchError, OutputError
 from gptjax.parallel.mesh import make_mesh
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
 
 

@@ -12,6 +12,8 @@ from gptjax.cli import main
 from gptjax.config import ModelConfig, MoeConfig
 from gptjax.hf import safetensors
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 MODEL = ModelConfig(
     vocab_size=300,
     context=48,

@@ -18,6 +18,8 @@ from gptjax.config import Config, DataConfig, EvalConfig, ModelConfig, Tokenizer
 from gptjax.data import sources
 from gptjax.runtime import malloc
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 REPO = Path(__file__).resolve().parents[2]
 QUICKSTART = str(REPO / "configs" / "quickstart.py")
 

@@ -16,6 +16,8 @@ from gptjax import config
 from gptjax.cli import main
 from gptjax.config import Config, registry
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 FIELDS = set(config.flatten(Config()))
 SECTIONS = {name.rpartition(".")[0] for name in FIELDS} | {
     name.partition(".")[0] for name in FIELDS

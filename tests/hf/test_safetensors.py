@@ -15,6 +15,8 @@ from gptjax.config import ModelConfig, MoeConfig, RopeConfig
 from gptjax.errors import DataError, MismatchError
 from gptjax.hf import families, safetensors
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 LLAMA = ModelConfig(
     vocab_size=99,
     context=64,

@@ -10,6 +10,8 @@ from gptjax.config import RopeConfig
 from gptjax.model import feed_forward, layers
 from gptjax.parallel import sharding
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def normal(seed, *shape, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)

@@ -11,6 +11,8 @@ from numpy_processors import distribution, softmax
 from gptjax.model.layers import NEVER
 from gptjax.sample import SamplingParams, logits_processors
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 PLAIN = SamplingParams(temperature=1.0)
 
 

@@ -13,6 +13,8 @@ from gptjax.sample import SamplingParams, decoding
 from gptjax.serve.metrics import Metrics
 from gptjax.serve.worker import Worker
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def events(body: bytes) -> list[Any]:
     """The data of server-sent events; None for [DONE]."""

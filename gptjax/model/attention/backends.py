@@ -17,6 +17,7 @@ Shapes: B sequences, T positions, H query heads, K key heads, C head_dim; in low
 device's share.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -75,7 +76,7 @@ class Inputs:
     dropout_id: jax.Array | int = 0
 
 
-class Backend:
+class Backend(ABC):
     """An implementation of causal attention. Subclasses declare where it runs and its features."""
 
     platforms: ClassVar[tuple[str, ...]]
@@ -92,9 +93,9 @@ class Backend:
     auto_rank: ClassVar[int | None] = None
     """Its place among those that compute.attention=auto tries, lowest first; None: not tried."""
 
+    @abstractmethod
     def attend(self, cfg: ModelConfig, inputs: Inputs) -> jax.Array:
         """Causal attention, [B, T, H, C]."""
-        raise NotImplementedError
 
     def refusal(self, need: Requirements, sizes: Sizes, platform: str) -> str | None:
         """The reason why it cannot serve a call, or None if it can."""
@@ -117,6 +118,7 @@ class Backend:
 class LocalBackend(Backend):
     """A backend that is called on one device's share of sequences and heads."""
 
+    @abstractmethod
     def attend_local(
         self,
         q_bThC: jax.Array,
@@ -127,7 +129,6 @@ class LocalBackend(Backend):
         scale: float,
     ) -> jax.Array:
         """Causal attention on one device's share, [b, T, h, C]."""
-        raise NotImplementedError
 
     def attend(self, cfg: ModelConfig, inputs: Inputs) -> jax.Array:
         """Calls `attend_local` on each device."""
