@@ -340,7 +340,10 @@ def test_a_frozen_layer_counts_neither_for_clipping_nor_for_the_gradients_norm(
 
 @pytest.mark.slow
 def test_frozen_and_slowed_layers_on_eight_devices_train_as_on_one(on_mesh, tiny, random_params):
-    cfg = tiny(model={"layers": 4})
+    # Adam's eps is above the rounding of gradients near zero, which it would otherwise blow up to
+    # whole steps.
+    optim = {"lr": 1e-2, "clip": 0.1, "lr_schedule": "constant", "eps": 1e-4}
+    cfg = tiny(model={"layers": 4}, optim=optim)
     tune = TuneConfig(freeze=("positions",), freeze_layers=1, layer_decay=0.7)
 
     def run(**sizes):
@@ -352,7 +355,7 @@ def test_frozen_and_slowed_layers_on_eight_devices_train_as_on_one(on_mesh, tiny
 
     one, eight = run(), run(stage=2, fsdp=2, tensor=2)
     np.testing.assert_allclose(eight[0], one[0], rtol=1e-5)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(y, x, atol=1e-4), one[1], eight[1])
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(y, x, atol=1e-5), one[1], eight[1])
 
 
 def test_patterns_that_match_nothing_and_nothing_left_are_refused(
