@@ -73,8 +73,8 @@ def test_several_processes_fine_tune_with_the_losses_of_one(
     one, two = (losses(job.folder) for job in jobs)
     assert sorted(one) == sorted(two) == list(range(1, 7))
     assert close(one, two)
-    assert "learns" in jobs[1].stderr(0)
-    assert "learns" not in jobs[1].stderr(1)
+    assert "] trains " in jobs[1].stderr(0)
+    assert "] trains " not in jobs[1].stderr(1)
 
 
 def ids_by_step(folder: Path) -> dict[int, list[list[int]]]:
