@@ -1,13 +1,22 @@
 """Eight virtual CPU devices, meshes over the first few of them, and a model that is small."""
 
 import os
+import tempfile
 
+# Many tests compile the same programs. Their results are kept for the session in a folder that
+# workers and subprocesses inherit; it is removed when the process that made it ends. Reading a
+# program that compiles faster than this would take longer than compiling it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compilation_cache = tempfile.TemporaryDirectory(prefix="gptjax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compilation_cache.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 )
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -23,9 +32,23 @@ from gptjax.config import Config, MeshConfig, ModelConfig
 from gptjax.model import decoder
 from gptjax.parallel import sharding
 from gptjax.parallel.mesh import make_mesh
-from gptjax.runtime import malloc
+from gptjax.runtime import compilation_cache, malloc
 
 MeshFactory = Callable[..., AbstractContextManager[jax.sharding.Mesh]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_cache() -> Iterator[None]:
+    """Keeps the session's compilation cache where a command would turn to the user's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compilation_cache, "enable_cache", lambda folder: None)
+        yield
+
+
+@functools.cache
+def abstract_params(model: ModelConfig, mesh: jax.sharding.Mesh) -> decoder.Params:
+    """Shapes and shardings of a model's parameters on the ambient mesh, which is `mesh`."""
+    return sharding.abstract(lambda: decoder.init(model, jax.random.key(0)))
 
 
 @pytest.fixture(scope="session")
@@ -106,7 +129,7 @@ def random_params() -> Callable[..., decoder.Params]:
             mean = float(path[-1].key.endswith("scale"))
             return jax.device_put(np.float32(rng.normal(mean, std, leaf.shape)), leaf.sharding)
 
-        abstract = sharding.abstract(lambda: decoder.init(model, jax.random.key(0)))
+        abstract = abstract_params(model, jax.sharding.get_mesh())
         return jax.tree_util.tree_map_with_path(draw, abstract)
 
     return make
@@ -137,7 +160,7 @@ def put():
     """Places host parameters of a model on the ambient mesh."""
 
     def place(params, model):
-        abstract = sharding.abstract(lambda: decoder.init(model, jax.random.key(0)))
+        abstract = abstract_params(model, jax.sharding.get_mesh())
         return jax.tree.map(lambda a, like: jax.device_put(a, like.sharding), params, abstract)
 
     return place

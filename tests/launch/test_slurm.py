@@ -274,7 +274,7 @@ def test_restarts_are_limited(cluster, fake_gptjax, tmp_path) -> None:
     assert "after 1 restarts; giving up" in job.text()
 
 
-STEPS = 150
+STEPS = 100
 
 
 class Training(Job):
@@ -289,6 +289,7 @@ class Training(Job):
             *("--data.sources", "text.txt", "--data.valid-sources", "text.txt"),
             *("--train.tokens", STEPS * 1024, "--checkpoint.every", 5, "--log.every", 1),
             *("--eval.every", 0, "--eval.sample-tokens", 4, "--log.tensorboard", False),
+            *("--watch.lost", 10),  # seconds after which a killed task is noticed
         ]
         job = cluster.submit(
             folder,
@@ -296,6 +297,7 @@ class Training(Job):
             GPTJAX=f"{sys.executable} -m gptjax",
             PYTHONPATH=str(REPO),
             JAX_PLATFORMS="cpu",
+            JAX_DISABLE_MOST_OPTIMIZATIONS="1",  # compiles faster
             XLA_FLAGS="",
         )
         super().__init__(cluster, folder, job.number)

@@ -16,6 +16,7 @@ import jax
 import pytest
 
 from gptjax.runtime import compilation_cache, hardware
+from gptjax.runtime.compilation_cache import enable_cache  # which conftest replaces
 
 PROGRAM = """
 import json, sys
@@ -122,6 +123,6 @@ def test_compiler_options_are_for_devices_with_a_sparse_core() -> None:
 def test_cache_folder_that_cannot_be_made_is_a_warning(tmp_path, capsys) -> None:
     (tmp_path / "file").write_text("")
     before = jax.config.jax_compilation_cache_dir
-    compilation_cache.enable_cache(f"{tmp_path}/file/cache")
+    enable_cache(f"{tmp_path}/file/cache")
     assert f"log.compile_cache={tmp_path}/file/cache: not used" in capsys.readouterr().err
     assert jax.config.jax_compilation_cache_dir == before
