@@ -221,9 +221,10 @@ def test_unsupported_dtype_or_length_is_an_error_by_name_and_skipped_by_auto(nam
 
 @pytest.fixture
 def registered(monkeypatch):
-    """Registers a backend for one test."""
+    """Registers a backend for one test, which gives the values times the scale."""
 
     def register(name, **fields):
+        fields["attend_local"] = lambda self, q, k, v, segments, window, scale: v * scale
         monkeypatch.setattr(ATTENTION_BACKENDS, "_items", dict(ATTENTION_BACKENDS._items))
         backend = type("Toy", (LocalBackend,), {"platforms": ("cpu",), **fields})
         return ATTENTION_BACKENDS.register(name)(backend)
@@ -232,8 +233,7 @@ def registered(monkeypatch):
 
 
 def test_a_backend_from_outside_is_chosen_by_name_and_runs(on_mesh, registered):
-    mean = lambda self, q, k, v, segments, window, scale: v * scale
-    registered("toy", attend_local=mean)
+    registered("toy")
     assert choose("toy", Requirements(), BF16, "cpu") == "toy"
     with pytest.raises(ConfigError, match=r"compute\.attention=toy: does not support alibi"):
         choose("toy", Requirements(alibi=True), BF16, "cpu")
