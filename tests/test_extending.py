@@ -112,6 +112,7 @@ def toy_config(folder: Path) -> Config:
     )
 
 
+@pytest.mark.slow
 def test_a_toy_optimizer_backend_writer_and_source_train_together(tmp_path) -> None:
     cfg = toy_config(tmp_path)
     results = gptjax.train(cfg)

@@ -506,6 +506,7 @@ def lines_of(file: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.slow
 def test_programs_of_a_prompt_are_precompiled_with_zeros_and_errors_in_it_are_ignored(
     run, trained, monkeypatch, fails
 ) -> None:

@@ -243,7 +243,11 @@ def interrupt(cfg: Config, monkeypatch, after: int) -> dict:
 
 
 @HERE
-@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda t: t.kind)
+@pytest.mark.parametrize(
+    "tokenizer",
+    [BYTES, *(pytest.param(t, marks=pytest.mark.slow) for t in (SENTENCEPIECE, HUGGINGFACE))],
+    ids=lambda t: t.kind,
+)
 def test_interrupted_preparation_continues_to_identical_bytes(
     tmp_path: Path, corpus: Path, monkeypatch, tokenizer: TokenizerConfig
 ) -> None:

@@ -503,6 +503,7 @@ def dataset(tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(folder=Path(builder.data_path))
 
 
+@pytest.mark.slow
 def test_tfds_folder_gives_its_records_in_order(dataset) -> None:
     name = f"tfds:{dataset.folder}"
     (source,) = sources.resolve((name,))

@@ -147,7 +147,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, quick_compile: None) -> P
 
 def runs_slowly(block: Block) -> bool:
     """Whether a block compiles several programs, such as those of beam search."""
-    return "gptjax.load" in block.text and block.page != "README.md"
+    return "gptjax.load" in block.text
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,14 @@ def expected(pairs, byte_params, byte_model) -> list[tuple[float, bool]]:
 
 @pytest.mark.parametrize(
     ("mesh", "rows"),
-    [((1,), 1), ((1,), 64), ((8,), 5), ((1, 8), 3), ((1, 1, 8), 2), ((2, 1, 1, 1, 4), 7)],
+    [
+        ((1,), 1),
+        ((8,), 5),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (((1,), 64), ((1, 8), 3), ((1, 1, 8), 2), ((2, 1, 1, 1, 4), 7))
+        ),
+    ],
     ids=str,
 )
 def test_scores_equal_those_of_numpy(

@@ -73,7 +73,7 @@ def make(tiny_config, random_params):
     return of
 
 
-@pytest.mark.parametrize("task", ["classify", "choose"])
+@pytest.mark.parametrize("task", [pytest.param("classify", marks=pytest.mark.slow), "choose"])
 def test_loss_and_gradients_are_the_plain_ones_on_every_mesh(make, on_mesh, task: str) -> None:
     cfg, make_params = make(task)
     batch = batch_of(1 if task == "classify" else 3, np.random.default_rng(0))
@@ -112,6 +112,7 @@ def test_what_lies_behind_the_last_token_counts_for_nothing(make, on_mesh) -> No
     assert results[0] == results[1]
 
 
+@pytest.mark.slow
 def test_the_heads_dropout_is_on_in_training_only_and_by_example(make, on_mesh) -> None:
     cfg, make_params = make("classify", dropout=0.5, lm_weight=0.0)
     batch = batch_of(1, np.random.default_rng(0))

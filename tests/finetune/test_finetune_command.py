@@ -83,6 +83,7 @@ def test_labels_are_learnt_told_and_predicted(finetune, command_line, write, tmp
     "task",
     ["answer", *(pytest.param(t, marks=pytest.mark.slow) for t in ("choose", "classify"))],
 )
+@pytest.mark.slow
 def test_a_run_that_goes_on_ends_with_the_same_bits(finetune, write, tmp_path, task) -> None:
     texts = [one["text"] for one in labelled(48, 0)]
     if task == "choose":
@@ -351,6 +352,7 @@ def test_answers_are_learnt_and_measured_and_sampled(
 LORA = ("--finetune.lora.rank", 4, "--finetune.lora.targets", "blocks/.*/attn/[qkvo]")
 
 
+@pytest.mark.slow
 def test_adapters_are_learnt_resumed_merged_and_used(
     finetune, command_line, write, tmp_path, base
 ) -> None:

@@ -284,6 +284,7 @@ def test_experts_adapters_on_a_mesh_train_as_on_one(on_mesh, tiny, mixture, rand
 # --- freezing ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_frozen_keeps_its_bits_and_has_no_state(on_mesh, tiny, random_params):
     """Also where Adam without eps makes 0/0 of a gradient that is zero."""
     cfg = tiny(
@@ -321,6 +322,7 @@ def test_what_is_frozen_keeps_its_bits_and_has_no_state(on_mesh, tiny, random_pa
     ]
 
 
+@pytest.mark.slow
 def test_a_frozen_layer_counts_neither_for_clipping_nor_for_the_gradients_norm(
     on_mesh, tiny, random_params
 ):
@@ -379,6 +381,7 @@ def test_patterns_that_match_nothing_and_nothing_left_are_refused(
 # --- resume ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_run_that_was_never_interrupted(
     on_mesh, tiny, random_params, tmp_path
 ):

@@ -147,6 +147,7 @@ def test_concurrent_calls_have_the_bits_of_one():
         assert all(pool.map(repeat, range(16)))
 
 
+@pytest.mark.slow
 def test_results_are_independent_of_the_number_of_threads(tmp_path):
     """The order of summation depends on shapes alone."""
     code = (
@@ -179,6 +180,7 @@ def test_results_are_independent_of_the_number_of_threads(tmp_path):
         ({"HOME": "/proc/nowhere", "XDG_CACHE_HOME": ""}, "could not be stored, loaded or reg"),
     ],
 )
+@pytest.mark.slow
 def test_reason_of_the_fallback_is_given(tmp_path, env, why):
     code = "from gptjax.kernels import cpu; print(cpu.ready(), cpu.why_not())"
     whole = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)} | env
@@ -195,6 +197,7 @@ def in_a_process(folder, code="print(cpu.why_not())", **more):
     return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.slow
 def test_broken_library_is_compiled_again(tmp_path):
     compiler = tmp_path / "quick_cc"  # which optimises nothing, and takes a fifth of the time
     compiler.write_text('#!/bin/sh\nexec cc "$@" -O0\n')
@@ -208,6 +211,7 @@ def test_broken_library_is_compiled_again(tmp_path):
     assert list(file.parent.iterdir()) == [file]
 
 
+@pytest.mark.slow
 def test_library_is_not_loaded_from_a_folder_writable_by_others(tmp_path):
     folder = tmp_path / "gptjax/native"
     folder.mkdir(parents=True)

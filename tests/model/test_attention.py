@@ -33,7 +33,7 @@ def blockwise_and_reference(on_mesh, arrays, **features):
     return [attend_on(on_mesh(), arrays, name, **features) for name in ("blockwise", "reference")]
 
 
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 200, 1030])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200, pytest.param(1030, marks=pytest.mark.slow)])
 def test_blockwise_equals_the_reference(on_mesh, length):
     arrays = make(length, heads=2, kv_heads=2, batch=1)
     assert_same(*blockwise_and_reference(on_mesh, arrays))
@@ -43,11 +43,11 @@ def test_blockwise_equals_the_reference(on_mesh, length):
     ("kv_heads", "window", "segmented"),
     [
         (2, None, False),
-        (1, None, False),
-        (4, 1, False),
+        pytest.param(1, None, False, marks=pytest.mark.slow),
+        pytest.param(4, 1, False, marks=pytest.mark.slow),
         (4, 7, False),
-        (4, 100, False),
-        (4, 500, False),
+        pytest.param(4, 100, False, marks=pytest.mark.slow),
+        pytest.param(4, 500, False, marks=pytest.mark.slow),
         (4, None, True),
         (2, 70, True),
     ],
@@ -58,6 +58,7 @@ def test_blockwise_equals_the_reference_in_every_feature(on_mesh, kv_heads, wind
     assert_same(*blockwise_and_reference(on_mesh, arrays, segments=segments, window=window))
 
 
+@pytest.mark.slow
 def test_blockwise_equals_the_reference_with_all_features_over_many_blocks(on_mesh):
     arrays, segments = make(1030, heads=2, kv_heads=1), segments_of(1030)
     assert_same(*blockwise_and_reference(on_mesh, arrays, segments=segments, window=150))
@@ -278,8 +279,8 @@ def test_arguments_to_cudnn_mean_the_same_as_the_references(on_mesh, monkeypatch
     [
         (None, 2, False, 1.5, 1),
         (50, 1, True, 0.0, 1),
-        (None, 1, True, 0.0, 2),
-        (50, 2, False, 0, 2),
+        pytest.param(None, 1, True, 0.0, 2, marks=pytest.mark.slow),
+        pytest.param(50, 2, False, 0, 2, marks=pytest.mark.slow),
     ],
 )
 def test_splash_interpreted_equals_the_reference(

@@ -240,7 +240,7 @@ def plain_decoder(cfg, params, tokens):
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in ("gpt2", "llama", "falcon", "mixture") else pytest.param(name, marks=SLOW)
+        name if name in ("gpt2", "llama", "falcon") else pytest.param(name, marks=SLOW)
         for name in VARIANTS
     ],
 )
@@ -292,10 +292,10 @@ def baseline(on_mesh, tiny_config, random_params):
     "compute",
     [
         {"scan_layers": False},
-        {"remat": "block"},
-        {"remat": "dots"},
+        pytest.param({"remat": "block"}, marks=pytest.mark.slow),
+        pytest.param({"remat": "dots"}, marks=pytest.mark.slow),
         {"remat": "block", "scan_layers": False},
-        {"attention": "reference"},
+        pytest.param({"attention": "reference"}, marks=pytest.mark.slow),
         {"loss_chunks": 4},
     ],
     ids=lambda fields: "-".join(f"{k}={v}" for k, v in fields.items()),
@@ -339,6 +339,7 @@ def test_remat_saves_fewer_residuals(on_mesh, baseline):
     assert kept("block") < kept("dots") < kept("none")
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_is_near_float32_and_keeps_float32_parameters(on_mesh, baseline):
     cfg, params, batch, _, (loss, grads) = baseline
     with on_mesh(1, 1, 1):

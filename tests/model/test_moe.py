@@ -122,7 +122,7 @@ def test_router_weights_are_normalised_over_the_chosen_or_over_all_experts(
 # --- on meshes, and with a capacity -------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[0.0, 1.0])
+@pytest.fixture(scope="module", params=[0.0, pytest.param(1.0, marks=pytest.mark.slow)])
 def on_one_device(request, on_mesh, tiny_config, random_params):
     """A mixture with this capacity, its sums and gradients on one device."""
     cfg = mixture(tiny_config, capacity=request.param, shared=1)
@@ -154,6 +154,7 @@ def test_every_mesh_has_the_loss_routing_and_gradients_of_one_device(
         np.testing.assert_allclose(many_grads[path] / scale, g / scale, atol=2e-5, err_msg=path)
 
 
+@pytest.mark.slow
 def test_a_large_capacity_drops_nothing_and_equals_dropless(on_mesh, tiny_config, random_params):
     with on_mesh():
         cfg = mixture(tiny_config)

@@ -86,6 +86,7 @@ def assert_near(got, want, tolerance):
         )
 
 
+QUICK = ("window", "segments")
 MESHES = [
     {"context": 2},
     {"context": 4},
@@ -99,8 +100,12 @@ MESHES = [
     ("name", "mesh"),
     [
         # Each feature on one mesh of several parts, and all of them together on every one.
-        *((name, MESHES[3 + i % 2]) for i, name in enumerate(FEATURES)),
-        *(("all", mesh) for mesh in MESHES[:4]),
+        *(
+            pytest.param(name, MESHES[3 + i % 2], marks=[pytest.mark.slow] * (name not in QUICK))
+            for i, name in enumerate(FEATURES)
+        ),
+        ("all", MESHES[3]),
+        *(pytest.param("all", mesh, marks=pytest.mark.slow) for mesh in MESHES[:3]),
         ("nothing", {"context": 8}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.items())),

@@ -98,6 +98,7 @@ def expected_piece(path, shape, sizes):
 
 
 @pytest.mark.parametrize("name", list(MESHES))
+@pytest.mark.slow
 def test_parameters_are_sharded_as_the_rules_say_before_and_after_training(runs, name):
     run = runs[name]
     expected = {
@@ -108,6 +109,7 @@ def test_parameters_are_sharded_as_the_rules_say_before_and_after_training(runs,
 
 
 @pytest.mark.parametrize("name", ["1x8x1", "2x2x2"])
+@pytest.mark.slow
 def test_optimizer_moments_are_sharded_like_their_parameters(runs, name):
     run = runs[name]
     moments = {path: piece for path, piece in run.moments.items() if piece}  # counts have no shape
@@ -116,12 +118,14 @@ def test_optimizer_moments_are_sharded_like_their_parameters(runs, name):
         assert piece == run.pieces[path.split("/", 2)[2]], path
 
 
+@pytest.mark.slow
 def test_the_meshes_shard_the_embedding_differently(runs):
     tables = {name: run.pieces["embed"] for name, run in runs.items()}
     assert tables == {"1": (128, 32), "8x1x1": (128, 32), "1x8x1": (128, 4), "2x2x2": (64, 16)}
 
 
 @pytest.mark.parametrize("name", ["8x1x1", "1x8x1", "2x2x2"])
+@pytest.mark.slow
 def test_every_mesh_starts_from_the_same_bits_as_one_device(runs, name):
     one, other = runs["1"].initial, runs[name].initial
     assert one.keys() == other.keys()
@@ -130,10 +134,12 @@ def test_every_mesh_starts_from_the_same_bits_as_one_device(runs, name):
 
 
 @pytest.mark.parametrize("name", ["8x1x1", "1x8x1", "2x2x2"])
+@pytest.mark.slow
 def test_every_mesh_has_the_losses_of_one_device(runs, name):
     np.testing.assert_allclose(runs[name].losses, runs["1"].losses, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_losses_change_and_start_near_uniform(runs):
     losses = runs["1"].losses
     assert len(set(losses)) == STEPS
@@ -193,6 +199,7 @@ def test_a_process_has_the_rows_of_its_own_devices(on_mesh, monkeypatch):
             assert arrays.host_rows(16).tolist() == rows
 
 
+@pytest.mark.slow
 def test_abstract_gives_shapes_and_layouts_without_making_anything(on_mesh, tiny_model, runs):
     run = runs["2x2x2"]
     with on_mesh(2, 2, 2):
@@ -272,7 +279,7 @@ def known() -> dict[Any, Any]:
     return {}
 
 
-@pytest.mark.parametrize("rings", [(2, 2, 2), (4, 2, 1)])
+@pytest.mark.parametrize("rings", [pytest.param((2, 2, 2), marks=pytest.mark.slow), (4, 2, 1)])
 def test_gathers_and_scatters_ring_by_ring_are_those_of_one_ring(
     tiny_config, start, put, known, rings
 ):
@@ -337,9 +344,9 @@ def test_flatten_and_unflatten_are_inverse(on_mesh, mesh):
 @pytest.mark.parametrize(
     ("attention", "mesh"),
     [
-        ("ring", {"context": 2}),
-        ("ring", {"context": 8}),
-        ("ring", {"data": 2, "context": 4}),
+        pytest.param("ring", {"context": 2}, marks=pytest.mark.slow),
+        pytest.param("ring", {"context": 8}, marks=pytest.mark.slow),
+        pytest.param("ring", {"data": 2, "context": 4}, marks=pytest.mark.slow),
         ("ring", {"fsdp": 2, "tensor": 2, "context": 2}),
         ("reference", {"data": 2, "context": 4}),
     ],

@@ -434,7 +434,13 @@ def compare(tiny_config, quick_compile):
     return seen_and_expected
 
 
-@pytest.mark.parametrize("name", list(STEPS))
+QUICK = ("accumulation", "data x fsdp x tensor")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in STEPS],
+)
 def test_compiled_step_has_the_predicted_communication(compare, name) -> None:
     sections, sizes, compared = STEPS[name]
     seen, expected = compare(sections, sizes)

@@ -86,6 +86,7 @@ def filled(tmp_path_factory) -> Filled:
     return home / "deep" / "cache", run("~/deep/cache", home)
 
 
+@pytest.mark.slow
 def test_second_process_hits_the_cache_of_the_first(filled: Filled) -> None:
     folder, said = filled
     assert said == (dict.fromkeys(VALUES, say("miss")), say("miss"))
@@ -100,6 +101,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+@pytest.mark.slow
 def test_corrupt_cache_entry_is_recompiled(tmp_path) -> None:
     folder = tmp_path / "cache"
     run(folder, tmp_path)

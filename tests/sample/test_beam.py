@@ -97,6 +97,7 @@ def test_one_beam_without_stop_tokens_is_greedy(one_device, model, params):
 
 
 @pytest.mark.parametrize("mesh", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
+@pytest.mark.slow
 def test_eight_devices_find_the_beams_of_one(on_mesh, model, params, random_params, mesh):
     prompts = [[i % 24 for i in prompt] for prompt in prompts_of(3, 8, 2)]
     settings = BeamSearchParams(width=3, returned=3, max_tokens=6)
@@ -127,6 +128,7 @@ def test_invalid_setting_is_refused(one_device, model, params, change, problem):
         Sampler(params, model, COMPUTE).beam([[1]], settings)
 
 
+@pytest.mark.slow
 def test_prompts_beyond_the_slots_are_searched_in_groups(one_device, model, params):
     prompts = [[i % 24 for i in prompt] for prompt in prompts_of(3, 8, 2, 5, 1)]
     settings = BeamSearchParams(width=3, returned=2, max_tokens=6)

@@ -135,7 +135,11 @@ def test_cancelled_request_frees_its_slot_and_leaves_the_queue(one_device, model
 
 
 @pytest.mark.parametrize(
-    "kind", [{}, {"positions": "rope", "pattern": ("window", "full"), "window": 5}]
+    "kind",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"positions": "rope", "pattern": ("window", "full"), "window": 5},
+    ],
 )
 def test_long_prompt_is_prefilled_in_chunks(
     one_device, tiny_model, random_params, monkeypatch, prefills, kind
@@ -304,6 +308,7 @@ def test_invalid_text_to_score_is_refused(one_device, model, params, texts, prob
 
 
 @pytest.mark.parametrize("mesh", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
+@pytest.mark.slow
 def test_refilled_slots_ring_buffers_and_scores_are_the_same_on_eight_devices(
     on_mesh, tiny_model, random_params, mesh
 ):
@@ -402,6 +407,7 @@ def test_stream_takes_one_sample_and_yields_the_tokens_of_generate(one_device, m
     assert streamed == sampler.generate([[1, 2]], DRAWN)[0].ids
 
 
+@pytest.mark.slow
 def test_long_and_short_prompts_are_prefilled_separately(
     one_device, tiny_model, random_params, monkeypatch, prefills
 ):

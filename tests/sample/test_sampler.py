@@ -27,6 +27,10 @@ KINDS = {
     "none": {"positions": "none"},
     "windowed": {"pattern": ("window", "full"), "window": 4, "positions": "rope"},
 }
+SOME_KINDS = [
+    kind if kind in ("learned", "windowed") else pytest.param(kind, marks=pytest.mark.slow)
+    for kind in KINDS
+]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
 
@@ -53,7 +57,7 @@ def full_logits(params, model, sequences):
 # --- decode equals the forward pass ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", SOME_KINDS)
 def test_cached_logits_equal_the_full_forward_at_every_step(
     one_device, tiny_model, random_params, kind
 ):
@@ -80,7 +84,7 @@ def test_cached_logits_equal_the_full_forward_at_every_step(
     np.testing.assert_allclose(np.concatenate(got, 1), want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", SOME_KINDS)
 def test_greedy_tokens_are_the_argmax_of_the_full_forward(
     one_device, tiny_model, random_params, kind
 ):
@@ -98,12 +102,14 @@ def test_greedy_tokens_are_the_argmax_of_the_full_forward(
         assert row[len(prompt) - 1 : len(prompt) + 11].tolist() == out
 
 
+@pytest.mark.slow
 def test_batched_prompts_continue_as_each_alone(one_device, model, params):
     prompts = prompts_of(3, 16, 17)
     together = generate(params, model, prompts)
     assert together == [generate(params, model, [prompt])[0] for prompt in prompts]
 
 
+@pytest.mark.slow
 def test_eight_devices_generate_the_tokens_of_one(
     on_mesh, model, params, random_params, tiny_model
 ):
@@ -156,10 +162,10 @@ def test_prompt_and_continuation_may_fill_the_context_exactly(one_device, model,
     "settings",
     [
         SamplingParams(temperature=1.0),
-        SamplingParams(temperature=0.5),
-        SamplingParams(temperature=2.0, top_k=5),
-        SamplingParams(temperature=1.0, top_p=0.7),
-        SamplingParams(temperature=1.5, min_p=0.3),
+        pytest.param(SamplingParams(temperature=0.5), marks=pytest.mark.slow),
+        pytest.param(SamplingParams(temperature=2.0, top_k=5), marks=pytest.mark.slow),
+        pytest.param(SamplingParams(temperature=1.0, top_p=0.7), marks=pytest.mark.slow),
+        pytest.param(SamplingParams(temperature=1.5, min_p=0.3), marks=pytest.mark.slow),
         SamplingParams(temperature=1.0, repetition_penalty=2.0, banned=(6,)),
         SamplingParams(temperature=1.0, logit_bias=((4, 1.0),), top_k=6, top_p=0.9),
     ],

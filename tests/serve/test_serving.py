@@ -189,6 +189,7 @@ sys.exit(main.main(["serve", "runs/tiny", "--port", "0", *sys.argv[1:]]))
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_signal_drains_running_requests_and_exits_with_0(
     number: signal.Signals, tmp_path: Path
 ) -> None:

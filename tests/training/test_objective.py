@@ -38,14 +38,16 @@ def test_documents_count_at_each_eos_and_positions_restart_there(on_mesh):
 @pytest.mark.parametrize(
     ("backend", "fields"),
     [
-        ("blockwise", {"positions": "learned"}),
-        ("blockwise", {"positions": "rope", "kv_heads": 2}),
+        pytest.param("blockwise", {"positions": "learned"}, marks=pytest.mark.slow),
+        pytest.param("blockwise", {"positions": "rope", "kv_heads": 2}, marks=pytest.mark.slow),
         ("blockwise", {"positions": "rope", "pattern": ("window",), "window": 4}),
-        ("reference", {"positions": "learned"}),
+        pytest.param("reference", {"positions": "learned"}, marks=pytest.mark.slow),
         ("reference", {"positions": "rope", "pattern": ("window", "full"), "window": 4}),
-        ("reference", {"positions": "alibi"}),
+        pytest.param("reference", {"positions": "alibi"}, marks=pytest.mark.slow),
         ("reference", {"positions": "alibi", "alibi": "scaled_bf16"}),
-        ("reference", {"positions": "rope", "attention_soft_cap": 2.0}),
+        pytest.param(
+            "reference", {"positions": "rope", "attention_soft_cap": 2.0}, marks=pytest.mark.slow
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )

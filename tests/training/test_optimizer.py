@@ -347,7 +347,13 @@ def test_sides_of_matrices_and_of_adapter_halves(path, ndim, sides):
 # --- on a mesh ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "adafactor" else pytest.param(name, marks=pytest.mark.slow)
+        for name in OPTIMIZERS
+    ],
+)
 def test_updates_on_eight_devices_equal_those_on_one(on_mesh, tiny_config, model, params, name):
     cfg = tiny_config(optim={"name": name, "lr": PEAK, "lr_schedule": "constant"})
     host = jax.device_get(params)

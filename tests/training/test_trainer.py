@@ -217,6 +217,7 @@ class Counted:
         return {self.name: self.asked}
 
 
+@pytest.mark.slow
 def test_evaluation_runs_at_its_period_and_again_at_the_resumed_step(tmp_path) -> None:
     cfg = dataclasses.replace(tiny(), eval=EvalConfig(every=2, sample_every=4))
     sampled: list[int] = []
@@ -287,7 +288,10 @@ def test_a_budget_below_the_resumed_step_ends_at_that_step(tmp_path) -> None:
     assert written == [(8, {"asked": 1})]
 
 
-@pytest.mark.parametrize(("first", "steps", "traced"), [(3, 2, True), (8, 5, True), (9, 1, False)])
+@pytest.mark.parametrize(
+    ("first", "steps", "traced"),
+    [(3, 2, True), pytest.param(8, 5, True, marks=pytest.mark.slow), (9, 1, False)],
+)
 def test_the_configured_steps_are_profiled_into_the_run_folder(
     tmp_path, first, steps, traced
 ) -> None:
@@ -296,6 +300,7 @@ def test_the_configured_steps_are_profiled_into_the_run_folder(
     assert bool(list(tmp_path.glob("profile/**/*.xplane.pb"))) == traced
 
 
+@pytest.mark.slow
 def test_a_run_resumed_within_the_profiled_steps_makes_no_profile(tmp_path) -> None:
     log = dataclasses.replace(Config().log, profile_start=4, profile_steps=4)
     cfg = dataclasses.replace(tiny(), log=log)
@@ -305,6 +310,7 @@ def test_a_run_resumed_within_the_profiled_steps_makes_no_profile(tmp_path) -> N
     assert not (tmp_path / "profile").exists()
 
 
+@pytest.mark.slow
 def test_the_schedule_advances_over_a_nonfinite_step(tmp_path) -> None:
     cfg = tiny()
     with one_device():
