@@ -1,6 +1,7 @@
 """The import graph is a picture: files import downwards only, and light commands stay light."""
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
@@ -48,16 +49,21 @@ def modules() -> dict[str, str]:
     return found
 
 
+@functools.cache
+def import_statements(source: str) -> list[ast.Import | ast.ImportFrom]:
+    """Every import of a source, at its top or later."""
+    nodes = ast.walk(ast.parse(source))
+    return [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def imports(source: str, known: set[str]) -> Iterator[str]:
-    """The files of the package that a source imports, at its top or later."""
-    for node in ast.walk(ast.parse(source)):
+    """The files of the package that a source imports."""
+    for node in import_statements(source):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
+        else:
             assert node.level == 0, "relative import"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
         for name in names:
             parts = name.split(".")
             if parts[0] != "gptjax":
@@ -137,11 +143,10 @@ def test_the_check_would_catch_an_import_that_points_up(file: str, line: str) ->
 def test_tensorflow_is_imported_by_the_data_files_only() -> None:
     users = set()
     for file, source in modules().items():
-        for node in ast.walk(ast.parse(source)):
-            names = []
+        for node in import_statements(source):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
+            else:
                 names = [node.module or ""]
             if any(name.partition(".")[0].startswith("tensorflow") for name in names):
                 users.add(file)
@@ -155,11 +160,23 @@ def test_tensorflow_is_imported_by_the_data_files_only() -> None:
         ("gptjax", {"jax", "jaxlib", "flax", "numpy", "tensorflow"}),
         ("gptjax.cli.main", {"jax", "jaxlib", "flax", "optax", "orbax", "numpy", "tensorflow"}),
         ("gptjax.data.permutation", {"jax", "jaxlib", "tensorflow", "tensorstore"}),
-        ("gptjax.runtime.hardware", {"jax", "jaxlib", "numpy", "tensorflow"}),
+        pytest.param(
+            "gptjax.runtime.hardware",
+            {"jax", "jaxlib", "numpy", "tensorflow"},
+            marks=pytest.mark.slow,
+        ),
         ("gptjax.plan.machines", {"jax", "jaxlib", "numpy", "tensorflow"}),
         ("gptjax.cli.plan", {"tensorflow", "tensorflow_datasets"}),
-        ("gptjax.sample", {"tensorflow", "tensorflow_datasets", "optax", "orbax"}),
-        ("gptjax.checkpoint.run_dir", {"tensorflow", "tensorflow_datasets", "optax"}),
+        pytest.param(
+            "gptjax.sample",
+            {"tensorflow", "tensorflow_datasets", "optax", "orbax"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "gptjax.checkpoint.run_dir",
+            {"tensorflow", "tensorflow_datasets", "optax"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_importing_loads_nothing_heavy_that_it_can_do_without(

@@ -283,6 +283,7 @@ def params_of(cfg: Config, value: float) -> decoder.Params:
 
 
 @pytest.mark.usefixtures("quick_compile")
+@pytest.mark.slow
 def test_the_newest_parameters_are_restored_averaged_ones_if_so_trained(cfg: Config) -> None:
     for step, value in ((5, 1.0), (9, 2.0)):
         save(cfg, step, params=params_of(cfg, value), ema=params_of(cfg, -value))

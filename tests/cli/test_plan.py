@@ -325,7 +325,9 @@ sys.exit(main(["plan", *sys.argv[1:]]))
     ("words", "unwanted"),
     [
         (("--help",), {"jax", "numpy", "tensorflow", "libtpu"}),
-        ((SMALL, *FITS), {"tensorflow", "libtpu", "transformers"}),
+        pytest.param(
+            (SMALL, *FITS), {"tensorflow", "libtpu", "transformers"}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_plan_imports_neither_tensorflow_nor_libtpu(words, unwanted) -> None:

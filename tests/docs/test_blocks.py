@@ -145,19 +145,15 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, quick_compile: None) -> P
     return folder
 
 
-def runs_slowly(block: Block) -> bool:
-    """Whether a block compiles several programs, such as those of beam search."""
-    return "gptjax.load" in block.text
-
-
 @pytest.mark.parametrize(
     "block",
     [
-        pytest.param(block, id=str(block), marks=[pytest.mark.slow] * runs_slowly(block))
+        pytest.param(block, id=str(block))
         for block in PYTHON
         if not block.comment.startswith("needs")
     ],
 )
+@pytest.mark.slow
 def test_python_block_runs(block: Block, tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tiny_run)
     for value in vars(registry).values():  # what a block registers is gone after the test

@@ -74,6 +74,7 @@ def make(tiny_config, random_params):
 
 
 @pytest.mark.parametrize("task", [pytest.param("classify", marks=pytest.mark.slow), "choose"])
+@pytest.mark.slow
 def test_loss_and_gradients_are_the_plain_ones_on_every_mesh(make, on_mesh, task: str) -> None:
     cfg, make_params = make(task)
     batch = batch_of(1 if task == "classify" else 3, np.random.default_rng(0))

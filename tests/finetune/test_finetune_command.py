@@ -323,6 +323,7 @@ def test_predict_is_for_runs_with_a_task(command_line, base, write, tmp_path) ->
     assert "predict is for classify and choose" in err
 
 
+@pytest.mark.slow
 def test_answers_are_learnt_and_measured_and_sampled(
     finetune, command_line, write, tmp_path
 ) -> None:

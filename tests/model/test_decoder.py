@@ -239,10 +239,7 @@ def plain_decoder(cfg, params, tokens):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("gpt2", "llama", "falcon") else pytest.param(name, marks=SLOW)
-        for name in VARIANTS
-    ],
+    [name if name in ("gpt2", "llama") else pytest.param(name, marks=SLOW) for name in VARIANTS],
 )
 def test_every_variant_equals_numpy_on_one_device_and_on_a_mesh(
     on_mesh, tiny_config, random_params, name
@@ -291,12 +288,12 @@ def baseline(on_mesh, tiny_config, random_params):
 @pytest.mark.parametrize(
     "compute",
     [
-        {"scan_layers": False},
+        pytest.param({"scan_layers": False}, marks=pytest.mark.slow),
         pytest.param({"remat": "block"}, marks=pytest.mark.slow),
         pytest.param({"remat": "dots"}, marks=pytest.mark.slow),
         {"remat": "block", "scan_layers": False},
         pytest.param({"attention": "reference"}, marks=pytest.mark.slow),
-        {"loss_chunks": 4},
+        pytest.param({"loss_chunks": 4}, marks=pytest.mark.slow),
     ],
     ids=lambda fields: "-".join(f"{k}={v}" for k, v in fields.items()),
 )

@@ -137,6 +137,7 @@ def on_one_device(request, on_mesh, tiny_config, random_params):
         *(pytest.param(m, marks=pytest.mark.slow) for m in ((8, 1, 1, 1), (1, 2, 1, 4))),
     ],
 )
+@pytest.mark.slow
 def test_every_mesh_has_the_loss_routing_and_gradients_of_one_device(
     on_mesh, random_params, on_one_device, mesh
 ):

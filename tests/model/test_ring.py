@@ -197,10 +197,10 @@ def traced(mesh, name, *, backward):
 @pytest.mark.parametrize(
     ("context", "name", "more"),
     [
-        (2, "nothing", 0),
+        pytest.param(2, "nothing", 0, marks=pytest.mark.slow),
         (4, "nothing", 0),
-        (4, "segments", 1),
-        (4, "alibi", 1),
+        pytest.param(4, "segments", 1, marks=pytest.mark.slow),
+        pytest.param(4, "alibi", 1, marks=pytest.mark.slow),
         (4, "alibi of documents", 2),
     ],
 )

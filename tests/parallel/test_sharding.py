@@ -280,6 +280,7 @@ def known() -> dict[Any, Any]:
 
 
 @pytest.mark.parametrize("rings", [pytest.param((2, 2, 2), marks=pytest.mark.slow), (4, 2, 1)])
+@pytest.mark.slow
 def test_gathers_and_scatters_ring_by_ring_are_those_of_one_ring(
     tiny_config, start, put, known, rings
 ):
@@ -348,7 +349,7 @@ def test_flatten_and_unflatten_are_inverse(on_mesh, mesh):
         pytest.param("ring", {"context": 8}, marks=pytest.mark.slow),
         pytest.param("ring", {"data": 2, "context": 4}, marks=pytest.mark.slow),
         ("ring", {"fsdp": 2, "tensor": 2, "context": 2}),
-        ("reference", {"data": 2, "context": 4}),
+        pytest.param("reference", {"data": 2, "context": 4}, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("documents", [pytest.param("ignore", marks=pytest.mark.slow), "mask"])

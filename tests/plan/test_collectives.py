@@ -448,7 +448,13 @@ def test_compiled_step_has_the_predicted_communication(compare, name) -> None:
         assert expected[key] == pytest.approx(seen[key], rel=0.02), key
 
 
-@pytest.mark.parametrize("name", ["three rings", "data x fsdp x tensor", "a ring"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data x fsdp x tensor",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("three rings", "a ring")),
+    ],
+)
 def test_compiled_step_has_no_large_unpredicted_communication(compare, name) -> None:
     sections, sizes, _ = STEPS[name]
     seen, expected = compare(sections, sizes)
@@ -459,11 +465,13 @@ def test_compiled_step_has_no_large_unpredicted_communication(compare, name) -> 
 
 
 @pytest.mark.parametrize("key", [(REDUCE_SCATTER, ("fsdp",)), (ALL_REDUCE, ("data",))])
+@pytest.mark.slow
 def test_gradient_of_tied_table_is_communicated_for_each_use(compare, key) -> None:
     seen, expected = compare(*STEPS["data x fsdp"][:2])
     assert expected[key] == pytest.approx(seen[key], rel=0.02)
 
 
+@pytest.mark.slow
 def test_expert_weights_are_gathered_as_often_as_in_compiled_step(compare) -> None:
     seen, expected = compare(*STEPS["fsdp x expert"][:2])
     assert expected[ALL_GATHER, ("fsdp",)] == pytest.approx(seen[ALL_GATHER, ("fsdp",)], rel=0.02)

@@ -71,6 +71,7 @@ def states(on_mesh, tiny_config, quick_compile):
 
 
 @pytest.mark.parametrize("mesh", list(MESHES))
+@pytest.mark.slow
 def test_tensors_are_those_of_the_real_train_state(states, tiny_config, mesh) -> None:
     tensors = memory.tensors(tiny_config(**CONFIGS["adamw with an average"]))
     sizes = sizes_of(**MESHES[mesh])

@@ -95,6 +95,7 @@ def test_request_may_be_submitted_while_others_decode(one_device, model, params)
     assert [ids + rest[0, 0], rest[1, 0]] == alone
 
 
+@pytest.mark.slow
 def test_each_request_has_its_own_settings(one_device, model, params):
     each = [
         GREEDY,
@@ -338,6 +339,7 @@ def test_refilled_slots_ring_buffers_and_scores_are_the_same_on_eight_devices(
 
 
 @pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.slow
 def test_weights_and_kv_cache_may_be_bfloat16(one_device, model, params, slots):
     sampler = Sampler(params, model, ComputeConfig(dtype="bfloat16"))
     assert sampler._params["embed"].dtype == "bfloat16"

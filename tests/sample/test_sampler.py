@@ -161,12 +161,15 @@ def test_prompt_and_continuation_may_fill_the_context_exactly(one_device, model,
 @pytest.mark.parametrize(
     "settings",
     [
-        SamplingParams(temperature=1.0),
+        pytest.param(SamplingParams(temperature=1.0), marks=pytest.mark.slow),
         pytest.param(SamplingParams(temperature=0.5), marks=pytest.mark.slow),
         pytest.param(SamplingParams(temperature=2.0, top_k=5), marks=pytest.mark.slow),
         pytest.param(SamplingParams(temperature=1.0, top_p=0.7), marks=pytest.mark.slow),
         pytest.param(SamplingParams(temperature=1.5, min_p=0.3), marks=pytest.mark.slow),
-        SamplingParams(temperature=1.0, repetition_penalty=2.0, banned=(6,)),
+        pytest.param(
+            SamplingParams(temperature=1.0, repetition_penalty=2.0, banned=(6,)),
+            marks=pytest.mark.slow,
+        ),
         SamplingParams(temperature=1.0, logit_bias=((4, 1.0),), top_k=6, top_p=0.9),
     ],
     ids=lambda s: ",".join(
@@ -221,6 +224,7 @@ def test_draws_at_successive_positions_are_independent(one_device, tiny_model, r
     assert stats.chisquare(neighbours).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_seed_determines_samples_and_slots_are_independent(one_device, model, params):
     settings = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=12, seed=7)
     prompts = prompts_of(3, 5, 9)
@@ -264,6 +268,7 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.slow
 def test_new_length_seed_or_setting_within_a_bucket_compiles_nothing(
     one_device, tiny_model, random_params, compilations
 ):
@@ -282,6 +287,7 @@ def test_new_length_seed_or_setting_within_a_bucket_compiles_nothing(
 
 
 @pytest.mark.parametrize("lengths", [(3, 5), (3, 12)])
+@pytest.mark.slow
 def test_precompile_with_zero_parameters_compiles_every_program_of_the_run(
     one_device, tiny_model, random_params, compilations, lengths
 ):

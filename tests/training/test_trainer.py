@@ -69,6 +69,7 @@ def one_device():
     return jax.set_mesh(mesh.make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_weigh_targets_not_microbatches() -> None:
     lengths = np.array([32] * 8 + [3] * 8, np.int32)  # parts of very different numbers of targets
     results = {}
@@ -107,6 +108,7 @@ def test_a_nonfinite_step_changes_only_the_counters() -> None:
     assert (int(state.step), int(metrics["nonfinite"])) == (1, 1)
 
 
+@pytest.mark.slow
 def test_the_moving_average_follows_the_parameters() -> None:
     cfg = tiny(ema_decay=0.75)
     with one_device():
@@ -257,6 +259,7 @@ def test_tasks_have_their_own_period_and_are_logged_with_the_step(tmp_path) -> N
     ]
 
 
+@pytest.mark.slow
 def test_a_signal_during_evaluation_ends_it_and_saves_the_step(tmp_path) -> None:
     cfg = dataclasses.replace(tiny(), eval=EvalConfig(every=3))
     stop = Counted(then=lambda: signal.raise_signal(signal.SIGTERM))
