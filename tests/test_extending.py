@@ -23,7 +23,7 @@ from gptjax.config.registry import (
     OPTIMIZERS,
     Registry,
 )
-from gptjax.data.sources import Counts, Document
+from gptjax.data.files import Counts, Document
 from gptjax.errors import ConfigError
 from gptjax.model.attention.backends import LocalBackend
 from gptjax.plan import estimate, machines

@@ -67,8 +67,9 @@ class DataConfig:
     sources: tuple[str, ...] = identity(("python-library",))
     """Training text: paths, folders or quoted globs; tfds:NAME@SPLIT or tfds:FOLDER@SPLIT;
     python-library, the source files of the running Python; or a registered scheme
-    (config/registry.py). .jsonl and .parquet files have one document in each record, any other file
-    is one document; .gz and .zst files are decompressed."""
+    (config/registry.py). JSON lines, Parquet, Arrow and CSV files have one document in each record,
+    a text file is one document. gzip, xz, bzip2, Zstandard, tar and zip files are opened. What a
+    file is, its first bytes tell before its name; a file that is none of these is refused."""
     valid_sources: tuple[str, ...] = identity(())
     """Validation text, as in sources. Empty: valid_fraction of the sources' documents is held
     out."""
@@ -76,7 +77,7 @@ class DataConfig:
     """Fraction of the documents that is held out for validation, at least 0 and below 1, chosen by
     a hash of each document's path or record number."""
     text_field: str = identity("text")
-    """Field of JSON lines, Parquet and TFDS records that holds the text."""
+    """Field of JSON lines, tables and TFDS records that holds the text."""
     store: str = free("data/store")
     """Folder of the token store, which is prepared if missing. It may move: a run identifies its
     tokens by their fingerprint."""
@@ -87,7 +88,10 @@ class DataConfig:
     """Longest document, in bytes. A longer text file is tokenized in parts, cut at line ends; a
     longer record is an error."""
     bad_utf8: Literal["replace", "fail"] = identity("replace")
-    """Invalid UTF-8: replaced by U+FFFD and counted, or an error that names its place."""
+    """Invalid UTF-8 and NULs: replaced by U+FFFD and counted, or an error that names its place."""
+    bad_records: Literal["refuse", "skip"] = identity("refuse")
+    """Records whose text is missing or is no text, such as null: an error that names the record,
+    or skipped and counted."""
     workers: int = free(0)
     """Number of tokenizing processes. 0: one for each core."""
     prefetch: int = free(32)

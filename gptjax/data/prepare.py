@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 
 from gptjax import tokenizer as tokenizers
-from gptjax.config import Config
+from gptjax.config import Config, DataConfig
 from gptjax.data import sources, store
-from gptjax.data.sources import Counts, Document, Source
+from gptjax.data.files import Counts, Document
+from gptjax.data.sources import Source
 from gptjax.errors import DataError, MismatchError, OutputError
 from gptjax.runtime import file_lock
 from gptjax.runtime.progress import Bar, Progress
@@ -83,8 +84,14 @@ def prepare(
     """
     if "://" in cfg.data.store or (Path(cfg.data.store) / store.MANIFEST).exists():
         return _finished(cfg)
-    found = sources.resolve(cfg.data.sources)
-    held_out = sources.resolve(cfg.data.valid_sources, "data.valid_sources")
+    counts = Counts()
+    held_out = sources.resolve(cfg.data.valid_sources, "data.valid_sources", counts)
+    found = sources.resolve(cfg.data.sources, counts=counts)
+    if shared := len(found) - len(sources.without(found, held_out)):
+        found = sources.without(found, held_out)
+        say(f"{shared} of the sources' files are in data.valid_sources: not trained on")
+    if not found:
+        raise DataError(_empty(cfg, "train"))
     folder = Path(cfg.data.store)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +102,7 @@ def prepare(
             journal = _Journal.load(folder, identity(cfg) | {"files": files})
             tokenizer = _tokenizer(cfg, folder, found, tell)
             began, before = time.monotonic(), sum(journal.bytes.values())
-            manifest = _tokenize(cfg, folder, found, held_out, tokenizer, journal, tell)
+            manifest = _tokenize(cfg, folder, found, held_out, tokenizer, journal, counts, tell)
             clock(sum(journal.bytes.values()) - before, time.monotonic() - began)
             return manifest
     except OSError as error:
@@ -116,6 +123,8 @@ def _listing_sha256(found: list[Source]) -> str:
 
 
 def _check_same(folder: str | Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
+    # A store of before a field existed was made as the field's default says.
+    saved = {k: v for k, v in asdict(DataConfig()).items() if k in given} | saved
     changed = [
         f"{key}: {saved.get(key)!r} in the store, {given.get(key)!r} given"
         for key in {**saved, **given}
@@ -301,6 +310,7 @@ def _tokenize(
     held_out: list[Source],
     tokenizer: tokenizers.Tokenizer,
     journal: _Journal,
+    counts: Counts,
     tell: Tell,
 ) -> store.Manifest:
     """Tokenizes what the journal does not have yet, and finishes the store."""
@@ -309,7 +319,7 @@ def _tokenize(
     for writer in writers.values():
         if writer.tokens == 0:
             writer.append(np.array([tokenizer.eos_id]))
-    counts, unsaved = Counts(), 0
+    unsaved = 0
     expected = sum(source.size_bytes() for source in found + held_out)
     documents = _with_split(cfg, found, held_out, counts)
     rest = itertools.islice(documents, journal.documents, None)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -129,11 +129,45 @@ def test_store_has_each_document_followed_by_eos(tmp_path, corpus, tokenizer) ->
         assert known.documents == len(texts)
         assert known.bytes == sum(len(text.encode()) for text in texts)
         assert known.tokens == len(tokens(cfg, split))
-    assert manifest.counts == {"empty": 2, "replaced_utf8": 1, "split_documents": 0}
+    assert manifest.counts == asdict(sources.Counts(empty=2, replaced_utf8=1))
     own = tokenizers.load(Path(cfg.data.store))
     assert manifest.tokenizer["sha256"] == own.fingerprint
     assert manifest.tokenizer["eos_id"] == own.eos_id
     assert list(store.verify(cfg.data.store)) == []
+
+
+@HERE
+@pytest.mark.parametrize("link", [False, True])
+def test_a_validation_file_is_not_trained_on(tmp_path: Path, link: bool) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("a", "b", "valid"):
+        (texts / f"{name}.txt").write_text(f"the text of {name}\n")
+    held_out = texts / "valid.txt"
+    if link:
+        held_out = tmp_path / "elsewhere.txt"
+        held_out.symlink_to(texts / "valid.txt")
+    cfg = config(tmp_path, sources=(f"{texts}/*.txt",), valid_sources=(str(held_out),))
+    said: list[str] = []
+    prepare.prepare(cfg, say=said.append)
+    assert stored_documents(cfg, "train") == ["the text of a\n", "the text of b\n"]
+    assert stored_documents(cfg, "valid") == ["the text of valid\n"]
+    assert said == ["1 of the sources' files are in data.valid_sources: not trained on"]
+    only = config(tmp_path, "only", sources=(str(held_out),), valid_sources=(str(held_out),))
+    with pytest.raises(DataError, match="no text to train on"):
+        prepare.prepare(only)
+
+
+def test_a_store_of_before_a_field_existed_is_used(tmp_path: Path, corpus) -> None:
+    cfg = config(tmp_path)
+    wanted = prepare.prepare(cfg)
+    file = Path(cfg.data.store, store.MANIFEST)
+    saved = json.loads(file.read_text())
+    del saved["data"]["bad_records"]
+    file.write_text(json.dumps(saved))
+    assert prepare.prepare(cfg).fingerprint() == wanted.fingerprint()
+    with pytest.raises(MismatchError, match="bad_records: 'refuse' in the store, 'skip' given"):
+        prepare.prepare(config(tmp_path, bad_records="skip"))
 
 
 @HERE

@@ -1,0 +1,496 @@
+"""Files of documents: what a file holds is decided by its first bytes, then by its name.
+
+Compression (gzip, xz, bzip2, Zstandard) and archives (tar, zip) are opened in any nesting. What
+comes out is a table (Parquet, Arrow, CSV), JSON lines, or text; what is none of these is refused by
+name, since bytes of another format would be trained on as if they were text.
+"""
+
+import bz2
+import codecs
+import csv
+import gzip
+import io
+import json
+import lzma
+import sys
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import IO, TYPE_CHECKING, Any
+
+from gptjax.config import DataConfig
+from gptjax.errors import DataError
+
+if TYPE_CHECKING or sys.version_info < (3, 14):
+    from backports import zstd
+else:
+    from compression import zstd
+
+_HEAD = 8192  # bytes by which a file's format is told
+_BUFFER = 1 << 16
+_NESTING = 4  # compression and archives within each other
+_WINDOW = {zstd.DecompressionParameter.window_log_max: 31}  # what `zstd --long=31` needs
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and its key, whose hash decides the split.
+
+    `ends` is False for a part of a long document whose next part follows.
+    """
+
+    key: str
+    text: str
+    ends: bool = True
+
+
+@dataclass
+class Counts:
+    """Documents and files that reading skipped or changed, for the manifest and the user."""
+
+    empty: int = 0
+    replaced_utf8: int = 0
+    split_documents: int = 0
+    bad_records: int = 0
+    hidden_files: int = 0
+    repeated_files: int = 0
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A file of documents. `name` is its path below the pattern's root folder."""
+
+    path: Any
+    name: str
+
+    def size_bytes(self) -> int:
+        """Size of the file; four times that for a compressed one."""
+        suffix = self.path.suffix.lower()
+        scale = 4 if suffix in _COMPRESSED | {".parquet", ".zip"} else 1
+        try:
+            return scale * self.path.stat().length
+        except OSError as error:  # for instance a dangling link
+            raise DataError(f"{self.path}: cannot be read: {error}") from None
+
+    def documents(self, cfg: DataConfig, counts: Counts) -> Iterator[Document]:
+        """The documents. Raises DataError naming the place of what cannot be read."""
+        try:
+            with self.path.open("rb") as raw:
+                stream = io.BufferedReader(_Raw(raw.read, raw), _BUFFER)
+                part = _Part(stream, str(self.path), self.name, self.name.lower(), cfg, counts)
+                yield from part.documents()
+        except _BROKEN as error:
+            raise DataError(f"{self.path}: cannot be read: {error}") from None
+
+
+_BROKEN = (
+    OSError,
+    EOFError,  # a compressed file that ends too early
+    RuntimeError,  # a zip archive with a password
+    NotImplementedError,  # a zip archive with an unknown compression
+    zlib.error,
+    lzma.LZMAError,
+    zstd.ZstdError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+)
+
+
+class _Raw(io.RawIOBase):
+    """A stream of what `read` returns for a number of bytes; seekable where `whole` is."""
+
+    def __init__(self, read: Callable[[int], bytes], whole: Any = None) -> None:
+        self._read, self._whole = read, whole
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._whole is not None and self._whole.seekable()
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._whole.seek(offset, whence)
+        return self._whole.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        filled = 0
+        while filled < len(buffer) and (got := self._read(len(buffer) - filled)):
+            buffer[filled : filled + len(got)] = got
+            filled += len(got)
+        return filled
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A file, or what an archive or a compressed file holds, with the names that errors and keys
+    have; `suffixes` is the name that is left to tell the format by, in lower case."""
+
+    stream: io.BufferedReader
+    place: str
+    key: str
+    suffixes: str
+    cfg: DataConfig
+    counts: Counts
+    nesting: int = 0
+
+    def documents(self) -> Iterator[Document]:
+        """The documents of whatever format this has."""
+        if self.nesting > _NESTING:
+            raise DataError(f"{self.place}: more than {_NESTING} archives within each other")
+        head = self.stream.peek(_HEAD)[:_HEAD]
+        if not head and not self._is_named((".parquet", ".arrow", ".zip")):
+            return self._text(head)
+        for compression in _COMPRESSIONS:
+            if head.startswith(compression.magic) or self._is_named(compression.suffixes):
+                if not head.startswith(compression.magic):
+                    raise DataError(f"{self.place}: is named as {compression.name} and is not")
+                return self._unpacked(compression)
+        if head[257:262] == b"ustar" or self._is_named((".tar",)):
+            return self._members_of_tar()
+        if head.startswith(b"PK\x03\x04") or self._is_named((".zip",)):
+            return self._members_of_zip()
+        if head.startswith(b"PAR1") or self._is_named((".parquet",)):
+            return _read_parquet(self)
+        if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")) or self._is_named((".arrow",)):
+            return _read_arrow(self, head.startswith(b"ARROW1"))
+        return self._text(head)
+
+    def _is_named(self, suffixes: tuple[str, ...]) -> bool:
+        return self.suffixes.endswith(suffixes)
+
+    def _unpacked(self, compression: "_Compression") -> Iterator[Document]:
+        inner = io.BufferedReader(_Raw(compression.open(self.stream).read), _BUFFER)
+        suffix = next((s for s in compression.suffixes if self.suffixes.endswith(s)), "")
+        name = self.suffixes.removesuffix(suffix) + (".tar" if suffix.startswith(".t") else "")
+        yield from replace(self, stream=inner, suffixes=name, nesting=self.nesting + 1).documents()
+
+    def _member(self, name: str, stream: IO[bytes]) -> Iterator[Document]:
+        """The documents of an archive's file; a hidden one is counted and left out."""
+        if any(part.startswith(".") and part != "." for part in name.split("/")):
+            self.counts.hidden_files += 1
+            return
+        yield from replace(
+            self,
+            stream=io.BufferedReader(_Raw(stream.read), _BUFFER),
+            place=f"{self.place}/{name}",
+            key=f"{self.key}/{name}",
+            suffixes=name.lower(),
+            nesting=self.nesting + 1,
+        ).documents()
+
+    def _members_of_tar(self) -> Iterator[Document]:
+        with tarfile.open(fileobj=self.stream, mode="r|") as archive:
+            for member in archive:
+                stream = archive.extractfile(member) if member.isfile() else None
+                if stream is not None:
+                    yield from self._member(member.name, stream)
+
+    def _members_of_zip(self) -> Iterator[Document]:
+        if not self._is_named((".zip",)):
+            raise DataError(
+                f"{self.place}: is a zip archive that is not named .zip, as documents of office "
+                "programs and packages are; extract its text, or rename it to train on its files"
+            )
+        with zipfile.ZipFile(_seekable(self.stream)) as archive:
+            for member in archive.infolist():
+                if not member.is_dir():
+                    with archive.open(member) as stream:
+                        yield from self._member(member.filename, stream)
+
+    def _text(self, head: bytes) -> Iterator[Document]:
+        """Text or JSON lines or CSV, as UTF-8 without a mark of its encoding."""
+        stream, skipped = self.stream, 0
+        if encoding := next((e for bom, e in _ENCODINGS if head.startswith(bom)), ""):
+            stream = io.BufferedReader(_Raw(_as_utf8(stream, encoding)), _BUFFER)
+            head = stream.peek(_HEAD)[:_HEAD]
+        elif head.startswith(codecs.BOM_UTF8):
+            skipped = len(stream.read(len(codecs.BOM_UTF8)))
+        if why := _not_text(head):
+            raise DataError(
+                f"{self.place}: {why}; convert it to text or JSON lines, or leave it out"
+            )
+        part = replace(self, stream=stream)
+        if self._is_named((".jsonl", ".ndjson")):
+            return _read_jsonl(part)
+        if self._is_named((".json",)):
+            return _read_json_array(part) if head.lstrip()[:1] == b"[" else _read_jsonl(part)
+        if self._is_named((".csv", ".tsv")):
+            return _read_csv(part, "\t" if self._is_named((".tsv",)) else ",")
+        return _read_text(part, skipped)
+
+
+@dataclass(frozen=True)
+class _Compression:
+    name: str
+    magic: bytes
+    suffixes: tuple[str, ...]
+    open: Callable[[IO[bytes]], Any]
+
+
+_COMPRESSIONS = (
+    _Compression("gzip", b"\x1f\x8b", (".gz", ".gzip", ".tgz"), gzip.open),
+    _Compression("xz", b"\xfd7zXZ\x00", (".xz", ".txz"), lzma.open),
+    _Compression("bzip2", b"BZh", (".bz2", ".tbz2"), bz2.open),
+    _Compression(
+        "Zstandard",
+        b"\x28\xb5\x2f\xfd",
+        (".zst", ".zstd"),
+        lambda f: zstd.ZstdFile(f, options=_WINDOW),
+    ),
+)
+_COMPRESSED = {suffix for c in _COMPRESSIONS for suffix in c.suffixes}
+_ENCODINGS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16's, which it begins with
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_FOREIGN = {
+    b"%PDF": "PDF",
+    b"7z\xbc\xaf\x27\x1c": "7-Zip",
+    b"Rar!": "RAR",
+    b"\x04\x22\x4d\x18": "LZ4",
+    b"\xff\x06\x00\x00sNaPpY": "Snappy",
+    b"LZIP": "lzip",
+    b"\x1f\x9d": "compress",
+    b"{\\rtf": "RTF",
+}
+_CONTROL = bytes([*range(8), *range(14, 27), *range(28, 32), 127])  # not \t \n \f \r \x1b ...
+
+
+def _not_text(head: bytes) -> str:
+    """Why a file that begins with these bytes is no text; empty for text."""
+    for magic, name in _FOREIGN.items():
+        if head.startswith(magic):
+            return f"is {name}, which is not read"
+    few = max(4, len(head) // 100)
+    if 4 * head.count(0) > len(head) and head.count(0) > few:
+        return "has NULs between its bytes, as UTF-16 without its mark has"
+    if len(head) - len(head.translate(None, _CONTROL)) > few:
+        return "is no text by its first bytes"
+    return ""
+
+
+def _as_utf8(stream: IO[bytes], encoding: str) -> Callable[[int], bytes]:
+    """A `read` that gives another encoding's text as UTF-8; what is invalid stays invalid."""
+    decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+
+    def read(size: int) -> bytes:
+        while True:
+            raw = stream.read(max(size // 4, 1))  # UTF-8 may have half as many bytes again
+            try:
+                text = decoder.decode(raw, final=not raw)
+            except UnicodeDecodeError:
+                decoder.reset()
+                return b"\xff" if not raw else b"\xff" * min(size, 2)
+            if text or not raw:
+                return text.encode("utf-8", "surrogatepass")
+
+    return read
+
+
+def _seekable(stream: io.BufferedReader) -> IO[bytes]:
+    """The stream, or all of it in memory where it cannot be read in any order."""
+    return stream if stream.seekable() else io.BytesIO(stream.read())
+
+
+@dataclass
+class Decoder:
+    """Decodes UTF-8, and treats invalid bytes, and NULs, as data.bad_utf8 says."""
+
+    cfg: DataConfig
+    counts: Counts
+    last_replaced: str = ""
+
+    def __call__(self, raw: bytes, place: str, offset: int = 0) -> str:
+        """`raw` is at byte `offset` of `place`, a file or a record as errors name it."""
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            self._found(f"invalid UTF-8 at byte {offset + error.start}", place)
+            text = raw.decode("utf-8", "replace")
+        return self.without_nuls(text, place)
+
+    def without_nuls(self, text: str, place: str) -> str:
+        """The text with U+FFFD in place of NULs."""
+        if "\0" not in text:
+            return text
+        self._found("a NUL", place)
+        return text.replace("\0", "\ufffd")
+
+    def _found(self, what: str, place: str) -> None:
+        if self.cfg.bad_utf8 == "fail":
+            raise DataError(f"{place}: {what}; correct it, or set data.bad_utf8=replace")
+        self.counts.replaced_utf8 += place != self.last_replaced
+        self.last_replaced = place
+
+
+def _read_text(part: _Part, offset: int) -> Iterator[Document]:
+    """Yields one document; in parts cut at line ends where max_document_bytes is exceeded."""
+    decode, stream = Decoder(part.cfg, part.counts), part.stream
+    limit = part.cfg.max_document_bytes
+    text = stream.read(limit)
+    more = stream.read(limit)
+    if not more and not text.strip():
+        part.counts.empty += 1
+        return
+    part.counts.split_documents += bool(more)
+    while more:
+        cut = text.rfind(b"\n") + 1 or _last_character(text)
+        yield Document(part.key, decode(text[:cut], part.place, offset), ends=False)
+        offset += cut
+        text, more = text[cut:] + more, stream.read(limit)
+    yield Document(part.key, decode(text, part.place, offset))
+
+
+def _last_character(raw: bytes) -> int:
+    """Offset of the last UTF-8 character, which may be incomplete; the length if that is 0."""
+    back = next((i for i in range(1, 5) if i <= len(raw) and raw[-i] & 0xC0 != 0x80), 0)
+    return len(raw) - back or len(raw)
+
+
+def _read_jsonl(part: _Part) -> Iterator[Document]:
+    decode = Decoder(part.cfg, part.counts)
+    limit, number = part.cfg.max_document_bytes, 0
+    while line := part.stream.readline(limit + 1):
+        number += 1
+        place = f"{part.place}:{number}"
+        if len(line) > limit:
+            raise DataError(
+                f"{place}: longer than data.max_document_bytes={limit}; raise it, or split the "
+                "record"
+            )
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(decode(line, place))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{place}: invalid JSON: {error}") from None
+        yield from record(value, f"{part.key}#{number}", place, decode)
+
+
+def _read_json_array(part: _Part) -> Iterator[Document]:
+    """The records of a file that is one JSON array, which is read into memory whole."""
+    decode = Decoder(part.cfg, part.counts)
+    try:
+        values = json.loads(decode(part.stream.read(), part.place))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{part.place}: invalid JSON: {error}") from None
+    for number, value in enumerate(values, 1):
+        yield from record(value, f"{part.key}#{number}", f"{part.place}:{number}", decode)
+
+
+def _read_csv(part: _Part, delimiter: str) -> Iterator[Document]:
+    """The rows of a table whose first line names the columns."""
+    decode = Decoder(part.cfg, part.counts)
+    csv.field_size_limit(part.cfg.max_document_bytes)
+    lines = io.TextIOWrapper(part.stream, "utf-8", errors="surrogateescape", newline="")
+    rows = csv.DictReader(lines, delimiter=delimiter)
+    number = 0
+    try:
+        for number, row in enumerate(rows, 1):
+            value: Any = row
+            if isinstance(text := row.get(part.cfg.text_field), str):
+                value = {part.cfg.text_field: text.encode("utf-8", "surrogateescape")}
+            yield from record(value, f"{part.key}#{number}", f"{part.place}:{number}", decode)
+    except csv.Error as error:
+        raise DataError(f"{part.place}:{number + 1}: not valid CSV: {error}") from None
+
+
+def _read_parquet(part: _Part) -> Iterator[Document]:
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(_seekable(part.stream))
+        columns = table.schema_arrow.names
+        selected = [part.cfg.text_field] if part.cfg.text_field in columns else columns
+        yield from _rows(part, table.iter_batches(columns=selected, batch_size=256))
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{part.place}: not a valid Parquet file: {error}") from None
+
+
+def _read_arrow(part: _Part, seekable: bool) -> Iterator[Document]:
+    """The rows of an Arrow file, in the format for files or for streams."""
+    import pyarrow
+
+    try:
+        if seekable:
+            table = pyarrow.ipc.open_file(_seekable(part.stream))
+            batches = (table.get_batch(i) for i in range(table.num_record_batches))
+        else:
+            batches = iter(pyarrow.ipc.open_stream(part.stream))
+        yield from _rows(part, batches)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{part.place}: not a valid Arrow file: {error}") from None
+
+
+def _rows(part: _Part, batches: Iterator[Any]) -> Iterator[Document]:
+    """The documents of a table's rows."""
+    decode = Decoder(part.cfg, part.counts)
+    number = 0
+    for batch in batches:
+        names = batch.schema.names
+        if part.cfg.text_field in names:
+            names = [part.cfg.text_field]
+        columns = {name: _strings_to_bytes(batch.column(name)).to_pylist() for name in names}
+        for row in zip(*columns.values(), strict=True):
+            number += 1
+            value = dict(zip(columns, row, strict=True))
+            yield from record(value, f"{part.key}#{number}", f"{part.place}:{number}", decode)
+
+
+def _strings_to_bytes(column: Any) -> Any:
+    """A column with its strings as bytes, since tables do not ensure valid UTF-8."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if column.type == pyarrow.string_view():
+        column = column.cast(pyarrow.binary_view())
+    elif column.type in (pyarrow.string(), pyarrow.large_string()):
+        column = column.cast(pyarrow.large_binary())
+    return column
+
+
+def record(value: Any, key: str, place: str, decode: Decoder) -> Iterator[Document]:
+    """Yields the document of one record, or counts it where its text is empty.
+
+    Raises DataError for a record without text, unless data.bad_records=skip.
+    """
+    cfg = decode.cfg
+    text = value.get(cfg.text_field) if isinstance(value, dict) else None
+    if isinstance(text, bytes):
+        text = decode(text, place)
+    elif isinstance(text, str):
+        text = decode.without_nuls(text, place)
+    if not isinstance(text, str):
+        if cfg.bad_records == "skip":
+            decode.counts.bad_records += 1
+            return
+        raise DataError(f"{place}: {_without_text(value, cfg.text_field)}")
+    if len(text.encode("utf-8", "replace")) > cfg.max_document_bytes:
+        raise DataError(
+            f"{place}: longer than data.max_document_bytes={cfg.max_document_bytes}; raise it, or "
+            "split the record"
+        )
+    if text.strip():
+        yield Document(key, text)
+    else:
+        decode.counts.empty += 1
+
+
+def _without_text(value: Any, field: str) -> str:
+    """The error about a record that has no text."""
+    if isinstance(value, dict) and field in value:
+        shown = json.dumps(value[field], default=str)[:40]
+        return (
+            f"its field {field!r} is {shown} and no text; correct the record, or set "
+            "data.bad_records=skip"
+        )
+    has = ", ".join(map(str, value)) if isinstance(value, dict) else type(value).__name__
+    return (
+        f"no text in field {field!r} (it has {has}); set data.text_field, or "
+        "data.bad_records=skip if only some records lack it"
+    )
