@@ -18,7 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from gptjax.config import DataConfig
 from gptjax.errors import DataError
@@ -31,7 +31,7 @@ else:
 _HEAD = 8192  # bytes by which a file's format is told
 _BUFFER = 1 << 16
 _NESTING = 4  # compression and archives within each other
-_WINDOW = {zstd.DecompressionParameter.window_log_max: 31}  # what `zstd --long=31` needs
+_WINDOW = {int(zstd.DecompressionParameter.window_log_max): 31}  # what `zstd --long=31` needs
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class TextFile:
         """The documents. Raises DataError naming the place of what cannot be read."""
         try:
             with self.path.open("rb") as raw:
-                stream = io.BufferedReader(_Raw(raw.read, raw), _BUFFER)
+                stream = _buffered(raw.read, raw)
                 part = _Part(stream, str(self.path), self.name, self.name.lower(), cfg, counts)
                 yield from part.documents()
         except _BROKEN as error:
@@ -122,6 +122,10 @@ class _Raw(io.RawIOBase):
         return filled
 
 
+def _buffered(read: Callable[[int], bytes], whole: Any = None) -> io.BufferedReader:
+    return io.BufferedReader(cast(io.RawIOBase, _Raw(read, whole)), _BUFFER)
+
+
 @dataclass(frozen=True)
 class _Part:
     """A file, or what an archive or a compressed file holds, with the names that errors and keys
@@ -161,7 +165,7 @@ class _Part:
         return self.suffixes.endswith(suffixes)
 
     def _unpacked(self, compression: "_Compression") -> Iterator[Document]:
-        inner = io.BufferedReader(_Raw(compression.open(self.stream).read), _BUFFER)
+        inner = _buffered(compression.open(self.stream).read)
         suffix = next((s for s in compression.suffixes if self.suffixes.endswith(s)), "")
         name = self.suffixes.removesuffix(suffix) + (".tar" if suffix.startswith(".t") else "")
         yield from replace(self, stream=inner, suffixes=name, nesting=self.nesting + 1).documents()
@@ -173,7 +177,7 @@ class _Part:
             return
         yield from replace(
             self,
-            stream=io.BufferedReader(_Raw(stream.read), _BUFFER),
+            stream=_buffered(stream.read),
             place=f"{self.place}/{name}",
             key=f"{self.key}/{name}",
             suffixes=name.lower(),
@@ -203,7 +207,7 @@ class _Part:
         """Text or JSON lines or CSV, as UTF-8 without a mark of its encoding."""
         stream, skipped = self.stream, 0
         if encoding := next((e for bom, e in _ENCODINGS if head.startswith(bom)), ""):
-            stream = io.BufferedReader(_Raw(_as_utf8(stream, encoding)), _BUFFER)
+            stream = _buffered(_as_utf8(stream, encoding))
             head = stream.peek(_HEAD)[:_HEAD]
         elif head.startswith(codecs.BOM_UTF8):
             skipped = len(stream.read(len(codecs.BOM_UTF8)))
@@ -329,8 +333,8 @@ class Decoder:
 
 def _read_text(part: _Part, offset: int) -> Iterator[Document]:
     """Yields one document; in parts cut at line ends where max_document_bytes is exceeded."""
-    decode, stream = Decoder(part.cfg, part.counts), part.stream
-    limit = part.cfg.max_document_bytes
+    cfg: DataConfig = part.cfg
+    decode, stream, limit = Decoder(cfg, part.counts), part.stream, cfg.max_document_bytes
     text = stream.read(limit)
     more = stream.read(limit)
     if not more and not text.strip():
@@ -353,7 +357,8 @@ def _last_character(raw: bytes) -> int:
 
 def _read_jsonl(part: _Part) -> Iterator[Document]:
     decode = Decoder(part.cfg, part.counts)
-    limit, number = part.cfg.max_document_bytes, 0
+    cfg: DataConfig = part.cfg
+    limit, number = cfg.max_document_bytes, 0
     while line := part.stream.readline(limit + 1):
         number += 1
         place = f"{part.place}:{number}"
@@ -459,7 +464,7 @@ def record(value: Any, key: str, place: str, decode: Decoder) -> Iterator[Docume
 
     Raises DataError for a record without text, unless data.bad_records=skip.
     """
-    cfg = decode.cfg
+    cfg: DataConfig = decode.cfg
     text = value.get(cfg.text_field) if isinstance(value, dict) else None
     if isinstance(text, bytes):
         text = decode(text, place)

@@ -7,8 +7,8 @@ from pathlib import Path
 from gptjax import tokenizer as tokenizers
 from gptjax.config import Config
 from gptjax.data import prepare
-from gptjax.data.prepare import Tell
 from gptjax.data.files import Counts
+from gptjax.data.prepare import Tell
 from gptjax.data.sources import Source, resolve
 from gptjax.errors import DataError, OutputError
 

@@ -562,6 +562,11 @@ class _Reads(ast.NodeVisitor):
                 self.names[-1][target.id] = cls
         self.generic_visit(node)
 
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if isinstance(node.target, ast.Name) and (cls := self.annotated(node.annotation)):
+            self.names[-1][node.target.id] = cls
+        self.generic_visit(node)
+
     def visit_Attribute(self, node: ast.Attribute) -> None:
         owner = self.class_of(node.value)
         if owner is not None and isinstance(node.ctx, ast.Load):

@@ -209,7 +209,7 @@ def test_a_nul_in_a_text_is_treated_as_invalid_utf8(tmp_path: Path) -> None:
     counts = Counts()
     assert read(tmp_path, counts) == ["words\ufffdwords " * 2, "one\ufffdtwo"]
     assert counts == Counts(replaced_utf8=2)
-    with pytest.raises(DataError, match="a.txt: a NUL"):
+    with pytest.raises(DataError, match=r"a\.txt: a NUL"):
         read(tmp_path, bad_utf8="fail")
 
 

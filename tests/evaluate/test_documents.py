@@ -120,7 +120,7 @@ def test_unreadable_text_is_reported_with_its_location(tmp_path) -> None:
     with pytest.raises(DataError, match=r"--text=.*absent.txt: no such file"):
         Documents.read([str(tmp_path / "absent.txt")], DataConfig())
     (tmp_path / "b.jsonl").write_text('{"text": "x"}\n{"text": 3}\n')
-    with pytest.raises(DataError, match=r"b.jsonl:2: no text in field 'text'"):
+    with pytest.raises(DataError, match=r"b.jsonl:2: its field 'text' is 3 and no text"):
         Documents.read([str(tmp_path / "b.jsonl")], DataConfig())
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(DataError, match=r"--text=.*empty.txt: no text in it"):
