@@ -42,6 +42,53 @@ def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+# Names that other trainers have for our fields.
+_ELSEWHERE = {
+    "optim.lr": ("learning_rate", "max_lr", "base_lr", "peak_lr"),
+    "optim.final_lr_ratio": ("min_lr", "min_lr_ratio", "lr_min", "final_lr"),
+    "optim.lr_schedule": ("lr_scheduler", "lr_scheduler_type", "scheduler", "lr_decay_style"),
+    "optim.warmup_tokens": ("warmup_steps", "warmup_ratio", "warmup_iters", "num_warmup_steps"),
+    "optim.decay_tokens": ("decay_steps", "lr_decay_iters", "cooldown_steps", "decay"),
+    "optim.b1": ("beta1", "adam_beta1", "betas"),
+    "optim.b2": ("beta2", "adam_beta2"),
+    "optim.eps": ("epsilon", "adam_epsilon"),
+    "optim.clip": ("grad_clip", "max_grad_norm", "clip_grad", "gradient_clipping", "grad_norm"),
+    "optim.name": ("optimizer", "optim", "optimizer_type"),
+    "train.batch_tokens": (
+        *("batch_size", "global_batch_size", "train_batch_size", "micro_batch_size"),
+        *("per_device_batch_size", "per_device_train_batch_size"),
+    ),
+    "train.tokens": ("steps", "max_steps", "max_iters", "num_train_steps", "train_iters", "epochs"),
+    "train.seq_len": (
+        "block_size",
+        "seq_length",
+        "max_seq_len",
+        "sequence_length",
+        "context_length",
+    ),
+    "train.accumulation": ("gradient_accumulation_steps", "grad_accum", "accumulation_steps"),
+    "model.layers": ("n_layer", "num_layers", "num_hidden_layers", "n_layers", "depth"),
+    "model.heads": ("n_head", "num_heads", "num_attention_heads", "n_heads"),
+    "model.kv_heads": ("n_kv_heads", "num_key_value_heads", "n_kv_head"),
+    "model.embed": ("n_embd", "hidden_size", "d_model", "dim", "emb_dim"),
+    "model.mlp": ("intermediate_size", "ffn_dim", "d_ff", "mlp_dim"),
+    "model.context": ("max_position_embeddings", "n_positions", "n_ctx"),
+    "compute.remat": ("gradient_checkpointing", "activation_checkpointing", "recompute"),
+    "compute.dtype": ("bf16", "fp16", "precision", "mixed_precision"),
+    "checkpoint.every": ("save_every", "save_steps", "save_interval", "checkpoint_interval"),
+    "eval.every": ("eval_steps", "eval_interval", "eval_every"),
+    "log.every": ("log_interval", "logging_steps", "log_every"),
+    "data.sources": ("dataset", "data_path", "train_data", "dataset_path", "train_files"),
+}
+_OURS = {name: ours for ours, others in _ELSEWHERE.items() for name in others}
+
+
+def _known_elsewhere(dotted: str) -> str:
+    """Our name of a field that other trainers call so; empty for any other."""
+    ours = _OURS.get(dotted.rpartition(".")[2], "")
+    return f"{ours} (in tokens)" if ours.endswith("tokens") else ours
+
+
 def from_dict(values: Mapping[str, Any], cls: type = Config, prefix: str = "") -> Any:
     """The configuration (or section, `cls`) of nested dicts; the inverse of `to_dict`.
 
@@ -55,7 +102,9 @@ def from_dict(values: Mapping[str, Any], cls: type = Config, prefix: str = "") -
         if name not in hints:
             near = difflib.get_close_matches(name, hints, n=2)
             hint = (
-                f"did you mean {' or '.join(prefix + n for n in near)}?"
+                f"here it is {elsewhere}"
+                if (elsewhere := _known_elsewhere(dotted))
+                else f"did you mean {' or '.join(prefix + n for n in near)}?"
                 if near
                 else (f"known here: {', '.join(hints)}")
             )
@@ -174,6 +223,14 @@ def override(preset: Config, overrides: Sequence[str], prog: str, description: s
     """The configuration with `--section.field value` overrides, parsed by tyro."""
     if not overrides:
         return preset
+    known = flatten(preset)
+    given = [word[2:].partition("=")[0].replace("-", "_") for word in overrides if word[:2] == "--"]
+    if problems := [
+        f"--{name}: unknown option; here it is --{ours}"
+        for name in given
+        if name not in known and (ours := _known_elsewhere(name))
+    ]:
+        raise ConfigError(problems)
     import tyro
 
     return tyro.cli(

@@ -4,6 +4,8 @@ All problems are reported at once, each as `dotted.field=value: what is wrong an
 is a Config, whose type cannot be imported here because schema.py imports this file.
 """
 
+import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
@@ -65,6 +67,15 @@ def _not_a_fraction(values: Mapping[str, float]) -> Iterator[str]:
             yield f"{name}={value}: must be at least 0 and below 1"
 
 
+def _infinite(section: Any, prefix: str = "") -> Iterator[str]:
+    """Problems of infinite values in a section and those below it."""
+    for name, value in vars(section).items():
+        if dataclasses.is_dataclass(value):
+            yield from _infinite(value, f"{prefix}{name}.")
+        elif isinstance(value, float) and math.isinf(value):
+            yield f"{prefix}{name}={value}: must be finite"
+
+
 def divisors(n: int) -> list[int]:
     """The positive divisors of n, ascending."""
     return [d for d in range(1, n + 1) if n % d == 0]
@@ -97,8 +108,10 @@ def value_problems(cfg: Any) -> Iterator[str]:
     yield from _below(1, _fields(cfg, _AT_LEAST_1))
     yield from _below(0, _fields(cfg, _AT_LEAST_0))
     yield from _not_a_fraction(_fields(cfg, _FROM_0_BELOW_1))
+    yield from _infinite(cfg)
     yield from _name_problems(cfg)
     yield from _train_problems(cfg)
+    yield from _schedule_problems(cfg)
     yield from _finetune_problems(cfg)
     yield from _eval_problems(cfg)
     yield from _data_problems(cfg)
@@ -118,8 +131,8 @@ def _name_problems(cfg: Any) -> Iterator[str]:
 
 
 def _train_problems(cfg: Any) -> Iterator[str]:
-    """Problems of seed, batch, window and learning-rate schedule."""
-    m, t, o = cfg.model, cfg.train, cfg.optim
+    """Problems of seed, batch and window."""
+    m, t = cfg.model, cfg.train
     if t.seed >= 2**32:
         yield f"train.seed={t.seed}: must be below 2**32, the range of JAX's generator"
     if t.seq_len > m.context:
@@ -137,12 +150,32 @@ def _train_problems(cfg: Any) -> Iterator[str]:
             f"train.accumulation={t.accumulation}: does not divide the {t.batch} sequences of a "
             f"batch; use {_nearest(t.accumulation, divisors(t.batch))}"
         )
+
+
+def _schedule_problems(cfg: Any) -> Iterator[str]:
+    """Problems of the optimizer and its learning-rate schedule."""
+    t, o = cfg.train, cfg.optim
+    if not o.eps > 0:
+        yield f"optim.eps={o.eps}: must be above 0; the update divides by it where gradients are 0"
+    if not 0 <= o.final_lr_ratio <= 1:
+        yield f"optim.final_lr_ratio={o.final_lr_ratio}: must be from 0 to 1"
     if o.warmup_tokens > t.tokens:
         yield (
             f"optim.warmup_tokens={o.warmup_tokens}: above train.tokens={t.tokens}; lower it, or "
             "raise train.tokens"
         )
-    if o.lr_schedule == "wsd" and o.decay_tokens + o.warmup_tokens > t.tokens:
+    if o.lr_schedule != "wsd":
+        if o.decay_tokens > 0:
+            yield (
+                f"optim.decay_tokens={o.decay_tokens}: not used by optim.lr_schedule="
+                f"{o.lr_schedule}; leave it out, or set optim.lr_schedule=wsd"
+            )
+    elif o.decay_tokens == 0:
+        yield (
+            "optim.decay_tokens=0: optim.lr_schedule=wsd would never decay; set it, for instance "
+            f"to {t.tokens // 10} (a tenth of train.tokens), or optim.lr_schedule=constant"
+        )
+    elif o.decay_tokens + o.warmup_tokens > t.tokens:
         yield (
             f"optim.decay_tokens={o.decay_tokens}: together with optim.warmup_tokens="
             f"{o.warmup_tokens} above train.tokens={t.tokens}; lower one of them"

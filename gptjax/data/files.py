@@ -5,33 +5,21 @@ comes out is a table (Parquet, Arrow, CSV), JSON lines, or text; what is none of
 name, since bytes of another format would be trained on as if they were text.
 """
 
-import bz2
 import codecs
 import csv
-import gzip
 import io
 import json
-import lzma
-import sys
 import tarfile
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, Any
 
 from gptjax.config import DataConfig
+from gptjax.data import formats
 from gptjax.errors import DataError
 
-if TYPE_CHECKING or sys.version_info < (3, 14):
-    from backports import zstd
-else:
-    from compression import zstd
-
-_HEAD = 8192  # bytes by which a file's format is told
-_BUFFER = 1 << 16
 _NESTING = 4  # compression and archives within each other
-_WINDOW = {int(zstd.DecompressionParameter.window_log_max): 31}  # what `zstd --long=31` needs
 
 
 @dataclass(frozen=True)
@@ -68,7 +56,7 @@ class TextFile:
     def size_bytes(self) -> int:
         """Size of the file; four times that for a compressed one."""
         suffix = self.path.suffix.lower()
-        scale = 4 if suffix in _COMPRESSED | {".parquet", ".zip"} else 1
+        scale = 4 if suffix in formats.COMPRESSED | {".parquet", ".zip"} else 1
         try:
             return scale * self.path.stat().length
         except OSError as error:  # for instance a dangling link
@@ -78,52 +66,11 @@ class TextFile:
         """The documents. Raises DataError naming the place of what cannot be read."""
         try:
             with self.path.open("rb") as raw:
-                stream = _buffered(raw.read, raw)
+                stream = formats.buffered(raw.read, raw)
                 part = _Part(stream, str(self.path), self.name, self.name.lower(), cfg, counts)
                 yield from part.documents()
-        except _BROKEN as error:
+        except formats.BROKEN as error:
             raise DataError(f"{self.path}: cannot be read: {error}") from None
-
-
-_BROKEN = (
-    OSError,
-    EOFError,  # a compressed file that ends too early
-    RuntimeError,  # a zip archive with a password
-    NotImplementedError,  # a zip archive with an unknown compression
-    zlib.error,
-    lzma.LZMAError,
-    zstd.ZstdError,
-    tarfile.TarError,
-    zipfile.BadZipFile,
-)
-
-
-class _Raw(io.RawIOBase):
-    """A stream of what `read` returns for a number of bytes; seekable where `whole` is."""
-
-    def __init__(self, read: Callable[[int], bytes], whole: Any = None) -> None:
-        self._read, self._whole = read, whole
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return self._whole is not None and self._whole.seekable()
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._whole.seek(offset, whence)
-        return self._whole.tell()
-
-    def readinto(self, buffer: Any) -> int:
-        filled = 0
-        while filled < len(buffer) and (got := self._read(len(buffer) - filled)):
-            buffer[filled : filled + len(got)] = got
-            filled += len(got)
-        return filled
-
-
-def _buffered(read: Callable[[int], bytes], whole: Any = None) -> io.BufferedReader:
-    return io.BufferedReader(cast(io.RawIOBase, _Raw(read, whole)), _BUFFER)
 
 
 @dataclass(frozen=True)
@@ -143,10 +90,10 @@ class _Part:
         """The documents of whatever format this has."""
         if self.nesting > _NESTING:
             raise DataError(f"{self.place}: more than {_NESTING} archives within each other")
-        head = self.stream.peek(_HEAD)[:_HEAD]
+        head = self.stream.peek(formats.HEAD)[: formats.HEAD]
         if not head and not self._is_named((".parquet", ".arrow", ".zip")):
             return self._text(head)
-        for compression in _COMPRESSIONS:
+        for compression in formats.COMPRESSIONS:
             if head.startswith(compression.magic) or self._is_named(compression.suffixes):
                 if not head.startswith(compression.magic):
                     raise DataError(f"{self.place}: is named as {compression.name} and is not")
@@ -164,8 +111,8 @@ class _Part:
     def _is_named(self, suffixes: tuple[str, ...]) -> bool:
         return self.suffixes.endswith(suffixes)
 
-    def _unpacked(self, compression: "_Compression") -> Iterator[Document]:
-        inner = _buffered(compression.open(self.stream).read)
+    def _unpacked(self, compression: formats.Compression) -> Iterator[Document]:
+        inner = formats.buffered(compression.open(self.stream).read)
         suffix = next((s for s in compression.suffixes if self.suffixes.endswith(s)), "")
         name = self.suffixes.removesuffix(suffix) + (".tar" if suffix.startswith(".t") else "")
         yield from replace(self, stream=inner, suffixes=name, nesting=self.nesting + 1).documents()
@@ -177,7 +124,7 @@ class _Part:
             return
         yield from replace(
             self,
-            stream=_buffered(stream.read),
+            stream=formats.buffered(stream.read),
             place=f"{self.place}/{name}",
             key=f"{self.key}/{name}",
             suffixes=name.lower(),
@@ -197,7 +144,7 @@ class _Part:
                 f"{self.place}: is a zip archive that is not named .zip, as documents of office "
                 "programs and packages are; extract its text, or rename it to train on its files"
             )
-        with zipfile.ZipFile(_seekable(self.stream)) as archive:
+        with zipfile.ZipFile(formats.seekable(self.stream)) as archive:
             for member in archive.infolist():
                 if not member.is_dir():
                     with archive.open(member) as stream:
@@ -206,12 +153,12 @@ class _Part:
     def _text(self, head: bytes) -> Iterator[Document]:
         """Text or JSON lines or CSV, as UTF-8 without a mark of its encoding."""
         stream, skipped = self.stream, 0
-        if encoding := next((e for bom, e in _ENCODINGS if head.startswith(bom)), ""):
-            stream = _buffered(_as_utf8(stream, encoding))
-            head = stream.peek(_HEAD)[:_HEAD]
+        if encoding := next((e for bom, e in formats.ENCODINGS if head.startswith(bom)), ""):
+            stream = formats.buffered(formats.as_utf8(stream, encoding))
+            head = stream.peek(formats.HEAD)[: formats.HEAD]
         elif head.startswith(codecs.BOM_UTF8):
             skipped = len(stream.read(len(codecs.BOM_UTF8)))
-        if why := _not_text(head):
+        if why := formats.not_text(head):
             raise DataError(
                 f"{self.place}: {why}; convert it to text or JSON lines, or leave it out"
             )
@@ -223,81 +170,6 @@ class _Part:
         if self._is_named((".csv", ".tsv")):
             return _read_csv(part, "\t" if self._is_named((".tsv",)) else ",")
         return _read_text(part, skipped)
-
-
-@dataclass(frozen=True)
-class _Compression:
-    name: str
-    magic: bytes
-    suffixes: tuple[str, ...]
-    open: Callable[[IO[bytes]], Any]
-
-
-_COMPRESSIONS = (
-    _Compression("gzip", b"\x1f\x8b", (".gz", ".gzip", ".tgz"), gzip.open),
-    _Compression("xz", b"\xfd7zXZ\x00", (".xz", ".txz"), lzma.open),
-    _Compression("bzip2", b"BZh", (".bz2", ".tbz2"), bz2.open),
-    _Compression(
-        "Zstandard",
-        b"\x28\xb5\x2f\xfd",
-        (".zst", ".zstd"),
-        lambda f: zstd.ZstdFile(f, options=_WINDOW),
-    ),
-)
-_COMPRESSED = {suffix for c in _COMPRESSIONS for suffix in c.suffixes}
-_ENCODINGS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16's, which it begins with
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
-_FOREIGN = {
-    b"%PDF": "PDF",
-    b"7z\xbc\xaf\x27\x1c": "7-Zip",
-    b"Rar!": "RAR",
-    b"\x04\x22\x4d\x18": "LZ4",
-    b"\xff\x06\x00\x00sNaPpY": "Snappy",
-    b"LZIP": "lzip",
-    b"\x1f\x9d": "compress",
-    b"{\\rtf": "RTF",
-}
-_CONTROL = bytes([*range(8), *range(14, 27), *range(28, 32), 127])  # not \t \n \f \r \x1b ...
-
-
-def _not_text(head: bytes) -> str:
-    """Why a file that begins with these bytes is no text; empty for text."""
-    for magic, name in _FOREIGN.items():
-        if head.startswith(magic):
-            return f"is {name}, which is not read"
-    few = max(4, len(head) // 100)
-    if 4 * head.count(0) > len(head) and head.count(0) > few:
-        return "has NULs between its bytes, as UTF-16 without its mark has"
-    if len(head) - len(head.translate(None, _CONTROL)) > few:
-        return "is no text by its first bytes"
-    return ""
-
-
-def _as_utf8(stream: IO[bytes], encoding: str) -> Callable[[int], bytes]:
-    """A `read` that gives another encoding's text as UTF-8; what is invalid stays invalid."""
-    decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
-
-    def read(size: int) -> bytes:
-        while True:
-            raw = stream.read(max(size // 4, 1))  # UTF-8 may have half as many bytes again
-            try:
-                text = decoder.decode(raw, final=not raw)
-            except UnicodeDecodeError:
-                decoder.reset()
-                return b"\xff" if not raw else b"\xff" * min(size, 2)
-            if text or not raw:
-                return text.encode("utf-8", "surrogatepass")
-
-    return read
-
-
-def _seekable(stream: io.BufferedReader) -> IO[bytes]:
-    """The stream, or all of it in memory where it cannot be read in any order."""
-    return stream if stream.seekable() else io.BytesIO(stream.read())
 
 
 @dataclass
@@ -408,7 +280,7 @@ def _read_parquet(part: _Part) -> Iterator[Document]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(_seekable(part.stream))
+        table = pyarrow.parquet.ParquetFile(formats.seekable(part.stream))
         columns = table.schema_arrow.names
         selected = [part.cfg.text_field] if part.cfg.text_field in columns else columns
         yield from _rows(part, table.iter_batches(columns=selected, batch_size=256))
@@ -422,7 +294,7 @@ def _read_arrow(part: _Part, seekable: bool) -> Iterator[Document]:
 
     try:
         if seekable:
-            table = pyarrow.ipc.open_file(_seekable(part.stream))
+            table = pyarrow.ipc.open_file(formats.seekable(part.stream))
             batches = (table.get_batch(i) for i in range(table.num_record_batches))
         else:
             batches = iter(pyarrow.ipc.open_stream(part.stream))

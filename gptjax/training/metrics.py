@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 
@@ -80,19 +80,29 @@ class JsonlWriter:
     """metrics.jsonl: one object a line, with its step.
 
     A resume drops the lines that it writes again: those after its first step, and what was measured
-    at that step but its training loss.
+    at that step but its training loss. Damaged lines go to metrics.jsonl.damaged.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
         file = folder / METRICS_FILE
-        entries = [(json.loads(line), line) for line in _lines(file)]
-        kept = [
-            line
-            for entry, line in entries
-            if entry["step"] < first_step or (entry["step"] == first_step and "loss" in entry)
-        ]
+        kept, damaged = [], []
+        for line in file.read_bytes().splitlines(keepends=True) if file.exists() else ():
+            if (entry := _entry(line)) is None:
+                damaged.append(line)
+            elif entry["step"] < first_step or (entry["step"] == first_step and "loss" in entry):
+                kept.append(line)
+        if damaged and not damaged[-1].endswith(b"\n"):
+            damaged.pop()  # the last line, which a kill has cut
+        if damaged:
+            aside = folder / f"{METRICS_FILE}.damaged"
+            with aside.open("ab") as stream:
+                stream.writelines(damaged)
+            print(
+                f"gptjax: {file}: {len(damaged)} damaged lines were moved to {aside}",
+                file=sys.stderr,
+            )
         partial = folder / f".{METRICS_FILE}.partial"
-        partial.write_text("".join(kept))
+        partial.write_bytes(b"".join(kept))
         partial.replace(file)
         self._stream = file.open("a", buffering=1)
 
@@ -103,11 +113,14 @@ class JsonlWriter:
         self._stream.close()
 
 
-def _lines(file: Path) -> list[str]:
-    """Whole lines of a file that a kill may have cut."""
-    if not file.exists():
-        return []
-    return [line for line in file.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """The object of a whole line; None for anything else."""
+    try:
+        entry = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    known = isinstance(entry, dict) and isinstance(entry.get("step"), int)
+    return entry if known else None
 
 
 @METRIC_WRITERS.register("tensorboard")
@@ -137,7 +150,11 @@ class Writers:
 
     def open(self, first_step: int) -> None:
         """Opens each writer, for a run that is resumed after a step."""
-        self._writers = [make(self._folder, first_step) for make in self._factories]
+        for make in self._factories:
+            try:
+                self._writers.append(make(self._folder, first_step))
+            except Exception as error:  # whatever a writer raises, training goes on
+                self._left_out(getattr(make, "__name__", str(make)), error)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Hands the metrics to each writer."""
@@ -154,8 +171,11 @@ class Writers:
                 call(writer)
             except Exception as error:  # whatever a writer raises, training goes on
                 self._writers.remove(writer)
-                name = type(writer).__name__
-                print(f"gptjax: {name} failed and is left out: {error}", file=sys.stderr)
+                self._left_out(type(writer).__name__, error)
+
+    @staticmethod
+    def _left_out(name: str, error: Exception) -> None:
+        print(f"gptjax: {name} failed and is left out: {error}", file=sys.stderr)
 
 
 def metric_writers(cfg: Config) -> Writers:

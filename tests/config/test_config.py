@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 import types
@@ -28,6 +29,7 @@ from gptjax.config import (
     OptimConfig,
     TokenizerConfig,
     TrainConfig,
+    loading,
 )
 from gptjax.errors import ConfigError, MismatchError
 
@@ -193,6 +195,13 @@ def test_from_dict_reports_all_problems_at_once() -> None:
         (Config(train=TrainConfig(batch_tokens=1500)), ["train.batch_tokens", "1024 or 2048"]),
         (Config(train=TrainConfig(accumulation=3)), ["train.accumulation=3", "512", "2 or 4"]),
         (Config(optim=OptimConfig(lr=math.nan)), ["optim.lr=nan"]),
+        (Config(optim=OptimConfig(lr=math.inf)), ["optim.lr=inf", "finite"]),
+        (Config(model=ModelConfig(norm_eps=math.inf)), ["model.norm_eps=inf", "finite"]),
+        (Config(optim=OptimConfig(eps=0.0)), ["optim.eps=0.0", "above 0"]),
+        (Config(optim=OptimConfig(eps=math.nan)), ["optim.eps=nan", "above 0"]),
+        (Config(optim=OptimConfig(final_lr_ratio=-0.1)), ["optim.final_lr_ratio=-0.1", "0 to 1"]),
+        (Config(optim=OptimConfig(lr_schedule="wsd")), ["optim.decay_tokens=0", "constant"]),
+        (Config(optim=OptimConfig(decay_tokens=512)), ["optim.decay_tokens=512", "cosine", "wsd"]),
         (Config(optim=OptimConfig(lr_schedule="wsd", decay_tokens=10**12)), ["decay_tokens"]),
         (Config(eval=EvalConfig(sample_tokens=1024)), ["eval.sample_tokens", "model.context"]),
         (Config(eval=EvalConfig(tasks=("arc",))), ["eval.tasks=arc", "KIND:FILE"]),
@@ -209,6 +218,27 @@ def test_from_dict_reports_all_problems_at_once() -> None:
 def test_check_reports_field_value_and_remedy(cfg: Config, wanted: list[str]) -> None:
     (problem,) = problems_of(cfg.check)
     assert all(part in problem for part in wanted), problem
+
+
+@pytest.mark.parametrize(
+    ("words", "ours"),
+    [
+        (["--optim.learning-rate", "1e-3"], "--optim.lr"),
+        (["--train.batch-size=64"], "--train.batch_tokens (in tokens)"),
+        (["--max_steps", "100"], "--train.tokens (in tokens)"),
+        (["--model.n-layer", "3"], "--model.layers"),
+    ],
+)
+def test_names_of_other_trainers_get_ours(words: list[str], ours: str) -> None:
+    (problem,) = problems_of(lambda: config.override(Config(), words, "gptjax train"))
+    name = "--" + words[0][2:].partition("=")[0].replace("-", "_")
+    assert problem == f"{name}: unknown option; here it is {ours}"
+    with pytest.raises(ConfigError, match=re.escape(f"here it is {ours[2:]}")):
+        config.from_dict({"optim": {}, name[2:].rpartition(".")[2]: 1})
+
+
+def test_names_of_other_trainers_are_told_for_fields_that_exist() -> None:
+    assert set(loading._ELSEWHERE) <= set(config.flatten(Config()))
 
 
 def test_check_reports_all_problems_at_once() -> None:

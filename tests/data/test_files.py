@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.config import DataConfig
-from gptjax.data import files, sources
+from gptjax.data import formats, sources
 from gptjax.data.files import Counts
 from gptjax.errors import DataError
 
@@ -74,8 +74,8 @@ CONTAINERS = {
     "a.jsonl.GZ": gzip.compress(LINES),
     "a.jsonl.xz": lzma.compress(LINES),
     "a.jsonl.bz2": bz2.compress(LINES),
-    "a.jsonl.zst": files.zstd.compress(LINES),
-    "a.jsonl.zstd": files.zstd.compress(LINES),
+    "a.jsonl.zst": formats.zstd.compress(LINES),
+    "a.jsonl.zstd": formats.zstd.compress(LINES),
     "misnamed.jsonl": lzma.compress(LINES),
     "a.json": json.dumps([{"text": text} for text in TEXTS]).encode(),
     "marked.jsonl": b"\xef\xbb\xbf" + LINES,
@@ -83,7 +83,7 @@ CONTAINERS = {
     "a.tar": tar(LINES),
     "a.tar.gz": gzip.compress(tar(LINES)),
     "a.tgz": gzip.compress(tar(LINES)),
-    "a.tar.zst": files.zstd.compress(tar(gzip.compress(LINES), "part.jsonl.gz")),
+    "a.tar.zst": formats.zstd.compress(tar(gzip.compress(LINES), "part.jsonl.gz")),
     "a.zip": zipped(LINES),
     "nested.tar.gz": gzip.compress(tar(zipped(LINES), "in.zip")),
     "a.csv": csv(","),
@@ -125,12 +125,12 @@ def test_a_container_cut_in_the_middle_is_an_error(tmp_path: Path, name: str) ->
 
 
 def test_a_window_of_two_gigabytes_is_read(tmp_path: Path) -> None:
-    options = {files.zstd.CompressionParameter.window_log: 31}
+    options = {formats.zstd.CompressionParameter.window_log: 31}
     # The size of the text is not in a stream's header, so the window is as large as was asked for.
-    compressor = files.zstd.ZstdCompressor(options=options)
+    compressor = formats.zstd.ZstdCompressor(options=options)
     raw = compressor.compress(LINES) + compressor.flush()
-    with pytest.raises(files.zstd.ZstdError):
-        files.zstd.decompress(raw)
+    with pytest.raises(formats.zstd.ZstdError):
+        formats.zstd.decompress(raw)
     (tmp_path / "a.jsonl.zst").write_bytes(raw)
     assert read(tmp_path / "a.jsonl.zst") == TEXTS
 

@@ -1,12 +1,17 @@
 """Writers that survive, and the arithmetic of MFU."""
 
+import contextlib
+import io
 import json
 import math
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gptjax.runtime import hardware
 from gptjax.training import metrics
@@ -77,6 +82,47 @@ def test_jsonl_resume_drops_a_last_line_that_a_kill_has_cut(tmp_path, cut):
     writer.write(6, {"loss": 1.5})
     writer.close()
     assert [line["step"] for line in lines(tmp_path)] == [1, 6]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    damage=st.one_of(
+        st.binary(min_size=1, max_size=300),
+        st.sampled_from([b"\0" * 200, b"3\n", b"{}\n", b'{"step": "x"}\n', b"[" * 5000 + b"\n"]),
+    ),
+    place=st.integers(0, 3),
+)
+def test_a_damaged_file_is_set_aside_and_told_and_never_stops_a_run(damage, place):
+    whole = [b'{"step": %d, "loss": 2.0}\n' % step for step in (1, 2, 3)]
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stderr(io.StringIO()) as said:
+        folder = Path(name)
+        raw = b"".join([*whole[:place], damage, *whole[place:]])
+        (folder / metrics.METRICS_FILE).write_bytes(raw)
+        writer = JsonlWriter(folder, 5)
+        writer.write(6, {"loss": 1.5})
+        writer.close()
+        kept = [line["step"] for line in lines(folder)]
+        # Damage without an end of line takes the line behind it along.
+        joined = place < 3 and not damage.endswith(b"\n")
+        missing = [s for s in (1, 2, 3) if s not in kept]
+        assert missing == [place + 1] * joined or not missing
+        assert kept[-1] == 6
+        aside = folder / f"{metrics.METRICS_FILE}.damaged"
+        assert aside.exists() == ("damaged lines were moved" in said.getvalue())
+        if place < 3 and b"step" not in damage and damage.strip(b"\n\r"):
+            assert damage.strip(b"\n\r")[:1] in aside.read_bytes()
+
+
+def test_a_writer_that_cannot_be_opened_is_a_warning_and_the_others_go_on(capsys):
+    def failing(folder: Path, step: int) -> Recorder:
+        raise OSError("damaged event file")
+
+    after = Recorder()
+    writers = Writers([failing, lambda folder, step: after], Path())
+    writers.open(0)
+    writers.write(1, {"loss": 1.0})
+    assert [step for step, _ in after.written] == [1]
+    assert "damaged event file" in capsys.readouterr().err
 
 
 def test_jsonl_keeps_numbers_that_are_not_finite(tmp_path):
