@@ -203,6 +203,27 @@ def test_invalid_utf16_is_replaced_and_counted_or_refused(tmp_path: Path, end: b
         read(tmp_path, bad_utf8="fail")
 
 
+LATIN = "caf\xe9 au lait".encode("latin-1")
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "view"])
+def test_invalid_utf8_in_a_column_of_another_layout_is_replaced(tmp_path, kind: str) -> None:
+    raw = pyarrow.array([b"fine", LATIN, b"fine"], "binary").buffers()
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 3, raw)
+    column = column.dictionary_encode() if kind == "dictionary" else column.cast("string_view")
+    with (tmp_path / "a.arrow").open("wb") as sink:
+        arrow(pyarrow.ipc.new_file)(pyarrow.table({"text": column}), sink)
+    counts = Counts()
+    assert read(tmp_path, counts) == ["fine", "caf\ufffd au lait", "fine"]
+    assert counts == Counts(replaced_utf8=1)
+
+
+def test_a_format_is_told_from_a_stream_that_gives_a_few_bytes_at_a_time() -> None:
+    raw = io.BytesIO(tar(LINES))
+    stream = formats.buffered(lambda size: raw.read(min(size, 7)))
+    assert stream.peek(formats.HEAD)[257:262] == b"ustar"
+
+
 def test_a_nul_in_a_text_is_treated_as_invalid_utf8(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"words\0words " * 2)
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "one\\u0000two"}\n')
