@@ -34,7 +34,7 @@ def main() -> Config:
         data=DataConfig(store="data/quickstart", valid_fraction=0.02),
         optim=OptimConfig(name="muon", lr=2e-3, warmup_tokens=60_000, final_lr_ratio=0.05),
         train=TrainConfig(tokens=1_100_000, batch_tokens=2048, seq_len=256),
-        eval=EvalConfig(prompts=("def ", "import ", "class "), sample_tokens=96),
+        eval=EvalConfig(prompts=("def", "import", "class"), sample_tokens=96),
         checkpoint=CheckpointConfig(every=200),
         log=LogConfig(every=10),
     )

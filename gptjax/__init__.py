@@ -6,7 +6,7 @@ The public API is imported when it is first used, so `import gptjax` costs nothi
 
     gptjax.train("quickstart")
     with gptjax.load("runs/quickstart") as model:
-        print(model.sampler().generate(["def "])[0].text)
+        print(model.sampler().generate(["def"])[0].text)
 """
 
 import importlib

@@ -124,7 +124,7 @@ class ChatTemplate:
             from jinja2 import TemplateError
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError:
-            raise DataError("messages require jinja2: pip install jinja2") from None
+            raise DataError("messages need jinja2: pip install 'gptjax[chat]'") from None
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )

@@ -75,7 +75,7 @@ def _facts(plan: Plan, price: float) -> str:
         "step": f"{times.expected:.3g} s",
         "MFU": f"{plan.mfu:.1%}",
         "tokens/s": f"{plan.tokens_per_second:,.0f}",
-        "budget": f"{plan.days:.1f} days",
+        "budget": report.duration(plan.days),
         "chip-hours": f"{plan.chip_hours:,.0f}",
         "bound by": times.bottleneck,
     }

@@ -16,6 +16,14 @@ from gptjax.runtime.hardware import GIB
 BAR = 40  # characters that stand for a device's whole memory
 
 
+def duration(days: float) -> str:
+    """Days in the largest unit of which there is at least one."""
+    for unit, size in (("days", 1.0), ("hours", 24.0), ("minutes", 1440.0)):
+        if days * size >= 1:
+            return f"{days * size:.1f} {unit}"
+    return f"{days * 86400:.1f} seconds"
+
+
 def lines(plan: Plan, price: float) -> Iterator[str]:
     """The plan, line by line. `price` is that of a chip-hour, in the user's currency; 0: none."""
     cfg, machine, device = plan.cfg, plan.machine, plan.machine.device
@@ -24,7 +32,7 @@ def lines(plan: Plan, price: float) -> Iterator[str]:
     yield f"{cfg.run}: {parameters.total:,} parameters{active}"
     yield (
         f"on {machine.name}: {machine.devices} devices {device.product}, {machine.chips} chips, "
-        f"{machine.processes} processes. All that follows is predicted; nothing was measured."
+        f"{machine.processes} process{'es' * (machine.processes > 1)}. All that follows is predicted; nothing was measured."
     )
     yield "mesh      " + mesh(plan)
     yield f"attention {', '.join(dict.fromkeys(plan.attention))}"
@@ -87,7 +95,7 @@ def _step(plan: Plan, price: float) -> Iterator[str]:
     yield f"  bound by {times.bottleneck}; {times.exposed:.2g} s of collectives do not overlap"
     cost = f", {plan.chip_hours * price:,.0f} at {price:g} a chip-hour" if price else ""
     yield (
-        f"budget    {cfg.train.tokens:,} tokens in {plan.days:.1f} days, "
+        f"budget    {cfg.train.tokens:,} tokens in {duration(plan.days)}, "
         f"{plan.chip_hours:,.0f} chip-hours{cost}"
     )
 

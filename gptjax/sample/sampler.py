@@ -2,7 +2,7 @@
 
 with load.load_model("runs/quickstart") as model:
     sampler = model.sampler()
-    for completion in sampler.generate(["def ", "class "], SamplingParams(temperature=0.8)):
+    for completion in sampler.generate(["def", "class"], SamplingParams(temperature=0.8)):
         print(completion.text)
 """
 

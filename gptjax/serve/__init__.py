@@ -95,10 +95,7 @@ def _require_packages() -> None:
             missing.append(name)
     if missing:
         raise ConfigError(
-            [
-                f"gptjax serve: requires packages that are not installed: "
-                f"pip install {' '.join(missing)}"
-            ]
+            [f"gptjax serve: {', '.join(missing)}: not installed; pip install 'gptjax[serve]'"]
         )
 
 

@@ -74,8 +74,8 @@ def test_quickstart_trains_samples_evaluates_and_resumes(tmp_path: Path) -> None
     assert "resumed after step 59 of 59" in again
     assert f'"valid_bits_per_byte": {bits}' in again
     assert f"valid_bits_per_byte      {bits:.6g}" in gptjax("eval", "runs/quickstart")
-    sample = ["sample", "runs/quickstart", "--prompt", "def ", "--prompt", "class ", "--seed", "3"]
+    sample = ["sample", "runs/quickstart", "--prompt", "def", "--prompt", "class", "--seed", "3"]
     text = gptjax(*sample, "--max-tokens", "20")
-    assert text.startswith("def ")
+    assert text.startswith("def")
     assert "\nclass " in text
     assert gptjax(*sample, "--max-tokens", "20") == text

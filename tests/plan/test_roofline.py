@@ -9,7 +9,7 @@ from gptjax.config import MeshConfig, MoeConfig
 from gptjax.config.registry import OPTIMIZERS
 from gptjax.model.flops import ModelCost
 from gptjax.parallel.mesh import AXES, arrange
-from gptjax.plan import estimate, roofline
+from gptjax.plan import estimate, report, roofline
 from gptjax.plan.collectives import ALL_GATHER, Collective
 from gptjax.plan.machines import Machine, abstract_devices, parse
 from gptjax.runtime.hardware import DEVICES
@@ -164,6 +164,21 @@ def test_expected_time_is_at_least_the_bound(cfg_of, name, mesh, remat) -> None:
     assert times.bound >= max(times.links.values(), default=0)
     assert set(times.links) <= {axis for axis, size in planned.sizes.items() if size > 1}
     assert 0 < planned.mfu < roofline.reached(planned.machine) < 1
+
+
+@pytest.mark.parametrize(
+    ("days", "shown"),
+    [
+        (22.42, "22.4 days"),
+        (1.0, "1.0 days"),
+        (0.99, "23.8 hours"),
+        (0.02, "28.8 minutes"),
+        (1e-4, "8.6 seconds"),
+        (0.0, "0.0 seconds"),
+    ],
+)
+def test_a_duration_is_in_the_largest_unit_of_which_there_is_one(days, shown) -> None:
+    assert report.duration(days) == shown
 
 
 def test_throughput_days_and_mfu_follow_from_step_time(cfg_of) -> None:

@@ -150,7 +150,7 @@ def test_missing_packages_are_named(run: Run, monkeypatch, module: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     code, err = run()
     assert code == 2
-    assert "pip install " in err
+    assert "pip install 'gptjax[serve]'" in err
     assert {word for word in PACKAGES if word in err} == {module.replace("_", "-")}
 
 
