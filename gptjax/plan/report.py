@@ -32,7 +32,8 @@ def lines(plan: Plan, price: float) -> Iterator[str]:
     yield f"{cfg.run}: {parameters.total:,} parameters{active}"
     yield (
         f"on {machine.name}: {machine.devices} devices {device.product}, {machine.chips} chips, "
-        f"{machine.processes} process{'es' * (machine.processes > 1)}. All that follows is predicted; nothing was measured."
+        f"{machine.processes} process{'es' * (machine.processes > 1)}. "
+        "All that follows is predicted; nothing was measured."
     )
     yield "mesh      " + mesh(plan)
     yield f"attention {', '.join(dict.fromkeys(plan.attention))}"
