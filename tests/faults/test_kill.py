@@ -151,7 +151,9 @@ def test_flipped_bit_in_the_newest_checkpoint_falls_back_to_the_previous(
 def test_second_job_in_the_same_run_folder_is_refused(workspace, unbroken) -> None:
     first = start(workspace, "shared")
     wait_for_step(first, workspace, "shared", 2)
+    first.send_signal(signal.SIGSTOP)  # or it may end before the second has begun
     second = finish(workspace, "shared")
+    first.send_signal(signal.SIGCONT)
     assert second.returncode == 73
     assert "in use by process" in second.stderr.strip().splitlines()[-1]
     _, stderr = first.communicate(timeout=240)

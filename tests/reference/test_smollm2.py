@@ -82,7 +82,7 @@ def test_greedy_tokens_equal_those_of_transformers(folder, imported):
         )
 
 
-@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("length_penalty", [0.0, 2.0])
 def test_beams_equal_those_of_transformers(folder, on_mesh, length_penalty):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -94,7 +94,7 @@ def test_beams_equal_those_of_transformers(folder, on_mesh, length_penalty):
     with on_mesh():
         tokenizer = safetensors.tokenizer_of(source, print)
         sampler = Sampler(safetensors.read_params(source), source.model, ComputeConfig(), tokenizer)
-        prompts = [sampler.ids(text) for text in PROMPTS]
+        prompts = [sampler.ids(text) for text in PROMPTS[:3]]
         got = sampler.beam(prompts, settings)
     for i, prompt in enumerate(prompts):
         out = theirs.generate(
