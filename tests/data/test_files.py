@@ -174,7 +174,9 @@ def test_archives_within_archives_end(tmp_path: Path) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    text=st.text(st.characters(exclude_characters="\0"), min_size=1).filter(str.strip),
+    text=st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(
+        str.strip
+    ),
     encoding=st.sampled_from(["utf-16", "utf-32", "utf-8-sig", "utf-16-be"]),
 )
 def test_text_in_a_marked_encoding_is_decoded(tmp_path_factory, text: str, encoding: str) -> None:
@@ -182,9 +184,11 @@ def test_text_in_a_marked_encoding_is_decoded(tmp_path_factory, text: str, encod
     mark = b"\xfe\xff" if encoding == "utf-16-be" else b""
     file.write_bytes(mark + text.encode(encoding))
     counts = Counts()
-    if any(ord(c) < 32 for c in text):  # a control character may be refused, never changed
+    if any(
+        ord(c) < 32 or ord(c) == 127 for c in text
+    ):  # a control character may be refused, never changed
         try:
-            assert read(file, counts) == [text.removeprefix("\ufeff")]
+            assert read(file, counts) == [text]
         except DataError:
             return
     else:
