@@ -208,13 +208,14 @@ def _below(root: Any, pattern: str, counts: Counts) -> list[TextFile]:
                 "or give a glob without **"
             )
         above = len(root.parts)
-        paths = sorted((p for p in root.glob(pattern) if not p.is_dir()), key=str)
+        paths = [p for p in root.glob(pattern) if not p.is_dir()]
         names = [path.parts[above:] for path in paths]
     elif "**" in parts:
-        names = sorted(n for n in _walk(Path(root)) if _matches(n, parts))
+        names = [name for name in _walk(Path(root)) if _matches(name, parts)]
     else:
         paths = [p for p in Path(root).glob(pattern) if not p.is_dir()]
-        names = sorted(path.relative_to(root).parts for path in paths)
+        names = [path.relative_to(root).parts for path in paths]
+    names.sort(key="/".join)
     if any(part.startswith(".") for part in parts):
         shown = names
     else:

@@ -275,6 +275,15 @@ def test_links_are_followed_once_and_hidden_files_left_out(
     assert (counts.hidden_files, counts.repeated_files) == (hidden, repeated)
 
 
+@pytest.mark.parametrize("pattern", ["", "**/*.txt", "*/*.txt"])
+def test_files_are_sorted_by_their_whole_path(tmp_path: Path, pattern: str) -> None:
+    """Another order would be another stream of documents, and so another store."""
+    for name in ("a/x.txt", "a-b/x.txt", "a.b/x.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(name)
+    assert read(f"{tmp_path}/{pattern}") == ["a-b/x.txt", "a.b/x.txt", "a/x.txt"]
+
+
 def test_a_file_of_several_patterns_is_read_once(tree: Path) -> None:
     counts = Counts()
     patterns = (f"{tree}/data/here", f"{tree}/data/**/*.txt", f"{tree}/data/a.txt")
