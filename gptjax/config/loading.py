@@ -84,8 +84,14 @@ _OURS = {name: ours for ours, others in _ELSEWHERE.items() for name in others}
 
 
 def _known_elsewhere(dotted: str) -> str:
-    """Our name of a field that other trainers call so; empty for any other."""
-    ours = _OURS.get(dotted.rpartition(".")[2], "")
+    """Our name of a field that other trainers call so; empty for any other.
+
+    Evaluation and fine-tuning have sizes of their own, which a name below them means.
+    """
+    section, _, name = dotted.rpartition(".")
+    ours = _OURS.get(name, "")
+    if section.startswith(("eval", "finetune")) and not ours.startswith(section):
+        return ""
     return f"{ours} (in tokens)" if ours.endswith("tokens") else ours
 
 

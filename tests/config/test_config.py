@@ -237,6 +237,11 @@ def test_names_of_other_trainers_get_ours(words: list[str], ours: str) -> None:
         config.from_dict({"optim": {}, name[2:].rpartition(".")[2]: 1})
 
 
+def test_a_name_below_evaluation_is_not_taken_for_trainings() -> None:
+    (problem,) = problems_of(lambda: config.from_dict({"eval": {"batch_size": 4}}))
+    assert problem == "eval.batch_size: unknown field; did you mean eval.batch?"
+
+
 def test_names_of_other_trainers_are_told_for_fields_that_exist() -> None:
     assert set(loading._ELSEWHERE) <= set(config.flatten(Config()))
 

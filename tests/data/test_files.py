@@ -184,9 +184,8 @@ def test_text_in_a_marked_encoding_is_decoded(tmp_path_factory, text: str, encod
     mark = b"\xfe\xff" if encoding == "utf-16-be" else b""
     file.write_bytes(mark + text.encode(encoding))
     counts = Counts()
-    if any(
-        ord(c) < 32 or ord(c) == 127 for c in text
-    ):  # a control character may be refused, never changed
+    # Control characters may be refused, never changed.
+    if any(ord(c) < 32 or ord(c) == 127 for c in text):
         try:
             assert read(file, counts) == [text]
         except DataError:

@@ -288,9 +288,8 @@ def test_interrupted_preparation_continues_to_identical_bytes(
     whole = config(tmp_path, "whole", tokenizer, max_document_bytes=4000)
     manifest = prepare.prepare(whole)
     counted = ("empty", "replaced_utf8", "split_documents")
-    assert (
-        min(manifest.counts[kind] for kind in counted) >= 1
-    )  # of each kind there is one to be counted twice
+    # Of each kind there is one that could be counted twice.
+    assert min(manifest.counts[kind] for kind in counted) >= 1
     cut = config(tmp_path, "cut", tokenizer, max_document_bytes=4000)
     monkeypatch.setattr(prepare, "_BATCH_BYTES", 1500)
     monkeypatch.setattr(prepare, "_JOURNAL_BYTES", 4000)
