@@ -1,6 +1,6 @@
 """Sampling from texts to texts: the class that other modules and a user's own code call.
 
-with load.load_model("runs/quickstart") as model:
+with gptjax.load("runs/quickstart") as model:
     sampler = model.sampler()
     for completion in sampler.generate(["def", "class"], SamplingParams(temperature=0.8)):
         print(completion.text)
