@@ -285,8 +285,9 @@ class Training(Job):
         if not socket.gethostbyname(host).startswith("127."):
             pytest.skip(f"{host} is not this machine's loopback: others could reach the job")
         (folder / "text.txt").write_text(Path(os.__file__).read_text())
+        (folder / "valid.txt").write_text(Path(re.__file__).read_text())
         overrides = [
-            *("--data.sources", "text.txt", "--data.valid-sources", "text.txt"),
+            *("--data.sources", "text.txt", "--data.valid-sources", "valid.txt"),
             *("--train.tokens", STEPS * 1024, "--checkpoint.every", 5, "--log.every", 1),
             *("--eval.every", 0, "--eval.sample-tokens", 4, "--log.tensorboard", False),
             *("--watch.lost", 10),  # seconds after which a killed task is noticed
