@@ -44,7 +44,7 @@ class PretrainTask:
     def __init__(self, cfg: Config, manifest: store.Manifest) -> None:
         """Raises DataError for a store that does not suit the configuration."""
         self._cfg, self._data = cfg, loader.TrainData.open(cfg, manifest)
-        self._loss = objective.training_loss(cfg, manifest.tokenizer["eos_id"])
+        self._loss = objective.training_loss(cfg, manifest.eos_id, manifest.start_id)
         periods = cfg.model.layers // len(cfg.model.pattern)
         self._order: list[int] = pipeline.order(periods, cfg.compute.rounds).tolist()
 
@@ -116,7 +116,7 @@ def pretrain(
     """
     files = read_tasks(cfg.eval.tasks, cfg.eval.task_limit)
     task = PretrainTask(cfg, manifest)
-    tokenizer = _tokenizer(cfg)
+    tokenizer = _tokenizer(cfg, manifest)
     samples = WriteSamples(cfg, tokenizer, watchdog, progress)
     distributed.agree({"the store's tokens": manifest.fingerprint(), **run_dir.facts(cfg)})
     run_dir.record(cfg, tokenizer, manifest)
@@ -145,9 +145,9 @@ def pretrain(
     return evaluate.results
 
 
-def _tokenizer(cfg: Config) -> Tokenizer:
+def _tokenizer(cfg: Config, manifest: store.Manifest) -> Tokenizer:
     """The store's tokenizer. Raises DataError where the model's vocabulary has no room for it."""
-    tokenizer = tokenizers.load(epath.Path(cfg.data.store))
+    tokenizer = tokenizers.load(epath.Path(cfg.data.store), manifest.start_id)
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise DataError(
             f"model.vocab_size={cfg.model.vocab_size}: the tokenizer of {cfg.data.store} has "

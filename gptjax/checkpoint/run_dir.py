@@ -149,6 +149,8 @@ def record_tuned(cfg: Config, tokenizer: Tokenizer, examples: dict[str, Any]) ->
     """
     folder = Path(cfg.run)
     facts = {"tokenizer": tokenizer.fingerprint, **examples}
+    if tokenizer.start_id is not None and not tokenizer.starts_by_itself:
+        facts["start_id"] = tokenizer.start_id
     begun_with = _read_json(folder / _EXAMPLES)
     if begun_with is not None and begun_with != facts:
         differences = [
@@ -233,14 +235,19 @@ def open_run(folder: str) -> tuple[Config, Tokenizer | None, Manifest | None]:
     if not (Path(folder) / name).exists():
         raise DataError(f"{folder}: this run has no {name}, so nothing was trained in it")
     if cfg.finetune.task != "none":
-        return cfg, _own_tokenizer(folder, examples_of(folder)["tokenizer"], _EXAMPLES), None
+        facts = examples_of(folder)
+        start_id = facts.get("start_id")
+        return cfg, _own_tokenizer(folder, facts["tokenizer"], _EXAMPLES, start_id), None
     manifest = store.parse_manifest((Path(folder) / name).read_text())
-    return cfg, _own_tokenizer(folder, manifest.tokenizer["sha256"], _DATA), manifest
+    fingerprint = manifest.tokenizer["sha256"]
+    return cfg, _own_tokenizer(folder, fingerprint, _DATA, manifest.start_id), manifest
 
 
-def _own_tokenizer(folder: str, fingerprint: str, recorded_in: str) -> Tokenizer:
+def _own_tokenizer(
+    folder: str, fingerprint: str, recorded_in: str, start_id: int | None = None
+) -> Tokenizer:
     """The tokenizer in a run folder. Raises MismatchError for another fingerprint than recorded."""
-    tokenizer = tokenizers.load(Path(folder))
+    tokenizer = tokenizers.load(Path(folder), start_id)
     check_tokenizer(fingerprint, tokenizer.fingerprint, f"{folder}/{recorded_in}", folder)
     return tokenizer
 

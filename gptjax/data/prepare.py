@@ -101,6 +101,10 @@ def prepare(
             files = _listing_sha256(found + held_out)
             journal = _Journal.load(folder, identity(cfg) | {"files": files})
             tokenizer = _tokenizer(cfg, folder, found, tell)
+            if journal.start_id is None:  # a journal of before has EOS between its documents
+                begun = journal.documents > 0
+                journal.start_id = tokenizer.eos_id if begun else tokenizer.default_start_id
+            tokenizer.start_id = journal.start_id
             began, before = time.monotonic(), sum(journal.bytes.values())
             manifest = _tokenize(cfg, folder, found, held_out, tokenizer, journal, counts, tell)
             clock(sum(journal.bytes.values()) - before, time.monotonic() - began)
@@ -141,6 +145,7 @@ class _Journal:
     """Progress of a preparation: what is already on disk, by split."""
 
     identity: dict[str, Any]
+    start_id: int | None = None
     documents: int = 0
     tokens: dict[str, int] = field(default_factory=lambda: {"train": 0, "valid": 0})
     split_documents: dict[str, int] = field(default_factory=lambda: {"train": 0, "valid": 0})
@@ -275,11 +280,11 @@ class _Encoded:
 _worker_tokenizer: tokenizers.Tokenizer
 
 
-def _start_worker(folder: Path) -> None:
+def _start_worker(folder: Path, start_id: int) -> None:
     global _worker_tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one worker per core already
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _worker_tokenizer = tokenizers.load(folder)
+    _worker_tokenizer = tokenizers.load(folder, start_id)
 
 
 def _exit_with_parent() -> None:
@@ -318,12 +323,12 @@ def _tokenize(
     writers = {name: store.Writer(folder / name, dtype, n) for name, n in journal.tokens.items()}
     for writer in writers.values():
         if writer.tokens == 0:
-            writer.append(np.array([tokenizer.eos_id]))
+            writer.append(np.array([journal.start_id]))
     unsaved = 0
     expected = sum(source.size_bytes() for source in found + held_out)
     documents = _with_split(cfg, found, held_out, counts)
     rest = itertools.islice(documents, journal.documents, None)
-    for encoded in _in_order(cfg, folder, _batches(rest)):
+    for encoded in _in_order(cfg, folder, journal.start_id, _batches(rest)):
         for name, writer in writers.items():
             writer.append(encoded.tokens[name])
             journal.split_documents[name] += encoded.documents[name]
@@ -368,6 +373,7 @@ def _close(
             "sha256": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "eos_id": tokenizer.eos_id,
+            **({} if journal.start_id == tokenizer.eos_id else {"start_id": journal.start_id}),
         },
         data=identity(cfg),
         counts=asdict(counts),
@@ -388,11 +394,13 @@ def _empty(cfg: Config, split: str) -> str:
     )
 
 
-def _in_order(cfg: Config, folder: Path, batches: Iterator[Batch]) -> Iterator[_Encoded]:
+def _in_order(
+    cfg: Config, folder: Path, start_id: int, batches: Iterator[Batch]
+) -> Iterator[_Encoded]:
     """The batches tokenized by worker processes, in the order of reading."""
     workers = cfg.data.workers or os.cpu_count() or 1
     with concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _start_worker, (folder,)
+        workers, multiprocessing.get_context("spawn"), _start_worker, (folder, start_id)
     ) as pool:
         waiting: collections.deque[concurrent.futures.Future[_Encoded]] = collections.deque()
         for batch in batches:

@@ -8,8 +8,10 @@
 Any zarr 3 library reads it. A local store is memory-mapped; a remote one (gs://) is read by
 TensorStore from the same files, a few kilobytes a window (tests/bench/store.py compares).
 
-Every document ends with EOS, and a split begins with one, so that the first token of each document
-has a token before it to be predicted from.
+Every document ends with EOS. It begins with the token that the tokenizer puts before a text (BOS)
+or, without one, with the EOS of the document before, which a split begins with too: so the first
+token of each document has a token before it to be predicted from. A split ends with the token that
+would open the next document.
 """
 
 import hashlib
@@ -33,7 +35,7 @@ _RANGE_TOKENS = 1 << 12  # tokens that a remote reader fetches at once (zarr chu
 
 @dataclass(frozen=True)
 class Split:
-    """One split's counts. `tokens` includes the EOS of each document and the leading one."""
+    """One split's counts. `tokens` includes the special tokens of each document."""
 
     documents: int
     tokens: int
@@ -52,6 +54,16 @@ class Manifest:
     splits: dict[str, Split]
     file_tokens: int = FILE_TOKENS
     format: int = FORMAT
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends each document."""
+        return self.tokenizer["eos_id"]
+
+    @property
+    def start_id(self) -> int:
+        """The token that opens each document: BOS, or the EOS of the document before."""
+        return self.tokenizer.get("start_id", self.eos_id)
 
     def fingerprint(self) -> str:
         """SHA-256 that identifies the tokens and their tokenizer."""

@@ -10,7 +10,7 @@ from gptjax.config import DataConfig
 from gptjax.data import sources
 from gptjax.errors import DataError
 from gptjax.evaluate.bootstrap import Statistic
-from gptjax.evaluate.scoring import Scorer, prefix_id
+from gptjax.evaluate.scoring import Scorer
 from gptjax.model.decoder import Params
 from gptjax.tokenizer import Tokenizer
 from gptjax.training.metrics import perplexity
@@ -76,9 +76,9 @@ def sliding_windows(ids: np.ndarray, length: int, stride: int) -> Iterator[Pair]
 class TextLoss:
     """An evaluator: loss, perplexity and bits per byte of documents, none of which sees another.
 
-    loss is nats per token; the first token is predicted from BOS (or EOS), and no EOS is predicted.
-    bits_per_byte divides by the UTF-8 bytes of the text, so it compares across tokenizers. `length`
-    and `stride` are those of `sliding_windows`, in tokens.
+    loss is nats per token; the first token is predicted from `Tokenizer.prefix_id`, and no EOS is
+    predicted. bits_per_byte divides by the UTF-8 bytes of the text, so it compares across
+    tokenizers. `length` and `stride` are those of `sliding_windows`, in tokens.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class TextLoss:
         self._scorer, self._name = scorer, name
         self._bytes = np.array([len(t.encode("utf-8", "replace")) for t in documents.texts])
         self.bytes = int(self._bytes.sum())
-        prefix = np.array([prefix_id(tokenizer)], np.uint32)
+        prefix = np.array([tokenizer.prefix_id], np.uint32)
         self._pairs: list[Pair] = []
         self._document: list[int] = []  # of each pair
         self.tokens = 0

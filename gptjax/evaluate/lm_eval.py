@@ -18,7 +18,7 @@ import numpy as np
 from gptjax.config import Config
 from gptjax.errors import ConfigError
 from gptjax.evaluate.documents import sliding_windows
-from gptjax.evaluate.scoring import Pair, Scorer, encode_pair, prefix_id
+from gptjax.evaluate.scoring import Pair, Scorer, encode_pair
 from gptjax.model.decoder import Params
 from gptjax.runtime.progress import Progress
 from gptjax.sample import Sampler, SamplingParams
@@ -70,7 +70,7 @@ class LMEvalAdapter(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return prefix_id(self._tokenizer)
+        return self._tokenizer.prefix_id
 
     @property
     def tokenizer_name(self) -> str:

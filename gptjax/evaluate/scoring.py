@@ -199,14 +199,6 @@ def _slice_scores(
 # --- text to pairs -----------------------------------------------------------------------------
 
 
-def prefix_id(tokenizer: Tokenizer) -> int:
-    """The token from which a text's first token is predicted: BOS, or EOS if there is none.
-
-    lm_eval does the same.
-    """
-    return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-
-
 def encode_pair(
     tokenizer: Tokenizer, context: str, continuation: str
 ) -> tuple[list[int], list[int]]:
@@ -218,7 +210,7 @@ def encode_pair(
     bare = context.rstrip()
     if not bare:
         ids = tokenizer.encode(context + continuation)
-        return [prefix_id(tokenizer)], ids
+        return [tokenizer.prefix_id], ids
     whole = tokenizer.prompt(context + continuation)
     context_ids = tokenizer.prompt(bare)
     return context_ids, whole[len(context_ids) :]

@@ -28,10 +28,10 @@ class ValidationLoss:
         self._cfg, self._progress = cfg, progress
         self._bytes = manifest.splits["valid"].bytes
         self._reader = Reader(cfg.data.store, "valid", manifest)
-        eos_id = manifest.tokenizer["eos_id"]
+        eos_id, start_id = manifest.eos_id, manifest.start_id
 
         def sums(params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
-            _, parts = next_token_loss(params, cfg, batch, eos_id)
+            _, parts = next_token_loss(params, cfg, batch, eos_id, start_id=start_id)
             return parts["loss"], parts["targets"]
 
         self._sums = jax.jit(sums)

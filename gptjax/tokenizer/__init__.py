@@ -30,14 +30,19 @@ __all__ = [
 ]
 
 
-def load(folder: Any) -> Tokenizer:
-    """The tokenizer whose files are in a folder (a pathlib or epath Path). Raises DataError."""
+def load(folder: Any, start_id: int | None = None) -> Tokenizer:
+    """The tokenizer whose files are in a folder (a pathlib or epath Path). Raises DataError.
+
+    `start_id` opens documents and prompts; None: by the tokenizer's own convention.
+    """
     for kind, name in FILES.items():
         if (folder / name).exists():
             try:
-                return _read(kind, folder / name)
+                tokenizer = _read(kind, folder / name)
             except DataError as error:
                 raise DataError(f"{folder}: {error}") from None
+            tokenizer.start_id = start_id
+            return tokenizer
     raise DataError(f"{folder}: no tokenizer found; needs {' or '.join(FILES.values())}")
 
 

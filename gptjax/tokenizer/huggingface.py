@@ -127,13 +127,28 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._prompts.id_to_token(token) or ""
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt as in `transformers` 5, with special tokens parsed and added.
+        """Token ids of a prompt, with special tokens parsed.
 
-        The post-processor of tokenizer.json decides what is added; add_bos_token is ignored, as
-        there.
+        It begins with `start_id`. Without one it is as in `transformers` 5: the post-processor of
+        tokenizer.json decides what is added; add_bos_token is ignored, as there.
         """
-        ids = self._prompts.encode(valid_text(text)).ids
-        return ids or [self.eos_id if self.bos_id is None else self.bos_id]
+        if self.start_id is not None:
+            return [self.start_id, *self.markup(text)]
+        return self._prompts.encode(valid_text(text)).ids or [self.prefix_id]
+
+    @cached_property
+    def _added_before(self) -> list[int]:
+        """The special tokens that the post-processor puts before a text."""
+        encoding = self._prompts.encode("a")
+        return encoding.ids[: [*encoding.special_tokens_mask, 0].index(0)]
+
+    @property
+    def default_start_id(self) -> int:
+        return self._added_before[0] if len(self._added_before) == 1 else self.eos_id
+
+    @property
+    def starts_by_itself(self) -> bool:
+        return self.start_id is None or [self.start_id] == self._added_before
 
     def markup(self, text: str) -> list[int]:
         """Token ids of text with spelled-out special tokens parsed, and none added."""

@@ -22,13 +22,17 @@ class Tokenizer(ABC):
     """Converts text to token ids and back.
 
     Attributes: `vocab_size`, greater than every id; `eos_id`, which ends every document; `bos_id`,
-    which begins a prompt, or None; `stop_ids`, each of which ends a generated text, `eos_id` first.
+    the declared beginning of a text, or None; `stop_ids`, each of which ends a generated text,
+    `eos_id` first; `start_id`, which opens each document of the store that a run is trained on, and
+    so each of its prompts: BOS, or else the EOS of the document before. It is None for a tokenizer
+    whose own convention holds, as that of an imported model.
     """
 
     kind: TokenizerKind
     vocab_size: int
     eos_id: int
     bos_id: int | None = None
+    start_id: int | None = None
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -46,18 +50,41 @@ class Tokenizer(ABC):
     def piece(self, token: int) -> str:
         """The vocabulary entry of a token, for display."""
 
-    def prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt, by the tokenizer's convention; never empty.
+    @property
+    def default_start_id(self) -> int:
+        """The `start_id` of a new store: what the tokenizer puts before a text, or EOS."""
+        return self.eos_id if self.bos_id is None else self.bos_id
 
-        By default it begins with BOS or, without one, with the EOS of the previous document.
+    @property
+    def starts_by_itself(self) -> bool:
+        """Whether prompts begin with `start_id` by the tokenizer's own convention too."""
+        return self.start_id in (None, self.default_start_id)
+
+    @property
+    def prefix_id(self) -> int:
+        """The token from which a text's first token is predicted.
+
+        `start_id` or, by the tokenizer's own convention, BOS or else EOS, as in lm_eval.
         """
-        return [self.eos_id if self.bos_id is None else self.bos_id, *self.encode(text)]
+        if self.start_id is not None:
+            return self.start_id
+        return self.eos_id if self.bos_id is None else self.bos_id
+
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt, which begins as a document does; never empty."""
+        return [self.prefix_id, *self.encode(text)]
 
     def encode_documents(self, texts: Sequence[str], ends: Sequence[bool]) -> np.ndarray:
-        """Token ids of all texts joined, uint32 [N]; EOS follows each text that ends a document."""
+        """Token ids of all texts joined, uint32 [N].
+
+        EOS follows each text that ends a document, and then `start_id` if it is another token.
+        """
+        between = [self.eos_id]
+        if self.start_id not in (None, self.eos_id):
+            between.append(self.start_id)
         parts = [np.zeros(0, np.uint32)]
         for text, end in zip(texts, ends, strict=True):
-            parts += [self._encode_long(text), np.array([self.eos_id][:end], np.uint32)]
+            parts += [self._encode_long(text), np.array(between if end else [], np.uint32)]
         return np.concatenate(parts)
 
     def _encode_long(self, text: str) -> np.ndarray:

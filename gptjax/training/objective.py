@@ -23,16 +23,17 @@ from gptjax.training.step import LossFn, Sums
 DeviceBatch = dict[str, jax.Array]
 
 
-def segment_documents(tokens_BT: jax.Array, eos_id: int) -> tuple[jax.Array, jax.Array]:
+def segment_documents(tokens_BT: jax.Array, start_id: int) -> tuple[jax.Array, jax.Array]:
     """Segment ids and positions: each token's document within its sequence, and its position there.
 
-    A document begins with the EOS before it, from which its first token is predicted.
+    A document begins with its start token, BOS or the EOS before it, from which its first token is
+    predicted.
     """
     t = tokens_BT.shape[1]
     index_BT = jnp.broadcast_to(
         jnp.arange(t), tokens_BT.shape, out_sharding=sharding.spec("batch", None)
     )
-    begins_BT = tokens_BT == eos_id
+    begins_BT = tokens_BT == start_id
     segments_BT = jnp.cumsum(begins_BT, axis=1)
     starts_BT = lax.cummax(jnp.where(begins_BT, index_BT, 0), axis=1)
     return segments_BT, index_BT - starts_BT
@@ -72,19 +73,23 @@ def next_token_loss(
     eos_id: int,
     keys_B2: jax.Array | None = None,
     *,
+    start_id: int | None = None,
     training: bool = False,
 ) -> tuple[jax.Array, Sums]:
     """The loss to differentiate, summed over targets in nats, and the sums behind the metrics.
 
-    Returns (sum of all losses, sums as `step.Sums` describes them). With `keys_B2`, key data of
-    each sequence, dropout is on; with `training`, experts have a limited capacity.
+    A document begins with `start_id`, which is no target, or by default with the EOS of the one
+    before. Returns (sum of all losses, sums as `step.Sums` describes them). With `keys_B2`, key
+    data of each sequence, dropout is on; with `training`, experts have a limited capacity.
     """
     tokens_BT, targets_BT = batch["windows_BW"][:, :-1], batch["windows_BW"][:, 1:]
     counts_BT = jnp.arange(tokens_BT.shape[1])[None] < batch["lengths_B"][:, None]
+    start_id = eos_id if start_id is None else start_id
+    if start_id != eos_id:
+        counts_BT &= targets_BT != start_id
     segments_BT = positions_BT = None
     if cfg.data.documents == "mask":
-        # Each document opens with the EOS before it, so every token is predicted within its own.
-        segments_BT, positions_BT = segment_documents(tokens_BT, eos_id)
+        segments_BT, positions_BT = segment_documents(tokens_BT, start_id)
     tokens = TokenBatch(tokens_BT, targets_BT, counts_BT, segments_BT, positions_BT)
     return token_loss(params, cfg, tokens, keys_B2, training=training)
 
@@ -153,8 +158,8 @@ def routing_loss(cfg: Config, per_layer: Routing, scale: jax.Array) -> tuple[jax
     return moe.balance_loss * sums["moe_balance"] + moe.router_z_loss * sums["moe_router_z"], sums
 
 
-def training_loss(cfg: Config, eos_id: int) -> LossFn:
+def training_loss(cfg: Config, eos_id: int, start_id: int | None = None) -> LossFn:
     """The loss of pre-training, as `step.train_step` calls it."""
     return lambda params, batch, keys_B2: next_token_loss(
-        params, cfg, batch, eos_id, keys_B2, training=True
+        params, cfg, batch, eos_id, keys_B2, start_id=start_id, training=True
     )

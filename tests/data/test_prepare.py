@@ -65,8 +65,9 @@ def config(folder: Path, name: str = "store", tokenizer: TokenizerConfig = BYTES
 def here(monkeypatch) -> None:
     """Tokenizes in this process, since starting workers dominates the time of a small store."""
 
-    def in_order(cfg: Config, folder: Path, batches: Iterator) -> Iterator:
-        monkeypatch.setattr(prepare, "_worker_tokenizer", tokenizers.load(folder), raising=False)
+    def in_order(cfg: Config, folder: Path, start_id: int, batches: Iterator) -> Iterator:
+        tokenizer = tokenizers.load(folder, start_id)
+        monkeypatch.setattr(prepare, "_worker_tokenizer", tokenizer, raising=False)
         yield from map(prepare._encode, batches)
 
     monkeypatch.setattr(prepare, "_in_order", in_order)

@@ -83,11 +83,12 @@ def test_a_packed_document_has_the_hidden_states_it_has_alone(
         assert i == 0 or not np.allclose(crossing[own], want, atol=1e-2)
 
 
-def loss_sums(cfg, params, windows, lengths):
+def loss_sums(cfg, params, windows, lengths, start_id=None):
     batch = {"windows_BW": windows, "lengths_B": np.asarray(lengths, np.int32)}
     rows = len(windows)
     batch = {name: arrays.global_batch(a, rows) for name, a in batch.items()}
-    total, sums = jax.jit(lambda b: objective.next_token_loss(params, cfg, b, EOS))(batch)
+    loss = lambda b: objective.next_token_loss(params, cfg, b, EOS, start_id=start_id)
+    total, sums = jax.jit(loss)(batch)
     return {name: float(x) for name, x in sums.items()} | {"total": float(total)}
 
 
@@ -109,6 +110,19 @@ def test_masking_makes_a_packed_loss_the_sum_of_the_documents_losses(
     assert same == (border == "mask")
     assert together["total"] == pytest.approx(together["loss"] + together["z_loss"], rel=1e-6)
     assert together["z_loss"] > 0
+
+
+def test_documents_that_begin_with_bos_are_told_apart_by_it(on_mesh, tiny_config, random_params):
+    bos = 1
+    cfg = tiny_config(data={"documents": "mask"}, train={"seq_len": 8})
+    documents = [[bos, 5, 6, EOS], [bos, 7, EOS], [bos, EOS]]
+    packed = np.concatenate(documents).astype(np.int32)[None]
+    with on_mesh(1, 1, 1):
+        params = random_params(cfg.model, std=0.1)
+        together = loss_sums(cfg, params, packed, [8], bos)
+        alone = loss_sums(cfg, params, padded(documents, 9), [len(d) - 1 for d in documents], bos)
+    assert together["targets"] == alone["targets"] == 6  # BOS is never predicted
+    assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
 
 def test_only_as_many_targets_as_a_rows_length_count(on_mesh, tiny_config, random_params):
