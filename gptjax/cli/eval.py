@@ -140,9 +140,11 @@ def evaluate(path: str, options: Options, progress: Progress, say: Callable[[str
         batch = -(-(options.batch or model.cfg.eval.batch) // shards) * shards
         cfg = replace(model.cfg, eval=replace(model.cfg.eval, batch=batch))
         if manifest is not None:
-            statistics, tokens = ValidationLoss(cfg, manifest, progress).measure(model.params)
+            validation = ValidationLoss(cfg, manifest, progress)
+            statistics, tokens = validation.measure(model.params)
             over = f"batches: {len(statistics[0].numerators)}"
             measured = _with_intervals(statistics, over, options.seed)
+            measured += [Measurement(name, value) for name, value in validation.lost().items()]
             measured.append(Measurement("valid_tokens", tokens))
         else:
             scorer = Scorer(cfg.model, cfg.compute, batch, progress)
@@ -194,6 +196,7 @@ def _measure(
         over = _over("document", *inputs.documents.counted)
         measured += [
             *_with_intervals(text.measure(model.params), over, options.seed),
+            *(Measurement(name, value) for name, value in text.lost().items()),
             Measurement("text_tokens", text.tokens),
             Measurement("text_bytes", text.bytes),
         ]

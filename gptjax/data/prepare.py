@@ -107,6 +107,7 @@ def prepare(
             tokenizer.start_id = journal.start_id
             began, before = time.monotonic(), sum(journal.bytes.values())
             manifest = _tokenize(cfg, folder, found, held_out, tokenizer, journal, counts, tell)
+            _tell_losses(manifest, say)
             clock(sum(journal.bytes.values()) - before, time.monotonic() - began)
             return manifest
     except OSError as error:
@@ -150,6 +151,8 @@ class _Journal:
     tokens: dict[str, int] = field(default_factory=lambda: {"train": 0, "valid": 0})
     split_documents: dict[str, int] = field(default_factory=lambda: {"train": 0, "valid": 0})
     bytes: dict[str, int] = field(default_factory=lambda: {"train": 0, "valid": 0})
+    unknown: dict[str, int] = field(default_factory=lambda: {"train": 0, "valid": 0})
+    lost_bits: float = 0.0
 
     @classmethod
     def load(cls, folder: Path, identity: dict[str, Any]) -> "_Journal":
@@ -269,18 +272,21 @@ def _batches(documents: Iterator[tuple[str, Document]]) -> Iterator[Batch]:
 
 @dataclass
 class _Encoded:
-    """A batch's tokens and counts, by split; `entries` is the length of the batch."""
+    """A batch's tokens and counts, by split; the bits that the tokens of its validation texts do
+    not give back; `entries` is the length of the batch."""
 
     tokens: dict[str, np.ndarray]
     documents: dict[str, int]
     bytes: dict[str, int]
+    unknown: dict[str, int]
+    lost_bits: float
     entries: int
 
 
 _worker_tokenizer: tokenizers.Tokenizer
 
 
-def _start_worker(folder: Path, start_id: int) -> None:
+def _start_worker(folder: Path, start_id: int | None) -> None:
     global _worker_tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one worker per core already
     threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -297,15 +303,20 @@ def _exit_with_parent() -> None:
 
 def _encode(batch: Batch) -> _Encoded:
     """Tokenizes a batch; runs in a worker process."""
-    tokens, documents, size = {}, {}, {}
-    dtype = store.token_dtype(_worker_tokenizer.vocab_size)
+    tokens, documents, size, unknown = {}, {}, {}, {}
+    tokenizer = _worker_tokenizer
+    dtype = store.token_dtype(tokenizer.vocab_size)
     for split in ("train", "valid"):
         texts = [text for name, text, _ in batch if name == split]
         ends = [end for name, _, end in batch if name == split]
-        tokens[split] = _worker_tokenizer.encode_documents(texts, ends).astype(dtype)
+        tokens[split] = tokenizer.encode_documents(texts, ends).astype(dtype)
+        unknown[split] = (
+            int((tokens[split] == tokenizer.unk_id).sum()) if tokenizer.unk_id is not None else 0
+        )
         documents[split] = sum(ends)
         size[split] = sum(len(text.encode("utf-8", "replace")) for text in texts)
-    return _Encoded(tokens, documents, size, len(batch))
+    lost = sum(tokenizer.lost_bits(text) for name, text, _ in batch if name == "valid")
+    return _Encoded(tokens, documents, size, unknown, lost, len(batch))
 
 
 def _tokenize(
@@ -333,6 +344,8 @@ def _tokenize(
             writer.append(encoded.tokens[name])
             journal.split_documents[name] += encoded.documents[name]
             journal.bytes[name] += encoded.bytes[name]
+            journal.unknown[name] += encoded.unknown[name]
+        journal.lost_bits += encoded.lost_bits
         journal.documents += encoded.entries
         unsaved += sum(encoded.bytes.values())
         tell("tokenize", sum(journal.bytes.values()), expected)
@@ -365,7 +378,12 @@ def _close(
     for name, writer in writers.items():
         hashes = writer.close()
         splits[name] = store.Split(
-            journal.split_documents[name], writer.tokens, journal.bytes[name], hashes
+            journal.split_documents[name],
+            writer.tokens,
+            journal.bytes[name],
+            hashes,
+            journal.unknown[name],
+            journal.lost_bits if name == "valid" else 0.0,
         )
     return store.Manifest(
         tokenizer={
@@ -382,6 +400,18 @@ def _close(
     )
 
 
+def _tell_losses(manifest: store.Manifest, say: Callable[[str], None]) -> None:
+    """Tells what a tokenizer loses."""
+    total, valid = sum(s.tokens for s in manifest.splits.values()), manifest.splits["valid"]
+    if unknown := sum(split.unknown for split in manifest.splits.values()):
+        say(f"{unknown / total:.2%} of the tokens are <unk>, of which no text comes back")
+    if valid.lost_bits:
+        say(
+            "the tokens do not give back all of the text: bits per byte include "
+            f"{valid.lost_bits / valid.bytes:.4f} for what is lost"
+        )
+
+
 def _empty(cfg: Config, split: str) -> str:
     """The error message for a split without text."""
     if split == "train":
@@ -395,7 +425,7 @@ def _empty(cfg: Config, split: str) -> str:
 
 
 def _in_order(
-    cfg: Config, folder: Path, start_id: int, batches: Iterator[Batch]
+    cfg: Config, folder: Path, start_id: int | None, batches: Iterator[Batch]
 ) -> Iterator[_Encoded]:
     """The batches tokenized by worker processes, in the order of reading."""
     workers = cfg.data.workers or os.cpu_count() or 1

@@ -35,12 +35,18 @@ _RANGE_TOKENS = 1 << 12  # tokens that a remote reader fetches at once (zarr chu
 
 @dataclass(frozen=True)
 class Split:
-    """One split's counts. `tokens` includes the special tokens of each document."""
+    """One split's counts.
+
+    `tokens` includes the special tokens of each document; `unknown` counts <unk>. `lost_bits` are
+    the bits of text that the tokens do not give back (`tokenizer.round_trip`), of validation only.
+    """
 
     documents: int
     tokens: int
     bytes: int
     files_sha256: tuple[str, ...]
+    unknown: int = 0
+    lost_bits: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,11 @@ class Manifest:
 
     def fingerprint(self) -> str:
         """SHA-256 that identifies the tokens and their tokenizer."""
-        known = {name: asdict(split) for name, split in self.splits.items()}
+        beside = ("unknown", "lost_bits")  # what follows from the tokens and their text
+        known = {
+            name: {k: v for k, v in asdict(split).items() if k not in beside}
+            for name, split in self.splits.items()
+        }
         text = json.dumps([self.tokenizer, known], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -78,7 +78,8 @@ class TextLoss:
 
     loss is nats per token; the first token is predicted from `Tokenizer.prefix_id`, and no EOS is
     predicted. bits_per_byte divides by the UTF-8 bytes of the text, so it compares across
-    tokenizers. `length` and `stride` are those of `sliding_windows`, in tokens.
+    tokenizers; it includes the bits of text that the tokens do not give back. `length` and `stride`
+    are those of `sliding_windows`, in tokens.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class TextLoss:
         self._scorer, self._name = scorer, name
         self._bytes = np.array([len(t.encode("utf-8", "replace")) for t in documents.texts])
         self.bytes = int(self._bytes.sum())
+        self._lost_bits = np.array([tokenizer.lost_bits(text) for text in documents.texts])
         prefix = np.array([tokenizer.prefix_id], np.uint32)
         self._pairs: list[Pair] = []
         self._document: list[int] = []  # of each pair
@@ -113,13 +115,22 @@ class TextLoss:
         return [
             Statistic(f"{self._name}_loss", nats, tokens),
             Statistic(f"{self._name}_perplexity", nats, tokens, perplexity),
-            Statistic(f"{self._name}_bits_per_byte", nats / math.log(2), self._bytes),
+            Statistic(
+                f"{self._name}_bits_per_byte", nats / math.log(2) + self._lost_bits, self._bytes
+            ),
         ]
 
+    def lost(self) -> dict[str, float]:
+        """Bits per byte that the tokens do not give back, by name; empty without a loss."""
+        bits = float(self._lost_bits.sum())
+        return {f"{self._name}_lost_bits_per_byte": bits / self.bytes} if bits else {}
+
     def run(self, params: Params) -> dict[str, float]:
-        """text_loss, text_perplexity, text_bits_per_byte, text_tokens, text_bytes."""
+        """text_loss, text_perplexity, text_bits_per_byte, text_tokens, text_bytes; where the tokens
+        do not give back all of the text, text_lost_bits_per_byte too."""
         return {
             **{statistic.name: statistic.value for statistic in self.measure(params)},
+            **self.lost(),
             f"{self._name}_tokens": self.tokens,
             f"{self._name}_bytes": self.bytes,
         }

@@ -21,12 +21,13 @@ class ValidationLoss:
     """An evaluator: loss, perplexity and bits per byte over the whole split, each token once.
 
     loss is nats per token, the EOS of each document included; bits_per_byte divides by the UTF-8
-    bytes of the text, so it compares across tokenizers, and with a compressor.
+    bytes of the text, so it compares across tokenizers, and with a compressor. It includes the bits
+    of text that the tokens do not give back.
     """
 
     def __init__(self, cfg: Config, manifest: Manifest, progress: Progress) -> None:
         self._cfg, self._progress = cfg, progress
-        self._bytes = manifest.splits["valid"].bytes
+        self._split = manifest.splits["valid"]
         self._reader = Reader(cfg.data.store, "valid", manifest)
         eos_id, start_id = manifest.eos_id, manifest.start_id
 
@@ -37,10 +38,16 @@ class ValidationLoss:
         self._sums = jax.jit(sums)
 
     def run(self, params: Params) -> dict[str, float]:
-        """valid_loss, valid_perplexity, valid_bits_per_byte, valid_tokens."""
+        """valid_loss, valid_perplexity, valid_bits_per_byte, valid_tokens; where the tokens do not
+        give back all of the text, valid_lost_bits_per_byte too."""
         statistics, tokens = self.measure(params)
         values = {statistic.name: statistic.value for statistic in statistics}
-        return values | {"valid_tokens": tokens}
+        return values | self.lost() | {"valid_tokens": tokens}
+
+    def lost(self) -> dict[str, float]:
+        """Bits per byte that the tokens do not give back, by name; empty without a loss."""
+        bits = self._split.lost_bits
+        return {"valid_lost_bits_per_byte": bits / self._split.bytes} if bits else {}
 
     def measure(self, params: Params) -> tuple[list[Statistic], float]:
         """Loss, perplexity and bits per byte, an entry for each batch; and the number of tokens."""
@@ -63,5 +70,9 @@ class ValidationLoss:
         return [
             Statistic("valid_loss", nats, tokens),
             Statistic("valid_perplexity", nats, tokens, perplexity),
-            Statistic("valid_bits_per_byte", nats / math.log(2), tokens * (self._bytes / total)),
+            Statistic(
+                "valid_bits_per_byte",
+                nats / math.log(2) + tokens * (self._split.lost_bits / total),
+                tokens * (self._split.bytes / total),
+            ),
         ], total

@@ -51,6 +51,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 "tokenizer_config.json beside tokenizer.json"
             )
         self.eos_id = self._stop_ids[0]
+        self.unk_id = _unk_id(library)
         self._documents = _without_special_parsing(library)
         self._splits_lines = _splits_lines(library)
         if self.eos_id in self.encode(library.id_to_token(self.eos_id)):
@@ -218,6 +219,16 @@ def _named(declared: Mapping[str, Any]) -> dict[str, str]:
         found |= {f"{key}_{name}_token": token for name, token in items}
     contents = {k: t.get("content") if isinstance(t, dict) else t for k, t in found.items()}
     return {k: t for k, t in contents.items() if k.endswith("_token") and isinstance(t, str) and t}
+
+
+def _unk_id(library: Any) -> int | None:
+    """The id of the model's token for unknown text; None where it has none."""
+    from tokenizers import models
+
+    if isinstance(library.model, models.Unigram):
+        return json.loads(library.to_str())["model"]["unk_id"]
+    name = getattr(library.model, "unk_token", None)
+    return None if name is None else library.token_to_id(name)
 
 
 def _without_special_parsing(library: Any) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from gptjax.config import TokenizerKind
+from gptjax.tokenizer.round_trip import correction_bits
 
 FILES: dict[TokenizerKind, str] = {  # the file that identifies each kind
     "huggingface": "tokenizer.json",
@@ -22,7 +23,8 @@ class Tokenizer(ABC):
     """Converts text to token ids and back.
 
     Attributes: `vocab_size`, greater than every id; `eos_id`, which ends every document; `bos_id`,
-    the declared beginning of a text, or None; `stop_ids`, each of which ends a generated text,
+    the declared beginning of a text, or None; `unk_id`, for text that has no other token, or None;
+    `stop_ids`, each of which ends a generated text,
     `eos_id` first; `start_id`, which opens each document of the store that a run is trained on, and
     so each of its prompts: BOS, or else the EOS of the document before. It is None for a tokenizer
     whose own convention holds, as that of an imported model.
@@ -32,6 +34,7 @@ class Tokenizer(ABC):
     vocab_size: int
     eos_id: int
     bos_id: int | None = None
+    unk_id: int | None = None
     start_id: int | None = None
 
     @property
@@ -45,6 +48,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens; invalid UTF-8 becomes U+FFFD."""
+
+    def lost_bits(self, text: str) -> float:
+        """Bits of a text that its tokens do not give back; 0 where they decode to it."""
+        return correction_bits(valid_text(text), self.decode(self._encode_long(text).tolist()))
 
     @abstractmethod
     def piece(self, token: int) -> str:

@@ -48,6 +48,7 @@ class SentencePieceTokenizer(Tokenizer):
             )
         if self._processor.bos_id() >= 0:
             self.bos_id = self._processor.bos_id()
+        self.unk_id = self._processor.unk_id()
         self._units = _units(model)
         self._cache = _Cache(self._processor)
 

@@ -89,14 +89,30 @@ def test_bits_per_byte_divides_by_bytes_for_any_tokenizer(
         def _encode_long(self, text):
             return np.array(self.encode(text), np.uint32)
 
+        def decode(self, ids):
+            return "".join(map(chr, ids))
+
+    class Unknown(Letters):
+        """The same token for each character."""
+
+        def encode(self, text):
+            return [0] * len(text)
+
+        def decode(self, ids):
+            return ""
+
     with on_mesh(1):
         zeros = jax.tree.map(jnp.zeros_like, put(byte_params, byte_model))
         run = lambda kind: TextLoss(Documents(["äöü"], False), kind, scorer(), 64, 64).run(zeros)
-        bytewise, letterwise = run(ByteTokenizer()), run(Letters())
+        bytewise, letterwise, lossy = map(run, (ByteTokenizer(), Letters(), Unknown()))
     assert (bytewise["text_tokens"], letterwise["text_tokens"]) == (6, 3)
     assert bytewise["text_bytes"] == letterwise["text_bytes"] == 6
     assert bytewise["text_bits_per_byte"] == pytest.approx(math.log2(258), rel=1e-5)
     assert letterwise["text_bits_per_byte"] == pytest.approx(math.log2(258) / 2, rel=1e-5)
+    assert "text_lost_bits_per_byte" not in bytewise | letterwise
+    lost = lossy["text_lost_bits_per_byte"]  # six bytes, the edit's end, its place and its length
+    assert lost == pytest.approx((8 * 6 + 8 + 1 + 1) / 6)
+    assert lossy["text_bits_per_byte"] == pytest.approx(math.log2(258) / 2 + lost, rel=1e-5)
 
 
 # --- reading -----------------------------------------------------------------------------------
