@@ -42,6 +42,7 @@ class Counts:
     replaced_utf8: int = 0
     split_documents: int = 0
     bad_records: int = 0
+    in_validation: int = 0
     hidden_files: int = 0
     repeated_files: int = 0
 

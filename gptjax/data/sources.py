@@ -13,7 +13,6 @@ A further kind of source is a scheme, registered from outside the package:
         "The sources that the pattern sql:REST in data.sources names."
 """
 
-import hashlib
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -42,13 +41,12 @@ class Source(Protocol):
     def name(self) -> str:
         """A name that does not depend on the machine.
 
-        Names and sizes identify the data of an unfinished store, and names choose the sources that
-        the tokenizer is trained on.
+        Names and sizes identify the data of an unfinished store.
         """
         ...
 
     def size_bytes(self) -> int:
-        """Estimated bytes of text, for progress and sampling. Raises DataError."""
+        """Estimated bytes of text, for progress. Raises DataError."""
         ...
 
     def documents(self, cfg: DataConfig, counts: Counts) -> Iterator[Document]:
@@ -247,9 +245,3 @@ def _matches(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
         rest = pattern[1:] or ("*",)
         return any(_matches(path[i:], rest) for i in range(len(path)))
     return bool(path) and fnmatchcase(path[0], pattern[0]) and _matches(path[1:], pattern[1:])
-
-
-def hash_share(key: str) -> float:
-    """Hashes a document's key to [0, 1), uniformly; below data.valid_fraction it is held out."""
-    digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64

@@ -10,7 +10,8 @@ from gptjax.data import prepare
 from gptjax.data.files import Counts
 from gptjax.data.prepare import Tell
 from gptjax.data.sources import Source, resolve
-from gptjax.errors import DataError, OutputError
+from gptjax.data.split import Split
+from gptjax.errors import OutputError
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ def train(cfg: Config, folder: Path, tell: Tell = lambda *_: None) -> Report:
                 f"{folder}: holds a tokenizer already ({existing[0]}); give a new folder"
             )
         found = resolve(cfg.data.sources)
-        held_out = _held_out(cfg, found)
-        texts = list(prepare.tokenizer_sample(cfg, found, tell))
+        split = Split.of(cfg, found, [])
+        held_out = _held_out(cfg, found, split)
+        texts = list(prepare.tokenizer_sample(cfg, found, split, tell))
         began = time.perf_counter()
         tokenizer = tokenizers.train(texts, cfg.tokenizer)
         train_seconds = time.perf_counter() - began
@@ -73,18 +75,15 @@ def train(cfg: Config, folder: Path, tell: Tell = lambda *_: None) -> Report:
     )
 
 
-def _held_out(cfg: Config, found: list[Source]) -> list[str]:
-    texts, size = [], 0
-    for document in prepare.read_documents(cfg, found, "valid", Counts()):
-        texts.append(document.text)
-        size += _bytes(document.text)
+def _held_out(cfg: Config, found: list[Source], split: Split) -> list[str]:
+    texts, size, counts = [], 0, Counts()
+    documents = (d for source in found for d in source.documents(cfg.data, counts))
+    for side, document in split.apply(documents, counts):
+        if side == "valid":
+            texts.append(document.text)
+            size += _bytes(document.text)
         if size >= cfg.tokenizer.sample_bytes:
             break
-    if not texts:
-        raise DataError(
-            f"data.valid_fraction={cfg.data.valid_fraction}: no document was held out to measure "
-            "on; give more documents, or raise --valid-fraction"
-        )
     return texts
 
 

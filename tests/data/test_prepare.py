@@ -19,6 +19,8 @@ import pytest
 from gptjax import tokenizer as tokenizers
 from gptjax.config import Config, DataConfig, ModelConfig, TokenizerConfig, to_dict
 from gptjax.data import prepare, sources, store
+from gptjax.data.journal import JOURNAL
+from gptjax.data.split import share
 from gptjax.errors import DataError, MismatchError, OutputError
 from gptjax.runtime import file_lock
 from gptjax.runtime.progress import Progress
@@ -65,12 +67,25 @@ def config(folder: Path, name: str = "store", tokenizer: TokenizerConfig = BYTES
 def here(monkeypatch) -> None:
     """Tokenizes in this process, since starting workers dominates the time of a small store."""
 
-    def in_order(cfg: Config, folder: Path, start_id: int, batches: Iterator) -> Iterator:
-        tokenizer = tokenizers.load(folder, start_id)
-        monkeypatch.setattr(prepare, "_worker_tokenizer", tokenizer, raising=False)
-        yield from map(prepare._encode, batches)
+    class Here:
+        """An executor that does its work when it is submitted."""
 
-    monkeypatch.setattr(prepare, "_in_order", in_order)
+        def __init__(self, workers, context, start, arguments) -> None:
+            tokenizer = tokenizers.load(*arguments)
+            monkeypatch.setattr(prepare, "_worker_tokenizer", tokenizer, raising=False)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_) -> None:
+            pass
+
+        def submit(self, function, *arguments) -> concurrent.futures.Future:
+            future = concurrent.futures.Future()
+            future.set_result(function(*arguments))
+            return future
+
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Here)
 
 
 HERE = pytest.mark.usefixtures("here")
@@ -118,10 +133,9 @@ def test_store_has_each_document_followed_by_eos(tmp_path, corpus, tokenizer) ->
     cfg = config(tmp_path, tokenizer=tokenizer)
     manifest = prepare.prepare(cfg)
     found = source_documents(cfg)
-    held_out = {key for key in found if sources.hash_share(key) < cfg.data.valid_fraction}
     wanted = {
-        "train": [text for key, text in found.items() if key not in held_out],
-        "valid": [text for key, text in found.items() if key in held_out],
+        "train": [text for text in found.values() if share(text) >= cfg.data.valid_fraction],
+        "valid": [text for text in found.values() if share(text) < cfg.data.valid_fraction],
     }
     assert min(map(len, wanted.values())) > 5
     for split, texts in wanted.items():
@@ -215,12 +229,13 @@ def test_added_files_do_not_change_the_split_of_other_files(tmp_path: Path, corp
 @HERE
 def test_tokenizer_is_not_trained_on_held_out_documents(tmp_path: Path, corpus: Path) -> None:
     made = {}
-    held_out = [p for p in corpus.glob("*.txt") if sources.hash_share(p.name) < 0.3]
+    held_out = [p for p in corpus.glob("??.txt") if share(p.read_text()) < 0.3]
     assert held_out
     for name in ("before", "after"):
         made[name] = prepare.prepare(config(tmp_path, name, SENTENCEPIECE))
         for file in held_out:
-            file.write_text("altogether different things are said here\n" * 200)
+            strange = (f"altogether different things are said here {n}\n" * 200 for n in range(99))
+            file.write_text(next(text for text in strange if share(text) < 0.3))
     assert made["before"].tokenizer == made["after"].tokenizer
     assert made["before"].splits["train"] == made["after"].splits["train"]
     assert made["before"].splits["valid"] != made["after"].splits["valid"]
@@ -274,7 +289,7 @@ def interrupt(cfg: Config, monkeypatch, after: int) -> dict:
             prepare.prepare(cfg)
     gc.collect()  # closes what the exception's frames hold open, as the end of a process would
     assert not Path(cfg.data.store, store.MANIFEST).exists()
-    return json.loads(Path(cfg.data.store, prepare.JOURNAL).read_text())
+    return json.loads(Path(cfg.data.store, JOURNAL).read_text())["progress"]
 
 
 @HERE
@@ -296,7 +311,7 @@ def test_interrupted_preparation_continues_to_identical_bytes(
     monkeypatch.setattr(prepare, "_JOURNAL_BYTES", 4000)
     done = [interrupt(cut, monkeypatch, after)["documents"] for after in (6, 0, 4)]
     assert 0 < done[0] == done[1] < done[2]
-    before = json.loads(Path(cut.data.store, prepare.JOURNAL).read_text())["bytes"]
+    before = json.loads(Path(cut.data.store, JOURNAL).read_text())["progress"]["bytes"]
     Path(cut.data.store, ".journal.json.partial").write_text('{"ident')  # killed as it was written
     monkeypatch.undo()  # goes on in other processes, and in batches of another size
     clock: list[tuple[int, float]] = []
@@ -331,11 +346,11 @@ def test_unfinished_store_of_other_files_is_refused(tmp_path, corpus, monkeypatc
     before = contents(cfg.data.store)
     added = corpus / "000.txt"
     added.write_text("a document more, which shifts all others")
-    with pytest.raises(MismatchError, match=r"unfinished.*\n  files: "):
+    with pytest.raises(MismatchError, match=r"unfinished.*the sources have changed"):
         prepare.prepare(cfg)
     added.unlink()
     (corpus / "00.txt").write_text("one that has changed")
-    with pytest.raises(MismatchError, match=r"unfinished.*\n  files: "):
+    with pytest.raises(MismatchError, match=r"unfinished.*the sources have changed"):
         prepare.prepare(cfg)
     (corpus / "00.txt").write_text(text(0))
     kept = {name: raw for name, raw in before.items() if name != "prepare.lock"}
@@ -343,17 +358,31 @@ def test_unfinished_store_of_other_files_is_refused(tmp_path, corpus, monkeypatc
     assert prepare.prepare(cfg).splits["train"].documents > 5
 
 
-def test_listing_hash_identifies_names_and_sizes_as_before(tmp_path: Path, monkeypatch) -> None:
-    """An unfinished store records this hash, so another value would reject the store."""
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "a.txt").write_text("hello")
-    (tmp_path / "sub" / "b.txt.gz").write_text("x" * 100)
-    monkeypatch.setattr(sources.TfdsDataset, "size_bytes", lambda self: 7)
-    found = sources.resolve((str(tmp_path), "tfds:tiny@odd"))
-    assert (
-        prepare._listing_sha256(found)
-        == "7f0158dcbc98bc5180c79ed193e4501b6a24c2edb073154815997a35e477632c"
+@HERE
+def test_after_a_bad_record_the_finished_sources_are_kept(
+    tmp_path: Path, corpus: Path, monkeypatch
+) -> None:
+    bad = corpus / "06.jsonl"
+    good = "".join(json.dumps({"text": text(200 + n, 9)}) + "\n" for n in range(6))
+    bad.write_text(good + '{"text": null}\n')
+    monkeypatch.setattr(prepare, "_BATCH_BYTES", 1500)
+    cfg = config(tmp_path)
+    with pytest.raises(DataError, match=r"06.jsonl:7: its field 'text' is null and no text"):
+        prepare.prepare(cfg)
+    bad.write_text(good)
+    said: list[str] = []
+    read: list[str] = []
+    encode = prepare._encode
+    monkeypatch.setattr(
+        prepare,
+        "_encode",
+        lambda batch, n: (read.extend(t for _, t, _ in batch), encode(batch, n))[1],
     )
+    manifest = prepare.prepare(cfg, say=said.append)
+    assert said == ["sources have changed; goes on after the first 6, which are as they were"]
+    assert read[:6] == [text(200 + n, 9) for n in range(6)]
+    assert not {text(n) for n in range(6)} & set(read)
+    assert prepare.prepare(config(tmp_path, "again")).splits == manifest.splits
 
 
 @HERE
@@ -381,7 +410,7 @@ def test_tokens_are_synced_to_disk_before_the_journal(tmp_path, corpus, monkeypa
         synced[Path(path)] = Path(path).stat().st_size
 
     def checked(path: Path, text: str) -> None:
-        if path.name == prepare.JOURNAL and (journal := json.loads(text))["documents"]:
+        if path.name == JOURNAL and (journal := json.loads(text)["progress"])["documents"]:
             said.append(journal)
             wanted = {folder / s / "c" / "0": 2 * n for s, n in journal["tokens"].items()}
             wanted[folder / "tokenizer.model"] = (folder / "tokenizer.model").stat().st_size
@@ -415,7 +444,7 @@ def test_partial_journal_is_written_again(tmp_path: Path, corpus: Path) -> None:
 def test_damaged_journal_is_reported(tmp_path: Path, corpus: Path, monkeypatch) -> None:
     cfg = config(tmp_path)
     interrupt(cfg, monkeypatch, 0)
-    file = Path(cfg.data.store, prepare.JOURNAL)
+    file = Path(cfg.data.store, JOURNAL)
     for damaged in ("", "{}", file.read_text()[:50]):
         file.write_text(damaged)
         with pytest.raises(DataError, match=f"{file}: is damaged"):
@@ -451,11 +480,11 @@ def test_killed_preparation_continues_and_leaves_no_worker_behind(tmp_path, corp
     file, child = tmp_path / "cut.json", tmp_path / "child.py"
     file.write_text(json.dumps(to_dict(cut)))
     child.write_text(CHILD)
-    for share in (0.1, 0.5, 0.9):
+    for part in (0.1, 0.5, 0.9):
         process = subprocess.Popen(
             [sys.executable, child, file], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
-        assert any(int(line) >= share * size for line in process.stdout)
+        assert any(int(line) >= part * size for line in process.stdout)
         tasks = Path(f"/proc/{process.pid}/task").iterdir()
         children = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
         process.kill()
@@ -467,8 +496,8 @@ def test_killed_preparation_continues_and_leaves_no_worker_behind(tmp_path, corp
                 break
             time.sleep(0.05)
         assert not any(map(alive, children))
-        journal = json.loads(Path(cut.data.store, prepare.JOURNAL).read_text())
-        assert journal["documents"] > 0
+        journal = json.loads(Path(cut.data.store, JOURNAL).read_text())
+        assert journal["progress"]["documents"] > 0
     prepare.prepare(cut)
     assert contents(cut.data.store) == contents(whole.data.store)
 
@@ -548,12 +577,18 @@ def test_failed_preparation_without_output_does_not_fix_the_configuration(
     [
         ({"sources": ("blank.txt",)}, "data.sources={}/blank.txt: no text to train on"),
         ({"valid_sources": ("blank.txt",)}, "data.valid_sources={}/blank.txt: no text"),
-        ({"valid_fraction": 1e-9}, "data.valid_fraction=1e-09: no document was held out"),
+        ({"sources": ("twice.jsonl",)}, "data.sources={}/twice.jsonl: all its documents are the"),
+        (
+            {"sources": ("00.txt",), "valid_sources": ("same.txt",)},
+            "data.sources={}/00.txt: no text to train on that is not in data.valid_sources too",
+        ),
     ],
 )
 def test_empty_split_is_reported_and_leaves_no_files(
     tmp_path: Path, corpus: Path, fields: dict, wanted: str
 ) -> None:
+    (corpus / "twice.jsonl").write_text('{"text": "twice"}\n' * 2)
+    (corpus / "same.txt").write_text(text(0))
     given = {
         name: tuple(f"{corpus}/{file}" for file in value) if isinstance(value, tuple) else value
         for name, value in fields.items()

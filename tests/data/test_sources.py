@@ -213,14 +213,6 @@ def test_compressed_files_count_four_times_their_size(tmp_path: Path) -> None:
     assert table == 4 * (tmp_path / "b.parquet").stat().st_size
 
 
-def test_document_hash_is_uniform_and_stable() -> None:
-    shares = sorted(sources.hash_share(f"file{n}.txt#7") for n in range(4000))
-    assert all(abs(share - rank / 4000) < 0.03 for rank, share in enumerate(shares))
-    assert sources.hash_share("caf\udce9.txt") < 1  # a file's name need not be UTF-8
-    # Another value would move documents between the splits of existing corpora.
-    assert sources.hash_share("a.txt") == pytest.approx(0.0965545, abs=1e-7)
-
-
 # --- the same documents from every format ------------------------------------------------------
 
 

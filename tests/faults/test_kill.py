@@ -90,10 +90,8 @@ def unbroken(workspace: Path) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_run_killed_at_random_steps_ends_bit_identical(workspace, unbroken, seed) -> None:
-    run = f"killed{seed}"
-    draw = random.Random(seed)
+def test_run_killed_at_random_steps_ends_bit_identical(workspace, unbroken) -> None:
+    run, draw = "killed", random.Random(1)
     for step in sorted(draw.sample(range(1, STEPS - 1), 2)):
         process = start(workspace, run)
         wait_for_step(process, workspace, run, step)

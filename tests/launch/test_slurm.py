@@ -274,7 +274,7 @@ def test_restarts_are_limited(cluster, fake_gptjax, tmp_path) -> None:
     assert "after 1 restarts; giving up" in job.text()
 
 
-STEPS = 100
+STEPS = 50
 
 
 class Training(Job):

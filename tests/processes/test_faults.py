@@ -7,7 +7,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-LIMIT = 4  # seconds; watch.lost and, in some tests, watch.data
+LIMIT = 8  # seconds; watch.lost and, in some tests, watch.data
 WATCH = ("--watch.lost", str(LIMIT))
 
 

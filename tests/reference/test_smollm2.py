@@ -1,6 +1,7 @@
 """A real pretrained model, SmolLM2-135M: its certificate, and its decoded tokens."""
 
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,6 @@ from fetch_smollm2 import fetch
 from gptjax.checkpoint import run_dir
 from gptjax.cli import main
 from gptjax.config import ComputeConfig
-from gptjax.hf import safetensors
 from gptjax.parallel import mesh
 from gptjax.sample import BeamSearchParams, Sampler, SamplingParams
 
@@ -53,51 +53,54 @@ def test_certificate(imported):
     assert compared["largest_difference"] < 5e-3  # of logits up to 36, at position 8191
 
 
-def test_greedy_tokens_equal_those_of_transformers(folder, imported):
+@pytest.fixture(scope="module")
+def theirs(folder):
+    """The public implementation's model and tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    their_tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def sampler(imported) -> Iterator[Sampler]:
     cfg, tokenizer, _ = run_dir.open_run(str(imported))
-    prompts = [tokenizer.prompt(text) for text in PROMPTS]
-    assert prompts == [their_tokenizer(text).input_ids for text in PROMPTS]
     with mesh.entered_mesh(cfg):
         params, _ = run_dir.restore_params(str(imported), cfg)
-        settings = SamplingParams(temperature=0.0, max_tokens=64)
-        sampler = Sampler(params, cfg.model, ComputeConfig())
-        got = [one.ids for one in sampler.generate(prompts, settings)]
-    for prompt, continuation in zip(prompts, got, strict=True):
-        out = theirs.generate(
+        yield Sampler(params, cfg.model, ComputeConfig(), tokenizer)
+
+
+def test_greedy_tokens_equal_those_of_transformers(theirs, sampler):
+    import torch
+
+    model, their_tokenizer = theirs
+    prompts = [sampler.ids(text) for text in PROMPTS]
+    assert prompts == [their_tokenizer(text).input_ids for text in PROMPTS]
+    got = sampler.generate(prompts, SamplingParams(temperature=0.0, max_tokens=48))
+    for prompt, one in zip(prompts, got, strict=True):
+        out = model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=64,
+            max_new_tokens=48,
             do_sample=False,
-            eos_token_id=None,
+            eos_token_id=their_tokenizer.eos_token_id,
             pad_token_id=0,
         )[0, len(prompt) :].tolist()
-        assert continuation == out
-        assert tokenizer.decode(continuation) == their_tokenizer.decode(
-            out, skip_special_tokens=True
-        )
+        assert one.ids == out
+        assert one.text == their_tokenizer.decode(out, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 2.0])
-def test_beams_equal_those_of_transformers(folder, on_mesh, length_penalty):
+def test_beams_equal_those_of_transformers(theirs, sampler, length_penalty):
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    eos = AutoTokenizer.from_pretrained(folder).eos_token_id
-    settings = BeamSearchParams(4, length_penalty, returned=4, max_tokens=24)
-    source = safetensors.open_source(folder)
-    with on_mesh():
-        tokenizer = safetensors.tokenizer_of(source, print)
-        sampler = Sampler(safetensors.read_params(source), source.model, ComputeConfig(), tokenizer)
-        prompts = [sampler.ids(text) for text in PROMPTS[:3]]
-        got = sampler.beam(prompts, settings)
+    model, their_tokenizer = theirs
+    eos = their_tokenizer.eos_token_id
+    prompts = [sampler.ids(text) for text in PROMPTS[:3]]
+    got = sampler.beam(prompts, BeamSearchParams(4, length_penalty, returned=4, max_tokens=24))
     for i, prompt in enumerate(prompts):
-        out = theirs.generate(
+        out = model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
             max_new_tokens=24,
