@@ -100,7 +100,8 @@ def train(cfg: Config | str, overrides: Sequence[str] = ()) -> dict[str, float]:
         cfg.check(jax.device_count(), jax.process_count())
         watchdog.at("prepare", 0)
         with distributed.first_before_others(), prepare.shown(progress) as tell:
-            manifest = prepare.prepare(cfg, tell, progress.say)
+            begun_with = run_dir.begun_with(cfg)
+            manifest = prepare.prepare(cfg, tell, progress.say, begun_with=begun_with)
         watchdog.at("restore", 0)
         with mesh.entered_mesh(cfg):
             return pretrain(cfg, manifest, watchdog, progress)

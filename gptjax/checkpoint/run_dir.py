@@ -127,6 +127,12 @@ def _check_tokens(cfg: Config, of_run: Manifest, of_store: Manifest) -> None:
         )
 
 
+def begun_with(cfg: Config) -> str | None:
+    """The fingerprint of the tokens that the run was begun with; None for a new one."""
+    known = Path(cfg.run) / _DATA
+    return store.parse_manifest(known.read_text()).fingerprint() if known.exists() else None
+
+
 def check_store(cfg: Config, manifest: Manifest) -> None:
     """Raises DataError where a run's store is missing, MismatchError where its tokens differ."""
     _check_tokens(cfg, manifest, store.read_manifest(cfg.data.store))

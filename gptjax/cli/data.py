@@ -41,10 +41,12 @@ def prepare(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 def verify(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Runs the command."""
-    from gptjax.data import store
+    from gptjax.data import provenance, store
 
     cfg = resolve(args, overrides)
     problems = list(store.verify(cfg.data.store))
+    if "://" not in cfg.data.store:
+        problems += [f"the text has changed: {change}" for change in provenance.changes(cfg)]
     if problems:
         raise DataError("\n  ".join(problems))
     print(f"{cfg.data.store}: every chunk is what the manifest says")

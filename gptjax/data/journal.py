@@ -112,7 +112,7 @@ class Journal:
         if self.boundary is None or not same or self.split != split:
             raise MismatchError(
                 f"{folder} (unfinished): the sources have changed since it was begun; restore "
-                "them, or give another --data.store"
+                f"them, give another --data.store, or delete {folder} to begin anew"
             )
         say(f"sources have changed; goes on after the first {self.sources}, which are as they were")
         return replace(self, listing=listing[-1], progress=self.boundary.copy())

@@ -23,13 +23,13 @@ import numpy as np
 
 from gptjax import tokenizer as tokenizers
 from gptjax.config import Config
-from gptjax.data import sources, store
+from gptjax.data import provenance, sources, store
 from gptjax.data.files import Counts, Document
 from gptjax.data.journal import JOURNAL, LOCK, PARTIAL, Journal, check_same, listing_sha256
 from gptjax.data.sources import Source
 from gptjax.data.split import Split
 from gptjax.data.tokenizer_sample import sample
-from gptjax.errors import DataError, OutputError
+from gptjax.errors import DataError, MismatchError, OutputError
 from gptjax.runtime import file_lock
 from gptjax.runtime.progress import Bar, Progress
 
@@ -69,17 +69,19 @@ def prepare(
     tell: Tell = lambda *_: None,
     say: Callable[[str], None] = lambda line: None,
     clock: Clock = lambda *_: None,
+    begun_with: str | None = None,
 ) -> store.Manifest:
     """Prepares the configured store unless it is finished already; returns its manifest.
 
     Continues an unfinished one. While another process prepares the same store, calls `say` and
-    waits.
+    waits. Where the text has changed since, a run that was `begun_with` the store's fingerprint
+    goes on with it.
 
     Raises DataError for text that cannot be used, MismatchError where the folder holds a store of
-    other data, OutputError where it cannot be written.
+    other data or of what the text was before, OutputError where it cannot be written.
     """
     if "://" in cfg.data.store or (Path(cfg.data.store) / store.MANIFEST).exists():
-        return _finished(cfg)
+        return _finished(cfg, say, begun_with)
     counts = Counts()
     held_out = sources.resolve(cfg.data.valid_sources, "data.valid_sources", counts)
     found = sources.resolve(cfg.data.sources, counts=counts)
@@ -91,7 +93,7 @@ def prepare(
         folder.mkdir(parents=True, exist_ok=True)
         with file_lock.held(folder / LOCK, f"data.store={cfg.data.store}", say):
             if (folder / store.MANIFEST).exists():
-                return _finished(cfg)  # by the process that held the lock before
+                return _finished(cfg, say, begun_with)  # by the process with the lock before
             todo = _Todo(cfg, folder, found, held_out, Split.of(cfg, found, held_out))
             return _prepare(todo, counts, tell, say, clock)
     except OSError as error:
@@ -150,10 +152,19 @@ def _prepare(
     return manifest
 
 
-def _finished(cfg: Config) -> store.Manifest:
+def _finished(cfg: Config, say: Callable[[str], None], begun_with: str | None) -> store.Manifest:
     """The manifest of a finished store; a remote store is only ever read."""
     manifest = store.read_manifest(cfg.data.store)
     check_same(cfg.data.store, manifest.data, identity(cfg))
+    if "://" not in cfg.data.store and (changes := provenance.changes(cfg)):
+        shown = changes[:5] + [f"and {len(changes) - 5} more"] * (len(changes) > 5)
+        if manifest.fingerprint() != begun_with:
+            raise MismatchError(
+                f"data.store={cfg.data.store}: the text has changed since it was made; give "
+                f"another --data.store, or delete {provenance.SOURCES} in it to use it as it is",
+                shown,
+            )
+        say(f"the text has changed, and the run goes on with the tokens it has: {'; '.join(shown)}")
     return manifest
 
 
@@ -310,6 +321,7 @@ def _tokenize(
         save()  # when the text is mended, it goes on from here or from the source's beginning
         raise
     manifest = _close(todo.cfg, tokenizer, journal, counts, writers)
+    provenance.record(folder, todo.found + todo.held_out)
     store.write_manifest(folder, manifest)
     (folder / JOURNAL).unlink()
     (folder / PARTIAL).unlink(missing_ok=True)

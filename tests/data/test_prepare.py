@@ -18,7 +18,7 @@ import pytest
 
 from gptjax import tokenizer as tokenizers
 from gptjax.config import Config, DataConfig, ModelConfig, TokenizerConfig, to_dict
-from gptjax.data import prepare, sources, store
+from gptjax.data import prepare, provenance, sources, store
 from gptjax.data.journal import JOURNAL
 from gptjax.data.split import share
 from gptjax.errors import DataError, MismatchError, OutputError
@@ -427,7 +427,8 @@ def test_tokens_are_synced_to_disk_before_the_journal(tmp_path, corpus, monkeypa
     assert len(said) > 2
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "prepare.lock"]
     for file in files:
-        here = file.with_name(f".{file.name}.partial") if file.name == store.MANIFEST else file
+        replaced = file.name in (store.MANIFEST, provenance.SOURCES)
+        here = file.with_name(f".{file.name}.partial") if replaced else file
         assert synced[here] == file.stat().st_size
 
 
@@ -565,6 +566,7 @@ def test_failed_preparation_without_output_does_not_fix_the_configuration(
     assert len(stored_documents(mended, "train") + stored_documents(mended, "valid")) == 20
     assert set(contents(cfg.data.store)) == {
         "manifest.json",
+        "sources.json",
         "tokenizer.bytes",
         "prepare.lock",
         *(f"{split}/{file}" for split in ("train", "valid") for file in ("zarr.json", "c/0")),

@@ -1,11 +1,13 @@
 """How a document begins: the same in the store, in training, in prompts and in evaluation.
 
-A language of eight sentences, equally likely, has three bits a document, all of them in its first
-word: they are found only by a model that is asked as it was trained.
+A language of eight sentences, equally likely, with a number of four digits has log2(80,000) bits a
+document. Three of them are in the first word: they are found only by a model that is asked as it
+was trained.
 """
 
 import io
 import json
+import math
 import random
 from pathlib import Path
 
@@ -28,7 +30,7 @@ SENTENCES = [
     "lemon eastm hotel westm.",
     "mango westm india westm.",
 ]
-BITS_PER_BYTE = 3 / 24
+BITS_PER_BYTE = math.log2(80_000) / 29
 KINDS: dict[str, tuple[str, str | None]] = {  # a tokenizer's kind, and the BOS that it declares
     "sentencepiece": ("sentencepiece", None),
     "sentencepiece with BOS": ("sentencepiece", "<s>"),
@@ -95,9 +97,8 @@ def huggingface_files(bos: str | None) -> dict[str, bytes]:
 def test_evaluation_finds_the_entropy_of_a_language(kind, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     draw = random.Random(0)
-    for name, count in (("train", 4000), ("valid", 64)):
-        texts = [SENTENCES[i % 8] for i in range(count)]
-        draw.shuffle(texts)
+    documents = draw.sample([f"{s} {n:04}" for s in SENTENCES for n in range(10_000)], 16_000)
+    for name, texts in (("train", documents[:-200]), ("valid", documents[-200:])):
         (tmp_path / f"{name}.jsonl").write_text(
             "".join(json.dumps({"text": text}) + "\n" for text in texts)
         )
@@ -123,7 +124,8 @@ def test_evaluation_finds_the_entropy_of_a_language(kind, tmp_path, monkeypatch,
     begun = tokenizer.prompt(SENTENCES[0])
     reader = store.Reader("store", "valid", store.read_manifest("store"))
     stream = reader.windows(np.array([0]), len(reader))[0].tolist()
-    assert sum(stream[i : i + len(begun)] == begun for i in range(len(stream))) == 8
+    wanted = sum(text.startswith(SENTENCES[0]) for text in documents[-200:])
+    assert sum(stream[i : i + len(begun)] == begun for i in range(len(stream))) == wanted > 9
     assert tokenizer.prompt("") == [stream[0]] == [tokenizer.prefix_id]
 
 
