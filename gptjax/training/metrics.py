@@ -4,6 +4,7 @@ A metric has one name everywhere: loss, perplexity, grad_norm, param_norm, lr, t
 data_wait (share of the wall time that the loop waited for a batch), mfu, …
 """
 
+import io
 import json
 import math
 import sys
@@ -86,13 +87,14 @@ class JsonlWriter:
     def __init__(self, folder: Path, first_step: int) -> None:
         file = folder / METRICS_FILE
         kept, damaged = [], []
-        for line in file.read_bytes().splitlines(keepends=True) if file.exists() else ():
+        raw = file.read_bytes() if file.exists() else b""
+        for line in io.BytesIO(raw):
             if (entry := _entry(line)) is None:
                 damaged.append(line)
             elif entry["step"] < first_step or (entry["step"] == first_step and "loss" in entry):
                 kept.append(line)
-        if damaged and not damaged[-1].endswith(b"\n"):
-            damaged.pop()  # the last line, which a kill has cut
+        if not raw.endswith(b"\n"):
+            damaged = damaged[:-1]  # the last line, which a kill has cut
         if damaged:
             aside = folder / f"{METRICS_FILE}.damaged"
             with aside.open("ab") as stream:
