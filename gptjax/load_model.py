@@ -170,6 +170,8 @@ def find_model(path: str, say: Say = _silent) -> RunModel | HuggingFaceModel:
     if is_hugging_face(path):
         folder = path.removeprefix("hf:")
         source = safetensors.open_source(Path(folder))
+        for note in source.notes:
+            say(note)
         return HuggingFaceModel(f"hf:{folder}", source, safetensors.tokenizer_of(source, say))
     cfg, tokenizer, manifest = run_dir.open_run(path)
     kind = AdapterRun if cfg.finetune.lora.rank else RunModel

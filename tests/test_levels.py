@@ -215,6 +215,6 @@ def family_names(source: str) -> list[str]:
 def test_no_code_knows_a_family_by_name_but_the_presets_and_their_declaration() -> None:
     files = modules()
     users = {file for file, source in files.items() if family_names(source)}
-    assert users == {"hf/families", "hf/gpt", "hf/llama", "hf/falcon", "hf/rope"}
+    assert users == {"hf/families", "hf/gpt", "hf/llama", "hf/config_keys", "hf/falcon", "hf/rope"}
     caught = 'def f(kind):\n    """Falcon."""\n    return kind == "gpt-2"'
     assert family_names(caught) == ["gpt-2"]

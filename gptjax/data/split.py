@@ -136,4 +136,6 @@ def _texts(cfg: Config, found: list[Source]) -> Iterator[tuple[str, int]]:
 
 
 def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "replace")).digest()[:16]
+    # The word before the text makes another draw: without it, nine tenths of the quickstart's
+    # validation text are one file of Python 3.12.
+    return hashlib.sha256(b"valid" + text.encode("utf-8", "replace")).digest()[:16]

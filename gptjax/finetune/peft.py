@@ -25,6 +25,7 @@ from gptjax.errors import DataError, MismatchError
 from gptjax.finetune import lora
 from gptjax.hf import families
 from gptjax.hf.mapping import TensorMapping
+from gptjax.hf.safetensors import save_tensors
 from gptjax.model import decoder
 from gptjax.model.decoder import Params
 from gptjax.parallel import sharding
@@ -33,11 +34,16 @@ from gptjax.param_tree import leaves_by_path, nested, sides
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-# Settings of adapter_config.json that add to an adapter what ours do not have.
-_UNSUPPORTED = """
-use_dora modules_to_save lora_bias target_parameters trainable_token_indices layer_replication
-use_qalora alora_invocation_tokens use_bdlora
+# Settings of adapter_config.json that are read, or that do not change what saved adapters do: which
+# modules they are of is in the tensors' names.
+_KNOWN = """
+peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r
+target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora
+init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_config
+megatron_core eva_config qalora_group_size runtime_config ensure_weight_tying
 """
+# Ways to begin adapters that leave the base as it is. Others, such as PiSSA and OLoRA, change it.
+_BASE_UNCHANGED = (True, False, None, "gaussian", "orthogonal", "eva")
 
 Shapes = dict[str, tuple[int, ...]]
 Matrices = dict[str, np.ndarray]  # "a" [in..., R] and "b" [R, out...] of one layer's parameter
@@ -96,8 +102,6 @@ def write_folder(
 
     Raises MismatchError for a model that no family has, and for adapters of experts or routers.
     """
-    from safetensors.numpy import save_file
-
     ranks, tensors = _export(adapters, model)
     suffixes = _module_suffixes(ranks, _modules(model))
     fused = {suffix: ranks[one] for suffix, one in suffixes.items() if ranks[one] != cfg.rank}
@@ -115,7 +119,7 @@ def write_folder(
         "bias": "none",
         "inference_mode": True,
     }
-    save_file(tensors, folder / TENSORS, {"format": "pt"})
+    save_tensors(tensors, folder / TENSORS)
     (folder / CONFIG).write_text(json.dumps(config, indent=2))
 
 
@@ -265,7 +269,13 @@ def _load(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         tensors = load_file(folder / TENSORS)
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"{folder}: cannot be read as PEFT's adapters: {error}") from None
-    unsupported = [f"{key}={config[key]!r}" for key in _UNSUPPORTED.split() if config.get(key)]
+    unknown = sorted(set(config) - set(_KNOWN.split()))
+    unsupported = [f"{key}={config[key]!r}" for key in unknown if config[key]]
+    if (begun := config.get("init_lora_weights")) not in _BASE_UNCHANGED:
+        unsupported.append(
+            f"init_lora_weights={begun!r}: these adapters go with another base than the one named; "
+            "save them in PEFT with path_initial_model_for_weight_conversion"
+        )
     if (kind := config.get("peft_type")) != "LORA":
         unsupported.append(f"peft_type={kind!r}")
     if config.get("bias", "none") != "none":

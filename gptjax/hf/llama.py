@@ -17,16 +17,18 @@ def _read_llama(
     *,
     biases: bool = False,
     default_theta: float | None = None,
-    windows: Sequence[bool] = (False,),
+    windows: Sequence[bool] | None = None,
     qk_norm: bool = False,
 ) -> ModelConfig:
     """The model of a config.json of Llama or of a family derived from it.
 
     `biases`: linear layers may have them; `windows`: whether each layer's attention has a sliding
-    window, of one layer for all. Raises MismatchError for a value that is not supported.
+    window, of one layer for all; None: no layer has. Raises MismatchError for a value that is not
+    supported.
     """
     c.one_of("hidden_act", "silu", default="silu")
     embed, heads = c.require("hidden_size"), c.require("num_attention_heads")
+    windows = _one_window(c, False) if windows is None else windows
     allowed = (False, True) if biases else (False,)
     linear_bias = c.one_of("attention_bias", *allowed, default=False)
     if c.one_of("mlp_bias", *allowed, default=False) != linear_bias:
@@ -65,7 +67,19 @@ def _pattern(windows: Sequence[bool]) -> tuple[Any, ...]:
 def _mistral_windows(c: ConfigReader) -> Sequence[bool]:
     if "sliding_window" not in c.values:  # absent, it has the default of `transformers`, 4096
         c.require("sliding_window")
-    return (c.get("sliding_window") is not None,)
+    return _one_window(c, c.get("sliding_window") is not None)
+
+
+def _one_window(c: ConfigReader, windowed: bool) -> Sequence[bool]:
+    """That all layers have a window, or none. Raises MismatchError where layer_types disagrees."""
+    kind = "sliding_attention" if windowed else "full_attention"
+    for given in c.get("layer_types", [kind]):
+        if given != kind:
+            raise MismatchError(
+                f"{c.location}: layer_types has {given!r} where all layers of this model are "
+                f"{kind!r}; not supported"
+            )
+    return (windowed,)
 
 
 def _qwen_windows(c: ConfigReader, *, by_layer: bool) -> Sequence[bool]:
@@ -74,7 +88,7 @@ def _qwen_windows(c: ConfigReader, *, by_layer: bool) -> Sequence[bool]:
     """
     enabled = bool(c.get("use_sliding_window", False))
     if not by_layer:
-        return (enabled,)
+        return _one_window(c, enabled)
     layers, first = c.require("num_hidden_layers"), c.get("max_window_layers", 28)
     kinds = c.get("layer_types") or [
         "sliding_attention" if i >= first else "full_attention" for i in range(layers)
@@ -213,7 +227,7 @@ FAMILIES: dict[str, Family] = {
         "MixtralForCausalLM",
         to_model=lambda c: _with_experts(
             c,
-            _read_llama(c, windows=(c.get("sliding_window") is not None,)),
+            _read_llama(c, windows=_one_window(c, c.get("sliding_window") is not None)),
             experts=c.require("num_local_experts"),
         ),
         to_config=lambda m: (

@@ -18,15 +18,18 @@ _ROPE_TYPE = {scaling: rope_type for rope_type, scaling in _SCALING.items()}
 
 
 def read_rope(c: ConfigReader, default_theta: float | None = None) -> RopeConfig:
-    """RoPE settings from `rope_parameters`, or from the older `rope_theta` and `rope_scaling`.
+    """RoPE settings of `rope_scaling`, or else of `rope_parameters`, which came after it.
 
+    Where both are there, `transformers` 5 reads `rope_scaling`; it prefers a frequency within them
+    to `rope_theta`, and `original_max_position_embeddings` beside them to one within.
     `default_theta` is the base frequency where config.json gives none; with None it must. Raises
     MismatchError for a scaling that is not supported, DataError for a setting that is missing.
     """
-    older = c.get("rope_scaling", {})
-    location = f"{c.location}: rope_parameters"
-    settings = ConfigReader(c.get("rope_parameters", older), location)
-    c.nested["rope_parameters"] = settings
+    newer = c.get("rope_parameters", {})
+    key = "rope_scaling" if c.get("rope_scaling") else "rope_parameters"
+    location = f"{c.location}: {key}"
+    settings = ConfigReader(c.get(key, newer), location)
+    c.nested[key] = settings
     kind = settings.get("rope_type", settings.get("type", "default"))
     if kind not in _SCALING:
         raise MismatchError(
@@ -43,7 +46,8 @@ def read_rope(c: ConfigReader, default_theta: float | None = None) -> RopeConfig
     rope = replace(rope, factor=float(settings.require("factor")))
     if kind == "linear":
         return rope
-    original = settings.get("original_max_position_embeddings")
+    within = settings.get("original_max_position_embeddings")
+    original = c.get("original_max_position_embeddings", within)
     original = c.require("max_position_embeddings") if original is None else original
     rope = replace(rope, original_context=int(original))
     if kind == "llama3":

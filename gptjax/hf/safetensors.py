@@ -13,7 +13,8 @@ import itertools
 import json
 import math
 import mmap
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from gptjax.checkpoint.checkpointer import leaves_by_path
 from gptjax.config import ModelConfig, TokenizerConfig
 from gptjax.errors import DataError, MismatchError
 from gptjax.hf import families
+from gptjax.hf.config_keys import check_unused
 from gptjax.hf.mapping import TensorMapping
 from gptjax.hf.reader import Family, Json
 from gptjax.model import decoder
@@ -49,18 +51,6 @@ _TOKENIZER_FILES: dict[Literal["huggingface", "sentencepiece"], str] = {
     "huggingface": "tokenizer.json",
     "sentencepiece": "tokenizer.model",
 }
-# Keys of config.json that no logits depend on, or that only some families use.
-_HARMLESS_KEYS = """
-architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id
-pad_token_id initializer_range pretraining_tp attention_dropout hidden_dropout attn_pdrop embd_pdrop
-resid_pdrop output_router_logits router_jitter_noise task_specific_params _name_or_path n_ctx
-summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
-reorder_and_upcast_attn auto_map use_sliding_window sliding_window
-multi_query num_kv_heads num_ln_in_parallel_attn parallel_attn rope_theta rope_scaling
-rope_parameters
-"""
-
-
 # --- opening -----------------------------------------------------------------------------------
 
 
@@ -68,16 +58,15 @@ rope_parameters
 class Source:
     """An opened Hugging Face folder: config.json, the family and model it describes, the tensors.
 
-    `unread` are keys of config.json that were not used although the logits may depend on them.
-    `files` holds the open file of each tensor, by the name stored there, and `names` the stored
-    name by the tensor's full name.
+    `notes` tells which files of the folder are not read, in sentences. `files` holds the open file
+    of each tensor, by the name stored there, and `names` the stored name by the tensor's full name.
     """
 
     folder: Path
     config: Json
     family: Family
     model: ModelConfig
-    unread: tuple[str, ...]
+    notes: tuple[str, ...]
     files: Mapping[str, Any] = field(repr=False)
     names: Mapping[str, str] = field(repr=False)
 
@@ -95,8 +84,9 @@ def open_source(folder: Path, extra_tensors: Collection[str] = ()) -> Source:
     """Opens a folder and accounts for every tensor in it; reads none of their values.
 
     `extra_tensors` are names of tensors that the folder has beside the model's. Raises DataError
-    for a folder or file that cannot be used, MismatchError for a model that is not supported and
-    for tensors that are missing, unexpected or of another shape.
+    for a folder or file that cannot be used, MismatchError for a model that is not supported, for
+    keys of config.json that are not known, and for tensors that are missing, unexpected or of
+    another shape.
     """
     config_file = folder / "config.json"
     if not config_file.exists():
@@ -108,7 +98,8 @@ def open_source(folder: Path, extra_tensors: Collection[str] = ()) -> Source:
     if not isinstance(config, dict):
         raise DataError(f"{config_file}: must hold an object")
     family, model, unused = families.read_config(config, str(config_file))
-    files = _open_files(folder)
+    check_unused(config, unused, str(config_file))
+    files, notes = _open_files(folder)
     own = {name: file for name, file in files.items() if name not in extra_tensors}
     names = _match_tensors(folder, family, model, own)
     return Source(
@@ -116,28 +107,34 @@ def open_source(folder: Path, extra_tensors: Collection[str] = ()) -> Source:
         config,
         family,
         model,
-        tuple(sorted(unused - set(_HARMLESS_KEYS.split()))),
+        notes,
         files,
         names | {name: name for name in extra_tensors},
     )
 
 
-def _open_files(folder: Path) -> dict[str, Any]:
-    """The open safetensors file of each tensor, by the name that it has there."""
-    from safetensors import SafetensorError, safe_open
+def _open_files(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The open safetensors file of each tensor, by the name that it has there; notes.
 
-    indexed: Iterable[str] | None = None
-    if (folder / _INDEX).exists():
+    As in `transformers`, a whole file comes before an index and its files; an index says which file
+    each tensor is read from.
+    """
+    weight_map: dict[str, str] = {}
+    notes: tuple[str, ...] = ()
+    if (folder / _SINGLE_FILE).exists():
+        file_names = [_SINGLE_FILE]
+        others = [path.name for path in sorted(folder.glob("model-*-of-*.safetensors"))]
+        others += [_INDEX] * (folder / _INDEX).exists()
+        if others:
+            notes = (f"{folder}: {_SINGLE_FILE} is read, and {', '.join(others)} beside it is not",)
+    elif (folder / _INDEX).exists():
         try:
-            weight_map = json.loads((folder / _INDEX).read_text())["weight_map"]
+            weight_map = dict(json.loads((folder / _INDEX).read_text())["weight_map"])
             file_names = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise DataError(f"{folder / _INDEX}: cannot be read ({error!r})") from None
         if bad := [name for name in file_names if Path(name).name != name]:
             raise DataError(f"{folder / _INDEX}: names a file outside its folder: {bad[0]}")
-        indexed = weight_map
-    elif (folder / _SINGLE_FILE).exists():
-        file_names = [_SINGLE_FILE]
     elif any(next(folder.glob(pattern), None) for pattern in _PICKLED):
         raise DataError(
             f"{folder}: holds pickled weights only, and loading a pickle runs code from it. In an "
@@ -148,14 +145,23 @@ def _open_files(folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder}: no {_SINGLE_FILE} and no {_INDEX}")
     opened: dict[str, Any] = {}
     for name in file_names:
-        try:
-            handle = safe_open(folder / name, "np")
-        except (SafetensorError, OSError) as error:
-            raise DataError(f"{folder / name}: cannot be read as safetensors: {error}") from None
-        opened |= dict.fromkeys(handle.keys(), handle)
-    if indexed is not None and (missing := set(indexed) - set(opened)):
-        raise DataError(f"{folder / _INDEX}: {min(missing)} is in none of its files")
-    return opened
+        handle = _open_file(folder / name)
+        own = {key for key in handle.keys() if weight_map.get(key, name) == name}  # noqa: SIM118
+        opened |= dict.fromkeys(own, handle)
+    if missing := set(weight_map) - set(opened):
+        first = min(missing)
+        raise DataError(f"{folder / _INDEX}: {first} is not in {weight_map[first]}, as it says")
+    return opened, notes
+
+
+def _open_file(path: Path) -> Any:
+    """An open safetensors file. Raises DataError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, "np")
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: cannot be read as safetensors: {error}") from None
 
 
 def _match_tensors(
@@ -387,6 +393,16 @@ def write_folder(
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
+def save_tensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+    """Writes a safetensors file, readable by those that may read other new files of the user."""
+    from safetensors.numpy import save_file
+
+    with path.open("wb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+    save_file(dict(tensors), path, {"format": "pt"})  # which makes a file for its owner alone
+    path.chmod(mode)
+
+
 class _TensorWriter:
     """Writes tensors to safetensors files of at most _MAX_FILE_BYTES, unless one tensor is larger.
 
@@ -421,10 +437,8 @@ class _TensorWriter:
         (self._folder / _INDEX).write_text(json.dumps(index, indent=2))
 
     def _flush(self) -> None:
-        from safetensors.numpy import save_file
-
         name = f".part-{len(self._files):05d}.safetensors"
-        save_file(self._pending, self._folder / name, {"format": "pt"})
+        save_tensors(self._pending, self._folder / name)
         self._files.append((name, list(self._pending)))
         self._pending, self._size = {}, 0
 

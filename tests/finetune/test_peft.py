@@ -123,11 +123,24 @@ def test_unsupported_settings_and_tensors_are_errors(on_mesh, adapters_of, tmp_p
         _, adapters = adapters_of(model, cfg)
         peft.write_folder(tmp_path, adapters, cfg, model)
         config = json.loads((tmp_path / peft.CONFIG).read_text())
-        for change in ({"use_dora": True}, {"peft_type": "IA3"}, {"bias": "all"}):
+        assert (tmp_path / peft.TENSORS).stat().st_mode == (tmp_path / peft.CONFIG).stat().st_mode
+        changed_bases = ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")
+        for change in (
+            {"use_dora": True},
+            {"peft_type": "IA3"},
+            {"bias": "all"},
+            {"a_new_trick": 3},
+            *({"init_lora_weights": begun} for begun in changed_bases),
+        ):
             (tmp_path / peft.CONFIG).write_text(json.dumps(config | change))
             with pytest.raises(MismatchError, match=f"not supported:\n.*{min(change)}"):
                 peft.read_folder(tmp_path, model)
-        (tmp_path / peft.CONFIG).write_text(json.dumps(config))
+        harmless = {
+            "init_lora_weights": "gaussian",
+            "a_new_trick": None,
+            "layers_pattern": "layers",
+        }
+        (tmp_path / peft.CONFIG).write_text(json.dumps(config | harmless))
         tensors = load_file(tmp_path / peft.TENSORS)
         missing = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
         save_file({k: v for k, v in tensors.items() if k != missing}, tmp_path / peft.TENSORS)

@@ -81,7 +81,7 @@ def test_round_trip_is_bit_exact_on_one_and_on_eight_devices(on_mesh, folders, n
     folder, params = folders[name]
     assert json.loads((folder / "config.json").read_text())["model_type"] == name
     source = safetensors.open_source(folder)
-    assert source.unread == ()
+    assert source.notes == ()
     for mesh in ((1, 1, 1), (4, 2, 1) if source.model.kv == 1 else (2, 2, 2)):
         with on_mesh(*mesh):
             back = safetensors.read_params(source)
@@ -97,6 +97,7 @@ def test_round_trip_of_half_precision_is_byte_exact(on_mesh, folders, tmp_path, 
     with on_mesh():
         params = safetensors.read_params(safetensors.open_source(folders[name][0]))
         safetensors.write_folder(tmp_path, params, MODELS[name], dtype=dtype)
+        assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
         narrow = safetensors.open_source(tmp_path)
         made = safetensors.tensors(safetensors.read_params(narrow), narrow.model, narrow.family)
         for key, value in made:
@@ -221,15 +222,74 @@ def test_damaged_file_is_reported_by_name(folders, tmp_path):
     ],
 )
 def test_unsupported_setting_is_reported_by_its_key(folders, tmp_path, family, changes, message):
+    changes = {"rope_scaling": None} | changes  # which would come before rope_parameters
     with pytest.raises((DataError, MismatchError), match=message):
         safetensors.open_source(edited(folders[family][0], tmp_path, **changes))
 
 
-def test_unused_config_keys_are_reported(folders, tmp_path):
+def test_settings_that_are_not_known_are_refused(folders, tmp_path):
     rope = {"rope_type": "default", "rope_theta": 1e4, "twist": 1}
-    changes = {"new_trick": True, "rope_parameters": rope}
-    source = safetensors.open_source(edited(folders["llama"][0], tmp_path, **changes))
-    assert source.unread == ("new_trick", "rope_parameters.twist")
+    changes = {"rope_scaling": None, "rope_parameters": rope}
+    changes |= {"new_trick": True, "quantization_config": {"bits": 4}}
+    known = {"pruned_heads": {}, "temperature": 0.7, "id2label": {"0": "x"}, "another": None}
+    with pytest.raises(MismatchError, match="settings that gptjax does not know") as error:
+        safetensors.open_source(edited(folders["llama"][0], tmp_path, **changes, **known))
+    assert error.value.differences == [
+        "new_trick=True",
+        "quantization_config={'bits': 4}",
+        "rope_parameters.twist=1",
+    ]
+    with pytest.raises(MismatchError, match="add_cross_attention=True"):
+        safetensors.open_source(edited(folders["gpt2"][0], tmp_path, add_cross_attention=True))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"layer_types": ["full_attention", "sliding_attention"] * 2}),
+        ("mistral", {"layer_types": ["full_attention", "sliding_attention"] * 2}),
+        ("mixtral", {"layer_types": ["sliding_attention"] * 2}),
+    ],
+)
+def test_layers_of_other_kinds_than_the_family_has_are_refused(folders, tmp_path, family, changes):
+    with pytest.raises(MismatchError, match="layer_types has"):
+        safetensors.open_source(edited(folders[family][0], tmp_path, **changes))
+
+
+def test_a_whole_file_comes_before_an_index_and_what_is_not_read_is_told(folders, tmp_path):
+    folder = edited(folders["llama"][0], tmp_path)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    save_file({"old": np.zeros(1, np.float32)}, folder / "model-00001-of-00001.safetensors")
+    (note,) = safetensors.open_source(folder).notes
+    assert note == (
+        f"{folder}: model.safetensors is read, and model-00001-of-00001.safetensors, "
+        "model.safetensors.index.json beside it is not"
+    )
+
+
+@pytest.mark.parametrize("stale_in", [0, 1])
+def test_an_index_says_which_file_a_tensor_is_read_from(folders, tmp_path, stale_in):
+    folder = edited(folders["llama"][0], tmp_path)
+    with safe_open(folder / "model.safetensors", "np") as file:
+        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    (folder / "model.safetensors").unlink()
+    names = sorted(stored)
+    parts = [names[: len(names) // 2], names[len(names) // 2 :]]
+    files = [f"model-{n}-of-2.safetensors" for n in (1, 2)]
+    for number, part in enumerate(parts):
+        stale = {k: stored[k] * -1 for k in parts[1 - number][:3]} if number == stale_in else {}
+        save_file({k: stored[k] for k in part} | stale, folder / files[number])
+    weight_map = {k: file for file, part in zip(files, parts, strict=True) for k in part}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    source = safetensors.open_source(folder)
+    assert all(np.array_equal(source.tensor(name), stored[name]) for name in names)
+    wrong = weight_map | {names[-1]: files[0]}
+    index.write_text(json.dumps({"weight_map": wrong}))
+    if stale_in == 0 and names[-1] in parts[1][:3]:
+        return
+    with pytest.raises(DataError, match=f"{names[-1]} is not in {files[0]}, as it says"):
+        safetensors.open_source(folder)
 
 
 def test_sliding_window_layers_are_read_from_either_form_of_config(folders, tmp_path):
@@ -273,6 +333,13 @@ def test_older_rope_keys_are_read_alike(folders, tmp_path):
     }
     source = safetensors.open_source(edited(folders["llama"][0], tmp_path, **changes))
     assert source.model.rope == MODELS["llama"].rope
+    both = changes | {"rope_parameters": {"rope_type": "default", "rope_theta": 3.0}}
+    source = safetensors.open_source(edited(folders["llama"][0], tmp_path, **both))
+    assert source.model.rope == MODELS["llama"].rope
+    source = safetensors.open_source(
+        edited(folders["llama"][0], tmp_path, **both, original_max_position_embeddings=7)
+    )
+    assert source.model.rope == replace(MODELS["llama"].rope, original_context=7)
 
 
 @pytest.mark.parametrize(

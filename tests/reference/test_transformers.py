@@ -172,3 +172,82 @@ def test_exported_folder_loads_in_transformers_with_equal_bits(on_mesh, variant,
     assert json.loads((Path(tmp_path) / "config.json").read_text())["architectures"] == [
         source.family.architecture
     ]
+
+
+ROPES = {
+    "both, rope_scaling linear": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+    },
+    "both, a frequency beside them": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        "rope_theta": 700.0,
+    },
+    "both, yarn": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "rope_theta": 900.0,
+        },
+    },
+    "yarn, original length at the top": {
+        "rope_parameters": None,
+        "rope_theta": 700.0,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+        "original_max_position_embeddings": 32,
+    },
+    "llama3, another original length at the top": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        "original_max_position_embeddings": 16,
+    },
+    "a frequency within and beside": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        "rope_theta": 700.0,
+    },
+    "linear and nothing else": {
+        "rope_parameters": None,
+        "rope_scaling": {"type": "linear", "factor": 3.0},
+    },
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rotary_settings_have_the_precedence_of_transformers(name, on_mesh, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=200,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text()) | ROPES[name]
+    values = {key: value for key, value in values.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    source = safetensors.open_source(tmp_path)
+    ids = np.random.default_rng(0).integers(0, 200, (2, 100)).astype(np.int32)
+    with torch.no_grad():
+        want = torch.log_softmax(theirs(torch.tensor(ids)).logits, -1).numpy()
+    with on_mesh():
+        params = safetensors.read_params(source)
+        hidden = decoder.apply(params, source.model, COMPUTE, jnp.array(ids))[0]
+        got = jax.nn.log_softmax(decoder.logits(params, source.model, hidden), -1)
+    got = np.asarray(got).reshape(2, 100, -1)[..., :200]
+    np.testing.assert_allclose(got, want, atol=2e-4)
