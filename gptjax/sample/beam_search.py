@@ -110,13 +110,13 @@ def _length_penalised(
 
 
 def _candidates(
-    logits_BV: jax.Array, step: jax.Array, live: Beams, n: int
+    logprobs_BV: jax.Array, step: jax.Array, live: Beams, n: int
 ) -> tuple[Beams, jax.Array, jax.Array]:
     """The n best one-token extensions of each prompt's live beams, the beam that each extends, and
     its token.
     """
-    (r, w), v = live.scores_RW.shape, logits_BV.shape[-1]
-    logprobs_RWV = jax.nn.log_softmax(logits_BV, -1).reshape(r, w, v)
+    (r, w), v = live.scores_RW.shape, logprobs_BV.shape[-1]
+    logprobs_RWV = logprobs_BV.reshape(r, w, v)
     total_RM = (logprobs_RWV + live.scores_RW[:, :, None]).reshape(r, w * v)
     scores_RN, index_RN = lax.top_k(total_RM, n)
     parent_RN, token_RN = index_RN // v, (index_RN % v).astype(jnp.int32)
@@ -126,14 +126,14 @@ def _candidates(
 
 
 def _select(
-    logits_BV: jax.Array, state: BeamState, options: BeamOptions[jax.Array], config: BeamConfig
+    logprobs_BV: jax.Array, state: BeamState, options: BeamOptions[jax.Array], config: BeamConfig
 ) -> tuple[Beams, Beams, jax.Array, jax.Array]:
     """The live and finished beams after a step, the prompts still open, and the slot [B] that each
     live beam extends.
     """
     (r, w), step = state.live.scores_RW.shape, state.step
     n = w * max(2, 1 + len(config.stop_ids))
-    candidates, parent_RN, token_RN = _candidates(logits_BV, step, state.live, n)
+    candidates, parent_RN, token_RN = _candidates(logprobs_BV, step, state.live, n)
     scores_RN = candidates.scores_RW
     ends_RN = (token_RN[..., None] == jnp.array(config.stop_ids, jnp.int32)).any(-1)
     ends_RN |= step + 1 >= options.max_tokens
@@ -174,7 +174,7 @@ def beam_step(
     )
     position_RW = jnp.broadcast_to((position_R + state.step)[:, None], shape)
     to_slots = lambda x: jax.sharding.reshard(x.reshape(-1), slots_spec)
-    logits_BV, caches = next_logits(
+    logits_BV, log_total_B, caches = next_logits(
         params,
         config.model,
         config.compute,
@@ -183,16 +183,16 @@ def beam_step(
         state.caches,
         options.vocab_size,
     )
-    logits_BV = jax.sharding.reshard(logits_BV, jax.P())
+    logprobs_BV = jax.sharding.reshard(logits_BV - log_total_B[:, None], jax.P())
 
     @functools.partial(jax.sharding.auto_axes, out_sharding=jax.P(), axes=None)
     def select(
-        logits_BV: jax.Array, step: jax.Array, live: Beams, finished: Beams, open_R: jax.Array
+        logprobs_BV: jax.Array, step: jax.Array, live: Beams, finished: Beams, open_R: jax.Array
     ) -> tuple[Beams, Beams, jax.Array, jax.Array]:
-        return _select(logits_BV, BeamState(step, live, finished, open_R, ()), options, config)
+        return _select(logprobs_BV, BeamState(step, live, finished, open_R, ()), options, config)
 
     live, finished, open_R, slots_B = select(
-        logits_BV, state.step, state.live, state.finished, state.open_R
+        logprobs_BV, state.step, state.live, state.finished, state.open_R
     )
     caches = _reorder(caches, jax.sharding.reshard(slots_B, slots_spec))
     return BeamState(state.step + 1, live, finished, open_R, caches)

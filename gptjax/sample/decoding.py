@@ -186,18 +186,21 @@ def next_logits(
     position_B: jax.Array,
     caches: Caches,
     vocab_size: jax.Array,
-) -> tuple[jax.Array, Caches]:
-    """Logits [B, V] of the token after `token_B`, and the KV caches with `token_B` in them.
+) -> tuple[jax.Array, jax.Array, Caches]:
+    """Logits [B, V] of the token after `token_B`, the logarithm of the sum of their exponentials
+    [B], and the KV caches with `token_B` in them.
 
-    Ids from `vocab_size` on are NEVER: the embedding may have more rows than there are tokens.
+    Logits of ids from `vocab_size` on are NEVER: the model may have more rows than there are
+    tokens. The sum is over all rows of the model, so that log-probabilities are its own.
     """
     x_BD, caches = decoder.decode(
         params, model, compute, token_B[:, None], position_B[:, None], caches
     )
     logits_BV = decoder.logits(params, model, x_BD)
     logits_BV = jax.sharding.reshard(logits_BV, sharding.spec("batch", None))
+    log_total_B = jax.nn.logsumexp(logits_BV, -1)
     logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < vocab_size, logits_BV, NEVER)
-    return logits_BV, caches
+    return logits_BV, log_total_B, caches
 
 
 def decode_step(
@@ -206,7 +209,7 @@ def decode_step(
     """One token for each active slot: the next of its prompt, or one drawn from the model."""
     slots = state.slots
     active_B = slots.position_B >= 0
-    logits_BV, caches = next_logits(
+    logits_BV, log_total_B, caches = next_logits(
         params,
         config.model,
         config.compute,
@@ -220,7 +223,7 @@ def decode_step(
     in_prompt_B = prompt_B >= 0
     token_B = jnp.where(in_prompt_B, prompt_B, _draw(logits_BV, slots, config))
     drawn_B = active_B & ~in_prompt_B
-    output = _record(state.output, state.step, logits_BV, token_B, drawn_B)
+    output = _record(state.output, state.step, logits_BV - log_total_B[:, None], token_B, drawn_B)
     return DecodeState(state.step + 1, _advance(slots, token_B, drawn_B), caches, output)
 
 
@@ -251,7 +254,7 @@ def _vmap_slots(function: Callable[..., jax.Array], *args: jax.Array) -> jax.Arr
 def _record(
     output: DecodeOutput,
     step: jax.Array,
-    logits_BV: jax.Array,
+    logprobs_BV: jax.Array,
     token_B: jax.Array,
     drawn_B: jax.Array,
 ) -> DecodeOutput:
@@ -260,8 +263,7 @@ def _record(
     output = output._replace(tokens_BU=put(output.tokens_BU, jnp.where(drawn_B, token_B, -1)))
     if output.logprobs_BU is None:
         return output
-    logprobs_BV = jax.nn.log_softmax(logits_BV, -1)
-    chosen_BV = jnp.arange(logits_BV.shape[-1]) == token_B[:, None]
+    chosen_BV = jnp.arange(logprobs_BV.shape[-1]) == token_B[:, None]
     chosen_B = jnp.where(chosen_BV, logprobs_BV, 0).sum(-1)
     output = output._replace(logprobs_BU=put(output.logprobs_BU, chosen_B))
     if output.top_ids_BUa is None:

@@ -32,7 +32,8 @@ def score(
     """Log-probabilities of all tokens but the first, given those before [B, T-1]; ids and
     log-probabilities of the likeliest tokens in their places [B, T-1, a].
 
-    Ids from `vocab_size` on have probability 0, as in decoding. The results are replicated.
+    Probabilities are over all rows of the model, as in decoding and evaluation; ids from
+    `vocab_size` on, which are no tokens, are none of the likeliest. The results are replicated.
     """
     b, t = tokens_BT.shape
     x_ND = decoder.apply(params, model, compute, tokens_BT).x_ND
@@ -47,11 +48,12 @@ def score(
         x_nD = sequence.flatten(x_BTD[:, start:stop], "batch")
         logits_nV = decoder.logits(params, model, x_nD)
         logits_nV = jax.sharding.reshard(logits_nV, sharding.spec("batch", None))
-        logits_nV = jnp.where(jnp.arange(logits_nV.shape[-1]) < vocab_size, logits_nV, NEVER)
         next_n = sequence.flatten(tokens_BT[:, start + 1 : stop + 1], "batch")
         logprobs_nV = jax.nn.log_softmax(logits_nV, -1)
         at_nV = jnp.arange(logits_nV.shape[-1]) == next_n[:, None]
         own_n = jnp.where(at_nV, logprobs_nV, 0).sum(-1)
+        tokens_V = jnp.arange(logits_nV.shape[-1]) < vocab_size
+        logprobs_nV = jnp.where(tokens_V, logprobs_nV, NEVER)
         top_na, ids_na = (
             lax.top_k(logprobs_nV, alternatives)
             if alternatives

@@ -12,10 +12,12 @@ from scipy import stats
 
 from gptjax.config import ComputeConfig
 from gptjax.errors import ConfigError
+from gptjax.evaluate import Scorer
 from gptjax.hf import safetensors
 from gptjax.model import decoder
 from gptjax.parallel import arrays
-from gptjax.sample import Sampler, SamplingParams
+from gptjax.runtime.progress import Progress
+from gptjax.sample import BeamSearchParams, Sampler, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -354,3 +356,34 @@ def test_embedding_rows_beyond_the_vocabulary_are_never_drawn(one_device, model,
     some = generate(params, model, prompts_of(5, 5), settings, vocab_size=9)
     assert {i for out in some for i in out} <= set(range(9))
     assert max(i for out in generate(params, model, prompts_of(5, 5), settings) for i in out) > 9
+
+
+def test_log_probabilities_are_over_all_rows_of_the_model(on_mesh, tiny_model, random_params):
+    """A tokenizer may have fewer tokens than the model has rows: they are never drawn."""
+    model = tiny_model(vocab_size=40, layers=1)
+    with on_mesh(1):
+        params = random_params(model, std=0.5)
+        sampler = Sampler(params, model, COMPUTE, vocab_size=30)
+        prompt = [3, 1, 4]
+        settings = SamplingParams(temperature=0.0, max_tokens=4, logprobs=5)
+        (drawn,) = sampler.generate([prompt], settings)
+        (beam,) = sampler.beam([prompt], BeamSearchParams(2, 0.0, returned=1, max_tokens=4))
+        x_ND = decoder.apply(params, model, COMPUTE, jnp.array([prompt + drawn.ids]))[0]
+        logits_NV = np.asarray(decoder.logits(params, model, x_ND))[:, :40]
+        (scored,) = sampler.score([prompt + drawn.ids], 5)
+        pair = (prompt, drawn.ids)
+        (evaluated,) = Scorer(model, COMPUTE, 1, Progress(shown=False)).score(params, [pair])
+        (of_beam,) = Scorer(model, COMPUTE, 1, Progress(shown=False)).score(
+            params, [(prompt, beam.ids)]
+        )
+    want_NV = jax.nn.log_softmax(logits_NV, -1)
+    assert np.exp(want_NV[:, :30]).sum(-1).max() < 0.99  # the other rows count
+    want = [float(want_NV[2 + n, token]) for n, token in enumerate(drawn.ids)]
+    assert drawn.ids == [int(want_NV[2 + n, :30].argmax()) for n in range(4)]
+    assert [token.logprob for token in drawn.tokens] == pytest.approx(want, abs=1e-5)
+    assert [token.logprob for token in scored[3:]] == pytest.approx(want, abs=1e-5)
+    assert evaluated.logprob == pytest.approx(sum(want), abs=1e-4)
+    assert beam.score == pytest.approx(of_beam.logprob, abs=1e-4)
+    for token in (*drawn.tokens, *scored[3:]):
+        assert len(token.top) == 5
+        assert max(top for top, _ in token.top) < 30
