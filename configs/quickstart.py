@@ -22,7 +22,8 @@ from gptjax.config import (
 def main() -> Config:
     """GPT-2's architecture: 4 layers of width 256, vocabulary 4096, windows of 256 tokens.
 
-    Muon reaches 4.38 nats per token in 538 steps; AdamW reached 4.75 in 684 steps of equal size.
+    Muon reaches 3.50 nats per token in 538 steps. On another validation text it reached 4.38, where
+    AdamW reached 4.75 in 684 steps of equal size.
     """
     return Config(
         run="runs/quickstart",

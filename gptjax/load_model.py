@@ -5,6 +5,7 @@ parameters too, on a mesh of the devices at hand. Sampling, serving, evaluation,
 conversion and the base of a fine-tuned run all go through these two.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -165,8 +166,10 @@ class HuggingFaceModel:
 def find_model(path: str, say: Say = _silent) -> RunModel | HuggingFaceModel:
     """The model of a run folder or a Hugging Face folder (hf:FOLDER, or one with safetensors).
 
-    Raises what `run_dir.open_run` and `safetensors.open_source` raise.
+    Raises ConfigError for a path that does not exist, and what `run_dir.open_run` and
+    `safetensors.open_source` raise.
     """
+    check_exists(path.removeprefix("hf:"))
     if is_hugging_face(path):
         folder = path.removeprefix("hf:")
         source = safetensors.open_source(Path(folder))
@@ -178,6 +181,22 @@ def find_model(path: str, say: Say = _silent) -> RunModel | HuggingFaceModel:
     return kind(path, cfg, tokenizer, manifest)
 
 
+def check_exists(path: str) -> None:
+    """Raises ConfigError for a path that does not exist; with the command that fetches a hub's
+    model, if it may be the name of one.
+    """
+    if Path(path).exists():
+        return
+    hint = ""
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path):
+        folder = path.rsplit("/", 1)[-1]
+        hint = (
+            "; gptjax downloads nothing. If it is a model of the Hugging Face hub: hf download "
+            f"{path} --local-dir {folder}, then give hf:{folder}"
+        )
+    raise ConfigError([f"{path}: no such folder{hint}"])
+
+
 def find_base(path: str, say: Say = _silent) -> RunModel | HuggingFaceModel:
     """The model of a path, to fine-tune. Touches no device.
 
@@ -185,8 +204,7 @@ def find_base(path: str, say: Say = _silent) -> RunModel | HuggingFaceModel:
     without parameters.
     """
     if not path.startswith("hf:"):
-        if not Path(path).is_dir():
-            raise ConfigError([f"{path}: must be a run folder, or hf:FOLDER"])
+        check_exists(path)
         if is_hugging_face(path):
             raise ConfigError([f"{path}: is a Hugging Face folder; give hf:{path}"])
         config.load(path)

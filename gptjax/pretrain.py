@@ -1,5 +1,6 @@
 """Pre-training: next-token prediction on a token store, handed to the training loop."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from gptjax.model import decoder
 from gptjax.model.decoder import Params
 from gptjax.parallel import arrays, mesh, pipeline
 from gptjax.param_tree import Tree
-from gptjax.runtime import distributed
+from gptjax.runtime import distributed, preemption
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
 from gptjax.tokenizer import Tokenizer
@@ -99,7 +100,12 @@ def train(cfg: Config | str, overrides: Sequence[str] = ()) -> dict[str, float]:
             progress.say(f"changed since the run was begun: {change}")
         cfg.check(jax.device_count(), jax.process_count())
         watchdog.at("prepare", 0)
-        with distributed.first_before_others(), prepare.shown(progress) as tell:
+        alone = preemption.ends_with_word("the text was prepared; what is done is kept")
+        with (
+            contextlib.nullcontext() if distributed.several() else alone,
+            distributed.first_before_others(),
+            prepare.shown(progress) as tell,
+        ):
             begun_with = run_dir.begun_with(cfg)
             manifest = prepare.prepare(cfg, tell, progress.say, begun_with=begun_with)
         watchdog.at("restore", 0)

@@ -79,6 +79,7 @@ def import_run(folder: str, target: str, progress: Progress, *, compare: bool = 
     the run and its certificate in place, where the conversion turns out not to agree.
     """
     _one_process()
+    load_model.check_exists(folder)
     source = safetensors.open_source(Path(folder))
     for note in source.notes:
         progress.say(note)

@@ -23,8 +23,10 @@ def prepare(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Runs the command."""
     cfg, progress, rates = resolve(args, overrides), Progress(), []
     from gptjax.data import prepare
+    from gptjax.runtime import preemption
 
-    with prepare.shown(progress) as tell:
+    what = "the text was prepared; what is done is kept, and the same command goes on"
+    with preemption.ends_with_word(what), prepare.shown(progress) as tell:
         manifest = prepare.prepare(cfg, tell, progress.say, lambda *done: rates.append(done))
     print(json.dumps({"store": cfg.data.store, "tokenizer": manifest.tokenizer}))
     for name, split in manifest.splits.items():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gptjax import config, load_model
+from gptjax.cli import summary
 from gptjax.config import Config
 from gptjax.errors import ConfigError
 from gptjax.finetune import conversations, defaults, examples
@@ -28,6 +29,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 
     if distributed.first():
         print(json.dumps({"run": cfg.run, **results}))
+        summary.tell(cfg)
 
 
 def fit(

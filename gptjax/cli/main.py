@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptjax.cli import arguments
-from gptjax.errors import ConfigError, GptjaxError, Preempted
+from gptjax.errors import ConfigError, GptjaxError, OutputError, PeerError, Preempted
 from gptjax.runtime import malloc
 from gptjax.version import __version__
 
@@ -265,6 +265,7 @@ def _how_to_continue(args: argparse.Namespace, argv: Sequence[str], error: Gptja
     cfg = getattr(args, "resolved", None)
     if not args.command.trains or cfg is None or isinstance(error, ConfigError):
         return ""
+    again = isinstance(error, (Preempted, PeerError, OutputError))  # others would only come again
     from gptjax.checkpoint.checkpointer import Checkpointer
     from gptjax.checkpoint.run_dir import CHECKPOINTS
     from gptjax.runtime import distributed
@@ -274,4 +275,6 @@ def _how_to_continue(args: argparse.Namespace, argv: Sequence[str], error: Gptja
     folder = os.path.join(cfg.run, CHECKPOINTS)
     steps = Checkpointer(Path(folder)).steps()
     safe = f"last committed step {steps[-1]} in {folder}" if steps else f"no checkpoint in {folder}"
-    return f"; {safe}; to continue: gptjax {shlex.join(argv)}"
+    if not steps and not again:
+        return ""
+    return f"; {safe}" + (f"; to continue: gptjax {shlex.join(argv)}" if again else "")

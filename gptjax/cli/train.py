@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
+from gptjax.cli import summary
 from gptjax.cli.arguments import resolve
 
 
@@ -16,3 +17,4 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     results = pretrain.train(cfg)
     if distributed.first():
         print(json.dumps({"run": cfg.run, **results}))
+        summary.tell(cfg)

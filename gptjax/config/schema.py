@@ -57,7 +57,7 @@ class TokenizerConfig:
     vocab_size: int = identity(4096)
     """Vocabulary size of a trained tokenizer, special tokens included."""
     sample_bytes: int = identity(10_000_000)
-    """Text to train the tokenizer on, in bytes, sampled evenly from the training documents."""
+    """Text to train the tokenizer on, in bytes: slices from all over the training documents."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ class DataConfig:
     a text file is one document. gzip, xz, bzip2, Zstandard, tar and zip files are opened. What a
     file is, its first bytes tell before its name; a file that is none of these is refused."""
     valid_sources: tuple[str, ...] = identity(())
-    """Validation text, as in sources. Empty: valid_fraction of the sources' documents is held
-    out."""
+    """Validation text, as in sources; what is in it is not trained on. Empty: valid_fraction of the
+    sources' documents is held out."""
     valid_fraction: float = identity(0.02)
     """Fraction of the documents that is held out for validation, at least 0 and below 1, chosen by
-    a hash of each document's path or record number."""
+    a hash of each document's text. At least one document is; of a single one, its end."""
     text_field: str = identity("text")
     """Field of JSON lines, tables and TFDS records that holds the text."""
     store: str = free("data/store")

@@ -7,6 +7,7 @@ there.
 
 import collections
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import itertools
 import json
@@ -317,6 +318,13 @@ def _tokenize(
             if unsaved >= _JOURNAL_BYTES:
                 save()
                 unsaved = 0
+    except concurrent.futures.process.BrokenProcessPool:
+        save()
+        raise OutputError(
+            "a process that tokenized text was ended, as for want of memory (fewer data.workers "
+            "need less); a script that calls gptjax.train needs `if __name__ == '__main__':` "
+            "around it"
+        ) from None
     except DataError:
         save()  # when the text is mended, it goes on from here or from the source's beginning
         raise

@@ -34,6 +34,8 @@ from gptjax.training import callbacks, metrics, param_groups
 from gptjax.training.trainer import Trainer
 
 REPORT = "classification.json"
+FEW_STEPS = 20
+"""Fewer optimizer steps than these are told."""
 
 
 def finetune(
@@ -56,6 +58,12 @@ def finetune(
         base_params.abstract_tree(cfg), task.lr_multipliers
     )
     _record(cfg, base, examples, rows, progress)
+    if cfg.train.steps < FEW_STEPS:
+        progress.say(
+            f"only {cfg.train.steps} optimizer steps in all, which seldom teach anything: raise "
+            f"finetune.epochs={cfg.finetune.epochs}, or lower "
+            f"train.batch_tokens={cfg.train.batch_tokens}"
+        )
     backends = _attention_backends(cfg)
     progress.say(f"attention: {', '.join(dict.fromkeys(backends))}")
     progress.say(f"trains {trainable:,} of {total:,} parameters, {trainable / total:.2%}")

@@ -28,6 +28,7 @@ from gptjax.errors import ConfigError, MismatchError, PeerError
 
 _WAIT_MS = 7 * 24 * 3600 * 1000  # timeout of waiting for process 0; the watchdog ends it earlier
 _JOIN_S = 1800  # timeout of waiting for all processes to join
+_FIRST_WORD_S, _NEXT_WORD_S = 2, 60  # seconds between two words while processes join
 _SHUTDOWN_S = 300  # timeout of waiting for all processes to end
 _LEAVE_S = 30  # time to end with a verdict, before JAX aborts the process
 _NO_LIMIT_S = 10**6
@@ -51,23 +52,22 @@ def join(lost: int, say: Callable[[str], None] = lambda line: None) -> None:
     address = os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     if not address and (count is not None or own is not None):
         raise ConfigError(["JAX_NUM_PROCESSES, JAX_PROCESS_ID: JAX_COORDINATOR_ADDRESS is not set"])
-    if address:
-        say(f"waiting for the other processes to join at {address}")
     host, _, port = address.rpartition(":")
     loopback = host in ("127.0.0.1", "localhost", "[::1]")
     _readers.seconds = min(_readers.seconds, lost or _readers.seconds)
     if address:
         _explain_abort()
     try:
-        jax.distributed.initialize(
-            num_processes=count,
-            process_id=own,
-            # A coordinator on loopback must not be reachable from other machines.
-            coordinator_bind_address=f"{host}:{port}" if loopback else None,
-            initialization_timeout=_JOIN_S,
-            heartbeat_timeout_seconds=3 * lost + _LEAVE_S if lost else _NO_LIMIT_S,
-            shutdown_timeout_seconds=_SHUTDOWN_S,
-        )
+        with _told_while_waiting(f" at {address}" if address else "", say):
+            jax.distributed.initialize(
+                num_processes=count,
+                process_id=own,
+                # A coordinator on loopback must not be reachable from other machines.
+                coordinator_bind_address=f"{host}:{port}" if loopback else None,
+                initialization_timeout=_JOIN_S,
+                heartbeat_timeout_seconds=3 * lost + _LEAVE_S if lost else _NO_LIMIT_S,
+                shutdown_timeout_seconds=_SHUTDOWN_S,
+            )
     except JaxRuntimeError as error:
         raise PeerError(f"the processes did not all join at {address}: {error}") from None
     except (ValueError, RuntimeError) as error:
@@ -76,6 +76,28 @@ def join(lost: int, say: Callable[[str], None] = lambda line: None) -> None:
             raise ConfigError([f"the environment describes an incomplete job: {error}"]) from None
     else:
         _explain_abort()
+
+
+@contextmanager
+def _told_while_waiting(where: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Tells that processes are waited for, soon and then every minute."""
+    joined = threading.Event()
+
+    def tell() -> None:
+        began, wait = time.monotonic(), _FIRST_WORD_S
+        while not joined.wait(wait):
+            minutes = round((time.monotonic() - began) / 60)
+            so_far = f", for {minutes} min" if minutes else ""
+            say(f"waiting for the other processes to join{where}{so_far} (at most {_JOIN_S} s)")
+            wait = _NEXT_WORD_S
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        joined.set()
+        thread.join()
 
 
 def client() -> Any:

@@ -15,6 +15,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from gptjax.errors import Preempted
+
+
+@contextmanager
+def ends_with_word(what: str) -> Iterator[None]:
+    """Within it, SIGTERM and Ctrl-C end the work with Preempted: `what` was going on."""
+    with PreemptionHandler() as handler:
+        try:
+            with handler.at_once():
+                yield
+        except Interrupted:
+            assert handler.signal is not None
+            raise Preempted(f"told to stop by {handler.signal.name} while {what}") from None
+
 
 class Interrupted(Exception):
     """Raised by a signal within `PreemptionHandler.at_once`."""

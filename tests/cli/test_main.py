@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 
 from gptjax import config
 from gptjax.config import Config, DataConfig, EvalConfig, ModelConfig, TokenizerConfig, TrainConfig
+from gptjax.data import prepare
 from gptjax.data.split import share
 from gptjax.runtime import malloc
 
@@ -236,6 +238,48 @@ def test_a_batch_that_the_mesh_does_not_divide_names_axis_and_nearest(run, prese
     for part in ("train.batch_tokens=384", "data x fsdp x expert = 8", "256 or 512"):
         assert part in last
     assert not (Path(cfg.run) / config.CONFIG_FILE).exists()
+
+
+@pytest.mark.parametrize("command", ["train", "data prepare"])
+def test_sigterm_while_text_is_prepared_ends_with_a_word(
+    run: Run, preset: str, cfg: Config, monkeypatch, command: str
+) -> None:
+    def stopped(*_) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(prepare, "_tokenize", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    code, _, err = run(*command.split(), preset)
+    assert code == 75
+    assert (
+        "gptjax: told to stop by SIGTERM while the text was prepared; what is done is kept" in err
+    )
+    assert ("to continue: gptjax train" in err) == (command == "train")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_error_that_would_only_come_again_has_no_command_to_continue(
+    run: Run, preset: str, cfg: Config, tmp_path
+) -> None:
+    (tmp_path / "0.txt").write_bytes(b"%PDF-1.4\n%\x80\x81")
+    code, _, err = run("train", preset)
+    assert code == 65
+    assert "to continue" not in err
+
+
+@pytest.mark.parametrize("path", ["gpt2", "meta-llama/Llama-3.1-8B", "hf:gpt2"])
+@pytest.mark.parametrize("command", ["sample PATH", "serve PATH", "eval PATH", "convert PATH new"])
+def test_a_name_of_the_hub_gets_the_command_that_fetches_it(
+    run: Run, tmp_path, monkeypatch, command: str, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if command.startswith("convert") and not path.startswith("hf:"):
+        path = f"hf:{path}"
+    code, _, err = run(*command.replace("PATH", path).split())
+    name = path.removeprefix("hf:")
+    assert code == 2
+    assert f"{name}: no such folder" in sentence(err)
+    assert f"hf download {name} --local-dir {name.rpartition('/')[2]}" in err
 
 
 def test_a_run_folder_in_use_is_left_alone(run: Run, preset: str, cfg: Config) -> None:
@@ -549,6 +593,21 @@ def test_sample_prints_prompt_and_continuation_and_json_with_log_probabilities(
     code, again, _ = run(*words, "--dtype", "bfloat16", "--rows", 1)
     assert code == 0
     assert again.startswith("ab")
+
+
+def test_a_prompt_that_ends_in_a_space_is_told_where_tokens_begin_with_theirs(
+    run: Run, trained
+) -> None:
+    _, _, err = run("sample", trained, "--prompt", "text ", "--max-tokens", "2")
+    assert "ends in a space" not in err  # its tokens are bytes
+    from gptjax.cli.sample import _spaces_note
+    from gptjax.tokenizer import ByteTokenizer, train
+
+    pieces = train(["def f of a b\n" * 99], TokenizerConfig(vocab_size=280))
+    assert pieces.encode("a b") != pieces.encode("a ") + pieces.encode("b")
+    assert _spaces_note(["def", "def "], pieces).startswith("prompt 'def ' ends in a space")
+    assert _spaces_note(["def", "def\n"], pieces) == ""
+    assert _spaces_note(["def "], ByteTokenizer()) == ""
 
 
 def test_sample_searches_beams(run, trained) -> None:

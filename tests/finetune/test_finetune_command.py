@@ -55,6 +55,10 @@ def test_labels_are_learnt_told_and_predicted(finetune, command_line, write, tmp
     result = json.loads(out.splitlines()[-1])
     assert result["valid_accuracy"] == result["valid_f1"] == 1.0
     assert "begins from" in err
+    assert "only 18 optimizer steps in all" in err
+    folder = tmp_path / "out"
+    assert f"{folder} is at its last step, 18 of" in err
+    assert f"next: gptjax predict {folder} --file JSONL --output JSONL" in err
     report = json.loads((tmp_path / "out/classification.json").read_text())
     assert report["confusion"] == [[10, 0], [0, 10]]
     assert list(report["labels"]) == ["high", "low"]

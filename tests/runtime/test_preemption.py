@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from gptjax.runtime.preemption import Interrupted, PreemptionHandler
+from gptjax.errors import Preempted
+from gptjax.runtime.preemption import Interrupted, PreemptionHandler, ends_with_word
 
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 
@@ -117,3 +118,16 @@ def test_signal_after_an_interruptible_phase_is_only_recorded() -> None:
             pass
         signal.raise_signal(signal.SIGTERM)
         assert handler.signal is signal.SIGTERM
+
+
+@SIGNALS
+def test_a_signal_ends_work_with_what_was_going_on(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with (
+        pytest.raises(Preempted, match=f"told to stop by {number.name} while it rained"),
+        ends_with_word("it rained"),
+    ):
+        signal.raise_signal(number)
+    assert signal.getsignal(number) is before
+    with ends_with_word("it rained"):
+        pass

@@ -1,0 +1,25 @@
+"""The last words of a training command: where the run stands, and what can be done with it."""
+
+import sys
+import time
+from datetime import timedelta
+
+from gptjax.config import Config
+
+_BEGAN = time.monotonic()
+
+
+def tell(cfg: Config) -> None:
+    """Writes the summary of a finished run to standard error."""
+    steps, run = cfg.train.steps, cfg.run
+    took = timedelta(seconds=round(time.monotonic() - _BEGAN))
+    if cfg.finetune.task in ("classify", "choose"):
+        use = [f"gptjax predict {run} --file JSONL --output JSONL"]
+    else:
+        use = [f"gptjax sample {run} --prompt TEXT", f"gptjax eval {run}", f"gptjax serve {run}"]
+    use.append(f"gptjax convert {run} hf:FOLDER")
+    print(
+        f"gptjax: {run} is at its last step, {steps:,} of {cfg.train.batch_tokens:,} tokens; this "
+        f"command took {took}\ngptjax: next: {'; '.join(use)}",
+        file=sys.stderr,
+    )
