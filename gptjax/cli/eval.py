@@ -126,8 +126,8 @@ def evaluate(path: str, options: Options, progress: Progress, say: Callable[[str
     what `load_model` raises.
     """
     options.check()
-    load_model.check_exists(path.removeprefix("hf:"))
     inputs = EvalInputs.read(options)
+    load_model.check_exists(path.removeprefix("hf:"))
     own_split = not (options.text or options.task)
     manifest = _manifest(path) if own_split else None
 

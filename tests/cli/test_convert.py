@@ -142,8 +142,8 @@ def test_another_tokenizer_in_an_imported_run_is_refused(capsys, folder, tmp_pat
 @pytest.mark.parametrize(
     ("source", "target", "exit_code", "told"),
     [
-        ("hf:nowhere", "run", 65, "no config.json"),
-        ("nowhere", "hf:out", 2, "nowhere: no such file"),
+        ("hf:nowhere", "run", 2, "nowhere: no such folder"),
+        ("nowhere", "hf:out", 2, "nowhere: no such folder"),
         ("hf:{folder}", "{folder}", 73, "is not empty"),
         ("hf:{folder}", "hf:out", 2, "one of the two must be a run folder"),
         ("run", "out", 2, "run: is no run folder; a Hugging Face folder is hf:run"),

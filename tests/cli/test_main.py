@@ -251,9 +251,7 @@ def test_sigterm_while_text_is_prepared_ends_with_a_word(
     before = signal.getsignal(signal.SIGTERM)
     code, _, err = run(*command.split(), preset)
     assert code == 75
-    assert (
-        "gptjax: told to stop by SIGTERM while the text was prepared; what is done is kept" in err
-    )
+    assert "told to stop by SIGTERM while the text was prepared; what is done is kept" in err
     assert ("to continue: gptjax train" in err) == (command == "train")
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -386,8 +384,10 @@ def test_a_tokenizer_is_trained_and_can_be_used(run, library_texts, tmp_path, al
     assert found
     assert (found["folder"], found["algorithm"]) == (str(folder), algorithm)
     assert 1.2 < float(found["ratio"]) < 4
-    held_out = {t for t in map(Path.read_text, library_texts.iterdir()) if share(t) < 0.2}
-    assert int(found["documents"]) == len(held_out) > 0
+    texts = [file.read_text() for file in sorted(library_texts.iterdir())]
+    held_out = [len(text.encode()) for text in texts if share(text) < 0.2]
+    enough = next(n for n in range(99) if sum(held_out[:n]) >= 150_000 or n == len(held_out))
+    assert int(found["documents"]) == enough > 0
 
     code, shown, _ = run("tokenizer", "show", folder, "--text", "import os")
     first, *pieces = shown.splitlines()
@@ -495,7 +495,7 @@ def test_an_empty_corpus_is_told(run: Run, preset: str, tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run_is_told(run: Run, cfg, tmp_path: Path, command: str) -> None:
     code, _, err = run(command, tmp_path / "absent")
     assert code == 2
-    assert "no such file" in sentence(err)
+    assert "no such folder" in sentence(err)
     code, _, err = run(command, tmp_path)
     assert code == 2
     assert "not a run folder" in sentence(err)
@@ -603,7 +603,7 @@ def test_a_prompt_that_ends_in_a_space_is_told_where_tokens_begin_with_theirs(
     from gptjax.cli.sample import _spaces_note
     from gptjax.tokenizer import ByteTokenizer, train
 
-    pieces = train(["def f of a b\n" * 99], TokenizerConfig(vocab_size=280))
+    pieces = train(["def f of a b\n" * 99], TokenizerConfig(vocab_size=272))
     assert pieces.encode("a b") != pieces.encode("a ") + pieces.encode("b")
     assert _spaces_note(["def", "def "], pieces).startswith("prompt 'def ' ends in a space")
     assert _spaces_note(["def", "def\n"], pieces) == ""
