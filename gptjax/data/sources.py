@@ -79,18 +79,23 @@ class TfdsDataset:
         import tensorflow_datasets as tfds
 
         builder = self._builder()
-        config = tfds.ReadConfig(interleave_cycle_length=1)
-        records = builder.as_dataset(split=self.split, shuffle_files=False, read_config=config)
         decode = Decoder(cfg, counts)
         number = 0
         try:
-            for number, value in enumerate(tfds.as_numpy(records)):
+            if builder.info.file_format is tfds.core.FileFormat.ARRAY_RECORD:
+                records = iter(builder.as_data_source(split=self.split))
+            else:
+                config = tfds.ReadConfig(interleave_cycle_length=1)
+                dataset = builder.as_dataset(
+                    split=self.split, shuffle_files=False, read_config=config
+                )
+                records = iter(tfds.as_numpy(dataset))
+            for number, value in enumerate(records):
                 place = f"{self.name}:{number}"
                 yield from record(value, place, place, decode)
-        except tf.errors.OpError as error:
-            raise DataError(
-                f"{self.name}: cannot be read after record {number}: {error.message}"
-            ) from None
+        except (tf.errors.OpError, ValueError, RuntimeError) as error:
+            first = str(error).strip().split("\n")[0]
+            raise DataError(f"{self.name}: cannot be read after record {number}: {first}") from None
 
     def _builder(self) -> Any:
         """The TFDS builder; never downloads."""

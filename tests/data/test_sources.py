@@ -479,9 +479,8 @@ def test_flipped_bit_in_a_parquet_file_raises_only_data_errors(tmp_path: Path) -
 RECORDS = [f"document {n}\n" for n in range(12)]
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> SimpleNamespace:
-    """A TFDS dataset made here: 12 documents to train on, and a split with odd ones."""
+def tfds_dataset(folder: Path, file_format: str) -> Path:
+    """The folder of a TFDS dataset: 12 documents to train on, and a split with odd ones."""
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
@@ -491,7 +490,7 @@ def dataset(tmp_path_factory) -> SimpleNamespace:
     builder = tfds.dataset_builders.store_as_tfds_dataset(
         name="tiny",
         version="1.0.0",
-        data_dir=tmp_path_factory.mktemp("tfds"),
+        data_dir=folder,
         features=tfds.features.FeaturesDict(
             {"text": tfds.features.Text(), "label": tfds.features.Scalar(tf.int32)}
         ),
@@ -500,8 +499,24 @@ def dataset(tmp_path_factory) -> SimpleNamespace:
             "odd": split([b"fine", b" \n", LATIN]),
         },
         disable_shuffling=True,
+        file_format=file_format,
     )
-    return SimpleNamespace(folder=Path(builder.data_path))
+    return Path(builder.data_path)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> SimpleNamespace:
+    """A TFDS dataset made here, in the default format."""
+    return SimpleNamespace(folder=tfds_dataset(tmp_path_factory.mktemp("tfds"), "tfrecord"))
+
+
+@pytest.mark.slow
+def test_a_tfds_dataset_in_array_records_is_read_too(tmp_path: Path) -> None:
+    name = f"tfds:{tfds_dataset(tmp_path, 'array_record')}"
+    assert texts(name) == RECORDS
+    counts = Counts()
+    assert texts(f"{name}@odd", counts) == ["fine", "caf\ufffd au lait"]
+    assert counts == Counts(empty=1, replaced_utf8=1)
 
 
 @pytest.mark.slow
