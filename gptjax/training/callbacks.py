@@ -1,5 +1,6 @@
 """Callbacks of the training loop: saving, evaluation, samples, metrics, profiles."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -214,12 +215,20 @@ class LogMetrics(Callback):
 
 
 class NonfiniteGuard(Callback):
-    """Tells of steps whose loss or gradient was not finite, and ends a run of many in a row."""
+    """Tells of steps whose loss or gradient was not finite, and ends a run of many in a row.
+
+    Ends a run at once whose parameters are no longer finite, before they are saved.
+    """
 
     def __init__(self, limit: int, progress: Progress) -> None:
         self._limit, self._progress = limit, progress
 
     def on_metrics(self, step: int, metrics: dict[str, float], timer: StepTimer) -> None:
+        if not math.isfinite(metrics["param_norm"]):
+            raise NumericError(
+                f"step {step}: the optimizer's update made parameters that are not finite; they were "
+                "not saved; go on from the last checkpoint with another optim.lr or optim.eps"
+            )
         if metrics["nonfinite"]:
             self._progress.say(f"step {step}: loss or gradient not finite; parameters unchanged")
         if metrics["nonfinite"] >= self._limit:

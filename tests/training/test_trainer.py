@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from gptjax.checkpoint.checkpointer import Checkpointer, fingerprints, leaves_by_path
@@ -24,7 +25,7 @@ from gptjax.model import decoder
 from gptjax.parallel import arrays, mesh
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
-from gptjax.training import callbacks, objective
+from gptjax.training import callbacks, objective, optimizer
 from gptjax.training.metrics import Writers
 from gptjax.training.step import TrainState, create_state, gradients, train_step
 from gptjax.training.trainer import Trainer
@@ -355,6 +356,30 @@ def test_the_run_ends_after_nonfinite_limit_steps(tmp_path) -> None:
 
     with pytest.raises(NumericError, match="2 steps in a row, the last of them step 2"):
         fit(cfg, tmp_path, loss=poisoned)
+
+
+def test_parameters_that_are_not_finite_end_the_run_and_are_never_saved(
+    tmp_path, monkeypatch
+) -> None:
+    make = optimizer.make_optimizer
+
+    def broken_at_step_5(cfg, multipliers=None):
+        rule = make(cfg, multipliers)
+
+        def update(grads, state, params):
+            updates, state = rule.update(grads, state, params)
+            bad = jnp.where(state["rate"].count == 5, jnp.nan, 0.0)
+            return jax.tree.map(lambda u: u + bad, updates), state
+
+        return optax.GradientTransformation(rule.init, update)
+
+    monkeypatch.setattr(optimizer, "make_optimizer", broken_at_step_5)
+    cfg = tiny()
+    cfg = dataclasses.replace(cfg, checkpoint=dataclasses.replace(cfg.checkpoint, every=1, keep=9))
+    with pytest.raises(NumericError, match="step 5: the optimizer's update made parameters that"):
+        fit(cfg, tmp_path)
+    checkpointer = Checkpointer(tmp_path / "checkpoints", cfg.checkpoint)
+    assert checkpointer.steps()[-1] == 4
 
 
 def test_logged_metrics_belong_to_their_step(tmp_path) -> None:
