@@ -226,8 +226,8 @@ class NonfiniteGuard(Callback):
     def on_metrics(self, step: int, metrics: dict[str, float], timer: StepTimer) -> None:
         if not math.isfinite(metrics["param_norm"]):
             raise NumericError(
-                f"step {step}: the optimizer's update made parameters that are not finite; they were "
-                "not saved; go on from the last checkpoint with another optim.lr or optim.eps"
+                f"step {step}: the optimizer's update made parameters that are not finite; they "
+                "were not saved; go on from the last checkpoint with another optim.lr or optim.eps"
             )
         if metrics["nonfinite"]:
             self._progress.say(f"step {step}: loss or gradient not finite; parameters unchanged")
