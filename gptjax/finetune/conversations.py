@@ -9,14 +9,13 @@ name the file and every wrong line.
 """
 
 import hashlib
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from gptjax.errors import DataError
 from gptjax.evaluate.formats import Question, read_tasks
 from gptjax.evaluate.scoring import encode_pair
+from gptjax.finetune.chat_template import ChatTemplate
 from gptjax.finetune.examples import (
     RecordError,
     parse_lines,
@@ -53,6 +52,8 @@ class Conversations:
     path: str
     sha256: str
     all: tuple[Conversation, ...]
+    endless: int = 0
+    """Conversations in whose answers the loss counts no token that ends a text."""
 
     def __len__(self) -> int:
         return len(self.all)
@@ -92,7 +93,10 @@ def read(path: str, option: str, tokenizer: Tokenizer) -> Conversations:
     raise_problems(problems)
     if not conversations:
         raise DataError(f"{option}={path}: no examples in it")
-    return Conversations(path, hashlib.sha256(raw).hexdigest(), tuple(conversations))
+    ends = set(tokenizer.stop_ids)
+    trained = ((i for i, on in zip(c.ids, c.loss_mask, strict=True) if on) for c in conversations)
+    endless = sum(ends.isdisjoint(ids) for ids in trained)
+    return Conversations(path, hashlib.sha256(raw).hexdigest(), tuple(conversations), endless)
 
 
 def _from_pair(
@@ -103,55 +107,6 @@ def _from_pair(
     answer_ids = [*answer_ids, tokenizer.eos_id]
     loss_mask = [False] * len(prompt_ids) + [True] * len(answer_ids)
     return Conversation([*prompt_ids, *answer_ids], loss_mask, prompt_ids, references, location)
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """A Jinja chat template, rendered as in `transformers`: in a sandbox, with trimmed blocks."""
-
-    template: Any
-    tokens: dict[str, str]
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> Self | None:
-        """The tokenizer's template, None if it has none.
-
-        Raises DataError if jinja2 is not installed or cannot parse the template.
-        """
-        if not isinstance(tokenizer, HuggingFaceTokenizer) or tokenizer.chat_template is None:
-            return None
-        try:
-            from jinja2 import TemplateError
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError:
-            raise DataError("messages need jinja2: pip install 'gptjax[chat]'") from None
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-
-        def raise_exception(message: str) -> None:
-            raise TemplateError(message)
-
-        # jinja2's own tojson escapes characters for HTML.
-        to_json = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        environment.globals["raise_exception"] = raise_exception
-        environment.filters["tojson"] = to_json
-        try:
-            template = environment.from_string(tokenizer.chat_template)
-        except TemplateError as error:
-            raise DataError(f"chat_template: {error}") from None
-        return cls(template, tokenizer.named_tokens)
-
-    def render(self, messages: Sequence[Any], *, prompt: bool = False) -> str:
-        """The text of messages; with `prompt`, also the beginning of the assistant's next one."""
-        from jinja2 import TemplateError
-
-        try:
-            return self.template.render(
-                messages=messages, add_generation_prompt=prompt, **self.tokens
-            )
-        except TemplateError as error:
-            raise RecordError(f"messages: rejected by the chat template: {error}") from None
 
 
 def _from_messages(
@@ -168,21 +123,11 @@ def _from_messages(
     answers = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT]
     if not answers or answers[-1] != len(messages) - 1:
         raise RecordError(f"messages: the last must be of role={ASSISTANT!r}, which is trained on")
-    rendered = ""
-    ids: list[int] = []
-    loss_mask: list[bool] = []
-    prompt: list[int] = []
-    for i in answers:
-        before = template.render(messages[:i], prompt=True)
-        after = template.render(messages[: i + 1])
-        if not (before.startswith(rendered) and after.startswith(before)):
-            raise RecordError("messages: the chat template changes the text before an answer")
-        ids += (new := tokenizer.markup(before[len(rendered) :]))
-        loss_mask += [False] * len(new)
-        prompt = list(ids)
-        ids += (new := tokenizer.markup(after[len(before) :]))
-        loss_mask += [True] * len(new)
-        rendered = after
+    spans = template.answer_spans(messages, answers)
+    whole = template.render(messages)
+    ids, places = tokenizer.markup_spans(whole)
+    loss_mask = [any(a < end and start < b for start, end in spans) for a, b in places]
+    prompt = tokenizer.markup(template.render(messages[: answers[-1]], prompt=True))
     return Conversation(ids, loss_mask, prompt, (messages[-1]["content"],), location)
 
 

@@ -131,17 +131,24 @@ class HuggingFaceTokenizer(Tokenizer):
         """Token ids of a prompt, with special tokens parsed.
 
         It begins with `start_id`. Without one it is as in `transformers` 5: the post-processor of
-        tokenizer.json decides what is added; add_bos_token is ignored, as there.
+        tokenizer.json decides what is added before; add_bos_token is ignored, as there. What it
+        adds behind, such as EOS, would end the text, and is left out.
         """
         if self.start_id is not None:
             return [self.start_id, *self.markup(text)]
-        return self._prompts.encode(valid_text(text)).ids or [self.prefix_id]
+        ids = self._prompts.encode(valid_text(text)).ids
+        return ids[: len(ids) - self._count_added_after] or [self.prefix_id]
 
     @cached_property
     def _added_before(self) -> list[int]:
         """The special tokens that the post-processor puts before a text."""
         encoding = self._prompts.encode("a")
         return encoding.ids[: [*encoding.special_tokens_mask, 0].index(0)]
+
+    @cached_property
+    def _count_added_after(self) -> int:
+        """The number of special tokens that the post-processor puts behind a text."""
+        return [*reversed(self._prompts.encode("a").special_tokens_mask), 0].index(0)
 
     @property
     def default_start_id(self) -> int:
@@ -154,6 +161,11 @@ class HuggingFaceTokenizer(Tokenizer):
     def markup(self, text: str) -> list[int]:
         """Token ids of text with spelled-out special tokens parsed, and none added."""
         return self._prompts.encode(valid_text(text), add_special_tokens=False).ids
+
+    def markup_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `markup`, and the characters of the text that each stands for."""
+        encoding = self._prompts.encode(valid_text(text), add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     @property
     def chat_template(self) -> str | None:

@@ -21,13 +21,17 @@ TEMPLATE = (
 )
 
 
+def chat_tokenizer_of(template: str, texts: str = "a few words", vocab_size: int = 260):
+    cfg = TokenizerConfig(kind="huggingface", algorithm="byte_bpe", vocab_size=vocab_size)
+    files = train_huggingface([texts] * 3, cfg).files()
+    known = json.loads(files.get("tokenizer_config.json", b"{}"))
+    beside = {"tokenizer_config.json": json.dumps(known | {"chat_template": template}).encode()}
+    return HuggingFaceTokenizer(files | beside)
+
+
 @pytest.fixture(scope="module")
 def chat_tokenizer():
-    cfg = TokenizerConfig(kind="huggingface", algorithm="byte_bpe", vocab_size=260)
-    files = train_huggingface(["a few words"] * 3, cfg).files()
-    known = json.loads(files.get("tokenizer_config.json", b"{}"))
-    beside = {"tokenizer_config.json": json.dumps(known | {"chat_template": TEMPLATE}).encode()}
-    return HuggingFaceTokenizer(files | beside)
+    return chat_tokenizer_of(TEMPLATE)
 
 
 def trained_text(one: Conversation, tokenizer) -> str:
@@ -56,6 +60,86 @@ def test_loss_mask_covers_the_assistants_messages(write, chat_tokenizer) -> None
     assert chat_tokenizer.decode(one.prompt) == "<user>hi<assistant>yes<user>so<assistant>"
     assert one.ids.count(chat_tokenizer.eos_id) == 4
     assert one.answers == ("no",)
+
+
+MARKED = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_conversation_is_tokenized_whole_and_masked_by_characters(write) -> None:
+    """Turns may share a token: it belongs to the answer that it has characters of."""
+    template = TEMPLATE.replace("<{{ m.role }}>", " he").replace("<assistant>", " he")
+    tokenizer = chat_tokenizer_of(template, " hello there" * 9, 266)
+    said = [("user", "re"), ("assistant", "llo there")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    (one,) = conversations.read(
+        str(write("a.jsonl", [{"messages": messages}])), "--data", tokenizer
+    ).all
+    eos = tokenizer.named_tokens["eos_token"]
+    assert one.ids == tokenizer.markup(f" here{eos} hello there{eos}")
+    assert one.prompt == tokenizer.markup(f" here{eos} he")
+    assert one.ids != [*one.prompt, *tokenizer.markup(f"llo there{eos}")]
+    assert trained_text(one, tokenizer) == " hello there"
+
+
+def test_a_template_may_mark_the_answers_itself(write) -> None:
+    tokenizer = chat_tokenizer_of(MARKED)
+    said = [("user", "hi"), ("assistant", "yes"), ("user", "so"), ("assistant", "no")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    read = conversations.read(str(write("a.jsonl", [{"messages": messages}])), "--data", tokenizer)
+    (one,) = read.all
+    assert tokenizer.decode(one.ids) == "<user>hi<assistant>yes<user>so<assistant>no"
+    assert trained_text(one, tokenizer) == "yesno"
+    assert tokenizer.decode(one.prompt) == "<user>hi<assistant>yes<user>so<assistant>"
+    assert read.endless == 0
+
+
+@pytest.mark.parametrize(
+    ("head", "text"),
+    [
+        ("{% if tools is not none %}tools{% endif %}", ""),
+        ("{% if documents is not none %}documents{% endif %}", ""),
+        ("{{ strftime_now('%Y') | length }}", "4"),
+        ("{{ {'é': 1} | tojson }}", '{"é": 1}'),
+        ("{{ {'é': 1} | tojson(ensure_ascii=True) }}", '{"\\u00e9": 1}'),
+        ("{{ {'b': 1, 'a': 2} | tojson(separators=(',', ':'), sort_keys=True) }}", '{"a":2,"b":1}'),
+        ("{% for i in (1, 2) %}{{ i }}{% break %}{% endfor %}", "1"),
+    ],
+)
+def test_a_template_finds_what_transformers_defines(write, head, text) -> None:
+    tokenizer = chat_tokenizer_of(head + TEMPLATE)
+    messages = [{"role": "assistant", "content": "a"}]
+    (one,) = conversations.read(
+        str(write("a.jsonl", [{"messages": messages}])), "--data", tokenizer
+    ).all
+    assert tokenizer.decode(one.ids) == f"{text}<assistant>a"
+
+
+def test_answers_that_no_token_ends_are_counted(write) -> None:
+    tokenizer = chat_tokenizer_of(TEMPLATE.replace("{{ eos_token }}", "\n"))
+    messages = [{"role": "assistant", "content": "a"}]
+    lines = [{"messages": messages}] * 2 + [{"prompt": "a", "answer": "b"}]
+    assert conversations.read(str(write("a.jsonl", lines)), "--data", tokenizer).endless == 2
+
+
+def test_a_prompt_is_not_ended_by_what_the_tokenizer_adds_behind(write) -> None:
+    from tokenizers import Tokenizer, processors
+
+    files = chat_tokenizer_of(TEMPLATE).files()
+    library = Tokenizer.from_buffer(files["tokenizer.json"])
+    eos = "<|endoftext|>"
+    library.post_processor = processors.TemplateProcessing(
+        single=f"$A {eos}", special_tokens=[(eos, library.token_to_id(eos))]
+    )
+    tokenizer = HuggingFaceTokenizer(files | {"tokenizer.json": library.to_str().encode()})
+    assert tokenizer.prompt("a few") == tokenizer.encode("a few")
+    line = {"prompt": "a few", "answer": "words"}
+    (one,) = conversations.read(str(write("a.jsonl", [line])), "--data", tokenizer).all
+    assert trained_text(one, tokenizer) == " words"
+    assert one.ids.count(tokenizer.eos_id) == 1
 
 
 @pytest.mark.parametrize(
