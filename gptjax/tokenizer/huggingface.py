@@ -10,6 +10,7 @@ import numpy as np
 
 from gptjax.config import TokenizerConfig
 from gptjax.errors import DataError
+from gptjax.tokenizer.added_tokens import AddedToken, add_declared
 from gptjax.tokenizer.interface import FILES, Tokenizer, slices, valid_text
 
 _CHUNK = 1 << 17  # characters that the `tokenizers` library encodes at once, where that is exact
@@ -22,8 +23,9 @@ class HuggingFaceTokenizer(Tokenizer):
     name), generation_config.json and config.json (by id, maybe several), in this order; every
     declared EOS is a stop id.
 
-    Special tokens spelled out in a document stay plain text, so that no document can end itself. In
-    a prompt they become tokens, as in `transformers`.
+    Tokens that are declared beside tokenizer.json and are not in it have the ids that they have in
+    `transformers`. Special tokens spelled out in a document stay plain text, so that no document
+    can end itself. In a prompt they become tokens, as in `transformers`.
     """
 
     kind = "huggingface"
@@ -38,17 +40,26 @@ class HuggingFaceTokenizer(Tokenizer):
             **_named(_parsed(files, "special_tokens_map.json")),
             **_named(_parsed(files, "tokenizer_config.json")),
         }
+        self._added: list[AddedToken] = []
         library = self._library()
         self._ids = frozenset(library.get_vocab().values())
-        self.vocab_size = 1 + max(self._ids, default=-1)
+        needed = set(self._ids)
+        for token in reversed(self._added):
+            if token.needed:
+                break
+            needed.remove(token.id)
+        self.vocab_size = 1 + max(needed, default=-1)
         added = library.get_added_tokens_decoder()
-        self._special = frozenset(i for i, token in added.items() if token.special)
+        self._special = frozenset(
+            i for i, token in added.items() if token.special and i < self.vocab_size
+        )
         self.bos_id = next(iter(self._token_ids(library, "bos")), None)
         self._stop_ids = self._token_ids(library, "eos")
         if not self._stop_ids:
             raise DataError(
                 "no end-of-sequence token is declared, which must end documents; set eos_token in "
                 "tokenizer_config.json beside tokenizer.json"
+                + "".join(f" ({note})" for note in self.notes)
             )
         self.eos_id = self._stop_ids[0]
         self.unk_id = _unk_id(library)
@@ -62,7 +73,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _library(self) -> Any:
         """A new `tokenizers.Tokenizer` in which every declared token is special."""
-        from tokenizers import AddedToken, Tokenizer
+        from tokenizers import Tokenizer
 
         name = FILES[self.kind]
         try:
@@ -71,12 +82,8 @@ class HuggingFaceTokenizer(Tokenizer):
             raise DataError(f"{name} is damaged, or of an unknown version: {error}") from None
         library.no_truncation()
         library.no_padding()
-        added = {token.content: token for token in library.get_added_tokens_decoder().values()}
-        for content in self._declared.values():
-            token = added.get(content, AddedToken(content, normalized=False))
-            if library.token_to_id(content) is not None and not token.special:
-                token.special = True
-                library.add_special_tokens([token])
+        config, by_id = (_parsed(self._files, name) for name in ("tokenizer_config.json", _ADDED))
+        self._added = add_declared(library, config, by_id, self._declared)
         return library
 
     @cached_property
@@ -94,9 +101,11 @@ class HuggingFaceTokenizer(Tokenizer):
         for name in _ID_FILES:
             ids = _parsed(self._files, name).get(key := f"{which}_token_id")
             ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-            if unknown := [i for i in ids if i not in self._ids]:
-                raise DataError(f"{name}: {key}={unknown[0]!r} is not in the vocabulary")
-            found += ids
+            shown = "config.json" if name == _TOKEN_IDS else name
+            outside = [i for i in ids if i not in self._ids]
+            notes = [f"{shown}: {key}={i!r} is no token, and is left out" for i in outside]
+            self.notes = (*self.notes, *notes)
+            found += [i for i in ids if i in self._ids]
         return tuple(dict.fromkeys(found))
 
     @property
@@ -184,7 +193,9 @@ class HuggingFaceTokenizer(Tokenizer):
         return dict(self._declared)
 
     def serialized(self) -> bytes:
-        special = [self.bos_id, self.stop_ids, sorted(self._special)]
+        special: list[Any] = [self.bos_id, self.stop_ids, sorted(self._special)]
+        if needed := [token for token in self._added if token.needed]:
+            special.append(needed)
         return self._files[FILES[self.kind]] + b"\0" + json.dumps(special).encode()
 
     def files(self) -> dict[str, bytes]:
@@ -193,6 +204,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 _TEMPLATE = "chat_template.jinja"
+_ADDED = "added_tokens.json"
 _TOKEN_IDS = "token_ids.json"  # special token ids of config.json, which is another file in a run
 _ID_FILES = ("generation_config.json", _TOKEN_IDS)
 
@@ -200,7 +212,8 @@ _ID_FILES = ("generation_config.json", _TOKEN_IDS)
 def read_files(file: Any) -> dict[str, bytes]:
     """Contents by name of a tokenizer.json (`file`, of any name) and of the files beside it."""
     found = {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json", _TEMPLATE, *_ID_FILES):
+    beside = ("tokenizer_config.json", "special_tokens_map.json", _TEMPLATE, _ADDED, *_ID_FILES)
+    for name in beside:
         if (path := file.parent / name).exists():
             found[name] = path.read_bytes()
     if (path := file.parent / "config.json").exists():

@@ -27,7 +27,8 @@ class Tokenizer(ABC):
     `stop_ids`, each of which ends a generated text,
     `eos_id` first; `start_id`, which opens each document of the store that a run is trained on, and
     so each of its prompts: BOS, or else the EOS of the document before. It is None for a tokenizer
-    whose own convention holds, as that of an imported model.
+    whose own convention holds, as that of an imported model. `notes` tell what of its files is left
+    out.
     """
 
     kind: TokenizerKind
@@ -36,6 +37,7 @@ class Tokenizer(ABC):
     bos_id: int | None = None
     unk_id: int | None = None
     start_id: int | None = None
+    notes: Sequence[str] = ()
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

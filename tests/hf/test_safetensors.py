@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,9 +12,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from gptjax.checkpoint.checkpointer import leaves_by_path
-from gptjax.config import ModelConfig, MoeConfig, RopeConfig
+from gptjax.config import ModelConfig, MoeConfig, RopeConfig, TokenizerConfig
 from gptjax.errors import DataError, MismatchError
 from gptjax.hf import families, safetensors
+from gptjax.tokenizer import train_sentencepiece
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -357,3 +359,29 @@ def test_model_of_no_family_is_an_error_with_the_differing_fields(changes, messa
     with pytest.raises(MismatchError, match="no Hugging Face architecture") as error:
         families.family_of(replace(LLAMA, **changes))
     assert any(message in line for line in error.value.differences)
+
+
+@pytest.mark.parametrize(
+    ("beside", "lacks"),
+    [
+        ({}, None),
+        ({"tokenizer_config.json": {"eos_token": "</s>"}}, None),
+        ({"tokenizer_config.json": {"eos_token": {"content": "<|im_end|>"}}}, "'<|im_end|>'"),
+        ({"added_tokens.json": {"<|im_start|>": 270}}, "'<|im_start|>'"),
+        (
+            {"tokenizer_config.json": {"added_tokens_decoder": {"270": {"content": "<|x|>"}}}},
+            "'<|x|>'",
+        ),
+    ],
+)
+def test_a_sentencepiece_model_that_lacks_declared_tokens_is_refused(tmp_path, beside, lacks):
+    cfg = TokenizerConfig(vocab_size=270)
+    train_sentencepiece(["a few words of text\n" * 99], cfg).save(tmp_path)
+    for name, values in beside.items():
+        (tmp_path / name).write_text(json.dumps(values))
+    said = []
+    source = SimpleNamespace(folder=tmp_path, model=replace(LLAMA, vocab_size=300))
+    tokenizer = safetensors.tokenizer_of(source, said.append)
+    assert (tokenizer is None) == (lacks is not None)
+    if lacks:
+        assert f"tokenizer.model lacks {lacks}, which other files declare" in said[0]

@@ -371,13 +371,17 @@ def failing(**beside: Any) -> dict[str, bytes]:
 
 DAMAGED = {
     "no EOS": (failing(tokenizer_config={"bos_token": "<s>"}), r"no end-of-.*eos_token in"),
-    "an unknown EOS": (
-        failing(tokenizer_config={"eos_token": "<end>"}),
-        "eos_token='<end>': declared, but not in the vocabulary",
+    "ids too high": (
+        failing(generation_config={"eos_token_id": [9998, 9999]}),
+        r"generation_config\.json: eos_token_id=9999 is no token, and is left out",
     ),
-    "an id too high": (
-        failing(generation_config={"eos_token_id": [1, 9999]}),
-        r"generation_config\.json: eos_token_id=9999 is not in the vocabulary",
+    "another id than it would have": (
+        failing(tokenizer_config={"eos_token": "</s>"}, added_tokens={"<|im_start|>": 9999}),
+        "'<|im_start|>' is declared with the id 9999".replace("|", r"\|"),
+    ),
+    "a declaration of no token": (
+        failing(tokenizer_config={"added_tokens_decoder": {"300": "x"}}),
+        "the tokens beside tokenizer.json cannot be read",
     ),
     "an id that is none": (failing(generation_config={"eos_token_id": "</s>"}), "eos_token_id="),
     "no JSON": (
