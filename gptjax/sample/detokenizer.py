@@ -4,8 +4,31 @@ from collections.abc import Sequence
 
 from gptjax.tokenizer import Tokenizer
 
-_CONTEXT = 8  # last tokens of the prompt that are decoded too, so that a first word keeps its space
+_CONTEXT = 8  # tokens before a text that are decoded too, at least, so that a word keeps its space
 _INCOMPLETE = "\ufffd"  # in place of a character some of whose bytes are missing
+
+
+def context(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """The last tokens of a sequence, from where they can be decoded as within all of it.
+
+    That is at the beginning of a character, and with a token that has text: a tokenizer may drop
+    the space before the first one.
+    """
+    start = max(0, len(ids) - _CONTEXT)
+    while start:
+        text = tokenizer.decode(ids[start:])
+        if text and not text.startswith(_INCOMPLETE):
+            break
+        start = max(0, start - _CONTEXT)
+    return list(ids[start:])
+
+
+def added_text(known: str, whole: str) -> str:
+    """What `whole` has beyond `known`, whose last character may be completed in it."""
+    same = 0
+    while same < min(len(known), len(whole)) and known[same] == whole[same]:
+        same += 1
+    return whole[same:]
 
 
 class Continuation:
@@ -17,7 +40,7 @@ class Continuation:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
         self._tokenizer, self._stop = tokenizer, stop
-        self._ids = list(prompt[-_CONTEXT:])
+        self._ids = context(tokenizer, prompt)
         self._start, self._read = 0, len(self._ids)
         self._pending = ""
         self.text = ""
@@ -31,9 +54,10 @@ class Continuation:
         whole = self._tokenizer.decode(self._ids[self._start :])
         if last or not whole.endswith(_INCOMPLETE):
             known = self._tokenizer.decode(self._ids[self._start : self._read])
-            known = known.rstrip(_INCOMPLETE)
-            self._pending += whole[len(known) :]
-            self._start, self._read = self._read, len(self._ids)
+            self._pending += added_text(known, whole)
+            if self._tokenizer.decode(self._ids[self._read :]):
+                self._start = self._read
+            self._read = len(self._ids)
         ends = [at for stop in self._stop if (at := self._pending.find(stop)) >= 0]
         if ends:
             self.stopped = True

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from gptjax.sample import Continuation, Sampler, Token
+from gptjax.sample.detokenizer import context
 
-_CONTEXT = 8  # tokens before one that are decoded too, so that a first word keeps its space
 _INCOMPLETE = "\ufffd"
 
 
@@ -29,8 +29,8 @@ class TokenTextStream:
 
     def __init__(self, sampler: Sampler, prompt: Sequence[int]) -> None:
         self._sampler = sampler
-        self._before = list(prompt[-_CONTEXT:])
         tokenizer = sampler.tokenizer
+        self._before = list(prompt)
         self._text = None if tokenizer is None else Continuation(tokenizer, prompt, ())
 
     def add(self, token: Token) -> TokenText:
@@ -44,7 +44,7 @@ class TokenTextStream:
             start = len(self._text.text)
             self._text.add([] if token.id in self._sampler.stop_ids else [token.id])
             end = len(self._text.text)
-        self._before = [*self._before, token.id][-_CONTEXT:]
+        self._before.append(token.id)
         assert token.logprob is not None
         return TokenText(own, start, end, token.logprob, top)
 
@@ -52,7 +52,8 @@ class TokenTextStream:
         tokenizer = self._sampler.tokenizer
         if tokenizer is None or token in self._sampler.stop_ids:
             return self._sampler.piece(token)
-        known = tokenizer.decode(self._before)
-        whole = tokenizer.decode([*self._before, token])
+        before = context(tokenizer, self._before)
+        known = tokenizer.decode(before)
+        whole = tokenizer.decode([*before, token])
         text = whole[len(known) :] if whole.startswith(known) else ""
         return self._sampler.piece(token) if not text or _INCOMPLETE in text else text
