@@ -124,5 +124,8 @@ def test_text_cut_anywhere_is_streamed_as_it_is_decoded_together(kind, data) -> 
     start = data.draw(st.integers(0, len(TEXT) - 1))
     ids = tokenizer.encode(TEXT[start:])
     cut = data.draw(st.integers(0, len(ids)))
-    between = data.draw(st.sampled_from([[], [tokenizer.eos_id]]))
-    check(tokenizer, [*ids[:cut], *between], ids[cut:], [1] * (len(ids) - cut))
+    textless = lambda: [tokenizer.eos_id] * data.draw(st.sampled_from([0, 1, 12]))
+    prompt, rest = [*ids[:cut], *textless()], ids[cut:]
+    middle = data.draw(st.integers(0, len(rest)))
+    rest = [*rest[:middle], *textless(), *rest[middle:]]
+    check(tokenizer, prompt, rest, [1] * len(rest))
