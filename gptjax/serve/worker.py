@@ -119,6 +119,9 @@ class _Sample:
             count = len(self._pending)
             if finish is None:
                 count = next((i for i, t in enumerate(self._pending) if t.end > out), count)
+                # One without text may be part of a character, and that of a stop text.
+                while count and self._pending[count - 1].end == self._pending[count - 1].start:
+                    count -= 1
             done, self._pending = self._pending[:count], self._pending[count:]
         return TextChunk(self._choice, new, [token.id for token in tokens], done, finish)
 
