@@ -2,6 +2,7 @@
 
     RUN/checkpoints/<step>/state    the arrays, by path, whatever the mesh
     RUN/checkpoints/<step>/meta     JSON: the run's metadata, and a fingerprint of each array
+    RUN/checkpoints.json            the last step that was saved
 
 A checkpoint exists when Orbax has renamed its folder into place. Saving is asynchronous; a thread
 waits for each save, so its failure is known without blocking the loop and without waiting for the
@@ -9,10 +10,12 @@ next one. Restoring checks every array against its fingerprint: a checkpoint tha
 (`<step>.corrupt-<n>`) and the one before it is restored.
 
 In a job of several processes each writes and reads its own shards of the arrays, in one folder.
-Process 0 alone renames and removes; all together agree on which checkpoint is valid.
+Process 0 alone renames and removes; all together agree on which checkpoint is valid. A run without
+checkpoints begins anew only where checkpoints.json knows of none.
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -197,6 +200,7 @@ class Checkpointer:
             raise
         if not distributed.first():
             return
+        self._remember(step)
         forever = self._cfg.keep_every
         for old in self.steps()[: -self._cfg.keep]:
             if not (forever and old % forever == 0):
@@ -204,6 +208,17 @@ class Checkpointer:
                     missing_ok=True
                 )  # no longer a checkpoint
                 shutil.rmtree(self.folder / str(old), ignore_errors=True)
+
+    def _remember(self, step: int) -> None:
+        """Notes beside the folder that a step was saved, so that a loss of the folder is known."""
+        partial = self._progress.with_name(f".{self._progress.name}.partial")
+        with contextlib.suppress(OSError):
+            partial.write_text(json.dumps({"saved": step}) + "\n")
+            partial.replace(self._progress)
+
+    @property
+    def _progress(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.json")
 
     def failures(self) -> list[str]:
         """Messages about saves that have failed since the last call. Does not wait."""
@@ -281,6 +296,12 @@ class Checkpointer:
             raise CheckpointError(
                 f"{self.folder}: only checkpoints that were set aside as damaged are left; to "
                 "begin anew, remove the folder"
+            )
+        if self._progress.exists():
+            raise CheckpointError(
+                f"{self.folder}: has no checkpoint, though {self._progress} says that one was "
+                "saved; nothing was changed. Put the checkpoints back; to begin anew, remove the "
+                f"whole folder {self.folder.parent}"
             )
         return None
 

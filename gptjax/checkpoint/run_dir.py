@@ -5,7 +5,8 @@ RUN/tokenizer.*        the tokenizer, with the files that declare its special to
 RUN/data.json          the manifest of the store that it is trained on
 RUN/source.json        instead, for an imported model: its origin (see cli/convert.py)
 RUN/finetune.json      instead, for a fine-tuned run: the examples that it is trained on
-RUN/checkpoints/       see checkpoint.py
+RUN/checkpoints/       see checkpointer.py
+RUN/checkpoints.json   the last step that was saved there
 RUN/metrics.jsonl, RUN/tensorboard/, RUN/samples/, RUN/profile/
 RUN/run.lock           held while a process trains here
 """

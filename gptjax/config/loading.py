@@ -163,6 +163,7 @@ def load(argument: str) -> Config:
         file = file / CONFIG_FILE
         if not file.exists():
             raise ConfigError([f"{path}: not a run folder, it has no {CONFIG_FILE}"])
+        return dataclasses.replace(read_json(file), run=path)  # also where it was moved or copied
     if not file.exists() and (preset := find_preset(path)):
         file = preset
     if not file.exists():

@@ -236,6 +236,24 @@ def test_never_begins_anew_where_no_checkpoint_is_whole(tmp_path) -> None:
             Checkpointer(tmp_path).restore_newest(abstract(state()))
 
 
+@pytest.mark.parametrize("lost", ["folder", "contents", "metadata"])
+def test_a_run_whose_checkpoints_are_gone_never_begins_anew(tmp_path, lost) -> None:
+    folder = tmp_path / "checkpoints"
+    with enter():
+        checkpointer = saved(folder, [1, 2])
+        checkpointer.finish()
+        assert json.loads((tmp_path / "checkpoints.json").read_text()) == {"saved": 2}
+        if lost == "metadata":
+            for file in folder.glob("*/_CHECKPOINT_METADATA"):
+                file.unlink()
+        else:
+            shutil.rmtree(folder)
+        if lost == "contents":
+            folder.mkdir()
+        with pytest.raises(CheckpointError, match=r"checkpoints.json says that one was saved"):
+            Checkpointer(folder).restore_newest(abstract(state()))
+
+
 def test_an_empty_or_strange_folder_is_no_checkpoint(tmp_path) -> None:
     with enter():
         saved(tmp_path, [10])

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -278,6 +279,26 @@ def test_a_name_of_the_hub_gets_the_command_that_fetches_it(
     assert code == 2
     assert f"{name}: no such folder" in sentence(err)
     assert f"hf download {name} --local-dir {name.rpartition('/')[2]}" in err
+
+
+@pytest.mark.parametrize("how", ["moved", "copied"])
+def test_a_folder_given_as_config_is_the_run(
+    run: Run, preset: str, cfg: Config, tmp_path: Path, how: str
+) -> None:
+    assert run("train", preset, "--eval.every", 0)[0] == 0
+    there, original = tmp_path / "elsewhere", Path(cfg.run)
+    if how == "moved":
+        original.rename(there)
+    else:
+        shutil.copytree(original, there)
+    more = ("--train.tokens", 2048, "--eval.every", 0)
+    code, out, err = run("train", there, *more)
+    assert code == 0, err
+    assert "resumed after step 2 of 4" in err
+    assert json.loads(out.splitlines()[-1])["run"] == str(there)
+    assert (there / "checkpoints" / "4").is_dir()
+    assert not (original / "checkpoints" / "4").exists()
+    assert original.exists() == (how == "copied")
 
 
 def test_a_run_folder_in_use_is_left_alone(run: Run, preset: str, cfg: Config) -> None:
