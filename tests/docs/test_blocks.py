@@ -130,8 +130,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, quick_compile: None) -> P
     """A folder with configs/ and a run of a tiny model that was trained for two steps."""
     folder = tmp_path_factory.mktemp("reader")
     (folder / "configs").symlink_to(REPO / "configs")
-    for name in ("text.txt", "valid.txt"):
-        (folder / name).write_text("def f():\n    return 0\n" * 100)
+    (folder / "text.txt").write_text("def f():\n    return 0\n" * 100)
+    (folder / "valid.txt").write_text("def g():\n    return 1\n" * 100)
     command = (
         "train configs/debug.py --run runs/quickstart --data.sources text.txt --data.valid-sources "
         "valid.txt --data.store data/store --train.tokens 2048 --optim.warmup-tokens 0 "
