@@ -19,7 +19,7 @@ def tell(cfg: Config) -> None:
         use = [f"gptjax sample {run} --prompt TEXT", f"gptjax eval {run}", f"gptjax serve {run}"]
     use.append(f"gptjax convert {run} hf:FOLDER")
     print(
-        f"gptjax: {run} is at its last step, {steps:,} of {cfg.train.batch_tokens:,} tokens; this "
+        f"gptjax: {run} is trained: {steps:,} steps of {cfg.train.batch_tokens:,} tokens; this "
         f"command took {took}\ngptjax: next: {'; '.join(use)}",
         file=sys.stderr,
     )
