@@ -18,11 +18,17 @@ os.environ["XLA_FLAGS"] = (
 
 import functools
 import gc
+import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
+
+# PyTorch's compiler crashes the process if it is imported after TensorFlow, and which of the two a
+# worker needs first is chance.
+if importlib.util.find_spec("triton"):
+    importlib.import_module("triton")
 
 import jax
 import numpy as np
