@@ -41,13 +41,14 @@ _WITHOUT_EFFECT_AS = {  # and what only one value of is without effect
 def check_unused(config: Json, unused: Collection[str], location: str) -> None:
     """Raises MismatchError for keys that were not read although the logits may depend on them.
 
-    A nested key is named with a dot. A key whose value is null is no setting.
+    A nested key is named with a dot. A key whose value is null is no setting, and one that begins
+    with an underscore is a library's own note.
     """
     without_effect, unknown = set(_WITHOUT_EFFECT.split()), []
     for name in sorted(unused):
         outer, _, inner = name.partition(".")
         value = config.get(name, config[outer].get(inner) if outer in config and inner else None)
-        if value is None or name in without_effect:
+        if value is None or name in without_effect or name.startswith("_"):  # notes of libraries
             continue
         if name in _WITHOUT_EFFECT_AS and value == _WITHOUT_EFFECT_AS[name]:
             continue

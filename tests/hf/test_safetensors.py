@@ -233,7 +233,13 @@ def test_settings_that_are_not_known_are_refused(folders, tmp_path):
     rope = {"rope_type": "default", "rope_theta": 1e4, "twist": 1}
     changes = {"rope_scaling": None, "rope_parameters": rope}
     changes |= {"new_trick": True, "quantization_config": {"bits": 4}}
-    known = {"pruned_heads": {}, "temperature": 0.7, "id2label": {"0": "x"}, "another": None}
+    known = {
+        "pruned_heads": {},
+        "temperature": 0.7,
+        "id2label": {"0": "x"},
+        "another": None,
+        "_a": 1,
+    }
     with pytest.raises(MismatchError, match="settings that gptjax does not know") as error:
         safetensors.open_source(edited(folders["llama"][0], tmp_path, **changes, **known))
     assert error.value.differences == [
