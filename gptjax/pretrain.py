@@ -100,7 +100,7 @@ def train(cfg: Config | str, overrides: Sequence[str] = ()) -> dict[str, float]:
             progress.say(f"changed since the run was begun: {change}")
         cfg.check(jax.device_count(), jax.process_count())
         watchdog.at("prepare", 0)
-        alone = preemption.ends_with_word("the text was prepared; what is done is kept")
+        alone = preemption.preemptible("the text was prepared; what is done is kept")
         with (
             contextlib.nullcontext() if distributed.several() else alone,
             distributed.first_before_others(),

@@ -200,7 +200,7 @@ class Checkpointer:
             raise
         if not distributed.first():
             return
-        self._remember(step)
+        self._record_saved(step)
         forever = self._cfg.keep_every
         for old in self.steps()[: -self._cfg.keep]:
             if not (forever and old % forever == 0):
@@ -209,15 +209,15 @@ class Checkpointer:
                 )  # no longer a checkpoint
                 shutil.rmtree(self.folder / str(old), ignore_errors=True)
 
-    def _remember(self, step: int) -> None:
-        """Notes beside the folder that a step was saved, so that a loss of the folder is known."""
-        partial = self._progress.with_name(f".{self._progress.name}.partial")
+    def _record_saved(self, step: int) -> None:
+        """Writes beside the folder that a step was saved, so that a loss of the folder is known."""
+        partial = self._saved_file.with_name(f".{self._saved_file.name}.partial")
         with contextlib.suppress(OSError):
             partial.write_text(json.dumps({"saved": step}) + "\n")
-            partial.replace(self._progress)
+            partial.replace(self._saved_file)
 
     @property
-    def _progress(self) -> Path:
+    def _saved_file(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}.json")
 
     def failures(self) -> list[str]:
@@ -297,9 +297,9 @@ class Checkpointer:
                 f"{self.folder}: only checkpoints that were set aside as damaged are left; to "
                 "begin anew, remove the folder"
             )
-        if self._progress.exists():
+        if self._saved_file.exists():
             raise CheckpointError(
-                f"{self.folder}: has no checkpoint, though {self._progress} says that one was "
+                f"{self.folder}: has no checkpoint, though {self._saved_file} says that one was "
                 "saved; nothing was changed. Put the checkpoints back; to begin anew, remove the "
                 f"whole folder {self.folder.parent}"
             )

@@ -26,7 +26,7 @@ def prepare(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     from gptjax.runtime import preemption
 
     what = "the text was prepared; what is done is kept, and the same command goes on"
-    with preemption.ends_with_word(what), prepare.shown(progress) as tell:
+    with preemption.preemptible(what), prepare.shown(progress) as tell:
         manifest = prepare.prepare(cfg, tell, progress.say, lambda *done: rates.append(done))
     print(json.dumps({"store": cfg.data.store, "tokenizer": manifest.tokenizer}))
     for name, split in manifest.splits.items():

@@ -145,7 +145,9 @@ def evaluate(path: str, options: Options, progress: Progress, say: Callable[[str
             statistics, tokens = validation.measure(model.params)
             over = f"batches: {len(statistics[0].numerators)}"
             measured = _with_intervals(statistics, over, options.seed)
-            measured += [Measurement(name, value) for name, value in validation.lost().items()]
+            measured += [
+                Measurement(name, value) for name, value in validation.lost_bits_per_byte().items()
+            ]
             measured.append(Measurement("valid_tokens", tokens))
         else:
             scorer = Scorer(cfg.model, cfg.compute, batch, progress)
@@ -197,7 +199,7 @@ def _measure(
         over = _over("document", *inputs.documents.counted)
         measured += [
             *_with_intervals(text.measure(model.params), over, options.seed),
-            *(Measurement(name, value) for name, value in text.lost().items()),
+            *(Measurement(name, value) for name, value in text.lost_bits_per_byte().items()),
             Measurement("text_tokens", text.tokens),
             Measurement("text_bytes", text.bytes),
         ]

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 
     if distributed.first():
         print(json.dumps({"run": cfg.run, **results}))
-        summary.tell(cfg)
+        summary.write(cfg)
 
 
 def fit(

@@ -1,4 +1,4 @@
-"""The last words of a training command: where the run stands, and what can be done with it."""
+"""The summary at the end of a training command: what was trained, and the next commands."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ from gptjax.config import Config
 _BEGAN = time.monotonic()
 
 
-def tell(cfg: Config) -> None:
+def write(cfg: Config) -> None:
     """Writes the summary of a finished run to standard error."""
     steps, run = cfg.train.steps, cfg.run
     took = timedelta(seconds=round(time.monotonic() - _BEGAN))

@@ -17,4 +17,4 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     results = pretrain.train(cfg)
     if distributed.first():
         print(json.dumps({"run": cfg.run, **results}))
-        summary.tell(cfg)
+        summary.write(cfg)

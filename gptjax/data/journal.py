@@ -36,7 +36,7 @@ class Progress:
 
     def copy(self) -> "Progress":
         """A copy that does not change with this one."""
-        return Progress(**json.loads(json.dumps(asdict(self))))
+        return Progress(**asdict(self))
 
 
 @dataclass
@@ -44,9 +44,8 @@ class Journal:
     """Progress of a preparation, and what it is a preparation of.
 
     `split` is the fingerprint of the split, `listing` the last entry of the sources'
-    `listing_sha256`. `boundary` is the progress after
-    the first `sources` of them, whose entry is `sources_listing`: from there it goes on where a
-    later source has changed.
+    `listing_sha256`. `boundary` is the progress after the first `sources` of them, whose entry is
+    `sources_listing`: from there it goes on where a later source has changed.
     """
 
     identity: dict[str, Any]
@@ -71,12 +70,8 @@ class Journal:
         file = folder / JOURNAL
         if file.exists():
             journal = cls._parse(file)
-            same = (journal.identity, journal.split, journal.listing) == (
-                identity,
-                split,
-                listing[-1],
-            )
-            if same:
+            begun = journal.identity, journal.split, journal.listing
+            if begun == (identity, split, listing[-1]):
                 return journal
             if journal.progress.documents:
                 check_same(f"{folder} (unfinished)", journal.identity, identity)

@@ -95,15 +95,15 @@ def prepare(
         with file_lock.held(folder / LOCK, f"data.store={cfg.data.store}", say):
             if (folder / store.MANIFEST).exists():
                 return _finished(cfg, say, begun_with)  # by the process with the lock before
-            todo = _Todo(cfg, folder, found, held_out, Split.of(cfg, found, held_out))
-            return _prepare(todo, counts, tell, say, clock)
+            preparation = _Preparation(cfg, folder, found, held_out, Split.of(cfg, found, held_out))
+            return _prepare(preparation, counts, tell, say, clock)
     except OSError as error:
         raise OutputError(f"data.store={cfg.data.store}: cannot be written: {error}") from None
 
 
 @dataclass(frozen=True)
-class _Todo:
-    """A store to be made: where, and of what."""
+class _Preparation:
+    """What is prepared: where, of which sources, and how they are split."""
 
     cfg: Config
     folder: Path
@@ -129,20 +129,21 @@ class _Todo:
 
 
 def _prepare(
-    todo: _Todo,
+    preparation: _Preparation,
     counts: Counts,
     tell: Tell,
     say: Callable[[str], None],
     clock: Clock,
 ) -> store.Manifest:
-    listing = listing_sha256(todo.found + todo.held_out)
-    split = todo.split.fingerprint
-    journal = Journal.load(todo.folder, identity(todo.cfg), split, listing, say)
-    tokenizer = _tokenizer(todo, tell)
+    """Makes a store, or finishes one that was begun."""
+    listing = listing_sha256(preparation.found + preparation.held_out)
+    split = preparation.split.fingerprint
+    journal = Journal.load(preparation.folder, identity(preparation.cfg), split, listing, say)
+    tokenizer = _tokenizer(preparation, tell)
     if journal.start_id is None:
         journal.start_id = tokenizer.default_start_id
     began, before = time.monotonic(), sum(journal.progress.bytes.values())
-    manifest = _tokenize(todo, tokenizer, journal, listing, counts, tell)
+    manifest = _tokenize(preparation, tokenizer, journal, listing, counts, tell)
     clock(sum(journal.progress.bytes.values()) - before, time.monotonic() - began)
     if counts.in_validation:
         say(
@@ -169,13 +170,13 @@ def _finished(cfg: Config, say: Callable[[str], None], begun_with: str | None) -
     return manifest
 
 
-def _tokenizer(todo: _Todo, tell: Tell) -> tokenizers.Tokenizer:
+def _tokenizer(preparation: _Preparation, tell: Tell) -> tokenizers.Tokenizer:
     """The store's tokenizer: loaded, or else trained on the sources and saved."""
-    cfg, folder = todo.cfg, todo.folder
+    cfg, folder = preparation.cfg, preparation.folder
     try:
         return tokenizers.load(folder)
     except DataError:
-        texts = tokenizer_sample(cfg, todo.found, todo.split, tell)
+        texts = tokenizer_sample(cfg, preparation.found, preparation.split, tell)
         tokenizer = tokenizers.make(cfg.tokenizer, texts)
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise DataError(
@@ -278,7 +279,7 @@ def _encode(batch: Batch, sources: int | None) -> _Encoded:
 
 
 def _tokenize(
-    todo: _Todo,
+    preparation: _Preparation,
     tokenizer: tokenizers.Tokenizer,
     journal: Journal,
     listing: list[str],
@@ -286,15 +287,15 @@ def _tokenize(
     tell: Tell,
 ) -> store.Manifest:
     """Tokenizes what the journal does not have yet, and finishes the store."""
-    folder, done = todo.folder, journal.progress
+    folder, done = preparation.folder, journal.progress
     dtype = store.token_dtype(tokenizer.vocab_size)
     writers = {name: store.Writer(folder / name, dtype, n) for name, n in done.tokens.items()}
     for writer in writers.values():
         if writer.tokens == 0:
             writer.append(np.array([journal.start_id]))
     unsaved = 0
-    expected = sum(source.size_bytes() for source in todo.found + todo.held_out)
-    rest = itertools.islice(todo.documents(counts), done.documents, None)
+    expected = sum(source.size_bytes() for source in preparation.found + preparation.held_out)
+    rest = itertools.islice(preparation.documents(counts), done.documents, None)
 
     def save() -> None:
         for writer in writers.values():
@@ -302,7 +303,7 @@ def _tokenize(
         journal.save(folder)
 
     try:
-        for encoded in _in_order(todo.cfg, folder, journal.start_id, _batches(rest)):
+        for encoded in _in_order(preparation.cfg, folder, journal.start_id, _batches(rest)):
             for name, writer in writers.items():
                 writer.append(encoded.tokens[name])
                 done.tokens[name] = writer.tokens
@@ -328,8 +329,8 @@ def _tokenize(
     except DataError:
         save()  # when the text is mended, it goes on from here or from the source's beginning
         raise
-    manifest = _close(todo.cfg, tokenizer, journal, counts, writers)
-    provenance.record(folder, todo.found + todo.held_out)
+    manifest = _close(preparation.cfg, tokenizer, journal, counts, writers)
+    provenance.record(folder, preparation.found + preparation.held_out)
     store.write_manifest(folder, manifest)
     (folder / JOURNAL).unlink()
     (folder / PARTIAL).unlink(missing_ok=True)

@@ -1,18 +1,20 @@
 """What text a token store was made of, and whether it is still that text.
 
-STORE/sources.json lists the sources: names, sizes, and of local files the times of change and,
-where all of them are soon read again, hashes.
+STORE/sources.json lists the local files among the sources: their names, sizes, times of change and,
+where all of them are soon read again, hashes. Remote files and TFDS datasets are not compared.
 """
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gptjax import tokenizer as tokenizers
 from gptjax.config import Config
+from gptjax.config.registry import DATA_SOURCES
 from gptjax.data import sources, store
 from gptjax.data.files import TextFile
 from gptjax.data.sources import Source
@@ -23,20 +25,25 @@ _HASHED_BYTES = 4 << 30  # of files that are larger together, sizes and times ar
 
 
 @dataclass(frozen=True)
-class SourceFacts:
-    """A source as it was when the store was made; of one that is no local file, only its size."""
+class FileFacts:
+    """A file as it was when the store was made."""
 
     size: int
-    mtime_ns: int | None = None
-    sha256: str | None = None
+    mtime_ns: int
+    sha256: str | None
 
 
 def record(folder: Path, found: list[Source]) -> None:
     """Writes sources.json into a store's folder."""
-    local = [file for file in map(_local, found) if file is not None]
-    hashed = sum(file.stat().st_size for file in local) <= _HASHED_BYTES
-    facts = {name: asdict(_facts(s, hashed=hashed)) for name, s in _by_name(found).items()}
-    store.replace_file(folder / SOURCES, json.dumps(facts))
+    local = _local_by_name(found)
+    stats = {name: file.stat() for name, file in local.items()}
+    hashed = sum(stat.st_size for stat in stats.values()) <= _HASHED_BYTES
+    facts = {
+        name: FileFacts(stat.st_size, stat.st_mtime_ns, _sha256(local[name]) if hashed else None)
+        for name, stat in stats.items()
+    }
+    listing = {name: asdict(file) for name, file in facts.items()}
+    store.replace_file(folder / SOURCES, json.dumps(listing))
 
 
 def changes(cfg: Config) -> list[str]:
@@ -44,12 +51,12 @@ def changes(cfg: Config) -> list[str]:
 
     None where the store is of before this was recorded, or where none of its text is here.
     """
-    folder = Path(cfg.data.store)
-    if not (folder / SOURCES).exists():
+    listing = Path(cfg.data.store) / SOURCES
+    if not listing.exists():
         return []
-    known = _read(folder / SOURCES)
+    known = _read(listing)
     held_out = _present(cfg.data.valid_sources)
-    found = _by_name(sources.without(_present(cfg.data.sources), held_out) + held_out)
+    found = _local_by_name(sources.without(_present(cfg.data.sources), held_out) + held_out)
     if not found:
         return []
     told = [f"{name}: is new" for name in found if name not in known]
@@ -62,9 +69,9 @@ def changes(cfg: Config) -> list[str]:
     return told + list(_tokenizer_changes(cfg))
 
 
-def _read(file: Path) -> dict[str, SourceFacts]:
+def _read(file: Path) -> dict[str, FileFacts]:
     try:
-        return {name: SourceFacts(**facts) for name, facts in json.loads(file.read_text()).items()}
+        return {name: FileFacts(**facts) for name, facts in json.loads(file.read_text()).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(
             f"{file}: is damaged ({error}); delete it to use the store unchecked"
@@ -72,61 +79,52 @@ def _read(file: Path) -> dict[str, SourceFacts]:
 
 
 def _present(patterns: Sequence[str]) -> list[Source]:
-    """The sources of the patterns of which there is something on this machine."""
+    """The sources of the patterns of local files of which there is something on this machine."""
+    found: list[Source] = []
+    for pattern in patterns:
+        if "://" in pattern or pattern.partition(":")[0] in DATA_SOURCES.names():
+            continue
+        with contextlib.suppress(DataError):
+            found += sources.resolve((pattern,))
+    return sources.once(found)
 
-    def is_present(pattern: str) -> bool:
-        try:
-            return bool(sources.resolve((pattern,)))
-        except DataError:
-            return False
 
-    return sources.resolve(list(filter(is_present, patterns)))
-
-
-def _by_name(found: list[Source]) -> dict[str, Source]:
-    """The sources by their names, with a number where several have the same."""
+def _local_by_name(found: list[Source]) -> dict[str, Path]:
+    """The local files by their names, with a number where several have the same."""
     times: Counter[str] = Counter()
     named = {}
     for source in found:
-        times[source.name] += 1
-        number = times[source.name]
-        named[source.name if number == 1 else f"{source.name} ({number})"] = source
+        if isinstance(source, TextFile) and "://" not in str(source.path):
+            times[source.name] += 1
+            number = times[source.name]
+            name = source.name if number == 1 else f"{source.name} ({number})"
+            named[name] = Path(source.path)
     return named
 
 
-def _local(source: Source) -> Path | None:
-    if isinstance(source, TextFile) and "://" not in str(source.path):
-        return Path(source.path)
-    return None
-
-
-def _facts(source: Source, *, hashed: bool) -> SourceFacts:
-    file = _local(source)
-    if file is None:
-        return SourceFacts(source.size_bytes())
+def _difference(file: Path, then: FileFacts) -> str:
+    """How a file differs from what it was; empty where it does not."""
     stat = file.stat()
-    return SourceFacts(stat.st_size, stat.st_mtime_ns, _sha256(file) if hashed else None)
-
-
-def _difference(source: Source, then: SourceFacts) -> str:
-    """How a source differs from what it was; empty where it does not."""
-    now = _facts(source, hashed=False)
-    if now.size != then.size:
-        return f"has {now.size} bytes, {then.size} when the store was made"
-    file = _local(source)
-    if file is None or now.mtime_ns == then.mtime_ns:
+    if stat.st_size != then.size:
+        return f"has {stat.st_size} bytes, {then.size} when the store was made"
+    if stat.st_mtime_ns == then.mtime_ns:
         return ""
     if then.sha256 is None:
         return "was written to since the store was made"
     return "" if _sha256(file) == then.sha256 else "has other contents than when the store was made"
 
 
-def _tokenizer_changes(cfg: Config) -> Iterable[str]:
+def _tokenizer_changes(cfg: Config) -> Iterator[str]:
     path = Path(cfg.tokenizer.path).expanduser()
-    if cfg.tokenizer.path and cfg.tokenizer.kind != "bytes" and path.exists():
+    if not cfg.tokenizer.path or cfg.tokenizer.kind == "bytes" or not path.exists():
+        return
+    try:
         given = tokenizers.make(cfg.tokenizer, ()).fingerprint
-        if given != store.read_manifest(cfg.data.store).tokenizer["sha256"]:
-            yield f"tokenizer.path={cfg.tokenizer.path}: is another tokenizer than the store's"
+    except DataError as error:
+        yield str(error)
+        return
+    if given != store.read_manifest(cfg.data.store).tokenizer["sha256"]:
+        yield f"tokenizer.path={cfg.tokenizer.path}: is another tokenizer than the store's"
 
 
 def _sha256(file: Path) -> str:

@@ -152,9 +152,15 @@ def resolve(
                 f"{option}={pattern}: no such file; give a path, a quoted glob, or a pattern that "
                 f"begins with a scheme ({schemes})"
             )
-    once = {_identity(source): source for source in reversed(found)}
-    counts.repeated_files += len(found) - len(once)
-    return list(reversed(once.values()))
+    distinct = once(found)
+    counts.repeated_files += len(found) - len(distinct)
+    return distinct
+
+
+def once(found: list[Source]) -> list[Source]:
+    """The sources without those that came before, under whatever path or link."""
+    distinct = {_identity(source): source for source in reversed(found)}
+    return list(reversed(distinct.values()))
 
 
 def without(found: list[Source], others: list[Source]) -> list[Source]:

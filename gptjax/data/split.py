@@ -16,16 +16,16 @@ from gptjax.data.files import Counts, Document
 from gptjax.data.sources import Source
 from gptjax.errors import DataError
 
-_LEAST_CUT = 0.01  # of the only document, at least this is held out
+_LEAST_CUT = 0.01  # of a single document, at least this is held out
 
 
 @dataclass(frozen=True)
 class Split:
     """A rule that says of each document of data.sources where it belongs.
 
-    A document is held out where the hash of its text, from 0 to 1, is below `fraction`, and is in
-    neither part where it is equal to one of data.valid_sources, whose hashes are `validation`. The
-    only document there is is trained on up to its character `cut`, and held out from there.
+    A document is held out where the hash of its text, from 0 to 1, is below `fraction`. Where it is
+    equal to one of data.valid_sources, whose hashes are `validation`, it is left out. A single
+    document is trained on up to its character `cut`, and held out from there.
 
     A document that is longer than data.max_document_bytes is told by its first part.
     """
@@ -45,10 +45,9 @@ class Split:
             validation = frozenset(_digest(text) for text, _ in _texts(cfg, held_out))
             if not validation:
                 raise DataError(f"data.valid_sources={' '.join(cfg.data.valid_sources)}: no text")
-            split = cls(0.0, validation)
             if all(_digest(text) in validation for text, _ in _texts(cfg, found)):
                 raise DataError(_nothing(cfg, " that is not in data.valid_sources too"))
-            return split
+            return cls(0.0, validation)
         fraction, least, most = cfg.data.valid_fraction, math.inf, -math.inf
         documents = characters = 0
         for text, length in _texts(cfg, found):
@@ -104,7 +103,7 @@ def share(text: str) -> float:
 
 
 def _cut(document: Document, place: int) -> Iterator[tuple[str, Document]]:
-    """A part of the only document, or two, cut at the end of a line before `place`, if it has one.
+    """A part of the single document, or two, cut at a line's end before `place` if there is one.
 
     `place` counts characters from the part's beginning, and may be outside of it.
     """

@@ -120,7 +120,7 @@ class TextLoss:
             ),
         ]
 
-    def lost(self) -> dict[str, float]:
+    def lost_bits_per_byte(self) -> dict[str, float]:
         """Bits per byte that the tokens do not give back, by name; empty without a loss."""
         bits = float(self._lost_bits.sum())
         return {f"{self._name}_lost_bits_per_byte": bits / self.bytes} if bits else {}
@@ -130,7 +130,7 @@ class TextLoss:
         do not give back all of the text, text_lost_bits_per_byte too."""
         return {
             **{statistic.name: statistic.value for statistic in self.measure(params)},
-            **self.lost(),
+            **self.lost_bits_per_byte(),
             f"{self._name}_tokens": self.tokens,
             f"{self._name}_bytes": self.bytes,
         }

@@ -42,9 +42,9 @@ class ValidationLoss:
         give back all of the text, valid_lost_bits_per_byte too."""
         statistics, tokens = self.measure(params)
         values = {statistic.name: statistic.value for statistic in statistics}
-        return values | self.lost() | {"valid_tokens": tokens}
+        return values | self.lost_bits_per_byte() | {"valid_tokens": tokens}
 
-    def lost(self) -> dict[str, float]:
+    def lost_bits_per_byte(self) -> dict[str, float]:
         """Bits per byte that the tokens do not give back, by name; empty without a loss."""
         bits = self._split.lost_bits
         return {"valid_lost_bits_per_byte": bits / self._split.bytes} if bits else {}

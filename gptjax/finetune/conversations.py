@@ -52,7 +52,7 @@ class Conversations:
     path: str
     sha256: str
     all: tuple[Conversation, ...]
-    endless: int = 0
+    without_end: int = 0
     """Conversations in whose answers the loss counts no token that ends a text."""
 
     def __len__(self) -> int:
@@ -95,8 +95,8 @@ def read(path: str, option: str, tokenizer: Tokenizer) -> Conversations:
         raise DataError(f"{option}={path}: no examples in it")
     ends = set(tokenizer.stop_ids)
     trained = ((i for i, on in zip(c.ids, c.loss_mask, strict=True) if on) for c in conversations)
-    endless = sum(ends.isdisjoint(ids) for ids in trained)
-    return Conversations(path, hashlib.sha256(raw).hexdigest(), tuple(conversations), endless)
+    without_end = sum(ends.isdisjoint(ids) for ids in trained)
+    return Conversations(path, hashlib.sha256(raw).hexdigest(), tuple(conversations), without_end)
 
 
 def _from_pair(

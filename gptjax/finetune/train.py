@@ -139,9 +139,9 @@ def _record(
             f"{name}: {len(given):,} examples of {given.path} in {len(rows[name]):,} rows, "
             f"{cut:,} of them cut to train.seq_len={cfg.train.seq_len}"
         )
-        if isinstance(given, Conversations) and given.endless:
+        if isinstance(given, Conversations) and given.without_end:
             progress.say(
-                f"{name}: in {given.endless:,} of {len(given):,} conversations no token of the "
+                f"{name}: in {given.without_end:,} of {len(given):,} conversations no token of the "
                 "answers ends a text, so the model does not learn to stop there: the chat template "
                 "should end each turn with the tokenizer's EOS"
             )

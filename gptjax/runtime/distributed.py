@@ -28,7 +28,7 @@ from gptjax.errors import ConfigError, MismatchError, PeerError
 
 _WAIT_MS = 7 * 24 * 3600 * 1000  # timeout of waiting for process 0; the watchdog ends it earlier
 _JOIN_S = 1800  # timeout of waiting for all processes to join
-_FIRST_WORD_S, _NEXT_WORD_S = 2, 60  # seconds between two words while processes join
+_FIRST_REPORT_S, _NEXT_REPORT_S = 2, 60  # seconds until processes are said to be missing
 _SHUTDOWN_S = 300  # timeout of waiting for all processes to end
 _LEAVE_S = 30  # time to end with a verdict, before JAX aborts the process
 _NO_LIMIT_S = 10**6
@@ -58,7 +58,7 @@ def join(lost: int, say: Callable[[str], None] = lambda line: None) -> None:
     if address:
         _explain_abort()
     try:
-        with _told_while_waiting(f" at {address}" if address else "", say):
+        with _report_waiting(f" at {address}" if address else "", say):
             jax.distributed.initialize(
                 num_processes=count,
                 process_id=own,
@@ -79,17 +79,17 @@ def join(lost: int, say: Callable[[str], None] = lambda line: None) -> None:
 
 
 @contextmanager
-def _told_while_waiting(where: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Tells that processes are waited for, soon and then every minute."""
+def _report_waiting(where: str, say: Callable[[str], None]) -> Iterator[None]:
+    """While entered, says that processes are missing: soon, and then every minute."""
     joined = threading.Event()
 
     def tell() -> None:
-        began, wait = time.monotonic(), _FIRST_WORD_S
+        began, wait = time.monotonic(), _FIRST_REPORT_S
         while not joined.wait(wait):
             minutes = round((time.monotonic() - began) / 60)
             so_far = f", for {minutes} min" if minutes else ""
             say(f"waiting for the other processes to join{where}{so_far} (at most {_JOIN_S} s)")
-            wait = _NEXT_WORD_S
+            wait = _NEXT_REPORT_S
 
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()

@@ -19,7 +19,7 @@ from gptjax.errors import Preempted
 
 
 @contextmanager
-def ends_with_word(what: str) -> Iterator[None]:
+def preemptible(what: str) -> Iterator[None]:
     """Within it, SIGTERM and Ctrl-C end the work with Preempted: `what` was going on."""
     with PreemptionHandler() as handler:
         try:

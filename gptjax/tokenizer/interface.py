@@ -24,11 +24,10 @@ class Tokenizer(ABC):
 
     Attributes: `vocab_size`, greater than every id; `eos_id`, which ends every document; `bos_id`,
     the declared beginning of a text, or None; `unk_id`, for text that has no other token, or None;
-    `stop_ids`, each of which ends a generated text,
-    `eos_id` first; `start_id`, which opens each document of the store that a run is trained on, and
-    so each of its prompts: BOS, or else the EOS of the document before. It is None for a tokenizer
-    whose own convention holds, as that of an imported model. `notes` tell what of its files is left
-    out.
+    `stop_ids`, each of which ends a generated text, `eos_id` first; `start_id`, which opens each
+    document of the store that a run is trained on, and so each of its prompts: BOS, or else the EOS
+    of the document before. It is None for a tokenizer whose own convention holds, as that of an
+    imported model. `notes` say which of its declarations are left out.
     """
 
     kind: TokenizerKind

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gptjax.config import Config, DataConfig, ModelConfig, TokenizerConfig
+from gptjax.config.registry import DATA_SOURCES
 from gptjax.data import prepare, provenance
 from gptjax.errors import DataError, MismatchError
 
@@ -114,6 +115,27 @@ def test_another_tokenizer_at_the_same_path_is_refused(cfg, tmp_path) -> None:
     train(texts, TokenizerConfig(vocab_size=275)).save(tmp_path)
     (told,) = changes(cfg)
     assert told == f"tokenizer.path={tmp_path}: is another tokenizer than the store's"
+    (tmp_path / "tokenizer.model").write_bytes(b"damaged")
+    (told,) = changes(cfg)
+    assert told.startswith(f"tokenizer.path={tmp_path}: not a SentencePiece model")
+
+
+def test_sources_that_are_no_local_files_are_not_asked_again(cfg, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(DATA_SOURCES, "_items", dict(DATA_SOURCES._items))
+    here = [True]
+
+    @DATA_SOURCES.register("elsewhere")
+    def elsewhere(rest: str):
+        assert here, "asked again"
+        return []
+
+    data = replace(cfg.data, store=str(tmp_path / "mixed"))
+    cfg = replace(cfg, data=replace(data, sources=(*data.sources, "elsewhere:x")))
+    prepare.prepare(cfg)
+    here.clear()
+    assert changes(cfg) == []
+    (tmp_path / "texts" / "new.txt").write_text("new\n")
+    assert changes(cfg) == ["new.txt: is new"]
 
 
 def test_damaged_list_of_sources_is_reported(cfg, tmp_path) -> None:

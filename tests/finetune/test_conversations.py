@@ -94,7 +94,7 @@ def test_a_template_may_mark_the_answers_itself(write) -> None:
     assert tokenizer.decode(one.ids) == "<user>hi<assistant>yes<user>so<assistant>no"
     assert trained_text(one, tokenizer) == "yesno"
     assert tokenizer.decode(one.prompt) == "<user>hi<assistant>yes<user>so<assistant>"
-    assert read.endless == 0
+    assert read.without_end == 0
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_answers_that_no_token_ends_are_counted(write) -> None:
     tokenizer = chat_tokenizer_of(TEMPLATE.replace("{{ eos_token }}", "\n"))
     messages = [{"role": "assistant", "content": "a"}]
     lines = [{"messages": messages}] * 2 + [{"prompt": "a", "answer": "b"}]
-    assert conversations.read(str(write("a.jsonl", lines)), "--data", tokenizer).endless == 2
+    assert conversations.read(str(write("a.jsonl", lines)), "--data", tokenizer).without_end == 2
 
 
 def test_a_prompt_is_not_ended_by_what_the_tokenizer_adds_behind(write) -> None:

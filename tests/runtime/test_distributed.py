@@ -6,10 +6,10 @@ from gptjax.runtime import distributed
 
 
 def test_waiting_is_told_soon_and_then_again(monkeypatch) -> None:
-    monkeypatch.setattr(distributed, "_FIRST_WORD_S", 0.05)
-    monkeypatch.setattr(distributed, "_NEXT_WORD_S", 0.05)
+    monkeypatch.setattr(distributed, "_FIRST_REPORT_S", 0.05)
+    monkeypatch.setattr(distributed, "_NEXT_REPORT_S", 0.05)
     said: list[str] = []
-    with distributed._told_while_waiting(" at host:1", said.append):
+    with distributed._report_waiting(" at host:1", said.append):
         deadline = time.monotonic() + 10
         while len(said) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -22,6 +22,6 @@ def test_waiting_is_told_soon_and_then_again(monkeypatch) -> None:
 
 def test_a_job_that_joins_at_once_says_nothing() -> None:
     said: list[str] = []
-    with distributed._told_while_waiting("", said.append):
+    with distributed._report_waiting("", said.append):
         pass
     assert said == []

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from gptjax.errors import Preempted
-from gptjax.runtime.preemption import Interrupted, PreemptionHandler, ends_with_word
+from gptjax.runtime.preemption import Interrupted, PreemptionHandler, preemptible
 
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 
@@ -125,9 +125,9 @@ def test_a_signal_ends_work_with_what_was_going_on(number: signal.Signals) -> No
     before = signal.getsignal(number)
     with (
         pytest.raises(Preempted, match=f"told to stop by {number.name} while it rained"),
-        ends_with_word("it rained"),
+        preemptible("it rained"),
     ):
         signal.raise_signal(number)
     assert signal.getsignal(number) is before
-    with ends_with_word("it rained"):
+    with preemptible("it rained"):
         pass
