@@ -9,6 +9,7 @@ the end of the context, where a mistake in the rotary frequencies would show.
 """
 
 import argparse
+import itertools
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -26,11 +27,13 @@ from gptjax.cli.inspect import print_certificate
 from gptjax.config import CheckpointConfig, ComputeConfig, Config, LoraConfig
 from gptjax.errors import ConfigError, MismatchError, OutputError
 from gptjax.finetune import lora, peft
-from gptjax.hf import families, safetensors
+from gptjax.hf import families, safetensors, tokenizer_files
+from gptjax.hf.model_card import model_card
 from gptjax.hf.safetensors import Source
 from gptjax.hf.verify import SCORE_TENSOR, Json, compare_with_transformers
 from gptjax.model import heads
 from gptjax.model.decoder import Params
+from gptjax.model.flops import ModelCost
 from gptjax.parallel import mesh
 from gptjax.runtime.progress import Progress
 from gptjax.tokenizer import Tokenizer
@@ -226,15 +229,14 @@ def export_run(
     path = Path(target)
     _new_folder(path)
     formats = {} if dtype or provenance is None else provenance["dtypes"]
+    parameters = ModelCost(cfg.model).parameters.total
     with mesh.entered_mesh(replace(cfg, compute=ComputeConfig())):  # compared in float32
         params, step = model.read_params(progress.say)
         extra = {} if provenance is None else provenance["config"]
         extra = {key: value for key, value in extra.items() if key != "torch_dtype"}
-        if (Path(folder) / _CARRIED).is_dir():
-            _carry(Path(folder) / _CARRIED, path)
-        elif tokenizer is not None:
-            extra |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-            tokenizer.save(path)
+        extra |= _write_tokenizer(folder, path, tokenizer, cfg)
+        card = model_card(cfg, path.resolve().name, parameters, step)
+        (path / "README.md").write_text(card, "utf-8")
         common = (
             safetensors.FORMATS_BY_NAME[dtype]
             if dtype
@@ -264,7 +266,27 @@ def export_run(
             _check_scores(certificate, source, progress, path)
         elif compare:  # as they were written: a narrower format is not a mistake
             _check_logits(certificate, source, safetensors.read_params(source), progress, path)
+        if tokenizer is not None:
+            carried = (Path(folder) / _CARRIED).is_dir()
+            _check_tokenizer(certificate, tokenizer, progress, path, carried=carried)
         return certificate
+
+
+def _write_tokenizer(folder: str, path: Path, tokenizer: Tokenizer | None, cfg: Config) -> Json:
+    """Writes the tokenizer of a run and its generation settings; returns their part of config.json.
+
+    Those of an imported model are its own files.
+    """
+    carried = Path(folder) / _CARRIED
+    if carried.is_dir():
+        _carry(carried, path)
+        return {}
+    if tokenizer is None:
+        return {}
+    tokenizer_files.write_tokenizer(path, tokenizer, cfg.model.context)
+    generation = tokenizer_files.generation_config(tokenizer)
+    run_dir.write_json(path / "generation_config.json", generation)
+    return {key: generation[key] for key in ("bos_token_id", "eos_token_id")}
 
 
 def _task_layer(
@@ -363,6 +385,34 @@ def _check_logits(
         or logits["argmax_agreement"] < 1 - _TOLERATED
     ):
         raise _disagreement(source, folder)
+
+
+def _check_tokenizer(
+    certificate: Json, tokenizer: Tokenizer, progress: Progress, folder: Path, *, carried: bool
+) -> None:
+    """Adds to the certificate in how many texts the folder's tokenizer differs from the run's.
+
+    Raises MismatchError, with the first difference, where there are any. With `carried` they are
+    only told: the files are those of the imported model, as they were.
+    """
+    progress.say("comparing the tokenizer")
+    certificate["tokenizer"] = result = tokenizer_files.compare_tokenizer(folder, tokenizer)
+    run_dir.write_json(folder / run_dir.CERTIFICATE, certificate)
+    if not isinstance(result, dict) or not result["differ"]:
+        return
+    what = next(key for key, value in result.items() if isinstance(value, dict))
+    given, own, other = (result[what][key] for key in ("of", "run", "folder"))
+    equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(own, other, strict=False))
+    at = len(list(equal))
+    difference = (
+        f"{folder}: {result['with']} makes another tokenizer of it than the run's: the {what} of "
+        f"{given[:40]!r}, from place {at} on: {other[at : at + 8]!r}, {own[at : at + 8]!r} in the "
+        f"run; {result['differ']} of {result['texts']} texts and {result['tokens']} tokens differ"
+    )
+    if carried:
+        progress.say(difference)
+    else:
+        raise MismatchError(f"{difference}. Its weights are right; use the run's own tokenizer")
 
 
 def _disagreement(source: Source, folder: Path) -> MismatchError:

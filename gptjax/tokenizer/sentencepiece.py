@@ -16,6 +16,7 @@ from gptjax.tokenizer.interface import SLICE, Tokenizer, slices, valid_text
 _CACHE_SIZE = 1 << 17  # units of text whose ids are cached; about 25 MB
 _CACHED_LENGTH = 64  # characters of the longest cached unit; longer ones seldom recur
 _SLICE = 1 << 20  # characters of a text that are cut into units at once
+_SCORES = 64  # a trained Unigram model's scores are multiples of 1/64
 
 # Ways to cut a text into units that no piece of a model may span, finest first: runs of Latin
 # letters and of other characters, words with the spaces before them, lines.
@@ -129,15 +130,18 @@ def train_sentencepiece(texts: Iterable[str], cfg: TokenizerConfig) -> SentenceP
             "or lower it"
         ) from None
     # SentencePiece writes a space as U+2581, and so confuses a real U+2581 with it. Plain spaces in
-    # the pieces encode alike and are unambiguous.
-    proto = _parse(model.getvalue())
+    # the pieces encode alike and are unambiguous. Rounded, a Unigram model's scores have exact sums
+    # in any precision, so that every implementation breaks a tie alike.
+    proto = parse_model(model.getvalue())
     for piece in proto.pieces:
         piece.piece = piece.piece.replace("\u2581", " ")
+        if cfg.algorithm == "unigram":
+            piece.score = round(piece.score * _SCORES) / _SCORES
     proto.normalizer_spec.escape_whitespaces = False
     return SentencePieceTokenizer(proto.SerializeToString())
 
 
-def _parse(model: bytes) -> Any:
+def parse_model(model: bytes) -> Any:
     """The protocol buffer of a serialized model."""
     protos: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     return protos.ModelProto.FromString(model)
@@ -149,7 +153,7 @@ def _units(model: bytes) -> re.Pattern[str] | None:
     No piece of the model spans two units. Words are only for BPE, whose merges depend on nothing
     but the merged pieces; Unigram adds the scores of a whole text, with rounding.
     """
-    proto = _parse(model)
+    proto = parse_model(model)
     spec = proto.normalizer_spec
     if spec.add_dummy_prefix or spec.remove_extra_whitespaces or spec.name != "identity":
         return None

@@ -2,15 +2,20 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from gptjax import config
+from gptjax import tokenizer as tokenizers
+from gptjax.checkpoint import run_dir
+from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.cli import main
-from gptjax.config import ModelConfig, MoeConfig
-from gptjax.hf import safetensors
+from gptjax.config import CheckpointConfig, Config, ModelConfig, MoeConfig, TokenizerConfig
+from gptjax.hf import safetensors, tokenizer_files
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -169,3 +174,72 @@ def test_a_folder_without_a_tokenizer_makes_a_run_that_says_so(capsys, folder, t
     code, _, err = run(capsys, "sample", tmp_path / "run", "--prompt", "a")
     assert code == 65
     assert "no tokenizer" in err
+
+
+@pytest.fixture
+def trained(tmp_path, on_mesh, random_params) -> Path:
+    """A run of this project with a SentencePiece tokenizer."""
+    texts = [f"def value_{i}(index):\n    return   index * {i}\n" for i in range(200)]
+    tokenizer = tokenizers.train(texts, TokenizerConfig(vocab_size=300))
+    path = tmp_path / "answers"
+    path.mkdir()
+    cfg = replace(Config(), run=str(path), model=MODEL, tokenizer=TokenizerConfig())
+    run_dir.record_tuned(
+        replace(cfg, finetune=replace(cfg.finetune, task="answer", base="runs/base")), tokenizer, {}
+    )
+    with (
+        on_mesh(),
+        Checkpointer(path / run_dir.CHECKPOINTS, CheckpointConfig()) as checkpointer,
+    ):
+        params = random_params(MODEL, std=0.1)
+        checkpointer.save(7, {"step": jnp.int32(7), "params": params})
+        checkpointer.finish()
+    return path
+
+
+def test_an_export_is_a_whole_folder_that_other_libraries_open(capsys, trained, tmp_path):
+    out = tmp_path / "my-model"
+    code, text, err = run(capsys, "convert", trained, f"hf:{out}")
+    assert code == 0, err
+    assert {file.name for file in out.iterdir()} == {
+        *("README.md", "certificate.json", "config.json", "generation_config.json"),
+        *("model.safetensors", "special_tokens_map.json", "tokenizer.json"),
+        "tokenizer_config.json",
+    }
+    assert all(file.stat().st_mode & 0o044 == 0o044 for file in out.iterdir())
+    certificate = json.loads((out / "certificate.json").read_text())
+    assert certificate["tokenizer"]["differ"] == 0
+    assert certificate["tokenizer"]["texts"] > 1000
+    assert "differ: 0" in text
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
+    card = (out / "README.md").read_text()
+    assert "# my-model" in card
+    assert "pipeline_tag: text-generation" in card
+    assert "| Fine-tuned | answer, from base |" in card
+    assert "| Steps | 7 |" in card
+
+    words = ("--prompt", "def", "--temperature", 0, "--max-tokens", 8)
+    before = run(capsys, "sample", trained, *words)
+    after = run(capsys, "sample", f"hf:{out}", *words)
+    assert before[:2] == after[:2]
+    assert before[0] == 0
+
+
+def test_an_export_with_another_tokenizer_is_an_error_that_shows_it(
+    capsys, trained, tmp_path, monkeypatch
+):
+    made = tokenizer_files.tokenizer_json
+    monkeypatch.setattr(
+        tokenizer_files,
+        "tokenizer_json",
+        lambda tokenizer: made(tokenizer).replace(
+            b'"byte_fallback": true', b'"byte_fallback": false'
+        ),
+    )
+    code, _, err = run(capsys, "convert", trained, f"hf:{tmp_path / 'out'}")
+    assert code == 78
+    assert "makes another tokenizer of it than the run's: the ids of " in err
+    certificate = json.loads((tmp_path / "out/certificate.json").read_text())
+    assert certificate["tokenizer"]["differ"] > 0
+    assert certificate["round trip"] == "byte-equal"
