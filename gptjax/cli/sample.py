@@ -20,7 +20,7 @@ from typing import Any, Literal
 from gptjax.errors import ConfigError, DataError, OutputError
 from gptjax.runtime.progress import Progress
 from gptjax.sample import BeamSearchParams, Completion, Sampler, SamplingParams
-from gptjax.tokenizer import Tokenizer
+from gptjax.sample.sampling_params import trailing_space_note
 
 PLAIN = (
     *("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
@@ -308,18 +308,6 @@ def _refuse_unused(args: argparse.Namespace) -> None:
         raise ConfigError(problems)
 
 
-def _spaces_note(prompts: Sequence[str], tokenizer: Tokenizer) -> str:
-    """A note about prompts that end in a space where the tokens of words begin with theirs."""
-    apart = tokenizer.encode("a ") + tokenizer.encode("b")
-    ending = [prompt for prompt in prompts if prompt.endswith(" ")]
-    if not ending or tokenizer.encode("a b") == apart:
-        return ""
-    return (
-        f"prompt {ending[0]!r} ends in a space, and tokens of this model begin with the space "
-        "before a word: leave it out, or expect odd words"
-    )
-
-
 def run(args: argparse.Namespace, _: Sequence[str]) -> None:
     """Runs the command."""
     settings = SamplingParams(
@@ -361,7 +349,7 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
         if model.tokenizer is None and file is None:
             raise DataError(f"{args.run}: its source had no tokenizer, so it cannot read a prompt")
         sampler = model.sampler(slots=args.rows)
-        if model.tokenizer is not None and (note := _spaces_note(prompts, model.tokenizer)):
+        if model.tokenizer is not None and (note := trailing_space_note(prompts, model.tokenizer)):
             say(note)
         if file is not None:
             file.fill(sampler, Progress())

@@ -1,12 +1,13 @@
 """Settings of sampling and of beam search, and their validation."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from gptjax.config import ModelConfig
 from gptjax.errors import ConfigError
+from gptjax.tokenizer import Tokenizer
 
 MOST_LOGPROBS = 20
 """Most alternatives that may be requested with each token."""
@@ -177,6 +178,18 @@ def check(
             )
     if problems:
         raise ConfigError(problems)
+
+
+def trailing_space_note(prompts: Iterable[str], tokenizer: Tokenizer) -> str:
+    """A note about prompts that end in a space where the tokens of words begin with theirs."""
+    ending = [prompt for prompt in prompts if prompt.endswith(" ")]
+    apart = tokenizer.encode("a ") + tokenizer.encode("b")
+    if not ending or tokenizer.encode("a b") == apart:
+        return ""
+    return (
+        f"prompt {ending[0][-40:]!r} ends in a space, and tokens of this model begin with the "
+        "space before a word: leave it out, or expect odd words"
+    )
 
 
 def _ids_outside(settings: SamplingParams, vocabulary: int) -> Iterator[str]:

@@ -298,7 +298,11 @@ class _Completion:
         self._logprobs = call.settings.logprobs is not None
         self._token_ids = served.sampler.tokenizer is None
         self._builder = ResponseBuilder(
-            served.name, call.settings.seed, int(time.time()), token_ids=self._token_ids
+            served.name,
+            call.settings.seed,
+            int(time.time()),
+            token_ids=self._token_ids,
+            warnings=call.warnings(served.sampler.tokenizer),
         )
         self._choices = len(job.requests) * call.settings.samples
         self._ended = self._drawn = 0

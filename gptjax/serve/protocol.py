@@ -13,8 +13,10 @@ from typing import Any, NoReturn
 
 from gptjax.errors import ConfigError, GptjaxError
 from gptjax.sample import Request, Sampler, SamplingParams, check
+from gptjax.sample.sampling_params import trailing_space_note
 from gptjax.serve.token_text import TokenText
 from gptjax.serve.worker import BIASES
+from gptjax.tokenizer import Tokenizer
 
 STOPS = 4
 """Most stop texts of a request."""
@@ -68,6 +70,12 @@ class Call:
     stream: bool
     usage: bool
     """Whether a stream ends with the token usage."""
+
+    def warnings(self, tokenizer: Tokenizer | None) -> list[str]:
+        """What a client should know of the prompts, such as of a space at their ends."""
+        texts = [prompt for prompt in self.prompts if isinstance(prompt, str)]
+        note = trailing_space_note(texts, tokenizer) if tokenizer is not None and texts else ""
+        return [note] if note else []
 
     def requests(self, sampler: Sampler, capacity: int) -> list[Request]:
         """A validated request for each prompt, tokenized. Raises Refusal."""
@@ -219,15 +227,18 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...]:
 
 
 class ResponseBuilder:
-    """Builds the objects of the response to one call."""
+    """Builds the objects of the response to one call; each has the `warnings`, if there are any."""
 
-    def __init__(self, model: str, seed: int, created: int, *, token_ids: bool) -> None:
+    def __init__(
+        self, model: str, seed: int, created: int, *, token_ids: bool, warnings: list[str]
+    ) -> None:
         self._common = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
             "created": created,
             "model": model,
             "seed": seed,
+            **({"warnings": warnings} if warnings else {}),
         }
         self._token_ids = token_ids
 

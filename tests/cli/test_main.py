@@ -621,14 +621,15 @@ def test_a_prompt_that_ends_in_a_space_is_told_where_tokens_begin_with_theirs(
 ) -> None:
     _, _, err = run("sample", trained, "--prompt", "text ", "--max-tokens", "2")
     assert "ends in a space" not in err  # its tokens are bytes
-    from gptjax.cli.sample import _spaces_note
+    from gptjax.sample.sampling_params import trailing_space_note
     from gptjax.tokenizer import ByteTokenizer, train
 
     pieces = train(["def f of a b\n" * 99], TokenizerConfig(vocab_size=272))
     assert pieces.encode("a b") != pieces.encode("a ") + pieces.encode("b")
-    assert _spaces_note(["def", "def "], pieces).startswith("prompt 'def ' ends in a space")
-    assert _spaces_note(["def", "def\n"], pieces) == ""
-    assert _spaces_note(["def "], ByteTokenizer()) == ""
+    note = trailing_space_note(["def", "def "], pieces)
+    assert note.startswith("prompt 'def ' ends in a space")
+    assert trailing_space_note(["def", "def\n"], pieces) == ""
+    assert trailing_space_note(["def "], ByteTokenizer()) == ""
 
 
 def test_sample_searches_beams(run, trained) -> None:

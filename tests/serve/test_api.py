@@ -12,6 +12,7 @@ from live_server import CAPACITY, JSON, MAX_BODY, QUEUE, SLOTS
 from gptjax.sample import SamplingParams, decoding
 from gptjax.serve.metrics import Metrics
 from gptjax.serve.worker import Worker
+from gptjax.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -216,6 +217,16 @@ def test_stream_adds_up_to_the_whole_completion(server) -> None:
         assert own[-1]["finish_reason"] == wanted["finish_reason"]
         for column, values in wanted["logprobs"].items():
             assert [one for chunk in own for one in chunk["logprobs"][column]] == values
+
+
+def test_a_prompt_that_ends_in_a_space_is_told(server, monkeypatch) -> None:
+    assert "warnings" not in server.complete(prompt="ab ", max_tokens=2)[1]  # its tokens are bytes
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda _, text: [*b"^", *text.encode()])
+    _, whole = server.complete(prompt=["ab", "ab "], max_tokens=2)
+    (note,) = whole["warnings"]
+    assert note.startswith("prompt 'ab ' ends in a space")
+    assert stream(server, prompt="ab ", max_tokens=2)[0]["warnings"] == [note]
+    assert "warnings" not in server.complete(prompt=["ab", [7]], max_tokens=2)[1]
 
 
 def test_stream_is_sent_chunk_by_chunk(server) -> None:
