@@ -5,9 +5,10 @@
     RUN/checkpoints.json            the last step that was saved
 
 A checkpoint exists when Orbax has renamed its folder into place. Saving is asynchronous; a thread
-waits for each save, so its failure is known without blocking the loop and without waiting for the
-next one. Restoring checks every array against its fingerprint: a checkpoint that fails is set aside
-(`<step>.corrupt-<n>`) and the one before it is restored.
+waits for each save and syncs it to disk, so its failure is known without blocking the loop and
+without waiting for the next one. Restoring checks the metadata against their checksum and every
+array against its fingerprint: a checkpoint that fails is set aside (`<step>.corrupt-<n>`) and the
+one before it is restored. One that is not kept is renamed (`<step>.removed`) and then removed.
 
 In a job of several processes each writes and reads its own shards of the arrays, in one folder.
 Process 0 alone renames and removes; all together agree on which checkpoint is valid. A run without
@@ -22,8 +23,10 @@ import importlib
 import json
 import logging
 import math
+import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +39,7 @@ import numpy as np
 from jax import lax
 
 from gptjax.config import CheckpointConfig
+from gptjax.data import store
 from gptjax.errors import CheckpointError, MismatchError, OutputError
 from gptjax.param_tree import Leaves, leaves_by_path, nested
 from gptjax.runtime import distributed
@@ -44,7 +48,10 @@ from gptjax.version import __version__
 FORMAT = 1
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _COMMITTED = "_CHECKPOINT_METADATA"
+_REMOVED = ".removed"
+_CHECKSUM = "sha256"
 _FAILED_SAVES_LIMIT = 3
+_CLEAR_S = 5.0  # while threads of a failed save may still write
 _PATIENCE_S = 24 * 3600
 _BARRIERS = (
     "orbax.checkpoint._src.multihost.multihost",
@@ -90,11 +97,24 @@ def _orbax() -> Any:
     from orbax.checkpoint import v1
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    _quiet_closed_loops()
     # Slow processes are the watchdog's concern: Orbax's limit of 300 s at a barrier would make a
     # valid checkpoint look damaged.
     for module in _BARRIERS:
         vars(importlib.import_module(module))["_DEFAULT_BARRIER_TIMEOUT"] = _PATIENCE_S
     return v1
+
+
+@functools.cache  # once
+def _quiet_closed_loops() -> None:
+    """Drops the complaint of writes that end after the event loop of their failed save."""
+    others = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            others(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _context(*, partial: bool = False, write_bytes: int | None = None) -> Any:
@@ -135,8 +155,14 @@ class Checkpointer:
         self._failures: list[str] = []
         self._failed_in_a_row = 0
         if cfg is not None and distributed.first() and self.folder.is_dir():
-            for path in self.folder.glob(f"*{_UNFINISHED}*"):
-                say(f"discarded unfinished checkpoint {path.name.split('.')[0]}")
+            self._clear()
+
+    def _clear(self) -> None:
+        """Removes what a process left that was killed while it saved, or removed a checkpoint."""
+        left = {_UNFINISHED: "discarded unfinished checkpoint", _REMOVED: "removed the rest of"}
+        for mark, what in left.items():
+            for path in self.folder.glob(f"*{mark}*"):
+                self._say(f"{what} {path.name.split('.')[0]}")
                 shutil.rmtree(path, ignore_errors=True)
 
     def steps(self) -> list[int]:
@@ -161,12 +187,7 @@ class Checkpointer:
             "format": FORMAT,
             "step": step,
             **self._describe(step),
-            "versions": {
-                "gptjax": __version__,
-                "python": platform.python_version(),
-                "jax": jax.__version__,
-                "flax": flax.__version__,
-            },
+            "versions": _versions(),
             "devices": jax.device_count(),
             "processes": jax.process_count(),
             **({} if self._order is None else {"layers": self._order}),
@@ -174,6 +195,7 @@ class Checkpointer:
             "tree": {path: [list(x.shape), str(x.dtype)] for path, x in leaves.items()},
             "fingerprints": fingerprints(leaves),
         }
+        meta[_CHECKSUM] = sha256_of(meta)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             surge = max(_SURGE_BYTES, *map(_own_bytes, leaves.values()))
@@ -195,26 +217,30 @@ class Checkpointer:
             response.result()
         except BaseException:
             if distributed.first():
-                for path in self.folder.glob(f"{step}{_UNFINISHED}*"):
-                    shutil.rmtree(path, ignore_errors=True)  # gives the disk back
+                self._give_back(step)
             raise
         if not distributed.first():
             return
-        self._record_saved(step)
+        _sync_tree(self.folder / str(step))
+        store.sync(self.folder)
+        with contextlib.suppress(OSError):  # so that a loss of the folder is known
+            store.replace_file(self._saved_file, json.dumps({"saved": step}) + "\n")
         forever = self._cfg.keep_every
         for old in self.steps()[: -self._cfg.keep]:
             if not (forever and old % forever == 0):
-                (self.folder / str(old) / _COMMITTED).unlink(
-                    missing_ok=True
-                )  # no longer a checkpoint
-                shutil.rmtree(self.folder / str(old), ignore_errors=True)
+                gone = self.folder / f"{old}{_REMOVED}"
+                (self.folder / str(old)).rename(gone)  # no longer a checkpoint
+                shutil.rmtree(gone, ignore_errors=True)
 
-    def _record_saved(self, step: int) -> None:
-        """Writes beside the folder that a step was saved, so that a loss of the folder is known."""
-        partial = self._saved_file.with_name(f".{self._saved_file.name}.partial")
-        with contextlib.suppress(OSError):
-            partial.write_text(json.dumps({"saved": step}) + "\n")
-            partial.replace(self._saved_file)
+    def _give_back(self, step: int) -> None:
+        """Removes what a failed save has written, also while its threads go on for a moment."""
+        deadline = time.monotonic() + _CLEAR_S
+        while left := list(self.folder.glob(f"{step}{_UNFINISHED}*")):
+            for path in left:
+                shutil.rmtree(path, ignore_errors=True)
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.1)
 
     @property
     def _saved_file(self) -> Path:
@@ -266,7 +292,11 @@ class Checkpointer:
     def meta(self, step: int) -> dict[str, Any]:
         """A checkpoint's metadata. Raises whatever reading raises."""
         with _context():
-            return _orbax().load_checkpointables(self.folder / str(step), {"meta": None})["meta"]
+            meta = _orbax().load_checkpointables(self.folder / str(step), {"meta": None})["meta"]
+        checksum = meta.pop(_CHECKSUM, None)  # absent in a checkpoint of before there were any
+        if checksum not in (None, sha256_of(meta)):
+            raise ValueError("its metadata differ from their checksum")
+        return meta
 
     def restore_newest(self, abstract: Any, *, partial: bool = False) -> Any | None:
         """The newest valid checkpoint, laid out as `abstract`; None if there are no checkpoints.
@@ -286,6 +316,8 @@ class Checkpointer:
             if self._cfg is not None and distributed.first():
                 for bad in damaged:
                     self._set_aside(bad)
+            if self._cfg is not None:
+                self._tell_versions(step)
             return restored
         if steps:
             raise CheckpointError(
@@ -304,6 +336,17 @@ class Checkpointer:
                 f"whole folder {self.folder.parent}"
             )
         return None
+
+    def _tell_versions(self, step: int) -> None:
+        """Tells of each version that differs from the one that the checkpoint was written with."""
+        saved = self.meta(step).get("versions", {})
+        changed = [
+            f"{name} {saved[name]}, now {own}"
+            for name, own in _versions().items()
+            if saved.get(name, own) != own
+        ]
+        if changed:
+            self._say(f"checkpoint {step} was written with {', '.join(changed)}")
 
     def restore(self, step: int, abstract: Any, *, partial: bool = False) -> Any:
         """The checkpoint of a step, as `restore_newest` restores the newest.
@@ -364,10 +407,26 @@ class Checkpointer:
         self._say(f"checkpoint {step} is set aside as {free.name}")
 
 
+def _versions() -> dict[str, str]:
+    return {
+        "gptjax": __version__,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+    }
+
+
 @functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
 def _moved(stacked: jax.Array, places: tuple[int, ...]) -> jax.Array:
     """Layers of a stacked array in another order, laid out as before."""
     return stacked.at[np.array(places)].get(out_sharding=jax.typeof(stacked).sharding)
+
+
+def _sync_tree(folder: Path) -> None:
+    """Syncs all files below a folder to disk, and the folders."""
+    for path, _, names in os.walk(folder, topdown=False):
+        for name in (*names, "."):
+            store.sync(os.path.join(path, name))
 
 
 def _own_bytes(leaf: jax.Array) -> int:

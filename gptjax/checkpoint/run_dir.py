@@ -115,7 +115,7 @@ def record(cfg: Config, tokenizer: Tokenizer, manifest: Manifest) -> None:
         _check_tokens(cfg, begun_with, manifest)
     distributed.barrier()  # nobody looks at what is written now
     if distributed.first():
-        tokenizer.save(folder)
+        _save_tokenizer(folder, tokenizer)
         write_json(known, asdict(manifest))
         write_json(folder / CONFIG_FILE, config.to_dict(cfg))
 
@@ -143,7 +143,7 @@ def record_imported(cfg: Config, tokenizer: Tokenizer | None, source: dict[str, 
     """Writes configuration, tokenizer and origin of an imported model."""
     folder = Path(cfg.run)
     if tokenizer is not None:
-        tokenizer.save(folder)
+        _save_tokenizer(folder, tokenizer)
         source = source | {"tokenizer": tokenizer.fingerprint}
     write_json(folder / _SOURCE, source)
     write_json(folder / CONFIG_FILE, config.to_dict(cfg))
@@ -170,9 +170,16 @@ def record_tuned(cfg: Config, tokenizer: Tokenizer, examples: dict[str, Any]) ->
         )
     distributed.barrier()  # nobody looks at what is written now
     if distributed.first():
-        tokenizer.save(folder)
+        _save_tokenizer(folder, tokenizer)
         write_json(folder / _EXAMPLES, facts)
         write_json(folder / CONFIG_FILE, config.to_dict(cfg))
+
+
+def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    with _told_as_output(folder):
+        tokenizer.save(folder)
+        for name in tokenizer.files():
+            store.sync(folder / name)
 
 
 def examples_of(folder: str) -> dict[str, Any]:
@@ -208,15 +215,17 @@ def _read_json(file: Path) -> dict[str, Any] | None:
 
 
 def write_json(file: Path, values: Any) -> None:
-    """Writes JSON, whole or not at all."""
-    _write(file, json.dumps(values, indent=2))
+    """Writes JSON, whole or not at all, and synced to disk. Raises OutputError."""
+    with _told_as_output(file.parent):
+        store.replace_file(file, json.dumps(values, indent=2) + "\n")
 
 
-def _write(file: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text + "\n")
-    partial.replace(file)
+@contextmanager
+def _told_as_output(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error}") from None
 
 
 def check_tokenizer(one: str, other: str, one_place: str, other_place: str) -> None:

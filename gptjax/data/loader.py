@@ -120,8 +120,15 @@ def _stream(
     tf.config.set_visible_devices([], "TPU")
     count = -(-prefetch // 2)
 
+    failures: list[DataError] = []  # in reading: tf.data raises an error of its own
+
     def read_block(start: np.ndarray) -> np.ndarray:
-        return np.stack([read(step) for step in range(int(start), min(int(start) + count, last))])
+        steps = range(int(start), min(int(start) + count, last))
+        try:
+            return np.stack([read(step) for step in steps])
+        except DataError as error:
+            failures.append(error)
+            raise
 
     @tf.autograph.experimental.do_not_convert
     def block(start: tf.Tensor) -> tf.Tensor:
@@ -132,5 +139,10 @@ def _stream(
     options.autotune.enabled = False
     blocks = tf.data.Dataset.range(first, last, count).map(block).prefetch(2)
     blocks = blocks.with_options(options)
-    for steps in blocks.as_numpy_iterator():
-        yield from steps
+    try:
+        for steps in blocks.as_numpy_iterator():
+            yield from steps
+    except tf.errors.OpError:
+        if failures:
+            raise failures[0] from None
+        raise

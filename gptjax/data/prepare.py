@@ -347,7 +347,7 @@ def _close(
     """Closes the splits' arrays; returns the manifest of the finished store."""
     splits, done = {}, journal.progress
     for name, writer in writers.items():
-        hashes = writer.close()
+        hashes, checksums_sha256 = writer.close()
         splits[name] = store.Split(
             done.split_documents[name],
             writer.tokens,
@@ -355,6 +355,7 @@ def _close(
             hashes,
             done.unknown[name],
             done.lost_bits if name == "valid" else 0.0,
+            checksums_sha256,
         )
     return store.Manifest(
         tokenizer={

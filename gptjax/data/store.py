@@ -4,9 +4,11 @@
     STORE/tokenizer.*               the tokenizer
     STORE/{train,valid}/zarr.json   metadata of a sharded, uncompressed zarr 3 array
     STORE/{train,valid}/c/0 ...     its files: little-endian tokens, then a shard index
+    STORE/{train,valid}/crc32       a little-endian CRC-32 of each 4096 tokens
 
 Any zarr 3 library reads it. A local store is memory-mapped; a remote one (gs://) is read by
-TensorStore from the same files, a few kilobytes a window (tests/bench/store.py compares).
+TensorStore from the same files, a few kilobytes a window (tests/bench/store.py compares). Tokens
+are compared with their checksum when they are first read, and every id with the vocabulary.
 
 Every document ends with EOS. It begins with the token that the tokenizer puts before a text (BOS)
 or, without one, with the EOS of the document before, which a split begins with too: so the first
@@ -17,6 +19,7 @@ would open the next document.
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +33,10 @@ from gptjax.errors import DataError, OutputError
 FORMAT = 1
 MANIFEST = "manifest.json"
 FILE_TOKENS = 1 << 27  # tokens of a file (zarr shard); a reader keeps one descriptor open a file
+CHECKSUMS = "crc32"
 _RANGE_TOKENS = 1 << 12  # tokens that a remote reader fetches at once (zarr chunk)
+_SAMPLED = 64  # ranges that are checked when a local store is opened
+_AGAIN = "delete the store and prepare it again"
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Split:
     files_sha256: tuple[str, ...]
     unknown: int = 0
     lost_bits: float = 0.0
+    checksums_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,11 @@ class Manifest:
     format: int = FORMAT
 
     @property
+    def vocab_size(self) -> int:
+        """The number of the tokenizer's ids."""
+        return self.tokenizer["vocab_size"]
+
+    @property
     def eos_id(self) -> int:
         """The token that ends each document."""
         return self.tokenizer["eos_id"]
@@ -73,7 +85,8 @@ class Manifest:
 
     def fingerprint(self) -> str:
         """SHA-256 that identifies the tokens and their tokenizer."""
-        beside = ("unknown", "lost_bits")  # what follows from the tokens and their text
+        # What follows from the tokens and their text.
+        beside = ("unknown", "lost_bits", "checksums_sha256")
         known = {
             name: {k: v for k, v in asdict(split).items() if k not in beside}
             for name, split in self.splits.items()
@@ -91,8 +104,15 @@ class Reader:
     """Reads windows of a split's tokens. `len(reader)` is the number of tokens."""
 
     def __init__(self, store: str, name: str, manifest: Manifest) -> None:
-        self._length, self._per_file = manifest.splits[name].tokens, manifest.file_tokens
-        folder = epath.Path(store) / name
+        """Opens the files, and checks some of a local store. Raises DataError for damage."""
+        split = manifest.splits[name]
+        self._length, self._per_file = split.tokens, manifest.file_tokens
+        self._vocab_size = manifest.vocab_size
+        self._folder = folder = epath.Path(store) / name
+        self._dtype = np.dtype(manifest.dtype)
+        ranges = -(-self._length // _RANGE_TOKENS)
+        self._checksums = _read_checksums(folder, split, ranges)
+        self._checked = np.full(ranges, self._checksums is None)
         self._remote: Any = None
         if "://" in str(folder):
             import tensorstore
@@ -113,28 +133,98 @@ class Reader:
             count = min(self._per_file, self._length - first)
             mapped = np.memmap(folder / "c" / str(i), manifest.dtype, "r", shape=(count,))
             self._files.append(np.asarray(mapped))  # slicing a plain array is three times faster
+        sampled = np.random.default_rng(0).integers(0, max(ranges, 1), _SAMPLED)
+        for number in sampled[: self._length].tolist():
+            self._check(number, *self._local(number * _RANGE_TOKENS, _RANGE_TOKENS))
 
     def __len__(self) -> int:
         return self._length
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Tokens starts_B[i] .. starts_B[i] + length - 1, int32 [B, length]; zeros past the end."""
+        """Tokens starts_B[i] .. starts_B[i] + length - 1, int32 [B, length]; zeros past the end.
+
+        Raises DataError for tokens that are damaged, or not of the vocabulary.
+        """
         out = np.zeros((len(starts), length), np.int32)
+        rows = zip(out, starts.tolist(), strict=True)
         if self._remote is not None:
-            bounds = np.minimum(np.stack([starts, starts + length], 1), self._length)
-            reads = [self._remote[a:b].read() for a, b in bounds]
-            for row, read in zip(out, reads, strict=True):
-                tokens = read.result()
-                row[: len(tokens)] = tokens
-            return out
-        for row, start in zip(out, starts.tolist(), strict=True):
-            number, offset = divmod(start, self._per_file)
-            done = 0
-            while done < length and number < len(self._files):
-                tokens = self._files[number][offset : offset + length - done]
-                row[done : done + len(tokens)] = tokens
-                done, number, offset = done + len(tokens), number + 1, 0
+            self._read_remote(rows, length)
+        else:
+            for row, start in rows:
+                self._check_local(start, length)
+                done = 0
+                for part in self._local(start, length):
+                    row[done : done + len(part)] = part
+                    done += len(part)
+        if out.size and out.max() >= self._vocab_size:
+            row, place = np.argwhere(out >= self._vocab_size)[0].tolist()
+            raise DataError(
+                f"{self._folder}: token {starts[row] + place} has the id {out[row, place]}, and the "
+                f"vocabulary {self._vocab_size} ids; {_AGAIN}"
+            )
         return out
+
+    def _local(self, start: int, length: int) -> Iterator[np.ndarray]:
+        """The parts of a range of tokens, one of each file."""
+        number, offset = divmod(start, self._per_file)
+        while length > 0 and number < len(self._files):
+            part = self._files[number][offset : offset + length]
+            yield part
+            length, number, offset = length - len(part), number + 1, 0
+
+    def _check_local(self, start: int, length: int) -> None:
+        """Checks the ranges that a window is in, but those that were checked before."""
+        first, last = start // _RANGE_TOKENS, -(-(start + length) // _RANGE_TOKENS)
+        if not self._checked[first:last].all():
+            for number in range(first, min(last, len(self._checked))):
+                self._check(number, *self._local(number * _RANGE_TOKENS, _RANGE_TOKENS))
+
+    def _read_remote(self, rows: Iterator[tuple[np.ndarray, int]], length: int) -> None:
+        """Reads whole ranges, which are fetched whole anyway, and checks them."""
+        reads = []
+        for row, start in rows:
+            first = start // _RANGE_TOKENS
+            last = min(-(-(start + length) // _RANGE_TOKENS) * _RANGE_TOKENS, self._length)
+            tokens = self._remote[min(first * _RANGE_TOKENS, last) : last].read()
+            reads.append((row, start, first, tokens))
+        for row, start, first, read in reads:
+            tokens = read.result()
+            for i in range(0, len(tokens), _RANGE_TOKENS):
+                self._check(first + i // _RANGE_TOKENS, tokens[i : i + _RANGE_TOKENS])
+            part = tokens[start - first * _RANGE_TOKENS :][:length]
+            row[: len(part)] = part
+
+    def _check(self, number: int, *parts: np.ndarray) -> None:
+        """Compares the tokens of a range with their checksum, if they were not before."""
+        if self._checked[number]:
+            return
+        assert self._checksums is not None
+        if _crc32(*parts) != self._checksums[number]:
+            first = number * _RANGE_TOKENS
+            raise DataError(
+                f"{self._folder}: tokens {first} to {first + _RANGE_TOKENS - 1} differ from their "
+                f"checksum; {_AGAIN}"
+            )
+        self._checked[number] = True
+
+
+def _read_checksums(folder: Any, split: Split, ranges: int) -> np.ndarray | None:
+    """The checksums of a split's ranges; None for a store of before there were any."""
+    if not split.checksums_sha256:
+        return None
+    file = folder / CHECKSUMS
+    contents = file.read_bytes() if file.exists() else b""
+    if hashlib.sha256(contents).hexdigest() != split.checksums_sha256:
+        raise DataError(f"{file}: is damaged or missing; {_AGAIN}")
+    return np.frombuffer(contents, "<u4", ranges)
+
+
+def _crc32(*parts: np.ndarray) -> int:
+    """The CRC-32 of tokens as they are on disk."""
+    value = 0
+    for part in parts:
+        value = zlib.crc32(np.ascontiguousarray(part), value)
+    return value
 
 
 class Writer:
@@ -192,8 +282,11 @@ class Writer:
         self._file.close()
         sync(self._file.name)
 
-    def close(self) -> tuple[str, ...]:
-        """Writes and syncs the last index and zarr.json; returns each file's SHA-256."""
+    def close(self) -> tuple[tuple[str, ...], str]:
+        """Writes and syncs the last index, the checksums and zarr.json.
+
+        Returns the SHA-256 of each file of tokens, and of the checksums.
+        """
         if self.tokens % self._per_file:
             self._end_file(self.tokens % self._per_file)
         else:
@@ -213,9 +306,31 @@ class Writer:
             "fill_value": 0,
         }
         (self._folder / "zarr.json").write_text(json.dumps(metadata, indent=2))
-        for path in (self._folder / "zarr.json", self._folder / "c", self._folder):
+        hashes, checksums = [], []
+        for i, first in enumerate(range(0, self.tokens, self._per_file)):
+            count = min(self._per_file, self.tokens - first)
+            sha256, found = _hashes(self._path(i), self._dtype, count)
+            hashes.append(sha256)
+            checksums += found
+        contents = np.array(checksums, "<u4").tobytes()
+        (self._folder / CHECKSUMS).write_bytes(contents)
+        names = ("zarr.json", CHECKSUMS, "c", ".")
+        for path in (self._folder / name for name in names):
             sync(path)
-        return tuple(_sha256(self._path(i)) for i in range(-(-self.tokens // self._per_file)))
+        return tuple(hashes), hashlib.sha256(contents).hexdigest()
+
+
+def _hashes(file: Path, dtype: np.dtype, tokens: int) -> tuple[str, list[int]]:
+    """A file's SHA-256, and the checksum of each range of its tokens."""
+    digest, checksums, left = hashlib.sha256(), [], tokens * dtype.itemsize
+    size = _RANGE_TOKENS * dtype.itemsize
+    with file.open("rb") as stream:
+        while block := stream.read(256 * size):
+            digest.update(block)
+            own = memoryview(block)[:left]
+            left -= len(own)
+            checksums += [zlib.crc32(own[i : i + size]) for i in range(0, len(own), size)]
+    return digest.hexdigest(), checksums
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -263,8 +378,7 @@ def read_manifest(store: str) -> Manifest:
             size = path.stat().length if path.exists() else 0
             if size != expected:
                 raise DataError(
-                    f"{path}: {size} bytes where the manifest says {expected}; delete the store "
-                    "and prepare it again"
+                    f"{path}: {size} bytes where the manifest says {expected}; {_AGAIN}"
                 )
     return manifest
 
@@ -283,6 +397,8 @@ def parse_manifest(text: str | bytes, place: str = "a store's manifest") -> Mani
             for name, split in values["splits"].items()
         }
         np.dtype(values["dtype"])
+        int(values["tokenizer"]["vocab_size"])
+        int(values["tokenizer"]["eos_id"])
         return Manifest(**values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
@@ -299,13 +415,28 @@ def write_manifest(store: Path, manifest: Manifest) -> None:
 
 
 def verify(store: str) -> Iterator[str]:
-    """Hashes every file; yields a message for each that differs from the manifest."""
+    """Hashes every file, and looks at every id; yields a message for each that is wrong."""
     manifest = read_manifest(store)
     for name, split in manifest.splits.items():
+        try:
+            _read_checksums(epath.Path(store) / name, split, 0)
+        except DataError as error:
+            yield str(error)
         for i, expected in enumerate(split.files_sha256):
             path = epath.Path(store) / name / "c" / str(i)
             if _sha256(path) != expected:
-                yield (
-                    f"{path}: its SHA-256 differs from the manifest's; delete the store and "
-                    "prepare it again"
-                )
+                yield f"{path}: its SHA-256 differs from the manifest's; {_AGAIN}"
+            elif wrong := _ids_outside(path, manifest, split.tokens - i * manifest.file_tokens):
+                yield f"{path}: {wrong} ids are beyond the vocabulary; {_AGAIN}"
+
+
+def _ids_outside(path: Any, manifest: Manifest, tokens: int) -> int:
+    """The number of a file's ids that the vocabulary does not have; `tokens` from it on."""
+    found, left = 0, min(tokens, manifest.file_tokens)
+    dtype = np.dtype(manifest.dtype)
+    with path.open("rb") as stream:
+        while left and (block := stream.read(min(left, 1 << 22) * dtype.itemsize)):
+            ids = np.frombuffer(block, dtype)
+            found += int((ids >= manifest.vocab_size).sum())
+            left -= len(ids)
+    return found

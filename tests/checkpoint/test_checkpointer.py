@@ -1,7 +1,9 @@
 """Checkpoints: layouts, fingerprints, damage, failed saves, retention."""
 
 import importlib
+import importlib.metadata
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -227,6 +229,36 @@ def test_flipped_bit_is_named(tmp_path) -> None:
     assert (tmp_path / "20").is_dir()  # a reader that does not save sets nothing aside
 
 
+def test_a_flipped_bit_anywhere_is_told_or_changes_nothing(tmp_path) -> None:
+    """In the arrays, our metadata, Orbax's: never another model, never other arrays."""
+    told: list[str] = []
+    with enter():
+        saved(tmp_path / "made", [1, 2])
+        files = sorted(path for path in (tmp_path / "made/2").rglob("*") if path.is_file())
+        wanted = {step: leaves_by_path(jax.device_get(state(step))) for step in (1, 2)}
+        draws = np.random.default_rng(3)
+        own = [path for path in files if path.parent.name == "meta"]
+        assert own
+        for file in [*files, *files, *own * 12]:
+            name = file.relative_to(tmp_path / "made")
+            folder = tmp_path / "flipped"
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(tmp_path / "made", folder)
+            raw = bytearray((folder / name).read_bytes())
+            if not raw:
+                continue
+            bit = int(draws.integers(8 * len(raw)))
+            raw[bit // 8] ^= 1 << bit % 8
+            (folder / name).write_bytes(raw)
+            before = len(told)
+            checkpoints = Checkpointer(folder, say=told.append)
+            restored = leaves_by_path(jax.device_get(checkpoints.restore_newest(abstract(state()))))
+            step = 1 if len(told) > before else 2
+            for path, leaf in wanted[step].items():
+                np.testing.assert_array_equal(restored[path], leaf, f"{name}, bit {bit}")
+    assert any("its metadata differ from their checksum" in line for line in told)
+
+
 def test_never_begins_anew_where_no_checkpoint_is_whole(tmp_path) -> None:
     with enter():
         saved(tmp_path, [10, 20])
@@ -268,6 +300,61 @@ def test_what_an_interrupted_save_left_is_cleared_away(tmp_path) -> None:
     Checkpointer(tmp_path, CheckpointConfig(), say=lines.append)
     assert not list(tmp_path.iterdir())
     assert lines == ["discarded unfinished checkpoint 7"]
+
+
+def test_what_a_kill_in_retention_left_is_cleared_away(tmp_path, monkeypatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(*_, **__):
+        raise Killed
+
+    with enter():
+        saved(tmp_path, [1, 2], keep=2)
+        monkeypatch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(OutputError):
+            saved(tmp_path, [3], keep=2)
+        monkeypatch.undo()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["1.removed", "2", "3"]
+        told: list[str] = []
+        checkpoints = Checkpointer(tmp_path, CheckpointConfig(), say=told.append)
+        assert checkpoints.steps() == [2, 3]
+        assert not list(tmp_path.glob("*.removed"))
+    assert told == ["removed the rest of 1"]
+
+
+def test_a_checkpoint_is_on_disk_before_it_is_called_saved(tmp_path, monkeypatch) -> None:
+    folder, synced = tmp_path / "checkpoints", []
+    fsync, replace = os.fsync, Path.replace
+
+    def recorded(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def replaced(self, target):
+        synced.append(f"-> {target}")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    monkeypatch.setattr(Path, "replace", replaced)
+    with enter():
+        saved(folder, [1])
+    before = synced[: synced.index(f"-> {tmp_path / 'checkpoints.json'}")]
+    tree = [path for path in (folder / "1").rglob("*")]
+    assert len(tree) > 10
+    assert {str(path) for path in [*tree, folder / "1", folder]} <= set(before)
+    assert str(tmp_path / ".checkpoints.json.partial") in before
+
+
+def test_other_versions_are_told(tmp_path, monkeypatch) -> None:
+    told: list[str] = []
+    with enter():
+        saved(tmp_path, [1])
+        monkeypatch.setattr(jax, "__version__", "0.99")
+        checkpoints = Checkpointer(tmp_path, CheckpointConfig(), say=told.append)
+        checkpoints.restore_newest(abstract(state()))
+    own = importlib.metadata.version("jax")
+    assert told == [f"checkpoint 1 was written with jax {own}, now 0.99"]
 
 
 def test_retention_keeps_the_newest_and_every_so_many(tmp_path) -> None:

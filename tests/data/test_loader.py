@@ -30,8 +30,10 @@ def tokens_of(count: int) -> np.ndarray:
 def write(folder: Path, count: int, per_file: int = store._RANGE_TOKENS) -> Manifest:
     writer = Writer(folder / "train", store.token_dtype(1 << 16), 0, per_file)
     writer.append(tokens_of(count))
-    split = Split(1, count, count, writer.close())
-    return Manifest({"eos_id": 0}, {}, {}, "<u2", {"train": split}, per_file)
+    hashes, checksums = writer.close()
+    split = Split(1, count, count, hashes, checksums_sha256=checksums)
+    known = {"eos_id": 0, "vocab_size": 1 << 16}
+    return Manifest(known, {}, {}, "<u2", {"train": split}, per_file)
 
 
 @contextmanager
@@ -156,6 +158,20 @@ def test_read_error_ends_the_stream_with_its_reason(data: TrainData) -> None:
         got.extend(stream)
     assert windows(got) == windows(train(data, 0, len(got)))
     assert 8 <= len(got) <= 9  # steps are read two at a time here
+
+
+def test_a_damaged_window_ends_the_stream_with_a_sentence(tmp_path: Path) -> None:
+    manifest = write(tmp_path, 203 * LONG + 1)
+    data = TrainData.open(config(tmp_path, LONG, BATCH), manifest)
+    data.reader._checked[:] = False  # but for a sample, as in a larger store
+    file = tmp_path / "train/c/1"
+    with file.open("r+b") as stream:  # in place: the store is mapped
+        stream.seek(100)
+        stream.write(bytes([stream.peek(1)[0] ^ 1]))
+    got: list[Batch] = []
+    with pytest.raises(DataError, match=r"train: tokens 4096 to 8191 differ from their checksum"):
+        got.extend(data.batches(0, 17, np.arange(BATCH), prefetch=4))
+    assert windows(got) == windows(train(data, 0, len(got)))
 
 
 # --- evaluation ------------------------------------------------------------------------------

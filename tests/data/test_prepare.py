@@ -569,7 +569,11 @@ def test_failed_preparation_without_output_does_not_fix_the_configuration(
         "sources.json",
         "tokenizer.bytes",
         "prepare.lock",
-        *(f"{split}/{file}" for split in ("train", "valid") for file in ("zarr.json", "c/0")),
+        *(
+            f"{split}/{file}"
+            for split in ("train", "valid")
+            for file in ("zarr.json", "crc32", "c/0")
+        ),
     }
 
 

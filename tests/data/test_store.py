@@ -35,7 +35,7 @@ def draw(count: int, seed: int = 0) -> np.ndarray:
 
 def write(
     folder: Path, tokens: np.ndarray, per_file: int, cuts: Sequence[float] = (), dtype=NARROW
-) -> tuple[str, ...]:
+) -> tuple[tuple[str, ...], str]:
     writer = Writer(folder, dtype, 0, per_file)
     for part in np.split(tokens, sorted(int(cut * len(tokens)) for cut in cuts)):
         writer.append(part)
@@ -44,25 +44,34 @@ def write(
 
 
 def manifest_of(
-    lengths: dict[str, int], hashes: dict[str, tuple[str, ...]], per_file: int, dtype=NARROW
+    lengths: dict[str, int],
+    hashes: dict[str, tuple[tuple[str, ...], str]],
+    per_file: int,
+    dtype=NARROW,
+    vocab_size: int = 1000,
 ) -> Manifest:
     return Manifest(
-        tokenizer={"kind": "bytes", "sha256": "ab" * 32, "vocab_size": 258, "eos_id": 256},
+        tokenizer={"kind": "bytes", "sha256": "ab" * 32, "vocab_size": vocab_size, "eos_id": 256},
         data={"sources": ["é.txt"], "valid_fraction": 0.02},
         counts={"empty": 1},
         dtype=dtype.str,
-        splits={name: Split(3, n, 5 * n, hashes[name]) for name, n in lengths.items()},
+        splits={
+            name: Split(3, n, 5 * n, hashes[name][0], checksums_sha256=hashes[name][1])
+            for name, n in lengths.items()
+        },
         file_tokens=per_file,
     )
 
 
 @contextmanager
-def stored(tokens: np.ndarray, per_file: int, cuts=(), dtype=NARROW) -> Iterator[Reader]:
+def stored(
+    tokens: np.ndarray, per_file: int, cuts=(), dtype=NARROW, vocab_size: int = 1000
+) -> Iterator[Reader]:
     """A reader of tokens that were written in parts."""
     with tempfile.TemporaryDirectory() as folder:
         hashes = write(Path(folder, "train"), tokens, per_file, cuts, dtype)
         lengths = {"train": len(tokens)}
-        manifest = manifest_of(lengths, {"train": hashes}, per_file, dtype)
+        manifest = manifest_of(lengths, {"train": hashes}, per_file, dtype, vocab_size)
         yield Reader(folder, "train", manifest)
 
 
@@ -103,7 +112,8 @@ def test_window_may_span_several_files() -> None:
 def test_largest_token_id_round_trips(vocab: int, name: str) -> None:
     dtype = store.token_dtype(vocab)
     assert dtype == np.dtype(f"<{name}")
-    with stored(np.array([0, vocab - 1, 1], np.uint32), RANGE, dtype=dtype) as reader:
+    tokens = np.array([0, vocab - 1, 1], np.uint32)
+    with stored(tokens, RANGE, dtype=dtype, vocab_size=vocab) as reader:
         assert reader.windows(np.array([0]), 3).tolist() == [[0, vocab - 1, 1]]
 
 
@@ -137,6 +147,10 @@ def test_remote_store_reads_like_a_local_one(tmp_path: Path, monkeypatch) -> Non
         return open_array({**spec, "kvstore": kvstore}, **options)
 
     monkeypatch.setattr(tensorstore, "open", open_here)
+    read_checksums = store._read_checksums
+    monkeypatch.setattr(
+        store, "_read_checksums", lambda _, *rest: read_checksums(tmp_path / "train", *rest)
+    )
     starts = np.array([0, 5, RANGE - 3, len(tokens) - 7, len(tokens), len(tokens) + 9])
     windows = Reader("gs://bucket", "train", manifest).windows(starts, width)
     np.testing.assert_array_equal(
@@ -144,6 +158,73 @@ def test_remote_store_reads_like_a_local_one(tmp_path: Path, monkeypatch) -> Non
     )
     assert windows[2].all()
     assert np.count_nonzero(windows[3:], axis=1).tolist() == [7, 0, 0]
+    flip(tmp_path / "train/c/1", 9)
+    reader = Reader("gs://bucket", "train", manifest)
+    with pytest.raises(DataError, match=rf"tokens {RANGE} to {2 * RANGE - 1} differ"):
+        reader.windows(np.array([RANGE - 3]), width)
+
+
+# --- damage ----------------------------------------------------------------------------------
+
+
+def flip(file: Path, bit: int) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(raw)
+
+
+def test_a_flipped_bit_is_never_read(tmp_path: Path, monkeypatch) -> None:
+    """Each of 300 flips of a bit is told, at opening or when its window is read, and no other."""
+    monkeypatch.setattr(store, "_SAMPLED", 1)
+    tokens, per_file = draw(6 * RANGE + 50), 2 * RANGE
+    hashes = write(tmp_path / "train", tokens, per_file)
+    manifest = manifest_of({"train": len(tokens)}, {"train": hashes}, per_file)
+    draws, told_at_opening = np.random.default_rng(1), 0
+    for _ in range(300):
+        token, bit = int(draws.integers(len(tokens))), int(draws.integers(16))
+        file = tmp_path / "train/c" / str(token // per_file)
+        place = token % per_file * 16 + bit
+        flip(file, place)
+        try:
+            reader = Reader(str(tmp_path), "train", manifest)
+        except DataError as error:
+            told_at_opening += 1
+            assert "differ from their checksum" in str(error)
+        else:
+            with pytest.raises(DataError, match="differ from their checksum"):
+                reader.windows(np.array([max(0, token - 7)]), 9)
+            elsewhere = (token // RANGE + 2) % 6 * RANGE
+            np.testing.assert_array_equal(
+                reader.windows(np.array([elsewhere]), 50)[0], tokens[elsewhere : elsewhere + 50]
+            )
+        flip(file, place)
+    assert 0 < told_at_opening < 300
+    Reader(str(tmp_path), "train", manifest).windows(np.array([0]), len(tokens))
+
+
+def test_ids_beyond_the_vocabulary_are_never_read(tmp_path: Path) -> None:
+    """Also in a store of before there were checksums."""
+    tokens = draw(2 * RANGE)
+    tokens[RANGE + 7] = 1000
+    hashes, _ = write(tmp_path / "train", tokens, RANGE)
+    manifest = manifest_of({"train": len(tokens)}, {"train": (hashes, "")}, RANGE)
+    store.write_manifest(tmp_path, manifest)
+    reader = Reader(str(tmp_path), "train", manifest)
+    assert reader.windows(np.array([0]), RANGE + 7).max() < 1000
+    with pytest.raises(DataError, match=f"token {RANGE + 7} has the id 1000, and the vocabulary"):
+        reader.windows(np.array([5, RANGE]), 8)
+    (problem,) = store.verify(str(tmp_path))
+    assert problem.startswith(f"{tmp_path / 'train/c/1'}: 1 ids are beyond the vocabulary")
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 12])
+def test_damaged_checksums_are_reported(made, damage: bytes) -> None:
+    folder, manifest = made
+    (folder / "train/crc32").write_bytes(damage)
+    with pytest.raises(DataError, match="crc32: is damaged or missing"):
+        Reader(str(folder), "train", manifest)
+    (problem,) = store.verify(str(folder))
+    assert "train/crc32" in problem
 
 
 # --- continuing where a writer stopped -------------------------------------------------------
@@ -193,7 +274,7 @@ def made(tmp_path: Path) -> tuple[Path, Manifest]:
     """A store of two splits, the first of three files, and its manifest."""
     lengths = {"train": 2 * RANGE + 9, "valid": 40}
     hashes = {name: write(tmp_path / name, draw(n), RANGE) for name, n in lengths.items()}
-    assert [len(files) for files in hashes.values()] == [3, 1]
+    assert [len(files) for files, _ in hashes.values()] == [3, 1]
     manifest = manifest_of(lengths, hashes, RANGE)
     store.write_manifest(tmp_path, manifest)
     return tmp_path, manifest
@@ -304,6 +385,6 @@ def test_flipped_bit_in_a_file_is_reported(made, file: str) -> None:
 
 
 def test_unwritable_manifest_is_reported(tmp_path: Path) -> None:
-    manifest = manifest_of({"train": 1}, {"train": ()}, RANGE)
+    manifest = manifest_of({"train": 1}, {"train": ((), "")}, RANGE)
     with pytest.raises(OutputError, match=f"{tmp_path}/absent: cannot be written"):
         store.write_manifest(tmp_path / "absent", manifest)

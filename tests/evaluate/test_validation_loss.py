@@ -32,8 +32,8 @@ def made(tokens, tiny_config, tmp_path_factory) -> tuple[Config, Manifest]:
     folder = tmp_path_factory.mktemp("evaluate")
     writer = Writer(folder / "valid", store.token_dtype(128), 0)
     writer.append(tokens)
-    split = Split(9, TOKENS, TEXT_BYTES, writer.close())
-    manifest = Manifest({"eos_id": EOS}, {}, {}, "<u2", {"valid": split})
+    split = Split(9, TOKENS, TEXT_BYTES, writer.close()[0])
+    manifest = Manifest({"eos_id": EOS, "vocab_size": 128}, {}, {}, "<u2", {"valid": split})
     cfg = tiny_config(data={"store": str(folder)}, eval={"batch": 16})
     return cfg, manifest
 
