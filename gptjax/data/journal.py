@@ -24,24 +24,28 @@ def _zeros() -> dict[str, int]:
 
 
 @dataclass
-class Progress:
-    """What is on disk: documents read (parts of them count), and by split tokens and counts."""
+class Done:
+    """What is on disk: documents read (parts of them count), and by split tokens and counts.
+
+    `digest` identifies the text of those documents (`chained`).
+    """
 
     documents: int = 0
+    digest: str = ""
     tokens: dict[str, int] = field(default_factory=_zeros)
     split_documents: dict[str, int] = field(default_factory=_zeros)
     bytes: dict[str, int] = field(default_factory=_zeros)
     unknown: dict[str, int] = field(default_factory=_zeros)
     lost_bits: float = 0.0
 
-    def copy(self) -> "Progress":
+    def copy(self) -> "Done":
         """A copy that does not change with this one."""
-        return Progress(**asdict(self))
+        return Done(**asdict(self))
 
 
 @dataclass
 class Journal:
-    """Progress of a preparation, and what it is a preparation of.
+    """Done of a preparation, and what it is a preparation of.
 
     `split` is the fingerprint of the split, `listing` the last entry of the sources'
     `listing_sha256`. `boundary` is the progress after the first `sources` of them, whose entry is
@@ -51,11 +55,11 @@ class Journal:
     identity: dict[str, Any]
     split: str
     listing: str
-    progress: Progress
+    progress: Done
     start_id: int | None = None
     sources: int = 0
     sources_listing: str = ""
-    boundary: Progress | None = None
+    boundary: Done | None = None
 
     @classmethod
     def load(
@@ -82,7 +86,7 @@ class Journal:
                 f"data.store={folder}: contains other files ({', '.join(others[:3])}); give a new "
                 "or an empty folder"
             )
-        journal = cls(identity, split, listing[-1], Progress())
+        journal = cls(identity, split, listing[-1], Done())
         journal.save(folder)
         return journal
 
@@ -90,8 +94,8 @@ class Journal:
     def _parse(cls, file: Path) -> "Journal":
         try:
             values = json.loads(file.read_bytes())
-            values["progress"] = Progress(**values["progress"])
-            values["boundary"] = values["boundary"] and Progress(**values["boundary"])
+            values["progress"] = Done(**values["progress"])
+            values["boundary"] = values["boundary"] and Done(**values["boundary"])
             return cls(**values)
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(
@@ -120,6 +124,12 @@ class Journal:
     def save(self, folder: Path) -> None:
         """Writes the journal atomically."""
         store.replace_file(folder / JOURNAL, json.dumps(asdict(self)))
+
+
+def chained(digest: str, split: str, text: str) -> str:
+    """The digest of some documents and one more."""
+    link = f"{digest} {split} ".encode() + text.encode("utf-8", "replace")
+    return hashlib.sha256(link).hexdigest()
 
 
 def listing_sha256(found: list[Source]) -> list[str]:

@@ -26,7 +26,16 @@ from gptjax import tokenizer as tokenizers
 from gptjax.config import Config
 from gptjax.data import provenance, sources, store
 from gptjax.data.files import Counts, Document
-from gptjax.data.journal import JOURNAL, LOCK, PARTIAL, Journal, check_same, listing_sha256
+from gptjax.data.journal import (
+    JOURNAL,
+    LOCK,
+    PARTIAL,
+    Done,
+    Journal,
+    chained,
+    check_same,
+    listing_sha256,
+)
 from gptjax.data.sources import Source
 from gptjax.data.split import Split
 from gptjax.data.tokenizer_sample import sample
@@ -209,29 +218,33 @@ Batch = list[tuple[str, str, bool]]  # (split, text, whether the document ends)
 
 
 def _batches(
-    documents: Iterator[tuple[int, str, Document]],
-) -> Iterator[tuple[Batch, int | None]]:
-    """Batches, each with the number of the sources that end with it; None where one goes on."""
+    documents: Iterator[tuple[int, str, Document]], digest: str
+) -> Iterator[tuple[Batch, int | None, str]]:
+    """Batches, each with the number of the sources that end with it (None where one goes on), and
+    the digest of all documents up to its end; `digest` is that of those before.
+    """
     batch: Batch = []
     size, current = 0, 0
     for number, side, document in documents:
         if number != current and size >= _BATCH_BYTES // 4:
-            yield batch, number
+            yield batch, number, digest
             batch, size = [], 0
         current = number
         batch.append((side, document.text, document.ends))
+        digest = chained(digest, side, document.text)
         size += len(document.text)
         if size >= _BATCH_BYTES:
-            yield batch, None
+            yield batch, None, digest
             batch, size = [], 0
     if batch:
-        yield batch, None
+        yield batch, None, digest
 
 
 @dataclass
 class _Encoded:
     """A batch's tokens and counts, by split; the bits that the tokens of its validation texts do
-    not give back; `entries` is the length of the batch, `sources` what `_batches` gives with it."""
+    not give back; `entries` is the length of the batch, `sources` and `digest` are what `_batches`
+    gives with it."""
 
     tokens: dict[str, np.ndarray]
     documents: dict[str, int]
@@ -240,6 +253,7 @@ class _Encoded:
     lost_bits: float
     entries: int
     sources: int | None
+    digest: str
 
 
 _worker_tokenizer: tokenizers.Tokenizer
@@ -260,7 +274,7 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(batch: Batch, sources: int | None) -> _Encoded:
+def _encode(batch: Batch, sources: int | None, digest: str) -> _Encoded:
     """Tokenizes a batch; runs in a worker process."""
     tokens, documents, size, unknown = {}, {}, {}, {}
     tokenizer = _worker_tokenizer
@@ -275,7 +289,7 @@ def _encode(batch: Batch, sources: int | None) -> _Encoded:
         documents[split] = sum(ends)
         size[split] = sum(len(text.encode("utf-8", "replace")) for text in texts)
     lost = sum(tokenizer.lost_bits(text) for name, text, _ in batch if name == "valid")
-    return _Encoded(tokens, documents, size, unknown, lost, len(batch), sources)
+    return _Encoded(tokens, documents, size, unknown, lost, len(batch), sources, digest)
 
 
 def _tokenize(
@@ -288,6 +302,7 @@ def _tokenize(
 ) -> store.Manifest:
     """Tokenizes what the journal does not have yet, and finishes the store."""
     folder, done = preparation.folder, journal.progress
+    sources_then = provenance.stats(preparation.found + preparation.held_out)
     dtype = store.token_dtype(tokenizer.vocab_size)
     writers = {name: store.Writer(folder / name, dtype, n) for name, n in done.tokens.items()}
     for writer in writers.values():
@@ -295,7 +310,10 @@ def _tokenize(
             writer.append(np.array([journal.start_id]))
     unsaved = 0
     expected = sum(source.size_bytes() for source in preparation.found + preparation.held_out)
-    rest = itertools.islice(preparation.documents(counts), done.documents, None)
+    rest = preparation.documents(counts)
+    _pass_over(rest, done, folder)
+
+    batches = _batches(rest, done.digest)
 
     def save() -> None:
         for writer in writers.values():
@@ -303,7 +321,7 @@ def _tokenize(
         journal.save(folder)
 
     try:
-        for encoded in _in_order(preparation.cfg, folder, journal.start_id, _batches(rest)):
+        for encoded in _in_order(preparation.cfg, folder, journal.start_id, batches):
             for name, writer in writers.items():
                 writer.append(encoded.tokens[name])
                 done.tokens[name] = writer.tokens
@@ -311,7 +329,7 @@ def _tokenize(
                 done.bytes[name] += encoded.bytes[name]
                 done.unknown[name] += encoded.unknown[name]
             done.lost_bits += encoded.lost_bits
-            done.documents += encoded.entries
+            done.documents, done.digest = done.documents + encoded.entries, encoded.digest
             if encoded.sources is not None:
                 journal.at_boundary(encoded.sources, listing)
             unsaved += sum(encoded.bytes.values())
@@ -329,12 +347,26 @@ def _tokenize(
     except DataError:
         save()  # when the text is mended, it goes on from here or from the source's beginning
         raise
+    provenance.check_unchanged(sources_then, preparation.found + preparation.held_out)
     manifest = _close(preparation.cfg, tokenizer, journal, counts, writers)
     provenance.record(folder, preparation.found + preparation.held_out)
     store.write_manifest(folder, manifest)
     (folder / JOURNAL).unlink()
     (folder / PARTIAL).unlink(missing_ok=True)
     return manifest
+
+
+def _pass_over(documents: Iterator[tuple[int, str, Document]], done: Done, folder: Path) -> None:
+    """Reads the documents that are done. Raises MismatchError where their text is another now."""
+    digest = ""
+    for _, side, document in itertools.islice(documents, done.documents):
+        digest = chained(digest, side, document.text)
+    if done.digest and digest != done.digest:
+        raise MismatchError(
+            f"{folder} (unfinished): the text of the first {done.documents} documents is not what "
+            f"it was when they were tokenized; restore it, give another --data.store, or delete "
+            f"{folder} to begin anew"
+        )
 
 
 def _close(
@@ -388,7 +420,7 @@ def _in_order(
     cfg: Config,
     folder: Path,
     start_id: int | None,
-    batches: Iterator[tuple[Batch, int | None]],
+    batches: Iterator[tuple[Batch, int | None, str]],
 ) -> Iterator[_Encoded]:
     """The batches tokenized by worker processes, in the order of reading.
 
@@ -401,8 +433,8 @@ def _in_order(
         workers, multiprocessing.get_context("spawn"), _start_worker, (folder, start_id)
     ) as pool:
         try:
-            for batch, sources in batches:
-                waiting.append(pool.submit(_encode, batch, sources))
+            for batch in batches:
+                waiting.append(pool.submit(_encode, *batch))
                 if len(waiting) > 3 * workers:
                     yield waiting.popleft().result()
         except DataError as error:

@@ -33,6 +33,23 @@ class FileFacts:
     sha256: str | None
 
 
+def stats(found: list[Source]) -> dict[str, tuple[int, int]]:
+    """Sizes and times of change of the local files among the sources, by name."""
+    local = _local_by_name(found)
+    taken = {name: file.stat() for name, file in local.items()}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in taken.items()}
+
+
+def check_unchanged(then: dict[str, tuple[int, int]], found: list[Source]) -> None:
+    """Raises DataError for a file that was written to since its `stats`."""
+    changed = [name for name, stat in stats(found).items() if stat != then.get(name)]
+    if changed:
+        raise DataError(
+            f"{', '.join(changed[:3])}: written to while the text was prepared; delete the store, "
+            "and prepare it when nobody writes to its text"
+        )
+
+
 def record(folder: Path, found: list[Source]) -> None:
     """Writes sources.json into a store's folder."""
     local = _local_by_name(found)
@@ -54,7 +71,10 @@ def changes(cfg: Config) -> list[str]:
     listing = Path(cfg.data.store) / SOURCES
     if not listing.exists():
         return []
-    known = _read(listing)
+    try:
+        known = _read(listing)
+    except DataError as error:
+        return [str(error)]
     held_out = _present(cfg.data.valid_sources)
     found = _local_by_name(sources.without(_present(cfg.data.sources), held_out) + held_out)
     if not found:
@@ -74,7 +94,7 @@ def _read(file: Path) -> dict[str, FileFacts]:
         return {name: FileFacts(**facts) for name, facts in json.loads(file.read_text()).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{file}: is damaged ({error}); delete it to use the store unchecked"
+            f"{file}: is damaged ({error}), so nothing says whether the text has changed"
         ) from None
 
 

@@ -159,8 +159,8 @@ class Reader:
         if out.size and out.max() >= self._vocab_size:
             row, place = np.argwhere(out >= self._vocab_size)[0].tolist()
             raise DataError(
-                f"{self._folder}: token {starts[row] + place} has the id {out[row, place]}, and the "
-                f"vocabulary {self._vocab_size} ids; {_AGAIN}"
+                f"{self._folder}: token {starts[row] + place} has the id {out[row, place]}, and "
+                f"the vocabulary {self._vocab_size} ids; {_AGAIN}"
             )
         return out
 

@@ -340,7 +340,7 @@ def test_a_checkpoint_is_on_disk_before_it_is_called_saved(tmp_path, monkeypatch
     with enter():
         saved(folder, [1])
     before = synced[: synced.index(f"-> {tmp_path / 'checkpoints.json'}")]
-    tree = [path for path in (folder / "1").rglob("*")]
+    tree = list((folder / "1").rglob("*"))
     assert len(tree) > 10
     assert {str(path) for path in [*tree, folder / "1", folder]} <= set(before)
     assert str(tmp_path / ".checkpoints.json.partial") in before

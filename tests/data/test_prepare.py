@@ -376,13 +376,43 @@ def test_after_a_bad_record_the_finished_sources_are_kept(
     monkeypatch.setattr(
         prepare,
         "_encode",
-        lambda batch, n: (read.extend(t for _, t, _ in batch), encode(batch, n))[1],
+        lambda batch, *rest: (read.extend(t for _, t, _ in batch), encode(batch, *rest))[1],
     )
     manifest = prepare.prepare(cfg, say=said.append)
     assert said == ["sources have changed; goes on after the first 6, which are as they were"]
     assert read[:6] == [text(200 + n, 9) for n in range(6)]
     assert not {text(n) for n in range(6)} & set(read)
     assert prepare.prepare(config(tmp_path, "again")).splits == manifest.splits
+
+
+@HERE
+def test_text_that_changed_at_equal_size_is_not_mixed_with_what_it_was(
+    tmp_path, corpus, monkeypatch
+) -> None:
+    """Neither where a preparation was interrupted, nor while one reads."""
+    cfg = config(tmp_path)
+    monkeypatch.setattr(prepare, "_BATCH_BYTES", 1500)
+    monkeypatch.setattr(prepare, "_JOURNAL_BYTES", 4000)
+    interrupt(cfg, monkeypatch, 8)
+    first = min(corpus.glob("*.txt"))
+    kept = first.read_bytes()
+    first.write_bytes(kept[:-9] + bytes(9 * [ord("z")]))
+    with pytest.raises(MismatchError, match="documents is not what it was when they were token"):
+        prepare.prepare(cfg)
+    first.write_bytes(kept)
+    made = prepare.prepare(cfg)
+    assert made.splits == prepare.prepare(config(tmp_path, "whole")).splits
+
+    encode = prepare._encode
+
+    def meanwhile(*args):
+        first.write_bytes(kept[::-1])
+        return encode(*args)
+
+    monkeypatch.setattr(prepare, "_encode", meanwhile)
+    with pytest.raises(DataError, match=f"{first.name}: written to while the text was prepared"):
+        prepare.prepare(config(tmp_path, "third"))
+    assert not Path(config(tmp_path, "third").data.store, "manifest.json").exists()
 
 
 @HERE

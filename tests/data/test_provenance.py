@@ -138,9 +138,13 @@ def test_sources_that_are_no_local_files_are_not_asked_again(cfg, tmp_path, monk
     assert changes(cfg) == ["new.txt: is new"]
 
 
-def test_damaged_list_of_sources_is_reported(cfg, tmp_path) -> None:
+def test_damaged_list_of_sources_is_reported_and_stops_no_run(cfg, tmp_path) -> None:
     file = tmp_path / "store" / provenance.SOURCES
+    begun_with = prepare.prepare(cfg).fingerprint()
     for damaged in ("", "[]", json.dumps({"a.txt": {"length": 3}})):
         file.write_text(damaged)
-        with pytest.raises(DataError, match="is damaged"):
+        with pytest.raises(MismatchError, match="sources.json: is damaged"):
             prepare.prepare(cfg)
+        said: list[str] = []
+        prepare.prepare(cfg, say=said.append, begun_with=begun_with)
+        assert "sources.json: is damaged" in said[0]

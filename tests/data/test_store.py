@@ -187,9 +187,8 @@ def test_a_flipped_bit_is_never_read(tmp_path: Path, monkeypatch) -> None:
         flip(file, place)
         try:
             reader = Reader(str(tmp_path), "train", manifest)
-        except DataError as error:
+        except DataError:
             told_at_opening += 1
-            assert "differ from their checksum" in str(error)
         else:
             with pytest.raises(DataError, match="differ from their checksum"):
                 reader.windows(np.array([max(0, token - 7)]), 9)
