@@ -10,7 +10,7 @@ import pytest
 from gptjax.config import Config, DataConfig, ModelConfig, TokenizerConfig
 from gptjax.config.registry import DATA_SOURCES
 from gptjax.data import prepare, provenance
-from gptjax.errors import DataError, MismatchError
+from gptjax.errors import MismatchError
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_damaged_list_of_sources_is_reported_and_stops_no_run(cfg, tmp_path) -> 
     begun_with = prepare.prepare(cfg).fingerprint()
     for damaged in ("", "[]", json.dumps({"a.txt": {"length": 3}})):
         file.write_text(damaged)
-        with pytest.raises(MismatchError, match="sources.json: is damaged"):
+        with pytest.raises(MismatchError, match=r"sources.json: is damaged"):
             prepare.prepare(cfg)
         said: list[str] = []
         prepare.prepare(cfg, say=said.append, begun_with=begun_with)
