@@ -29,7 +29,7 @@ def share_of_greek(texts: list[str]) -> float:
 @pytest.mark.parametrize("greek_first", [False, True])
 @pytest.mark.parametrize("packed", ["", "latin", "greek"])
 def test_sample_has_the_proportions_of_the_corpus(tmp_path, greek, greek_first, packed) -> None:
-    total, budget = 6_000_000, 2_000_000
+    total, budget = 2_400_000, 800_000
     draw = random.Random(0)
     for name, letters, part in (("latin", LATIN, 1 - greek), ("greek", GREEK, greek)):
         file = tmp_path / f"{'01'[(name == 'greek') != greek_first]}-{name}.jsonl"

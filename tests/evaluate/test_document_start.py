@@ -86,6 +86,7 @@ def huggingface_files(bos: str | None) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize(
     "kind",

@@ -55,6 +55,7 @@ def expected_nats(params: decoder.Params, cfg: Config, tokens: np.ndarray) -> li
     return [-log_p[place, target] for place, target in enumerate(tokens[1:])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (8, 1, 1), (2, 2, 2)], ids=str)
 def test_loss_is_the_mean_over_all_targets(mesh, made, tokens, on_mesh, random_params) -> None:
     cfg, manifest = made

@@ -123,6 +123,7 @@ def test_sigterm_saves_and_the_same_command_continues_bit_identical(workspace, u
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # test_checkpointer.py flips bits in one process
 def test_flipped_bit_in_the_newest_checkpoint_falls_back_to_the_previous(
     workspace, unbroken
 ) -> None:

@@ -99,6 +99,7 @@ def test_loss_and_gradients_are_the_plain_ones_on_every_mesh(make, on_mesh, task
         )
 
 
+@pytest.mark.slow
 def test_what_lies_behind_the_last_token_counts_for_nothing(make, on_mesh) -> None:
     cfg, make_params = make("classify")
     batch = batch_of(1, np.random.default_rng(0))

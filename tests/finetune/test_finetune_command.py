@@ -273,6 +273,7 @@ def test_a_hugging_face_folder_is_a_base(
     assert np.mean(nats) == pytest.approx(trained, rel=1e-4)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_mixtures_learn_labels(make_base, finetune, tmp_path) -> None:
     moe = MoeConfig(experts=4, top_k=2)

@@ -314,6 +314,7 @@ class Training(Job):
         self.until(lambda: (self.steps() or [0])[-1] >= step, 400)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @slurm_runs
 def test_two_tasks_save_at_the_same_step_and_continue_from_it(cluster, tmp_path) -> None:

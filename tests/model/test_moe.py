@@ -169,6 +169,7 @@ def test_a_large_capacity_drops_nothing_and_equals_dropless(on_mesh, tiny_config
         np.testing.assert_allclose(wide_grads[path] / scale, g / scale, atol=1e-5, err_msg=path)
 
 
+@pytest.mark.slow
 def test_capacity_overflow_drops_second_choices_first(on_mesh, tiny_config, random_params):
     """By hand: in each sequence an expert takes tokens up to its capacity, first choices first."""
     cfg = mixture(tiny_config, capacity=0.75)

@@ -342,6 +342,7 @@ def test_flatten_and_unflatten_are_inverse(on_mesh, mesh):
     np.testing.assert_array_equal(np.asarray(back).reshape(a.shape), a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("attention", "mesh"),
     [

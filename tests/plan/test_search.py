@@ -31,6 +31,7 @@ def fronts():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_pareto_front_is_ordered_by_time_and_memory(fronts, way) -> None:
     choices = fronts[way]

@@ -36,10 +36,16 @@ def words_of(text):
     [
         "gpt2.py:small --machine v5e:2x2 --mesh.data 4 --train.accumulation 8",
         "llama.py:llama3_70b --machine v5p:8x8x8 --mesh.fsdp 512",
-        "llama.py:llama31_8b --machine v5p:4x4x4 --mesh.fsdp 16 --mesh.context 4 "
-        "--train.seq-len 16384 --train.batch-tokens 524288 --model.layers 2",
-        "mixtral.py:mixtral_8x7b --machine v5p:4x4x8 --mesh.fsdp 16 --mesh.expert 8 "
-        "--model.moe.capacity 1.25 --train.accumulation 4",
+        pytest.param(
+            "llama.py:llama31_8b --machine v5p:4x4x4 --mesh.fsdp 16 --mesh.context 4 "
+            "--train.seq-len 16384 --train.batch-tokens 524288 --model.layers 2",
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(
+            "mixtral.py:mixtral_8x7b --machine v5p:4x4x8 --mesh.fsdp 16 --mesh.expert 8 "
+            "--model.moe.capacity 1.25 --train.accumulation 4",
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_compiled_step_has_predicted_memory_and_communication(words) -> None:

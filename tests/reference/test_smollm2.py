@@ -77,12 +77,12 @@ def test_greedy_tokens_equal_those_of_transformers(theirs, sampler):
     model, their_tokenizer = theirs
     prompts = [sampler.ids(text) for text in PROMPTS]
     assert prompts == [their_tokenizer(text).input_ids for text in PROMPTS]
-    got = sampler.generate(prompts, SamplingParams(temperature=0.0, max_tokens=48))
+    got = sampler.generate(prompts, SamplingParams(temperature=0.0, max_tokens=24))
     for prompt, one in zip(prompts, got, strict=True):
         out = model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=48,
+            max_new_tokens=24,
             do_sample=False,
             eos_token_id=their_tokenizer.eos_token_id,
             pad_token_id=0,
@@ -91,6 +91,7 @@ def test_greedy_tokens_equal_those_of_transformers(theirs, sampler):
         assert one.text == their_tokenizer.decode(out, skip_special_tokens=True)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("length_penalty", [0.0, 2.0])
 def test_beams_equal_those_of_transformers(theirs, sampler, length_penalty):
     import torch

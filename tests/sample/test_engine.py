@@ -135,6 +135,7 @@ def test_cancelled_request_frees_its_slot_and_leaves_the_queue(one_device, model
 # --- prompts -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [
@@ -156,6 +157,7 @@ def test_long_prompt_is_prefilled_in_chunks(
         assert scores[len(prompt) - 1 : -1].argmax(-1).tolist() == out
 
 
+@pytest.mark.slow
 def test_sliding_window_layers_keep_a_ring_buffer_cache(
     one_device, tiny_model, random_params, monkeypatch
 ):

@@ -150,6 +150,7 @@ def test_only_as_many_targets_as_a_rows_length_count(on_mesh, tiny_config, rando
     assert changed["loss"] == pytest.approx(sums["loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_mesh_of_eight_has_the_loss_of_one_device_with_documents_masked(
     on_mesh, tiny_config, random_params
 ):

@@ -292,6 +292,7 @@ def test_a_budget_below_the_resumed_step_ends_at_that_step(tmp_path) -> None:
     assert written == [(8, {"asked": 1})]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "steps", "traced"),
     [(3, 2, True), pytest.param(8, 5, True, marks=pytest.mark.slow), (9, 1, False)],
@@ -335,6 +336,7 @@ def test_the_schedule_advances_over_a_nonfinite_step(tmp_path) -> None:
     np.testing.assert_allclose(moved, ratio * reference, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_the_step(tmp_path) -> None:
     cfg = tiny()
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dropout=0.5))
@@ -347,6 +349,7 @@ def test_dropout_depends_on_the_step(tmp_path) -> None:
         assert step(state, batch) != step(later, batch)
 
 
+@pytest.mark.slow
 def test_the_run_ends_after_nonfinite_limit_steps(tmp_path) -> None:
     cfg = tiny(nonfinite_limit=2)
 
