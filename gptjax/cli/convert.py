@@ -10,7 +10,6 @@ the end of the context, where a mistake in the rotary frequencies would show.
 
 import argparse
 import itertools
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,6 +27,7 @@ from gptjax.config import CheckpointConfig, ComputeConfig, Config, LoraConfig
 from gptjax.errors import ConfigError, MismatchError, OutputError
 from gptjax.finetune import lora, peft
 from gptjax.hf import families, safetensors, tokenizer_files
+from gptjax.hf.carried_files import carry
 from gptjax.hf.model_card import model_card
 from gptjax.hf.safetensors import Source
 from gptjax.hf.verify import SCORE_TENSOR, Json, compare_with_transformers
@@ -96,7 +96,7 @@ def import_run(folder: str, target: str, progress: Progress, *, compare: bool = 
             "read", len(safetensors.parameter_shapes(source.model)), unit="tensor"
         ) as bar:
             params = safetensors.read_params(source, bar.update)
-        _carry(source.folder, path / _CARRIED)
+        carry(source.folder, path / _CARRIED)
         run_dir.record_imported(cfg, tokenizer, _provenance(source, folder))
         _save(path, 0, params, {"imported": folder})
         certificate = {
@@ -195,7 +195,7 @@ def import_adapters(folder: str, base: str, target: str, progress: Progress) -> 
         elif provenance := run_dir.source_of(base):
             beside, settings = beside / _CARRIED, provenance["config"]
         if settings:
-            _carry(beside, path / _CARRIED)
+            carry(beside, path / _CARRIED)
         train = replace(model.cfg.train, ema_decay=0.0)
         cfg = replace(model.cfg, run=target, train=train)
         source = {"folder": folder, "base": base, "config": settings, "dtypes": {}}
@@ -279,7 +279,7 @@ def _write_tokenizer(folder: str, path: Path, tokenizer: Tokenizer | None, cfg: 
     """
     carried = Path(folder) / _CARRIED
     if carried.is_dir():
-        _carry(carried, path)
+        carry(carried, path)
         return {}
     if tokenizer is None:
         return {}
@@ -319,18 +319,6 @@ def _one_process() -> None:
 
 
 _CARRIED = "source"
-_BESIDE = (  # files copied as they are: tokenizers in every form, and generation settings
-    *("tokenizer*.json", "tokenizer.model", "vocab.*", "merges.txt", "added_tokens.json"),
-    *("special_tokens_map.json", "chat_template*", "generation_config.json"),
-)
-
-
-def _carry(source: Path, target: Path) -> None:
-    """Copies tokenizer and generation files beside the weights."""
-    target.mkdir(exist_ok=True)
-    for pattern in _BESIDE:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, target / file.name)
 
 
 def _new_folder(path: Path) -> None:

@@ -255,6 +255,16 @@ class _Encoded:
     sources: int | None
     digest: str
 
+    def add_to(self, done: Done) -> None:
+        """Counts the batch as done."""
+        for name in self.tokens:
+            done.split_documents[name] += self.documents[name]
+            done.bytes[name] += self.bytes[name]
+            done.unknown[name] += self.unknown[name]
+        done.lost_bits += self.lost_bits
+        done.documents += self.entries
+        done.digest = self.digest
+
 
 _worker_tokenizer: tokenizers.Tokenizer
 
@@ -312,7 +322,6 @@ def _tokenize(
     expected = sum(source.size_bytes() for source in preparation.found + preparation.held_out)
     rest = preparation.documents(counts)
     _pass_over(rest, done, folder)
-
     batches = _batches(rest, done.digest)
 
     def save() -> None:
@@ -325,11 +334,7 @@ def _tokenize(
             for name, writer in writers.items():
                 writer.append(encoded.tokens[name])
                 done.tokens[name] = writer.tokens
-                done.split_documents[name] += encoded.documents[name]
-                done.bytes[name] += encoded.bytes[name]
-                done.unknown[name] += encoded.unknown[name]
-            done.lost_bits += encoded.lost_bits
-            done.documents, done.digest = done.documents + encoded.entries, encoded.digest
+            encoded.add_to(done)
             if encoded.sources is not None:
                 journal.at_boundary(encoded.sources, listing)
             unsaved += sum(encoded.bytes.values())

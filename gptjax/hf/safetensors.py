@@ -29,6 +29,7 @@ from gptjax.checkpoint.checkpointer import leaves_by_path
 from gptjax.config import ModelConfig, TokenizerConfig
 from gptjax.errors import DataError, MismatchError
 from gptjax.hf import families
+from gptjax.hf.carried_files import check_links
 from gptjax.hf.config_keys import check_unused
 from gptjax.hf.mapping import TensorMapping
 from gptjax.hf.reader import Family, Json
@@ -97,6 +98,7 @@ def open_source(folder: Path, extra_tensors: Collection[str] = ()) -> Source:
         raise DataError(f"{config_file}: cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):
         raise DataError(f"{config_file}: must hold an object")
+    check_links(folder)
     family, model, unused = families.read_config(config, str(config_file))
     check_unused(config, unused, str(config_file))
     files, notes = _open_files(folder)

@@ -133,20 +133,34 @@ def why_not() -> str | None:
 
 
 def _library(compiler: str) -> ctypes.CDLL:
-    """The compiled library; a broken one, such as a full disk leaves, is compiled again."""
+    """The compiled library; one that is broken, or not as it was written, is compiled again."""
     target = _target(compiler)
-    if target.exists():
-        try:
-            return ctypes.CDLL(str(target))
-        except OSError:
-            target.unlink()
+    hash_file = target.with_suffix(".sha256")
+    own = _is_own(target) and _is_own(hash_file)
+    if own and hash_file.read_text() == _sha256(target):  # one cut short would end the process
+        return ctypes.CDLL(str(target))
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         out = Path(scratch, target.name)
         include = f"-I{jax.ffi.include_dir()}"
         command = [compiler, *_FLAGS, include, str(_SOURCE), "-o", str(out), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
+        written = Path(scratch, hash_file.name)
+        written.write_text(_sha256(out))
         out.replace(target)
+        written.replace(hash_file)
     return ctypes.CDLL(str(target))
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file or folder belongs to this user, and nobody else can write to it."""
+    if not path.exists():
+        return False
+    stat = path.stat()
+    return stat.st_uid == os.geteuid() and not stat.st_mode & 0o022
 
 
 def _target(compiler: str) -> Path:
@@ -163,8 +177,7 @@ def _target(compiler: str) -> Path:
     caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
     folder = (caches if caches.is_absolute() else Path("~/.cache").expanduser()) / "gptjax/native"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    stat = folder.stat()
-    if stat.st_uid != os.geteuid() or stat.st_mode & 0o022:
+    if not _is_own(folder):
         raise PermissionError(f"{folder}: must belong to this user and be writable by no one else")
     return folder / f"{name}.so"
 

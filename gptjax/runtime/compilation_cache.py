@@ -1,5 +1,6 @@
 """XLA's compiler options by device, and the persistent compilation cache, with a report of hits."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,10 +30,19 @@ def enable_cache(folder: str) -> None:
     if not folder:
         return
     path = Path(folder).expanduser()
+    why_not = ""
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        stat = path.stat()
+        if stat.st_uid != os.geteuid() or stat.st_mode & 0o022:
+            why_not = (
+                "programs are loaded from it, so it must belong to this user and be writable by "
+            )
+            why_not += "no one else"
     except OSError as error:
-        print(f"gptjax: log.compile_cache={folder}: not used: {error}", file=sys.stderr)
+        why_not = str(error)
+    if why_not:
+        print(f"gptjax: log.compile_cache={folder}: not used: {why_not}", file=sys.stderr)
         return
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -100,6 +100,35 @@ def test_an_imported_model_is_a_run_that_samples_and_comes_back(capsys, folder, 
     assert not list(back.glob("token_ids*"))
 
 
+def test_links_that_leave_the_folder_are_refused(capsys, folder, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("password")
+    link = folder / "vocab.txt"
+    link.symlink_to(secret)
+    for words in (("convert", f"hf:{folder}", tmp_path / "run"), ("sample", f"hf:{folder}")):
+        code, _, err = run(capsys, *words)
+        assert (code, f"{link}: is a link to {secret}, outside" in err) == (65, True)
+    assert not (tmp_path / "run").exists()
+
+    link.unlink()
+    assert run(capsys, "convert", f"hf:{folder}", tmp_path / "run")[0] == 0
+    (tmp_path / "run/source/vocab.txt").symlink_to(secret)
+    code, _, err = run(capsys, "convert", tmp_path / "run", f"hf:{tmp_path / 'out'}")
+    assert (code, "vocab.txt: is a link to" in err) == (65, True)
+    assert not (tmp_path / "out/vocab.txt").exists()
+
+
+def test_the_hub_s_cache_has_links_of_its_own(capsys, folder, tmp_path):
+    blobs, snapshot = tmp_path / "models--x/blobs", tmp_path / "models--x/snapshots/0a"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    code, _, err = run(capsys, "convert", f"hf:{snapshot}", tmp_path / "run")
+    assert code == 0, err
+
+
 def test_nothing_is_trained_in_an_imported_run(capsys, folder, tmp_path):
     run(capsys, "convert", f"hf:{folder}", tmp_path / "run")
     code, _, err = run(capsys, "train", tmp_path / "run")

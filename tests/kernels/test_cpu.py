@@ -1,5 +1,6 @@
 """The CPU kernels against numpy, and the fallback without a compiler."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -203,12 +204,37 @@ def test_broken_library_is_compiled_again(tmp_path):
     compiler.write_text('#!/bin/sh\nexec cc "$@" -O0\n')
     compiler.chmod(0o755)
     assert in_a_process(tmp_path, CC=str(compiler)) == "None\n"
-    (file,) = (tmp_path / "gptjax/native").iterdir()
+    hash_file, file = sorted((tmp_path / "gptjax/native").iterdir())
+    assert (hash_file.suffix, file.suffix) == (".sha256", ".so")
     whole = file.read_bytes()
-    file.write_bytes(whole[:100])
+
+    def flipped() -> bytes:
+        return whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]
+
+    def foreign() -> None:
+        os.chown(file, 12345, -1)
+
+    def writable() -> None:
+        file.chmod(0o777)
+
+    damages = [  # a library cut short ends a process that calls it with SIGBUS
+        lambda: file.write_bytes(whole[: len(whole) * 3 // 4]),
+        lambda: file.write_bytes(flipped()),
+        lambda: hash_file.unlink(),
+        writable,
+        *([foreign] if os.geteuid() == 0 else []),
+    ]
+    for damage in damages:
+        damage()
+        before = file.stat().st_ino
+        assert in_a_process(tmp_path, CC=str(compiler)) == "None\n"
+        assert file.stat().st_ino != before
+        assert len(file.read_bytes()) == len(whole)
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == hash_file.read_text()
+        assert sorted(file.parent.iterdir()) == [hash_file, file]
+    before = file.stat().st_ino
     assert in_a_process(tmp_path, CC=str(compiler)) == "None\n"
-    assert len(file.read_bytes()) == len(whole)
-    assert list(file.parent.iterdir()) == [file]
+    assert file.stat().st_ino == before
 
 
 @pytest.mark.slow

@@ -128,3 +128,20 @@ def test_cache_folder_that_cannot_be_made_is_a_warning(tmp_path, capsys) -> None
     enable_cache(f"{tmp_path}/file/cache")
     assert f"log.compile_cache={tmp_path}/file/cache: not used" in capsys.readouterr().err
     assert jax.config.jax_compilation_cache_dir == before
+
+
+@pytest.mark.parametrize("change", ["owner", "mode"])
+def test_cache_folder_that_others_can_write_to_is_not_used(tmp_path, capsys, change) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir(mode=0o700)
+    if change == "mode":
+        folder.chmod(0o777)
+    elif os.geteuid() == 0:
+        os.chown(folder, 12345, -1)
+    else:
+        pytest.skip("only root can give a folder to another user")
+    before = jax.config.jax_compilation_cache_dir
+    enable_cache(str(folder))
+    err = capsys.readouterr().err
+    assert f"log.compile_cache={folder}: not used: programs are loaded from it" in err
+    assert jax.config.jax_compilation_cache_dir == before
