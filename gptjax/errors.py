@@ -42,6 +42,12 @@ class NumericError(GptjaxError):
     exit_code = 70
 
 
+class OutOfMemoryError(GptjaxError):
+    """A device, or this machine, does not have the memory that a program needs."""
+
+    exit_code = 71
+
+
 class OutputError(GptjaxError):
     """Output that cannot be written: a read-only or full disk, or a folder in use."""
 

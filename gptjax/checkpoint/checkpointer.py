@@ -93,10 +93,11 @@ def fingerprints(leaves: Leaves) -> dict[str, list[int]]:
 
 
 def _orbax() -> Any:
-    """Orbax's module, imported when first needed, its log silenced: failures are reported here."""
+    """Orbax's module, imported when first needed, its logs silenced: failures are told here."""
     from orbax.checkpoint import v1
 
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     _quiet_closed_loops()
     # Slow processes are the watchdog's concern: Orbax's limit of 300 s at a barrier would make a
     # valid checkpoint look damaged.

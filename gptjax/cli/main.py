@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptjax.cli import arguments
+from gptjax.cli.failures import as_gptjax_error
 from gptjax.errors import ConfigError, GptjaxError, OutputError, PeerError, Preempted
 from gptjax.runtime import malloc
 from gptjax.version import __version__
@@ -219,10 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.command.run(args, rest)
         return 0
     except GptjaxError as error:
-        print(f"gptjax: {error}{_how_to_continue(args, argv, error)}", file=sys.stderr)
-        if not isinstance(error, Preempted):  # which all processes of a job are together
-            _leave_job(error.exit_code, str(error))
-        return error.exit_code
+        return _tell(args, argv, error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -230,11 +228,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("gptjax: interrupted", file=sys.stderr)
         _leave_job(130, "it was interrupted")
         return 130
-    except Exception as error:  # a defect: the other processes must not wait for this one
+    except Exception as error:
+        if known := as_gptjax_error(error, getattr(args, "resolved", None)):
+            return _tell(args, argv, known)
+        # A defect: the other processes must not wait for this one.
         if "gptjax.runtime.distributed" in sys.modules:
             traceback.print_exc()
             _leave_job(1, f"{type(error).__name__}: {error}"[:500])
         raise
+
+
+def _tell(args: argparse.Namespace, argv: Sequence[str], error: GptjaxError) -> int:
+    """Prints an error in a sentence, tells the other processes, returns the exit code."""
+    print(f"gptjax: {error}{_how_to_continue(args, argv, error)}", file=sys.stderr)
+    if not isinstance(error, Preempted):  # which all processes of a job are together
+        _leave_job(error.exit_code, str(error))
+    return error.exit_code
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
