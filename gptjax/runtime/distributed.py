@@ -6,6 +6,7 @@ coordinator: it alone writes logs and claims folders, and the others ask it for 
 single process every function here is trivial and free.
 """
 
+import concurrent.futures
 import ctypes
 import itertools
 import json
@@ -32,6 +33,7 @@ _FIRST_REPORT_S, _NEXT_REPORT_S = 2, 60  # seconds until processes are said to b
 _SHUTDOWN_S = 300  # timeout of waiting for all processes to end
 _LEAVE_S = 30  # time to end with a verdict, before JAX aborts the process
 _NO_LIMIT_S = 10**6
+_INTERRUPTED = 130  # exit code after Ctrl-C
 
 _uses = itertools.count()  # numbers barriers and keys, in the same order in every process
 
@@ -59,7 +61,8 @@ def join(lost: int, say: Callable[[str], None] = lambda line: None) -> None:
         _explain_abort()
     try:
         with _report_waiting(f" at {address}" if address else "", say):
-            jax.distributed.initialize(
+            _interruptible(
+                jax.distributed.initialize,
                 num_processes=count,
                 process_id=own,
                 # A coordinator on loopback must not be reachable from other machines.
@@ -76,6 +79,17 @@ def join(lost: int, say: Callable[[str], None] = lambda line: None) -> None:
             raise ConfigError([f"the environment describes an incomplete job: {error}"]) from None
     else:
         _explain_abort()
+
+
+def _interruptible(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Calls in another thread: the service waits without looking for Ctrl-C."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        try:
+            return pool.submit(call, *args, **options).result()
+        except KeyboardInterrupt:
+            print("gptjax: interrupted", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(_INTERRUPTED)  # the thread would be waited for
 
 
 @contextmanager
@@ -136,7 +150,7 @@ def name() -> str:
 def barrier() -> None:
     """Waits until every process has reached this call."""
     if several():
-        client().wait_at_barrier(f"gptjax/barrier/{next(_uses)}", _WAIT_MS)
+        _interruptible(client().wait_at_barrier, f"gptjax/barrier/{next(_uses)}", _WAIT_MS)
 
 
 def from_first(value: str) -> str:
@@ -147,7 +161,7 @@ def from_first(value: str) -> str:
     if first():
         client().key_value_set(key, value)
         return value
-    return client().blocking_key_value_get(key, _WAIT_MS)
+    return _interruptible(client().blocking_key_value_get, key, _WAIT_MS)
 
 
 def first_of(problem: str | None) -> str | None:
