@@ -79,6 +79,30 @@ def find_fault(
     )
 
 
+def own_part(
+    silence: Mapping[int, float], own: int, stopped: tuple[float, float], cfg: WatchConfig
+) -> str:
+    """What to add to a verdict where this process may itself be the cause; empty where not.
+
+    `silence` has the seconds since the last heartbeat of each process, and `stopped` for how long
+    this process was last stopped itself, and how long ago that ended.
+    """
+    others = {i: seconds for i, seconds in silence.items() if i != own}
+    duration, ago = stopped
+    if not cfg.lost or max(others.values(), default=0.0) <= cfg.lost:
+        return ""
+    if duration and ago < max(others.values()) + cfg.lost:
+        return (
+            f"; process {own} was itself stopped for {duration:.0f} s until {ago:.0f} s ago: the "
+            f"others end when it does not answer for {cfg.lost} s"
+        )
+    first, last = min(others.values()), max(others.values())
+    if first > cfg.lost / 2 and last - first < cfg.lost / 2:
+        who = "the other process is" if len(others) == 1 else "all other processes are"
+        return f"; {who} silent, so it may be process {own} that was cut off from the network"
+    return ""
+
+
 class Watchdog:
     """While entered, watches this process; in process 0 it watches the whole job."""
 
@@ -89,6 +113,7 @@ class Watchdog:
         self._count = 0
         self._last: dict[int, tuple[Heartbeat, float]] = {}  # by process, with its arrival
         self._answered = time.monotonic()  # when the coordination service last answered
+        self._stopped = 0.0, 0.0  # for how long this process was stopped, and when that ended
         self._stopping = threading.Event()
 
     def __enter__(self) -> "Watchdog":
@@ -168,11 +193,16 @@ class Watchdog:
             silence = {i: now - arrival for i, (_, arrival) in self._last.items()}
             if fault := find_fault(heartbeats, silence, self._cfg):
                 i, sentence = fault
+                duration, ended = self._stopped
+                sentence += own_part(
+                    silence, distributed.index(), (duration, now - ended), self._cfg
+                )
                 _end(f"{sentence}\n{heartbeats[i].stack}".rstrip())
 
     def _discount(self, stopped: float) -> None:
         """Leaves out of all durations the seconds in which this process itself was stopped."""
         if stopped > self._interval:
+            self._stopped = stopped, time.monotonic()
             stage, step, since = self._stage
             self._stage = stage, step, since + stopped
             self._answered += stopped

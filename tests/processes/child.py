@@ -2,6 +2,7 @@
 
 IDS_FOLDER: folder for a log of each read of training windows, with its step and window ids.
 FAULT=sleep:3:1 or raise:3:1: process 1 sleeps, or raises, while reading the batch of step 3.
+FAULT=compile:40:1: process 1 takes 40 s longer to compile the step.
 FAULT=slow:0:0: each read takes half a second longer, so that a test has time to act on the run.
 """
 
@@ -13,7 +14,9 @@ from pathlib import Path
 
 from gptjax.cli import main
 from gptjax.data import loader
+from gptjax.training import trainer
 
+compile_step = trainer.compile_step
 read = loader.TrainData.read
 process = os.environ.get("JAX_PROCESS_ID", "0")
 kind, step_at, process_at = os.environ.get("FAULT", "none:0:0").split(":")
@@ -38,6 +41,13 @@ def logged_read(self, step, rows=None):
     return read(self, step, rows)
 
 
+def slow_compile_step(*args, **options):
+    if kind == "compile" and process == process_at:
+        time.sleep(int(step_at))
+    return compile_step(*args, **options)
+
+
 loader.TrainData.read = logged_read
+trainer.compile_step = slow_compile_step
 if __name__ == "__main__":  # tokenizing worker processes import this file too
     sys.exit(main.main(sys.argv[1:]))

@@ -50,6 +50,16 @@ def test_peers_end_and_name_a_stopped_process(start) -> None:
     assert "trainer.py" in stderr  # the stack in its last heartbeat
 
 
+def test_process_0_says_that_it_was_itself_stopped(start) -> None:
+    job = running(start, "away")
+    job.processes[0].send_signal(signal.SIGSTOP)
+    job.processes[1].wait(120)  # which ends, for want of an answer
+    time.sleep(2)
+    job.processes[0].send_signal(signal.SIGCONT)
+    assert job.processes[0].wait(120) == 69
+    assert "process 0 was itself stopped for" in job.stderr(0)
+
+
 def test_hung_process_is_named_with_its_stage_and_stack(start) -> None:
     job = start("hangs", 2, *WATCH, "--watch.data", str(LIMIT), FAULT="sleep:6:1")
     assert job.wait() == [69, 69]
@@ -65,6 +75,13 @@ def test_hung_single_process_ends_itself(start) -> None:
     job = start("hangs_alone", 1, *WATCH, "--watch.data", str(LIMIT), FAULT="sleep:6:0")
     assert job.wait() == [69]
     assert "hung: in stage data of step 6" in job.stderr(0)
+
+
+def test_a_process_that_compiles_for_longer_is_waited_for(start) -> None:
+    """For longer than the 30 s that Gloo gives the first collective."""
+    mesh = ("--mesh.data", "2", "--mesh.fsdp", "2")
+    job = start("late", 2, *mesh, devices=2, FAULT="compile:40:1")
+    assert job.wait() == [0, 0], job.stderr(0) + job.stderr(1)
 
 
 def test_error_in_one_process_ends_all_with_its_reason(start) -> None:

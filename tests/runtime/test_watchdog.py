@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from gptjax.config import WatchConfig
-from gptjax.runtime.watchdog import Heartbeat, find_fault
+from gptjax.runtime.watchdog import Heartbeat, find_fault, own_part
 
 LIMITS = WatchConfig(lost=60, data=100, step=200, save=300)
 
@@ -57,3 +57,19 @@ def test_time_since_the_last_heartbeat_counts_towards_the_deadline() -> None:
 def test_deadline_of_zero_is_never_exceeded(stage) -> None:
     limits = replace(LIMITS, data=0, lost=0)
     assert verdict(beat(0, stage, 1, 1e6), silence={0: 1e6}, limits=limits) is None
+
+
+@pytest.mark.parametrize(
+    ("silence", "stopped", "told"),
+    [
+        ({0: 0, 1: 31, 2: 3}, (0, 0), ""),  # the others are heard
+        ({0: 0, 1: 12}, (90, 5), ""),  # nobody is silent for too long
+        ({0: 0, 1: 31, 2: 3}, (90, 40), "process 0 was itself stopped for 90 s until 40 s ago"),
+        ({0: 0, 1: 31}, (90, 200), "the other process is silent, so it may be process 0"),
+        ({0: 0, 1: 31, 2: 33}, (0, 0), "all other processes are silent, so it may be process 0"),
+        ({0: 0, 1: 31, 2: 90}, (0, 0), ""),  # one after the other
+    ],
+)
+def test_a_process_says_that_it_was_itself_away(silence, stopped, told) -> None:
+    part = own_part(silence, 0, stopped, WatchConfig(lost=30))
+    assert part.startswith(f"; {told}") if told else part == ""
