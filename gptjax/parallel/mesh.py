@@ -9,6 +9,8 @@ To add an axis: a field of `MeshConfig`, an entry of `MESH_AXES`, and the logica
 splits in sharding.RULES.
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,11 +20,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gptjax.config import Config, MeshConfig
 from gptjax.errors import ConfigError
-from gptjax.runtime import compilation_cache
+from gptjax.runtime import compilation_cache, distributed
 
 
 @dataclass(frozen=True)
@@ -157,5 +159,27 @@ def entered_mesh(cfg: Config) -> Iterator[None]:
     compilation_cache.enable_cache(cfg.log.compile_cache)
     exact = cfg.compute.dtype == "float32"
     jax.config.update("jax_default_matmul_precision", "float32" if exact else None)
-    with jax.set_mesh(make_mesh(cfg.mesh)):
+    mesh = make_mesh(cfg.mesh)
+    with jax.set_mesh(mesh):
+        if distributed.several() and mesh.devices.flat[0].platform == "cpu":
+            _connect(mesh)
         yield
+
+
+def _connect(mesh: Mesh) -> None:
+    """Connects the processes for every group of devices that a collective can have.
+
+    Gloo connects a group at its first collective, and gives up where a process is 30 s late; here
+    all have just met.
+    """
+    axes = [axis for axis, size in mesh.shape.items() if size > 1]
+    groups = [names for n in range(1, len(axes) + 1) for names in itertools.combinations(axes, n)]
+    ones = jax.device_put(np.ones(()), NamedSharding(mesh, PartitionSpec()))
+    distributed.barrier()
+    for names in groups:
+        total = jax.shard_map(
+            functools.partial(jax.lax.psum, axis_name=names),
+            in_specs=PartitionSpec(),
+            out_specs=PartitionSpec(),
+        )
+        jax.block_until_ready(jax.jit(total)(ones))

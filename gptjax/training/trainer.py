@@ -89,7 +89,6 @@ class Trainer:
                 self._watchdog.at("compile", self._first)
                 if self._first < self._last:
                     self._compile(state)
-                distributed.barrier()  # Gloo waits for 30 s alone at the first collective
                 return state
         except Interrupted:
             raise Preempted(f"{self._told_to_stop} before a step") from None

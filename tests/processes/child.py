@@ -2,7 +2,7 @@
 
 IDS_FOLDER: folder for a log of each read of training windows, with its step and window ids.
 FAULT=sleep:3:1 or raise:3:1: process 1 sleeps, or raises, while reading the batch of step 3.
-FAULT=compile:40:1: process 1 takes 40 s longer to compile the step.
+FAULT=restore:40:1: process 1 takes 40 s longer to look for a checkpoint.
 FAULT=slow:0:0: each read takes half a second longer, so that a test has time to act on the run.
 """
 
@@ -12,11 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.cli import main
 from gptjax.data import loader
-from gptjax.training import trainer
 
-compile_step = trainer.compile_step
+restore_newest = Checkpointer.restore_newest
 read = loader.TrainData.read
 process = os.environ.get("JAX_PROCESS_ID", "0")
 kind, step_at, process_at = os.environ.get("FAULT", "none:0:0").split(":")
@@ -41,13 +41,13 @@ def logged_read(self, step, rows=None):
     return read(self, step, rows)
 
 
-def slow_compile_step(*args, **options):
-    if kind == "compile" and process == process_at:
+def slow_restore(*args, **options):
+    if kind == "restore" and process == process_at:
         time.sleep(int(step_at))
-    return compile_step(*args, **options)
+    return restore_newest(*args, **options)
 
 
 loader.TrainData.read = logged_read
-trainer.compile_step = slow_compile_step
+Checkpointer.restore_newest = slow_restore
 if __name__ == "__main__":  # tokenizing worker processes import this file too
     sys.exit(main.main(sys.argv[1:]))

@@ -77,10 +77,10 @@ def test_hung_single_process_ends_itself(start) -> None:
     assert "hung: in stage data of step 6" in job.stderr(0)
 
 
-def test_a_process_that_compiles_for_longer_is_waited_for(start) -> None:
+def test_a_process_that_restores_for_longer_is_waited_for(start) -> None:
     """For longer than the 30 s that Gloo gives the first collective."""
     mesh = ("--mesh.data", "2", "--mesh.fsdp", "2")
-    job = start("late", 2, *mesh, devices=2, FAULT="compile:40:1")
+    job = start("late", 2, *mesh, devices=2, FAULT="restore:40:1")
     assert job.wait() == [0, 0], job.stderr(0) + job.stderr(1)
 
 
