@@ -185,6 +185,8 @@ def check_exists(path: str) -> None:
     """Raises ConfigError for a path that does not exist; with the command that fetches a hub's
     model, if it may be the name of one.
     """
+    if not path or "://" in path:
+        raise ConfigError([f"{path!r}: give a local folder"])
     if Path(path).exists():
         return
     hint = ""

@@ -322,6 +322,8 @@ _CARRIED = "source"
 
 
 def _new_folder(path: Path) -> None:
+    if ":" in path.parts[0] and not path.exists():
+        raise OutputError(f"{path}: must be a local folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
         if any(path.iterdir()):

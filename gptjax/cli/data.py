@@ -10,6 +10,9 @@ from gptjax.cli.arguments import resolve
 from gptjax.errors import ConfigError, DataError
 from gptjax.runtime.progress import Progress
 
+_LAST_STEP = 10**12
+_LONGEST_BENCH = 86400
+
 
 def manifest_of(cfg: config.Config, progress: Progress) -> Any:
     """The manifest of the configured store, which is made now if it is not there."""
@@ -62,8 +65,8 @@ def show(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     from gptjax.data import loader, store
 
     cfg = resolve(args, overrides)
-    if args.step < 1:
-        raise ConfigError([f"--step={args.step}: steps are counted from 1"])
+    if not 1 <= args.step <= _LAST_STEP:
+        raise ConfigError([f"--step={args.step}: steps are counted from 1, up to {_LAST_STEP}"])
     data = loader.TrainData.open(cfg, store.read_manifest(cfg.data.store))
     tokenizer = tokenizers.load(epath.Path(cfg.data.store))
     for window, tokens in zip(data.ids(args.step - 1), data.read(args.step - 1), strict=True):
@@ -75,6 +78,9 @@ def bench(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     from gptjax.data import loader
 
     cfg = resolve(args, overrides)
+    if not 0 < args.seconds <= _LONGEST_BENCH:
+        problem = f"--seconds={args.seconds}: must be above 0, and at most {_LONGEST_BENCH}"
+        raise ConfigError([problem])
     rates = loader.bench(cfg, manifest_of(cfg, Progress()), args.seconds)
     print(
         f"{cfg.train.batch} x {cfg.train.seq_len} tokens a batch: median {rates[1] / 1e6:.1f} "

@@ -4,7 +4,14 @@ import errno
 import re
 
 from gptjax.config import Config
-from gptjax.errors import ConfigError, GptjaxError, OutOfMemoryError, OutputError, PeerError
+from gptjax.errors import (
+    ConfigError,
+    DataError,
+    GptjaxError,
+    OutOfMemoryError,
+    OutputError,
+    PeerError,
+)
 
 _OUTPUT = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
@@ -26,10 +33,16 @@ def as_gptjax_error(error: Exception, cfg: Config | None) -> GptjaxError | None:
     text = str(error)
     first = text.strip().partition("\n")[0][:300]
     if isinstance(error, OSError):
+        if error.errno == errno.ENAMETOOLONG:
+            return ConfigError([f"{error.filename}: the name is too long"])
         if error.errno not in _OUTPUT:
             return None
         where = f"{error.filename}: " if error.filename else ""
         return OutputError(f"{where}cannot be read or written: {error.strerror}")
+    if isinstance(error, RuntimeError) and "home directory" in text:  # of Path.expanduser
+        return ConfigError(["a path begins with ~ and the name of a user who has no home here"])
+    if any(kind.__name__ == "OpError" for kind in type(error).__mro__):  # TensorFlow's, of gs://
+        return DataError(first)
     if isinstance(error, MemoryError):
         return OutOfMemoryError(f"this machine has too little memory: {first or 'MemoryError'}")
     if not any(kind.__name__ == "JaxRuntimeError" for kind in type(error).__mro__):

@@ -8,6 +8,7 @@ import argparse
 import gc
 import importlib
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -17,9 +18,12 @@ from pathlib import Path
 
 from gptjax.cli import arguments
 from gptjax.cli.failures import as_gptjax_error
+from gptjax.config.limits import unusable
 from gptjax.errors import ConfigError, GptjaxError, OutputError, PeerError, Preempted
 from gptjax.runtime import malloc
 from gptjax.version import __version__
+
+_LONGEST_WORD, _LONGEST_MESSAGE = 300, 1900  # characters
 
 
 @dataclass(frozen=True)
@@ -213,6 +217,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code. A GptjaxError is told in a sentence, no traceback."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    for word in argv:
+        if why := unusable(word):
+            print(f"gptjax: argument {_shortened(repr(word))}: {why}", file=sys.stderr)
+            return ConfigError.exit_code
     args, rest = _parse(argv)
     malloc.keep_memory()
     gc.set_threshold(100_000)  # imports and traces stay: looking through them often takes 0.2 s
@@ -240,10 +248,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _tell(args: argparse.Namespace, argv: Sequence[str], error: GptjaxError) -> int:
     """Prints an error in a sentence, tells the other processes, returns the exit code."""
-    print(f"gptjax: {error}{_how_to_continue(args, argv, error)}", file=sys.stderr)
+    told = f"{error}{_how_to_continue(args, argv, error)}"
+    print(f"gptjax: {_shortened(told)}", file=sys.stderr)
     if not isinstance(error, Preempted):  # which all processes of a job are together
         _leave_job(error.exit_code, str(error))
     return error.exit_code
+
+
+def _shortened(message: str) -> str:
+    """A message that a person can read, whatever is named in it."""
+    message = re.sub(
+        rf"\S{{{_LONGEST_WORD},}}", lambda word: f"{word[0][:80]}…{word[0][-40:]}", message
+    )
+    if len(message) <= _LONGEST_MESSAGE:
+        return message
+    half = _LONGEST_MESSAGE // 2
+    return f"{message[:half]} […] {message[-half:]}"
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -282,7 +302,10 @@ def _how_to_continue(args: argparse.Namespace, argv: Sequence[str], error: Gptja
     if not distributed.first():
         return ""
     folder = os.path.join(cfg.run, CHECKPOINTS)
-    steps = Checkpointer(Path(folder)).steps()
+    try:
+        steps = Checkpointer(Path(folder)).steps()
+    except OSError:
+        return ""
     safe = f"last committed step {steps[-1]} in {folder}" if steps else f"no checkpoint in {folder}"
     if not steps and not again:
         return ""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptjax.errors import ConfigError, DataError, OutputError
+from gptjax.runtime import regular_file
 from gptjax.runtime.progress import Progress
 from gptjax.sample import BeamSearchParams, Completion, Sampler, SamplingParams
 from gptjax.sample.sampling_params import trailing_space_note
@@ -240,8 +241,9 @@ _KINDS = {
 def _objects(source: Path, contents: bytes | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """The number, from 0, and the object of each line that is not blank."""
     try:
-        text = (source.read_bytes() if contents is None else contents).decode("utf-8")
-    except (OSError, ValueError) as error:
+        raw = regular_file.read(source, str(source)) if contents is None else contents
+        text = raw.decode("utf-8")
+    except ValueError as error:
         raise DataError(f"{source}: cannot be read: {error}") from None
     for number, line in enumerate(text.split("\n")):
         if not line.strip():

@@ -149,7 +149,10 @@ def _coerce(value: Any, hint: Any) -> Any:
             raise TypeError("must be a list")
         return tuple(_coerce(item, args[0]) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise TypeError("is too large") from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise TypeError(f"must be of type {hint.__name__}")
     return value
@@ -157,7 +160,11 @@ def _coerce(value: Any, hint: Any) -> Any:
 
 def load(argument: str) -> Config:
     """The configuration of a CONFIG argument. Raises ConfigError."""
+    if "://" in argument:
+        raise ConfigError([f"{argument}: must be a local file or folder"])
     path, _, function = argument.partition(":")
+    if not path:
+        raise ConfigError([f"CONFIG={argument!r}: is empty; give a preset, a file or a run folder"])
     file = Path(path)
     if file.is_dir():
         file = file / CONFIG_FILE
@@ -184,7 +191,7 @@ def read_json(file: Path) -> Config:
     """The configuration of a resolved JSON file. Raises ConfigError."""
     try:
         values = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError([f"{file}: not valid JSON: {error}"]) from None
     if not isinstance(values, Mapping):
         raise ConfigError([f"{file}: must contain a JSON object"])

@@ -4,13 +4,12 @@ All problems are reported at once, each as `dotted.field=value: what is wrong an
 is a Config, whose type cannot be imported here because schema.py imports this file.
 """
 
-import dataclasses
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Literal
 
+from gptjax.config.limits import out_of_range, place_problems, too_large
 from gptjax.config.registry import ATTENTION_BACKENDS, METRIC_WRITERS, OPTIMIZERS
 
 TASK_KINDS = ("arc", "hellaswag", "lambada", "squad")
@@ -67,15 +66,6 @@ def _not_a_fraction(values: Mapping[str, float]) -> Iterator[str]:
             yield f"{name}={value}: must be at least 0 and below 1"
 
 
-def _infinite(section: Any, prefix: str = "") -> Iterator[str]:
-    """Problems of infinite values in a section and those below it."""
-    for name, value in vars(section).items():
-        if dataclasses.is_dataclass(value):
-            yield from _infinite(value, f"{prefix}{name}.")
-        elif isinstance(value, float) and math.isinf(value):
-            yield f"{prefix}{name}={value}: must be finite"
-
-
 def divisors(n: int) -> list[int]:
     """The positive divisors of n, ascending."""
     return [d for d in range(1, n + 1) if n % d == 0]
@@ -103,20 +93,30 @@ def _nearest(value: int, legal: Sequence[int]) -> str:
 
 
 def value_problems(cfg: Any) -> Iterator[str]:
-    """Problems of values that are illegal, alone or with another value."""
+    """Problems of values that are illegal, alone or with another value; one of each field."""
+    general = list(out_of_range(cfg))
+    if any("2**53" in problem for problem in general):
+        yield from general
+        return  # what follows divides and multiplies
+    particular = list(_particular_problems(cfg))
+    told = {problem.partition("=")[0] for problem in particular}
+    yield from (problem for problem in general if problem.partition("=")[0] not in told)
+    yield from particular
+
+
+def _particular_problems(cfg: Any) -> Iterator[str]:
+    """Problems of a field's own limits, and of fields together."""
     yield from model_problems(cfg.model)
     yield from _below(1, _fields(cfg, _AT_LEAST_1))
     yield from _below(0, _fields(cfg, _AT_LEAST_0))
     yield from _not_a_fraction(_fields(cfg, _FROM_0_BELOW_1))
-    yield from _infinite(cfg)
     yield from _name_problems(cfg)
     yield from _train_problems(cfg)
     yield from _schedule_problems(cfg)
     yield from _finetune_problems(cfg)
     yield from _eval_problems(cfg)
     yield from _data_problems(cfg)
-    if "://" in cfg.run:
-        yield f"run={cfg.run}: must be a local or mounted folder"
+    yield from place_problems(cfg)
 
 
 def _name_problems(cfg: Any) -> Iterator[str]:
@@ -255,12 +255,17 @@ def _tokenizer_problems(tokenizer: Any) -> Iterator[str]:
 
 def model_problems(m: Any) -> Iterator[str]:
     """Problems of a ModelConfig: values that are illegal, alone or with another value."""
+    if problems := list(too_large(m)):
+        yield from problems
+        return
     yield from _below(1, _fields(m, _MODEL_AT_LEAST_1, "model."))
     head_dim = 1 if m.head_dim is None else m.head_dim
     resolved = {"kv_heads": m.kv, "head_dim": head_dim, "mlp": m.hidden}
     yield from _below(1, {f"model.{name}": value for name, value in resolved.items()})
     yield from _below(0, _fields(m, _MODEL_AT_LEAST_0, "model."))
     yield from _not_a_fraction({"model.dropout": m.dropout})
+    if not m.norm_eps > 0:
+        yield f"model.norm_eps={m.norm_eps}: must be above 0"
     yield from _attention_problems(m)
     if m.positions == "rope":
         yield from _rope_problems(m)

@@ -27,6 +27,7 @@ from gptjax.config import DataConfig
 from gptjax.config.registry import DATA_SOURCES
 from gptjax.data.files import Counts, Decoder, Document, TextFile, record
 from gptjax.errors import DataError
+from gptjax.runtime import regular_file
 
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -197,6 +198,8 @@ def _glob(pattern: str, counts: Counts) -> list[TextFile]:
     if path.is_dir():
         return _below(path, "**/*", counts)
     if path.exists():  # before the glob, for names that contain one of its characters
+        if "://" not in pattern:
+            regular_file.check(Path(path), f"data.sources={pattern}")
         return [TextFile(path, path.name)]
     parts = path.parts
     first = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), None)

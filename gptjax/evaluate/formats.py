@@ -28,6 +28,7 @@ from typing import Any
 
 from gptjax.config.validation import TASK_KINDS, task_problems
 from gptjax.errors import ConfigError, DataError
+from gptjax.runtime import regular_file
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,7 @@ def read_tasks(
 
 def _read(kind: str, name: str, limit: int, option: str) -> TaskFile:
     path = Path(name).expanduser()
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{option}={kind}:{name}: cannot be read: {error.strerror}") from None
+    raw = regular_file.read(path, f"{option}={kind}:{name}")
     nested = kind == "squad" and path.suffix == ".json"
     read = _nested if nested else _lines
     examples = list(read(raw, name, _READERS[kind]))

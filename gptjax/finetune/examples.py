@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.errors import DataError
+from gptjax.runtime import regular_file
 
 _SHOWN = 20  # problems of a file that a message lists
 
@@ -73,10 +74,7 @@ def read(path: str, task: str, option: str, *, labelled: bool = True) -> Example
 
 def read_file(path: str, option: str) -> bytes:
     """The contents of a file that `option` names. Raises DataError."""
-    try:
-        return Path(path).expanduser().read_bytes()
-    except OSError as error:
-        raise DataError(f"{option}={path}: cannot be read: {error.strerror}") from None
+    return regular_file.read(Path(path).expanduser(), f"{option}={path}")
 
 
 def parse_lines(raw: bytes) -> Iterator[tuple[int, Any]]:

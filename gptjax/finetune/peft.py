@@ -31,6 +31,7 @@ from gptjax.model.decoder import Params
 from gptjax.parallel import sharding
 from gptjax.param_tree import leaves_by_path, nested, sides
 
+_LARGEST_ALPHA = 1e6
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -267,8 +268,12 @@ def _load(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
         config = json.loads((folder / CONFIG).read_text())
         tensors = load_file(folder / TENSORS)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise DataError(f"{folder}: cannot be read as PEFT's adapters: {error}") from None
+    if not isinstance(config, dict):
+        raise DataError(f"{folder / CONFIG}: must hold an object, not {config!r}")
+    if problems := [*_wrong_numbers(config), *_wrong_tensors(tensors)]:
+        raise DataError("\n  ".join([f"{folder}: cannot be used:", *problems]))
     unknown = sorted(set(config) - set(_KNOWN.split()))
     unsupported = [f"{key}={config[key]!r}" for key in unknown if config[key]]
     if (begun := config.get("init_lora_weights")) not in _BASE_UNCHANGED:
@@ -283,6 +288,38 @@ def _load(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if unsupported:
         raise MismatchError(f"{folder / CONFIG}: not supported", unsupported)
     return config, tensors
+
+
+def _wrong_numbers(config: dict[str, Any]) -> Iterator[str]:
+    """Problems of the settings that scale the adapters."""
+    pattern = config.get("alpha_pattern") or {}
+    alphas = {"lora_alpha": config.get("lora_alpha", 8)}
+    if isinstance(pattern, dict):
+        alphas |= {f"alpha_pattern.{key}": alpha for key, alpha in pattern.items()}
+        for key in pattern:
+            try:
+                re.compile(key)
+            except re.error as error:
+                yield f"alpha_pattern.{key[:100]}: is no regular expression: {error}"
+    else:
+        yield f"alpha_pattern={pattern!r}: must be an object"
+    for name, alpha in alphas.items():
+        number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+        if not number or not abs(alpha) < _LARGEST_ALPHA:
+            yield f"{name}={alpha!r:.100}: must be a number below {_LARGEST_ALPHA:g}"
+    if not isinstance(config.get("use_rslora") or False, bool):
+        yield f"use_rslora={config['use_rslora']!r}: must be true or false"
+
+
+def _wrong_tensors(tensors: dict[str, np.ndarray]) -> Iterator[str]:
+    """Problems of tensors that are no matrices of finite numbers."""
+    for name, tensor in tensors.items():
+        if tensor.dtype.kind not in "fV" and str(tensor.dtype) != "bfloat16":
+            yield f"{name}: has the dtype {tensor.dtype}; must be floating-point"
+        elif not tensor.size:
+            yield f"{name}: has the shape {list(tensor.shape)}, and so no numbers"
+        elif not np.isfinite(tensor.astype(np.float32)).all():
+            yield f"{name}: holds NaN or infinities"
 
 
 def _pairs(

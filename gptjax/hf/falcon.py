@@ -35,14 +35,14 @@ def _read_falcon(c: ConfigReader) -> ModelConfig:
         kv_heads=unless_default(kv, heads),
         mlp=unless_default(c.get("ffn_hidden_size", 4 * embed), 4 * embed),
         activation=_ACTIVATIONS[c.one_of("activation", *_ACTIVATIONS, default="gelu")],
-        norm_eps=float(c.get("layer_norm_epsilon", 1e-5)),
+        norm_eps=c.number("layer_norm_epsilon", 1e-5),
         residual="parallel" if parallel else "sequential",
         shared_norm=parallel and norms == 1,
         positions="alibi" if alibi else "rope",
         rope=RopeConfig() if alibi else read_rope(c, 10000.0),
         alibi="scaled_bf16" if alibi else "exact",
         linear_bias=bool(c.get("bias", False)),
-        tied_embeddings=bool(c.get("tie_word_embeddings", True)),
+        tied_embeddings=c.flag("tie_word_embeddings", default=True),
     )
 
 

@@ -10,6 +10,7 @@ import json
 from dataclasses import replace
 
 from gptjax.config import ModelConfig, RopeConfig, from_dict, model_problems, to_dict
+from gptjax.config.limits import out_of_range
 from gptjax.errors import ConfigError, DataError, MismatchError
 from gptjax.hf import falcon, gpt, llama
 from gptjax.hf.reader import ConfigReader, Family, Json
@@ -33,7 +34,7 @@ def read_config(config: Json, location: str) -> tuple[Family, ModelConfig, set[s
     try:
         model = FAMILIES[kind].to_model(reader)
         from_dict(to_dict(model), ModelConfig, "model.")  # checks the types
-        problems = list(model_problems(model))
+        problems = [*model_problems(model), *out_of_range(model, "model.")]
         if problems:
             raise ConfigError(problems)
     except (TypeError, ValueError, ZeroDivisionError, ConfigError) as error:

@@ -32,9 +32,9 @@ def _read_gpt(c: ConfigReader, *, activation_key: str, post_norm: bool) -> Model
         embed=embed,
         heads=c.require("n_head"),
         mlp=None if post_norm else unless_default(c.get("n_inner", 4 * embed), 4 * embed),
-        norm_eps=float(c.get("layer_norm_epsilon", 1e-5)),
+        norm_eps=c.number("layer_norm_epsilon", 1e-5),
         norm_position="post" if post_norm else "pre",
-        tied_embeddings=bool(c.get("tie_word_embeddings", True)),
+        tied_embeddings=c.flag("tie_word_embeddings", default=True),
     )
 
 

@@ -46,14 +46,14 @@ def _read_llama(
         mlp=unless_default(c.require("intermediate_size"), 4 * embed),
         activation="swiglu",
         norm="rmsnorm",
-        norm_eps=float(c.require("rms_norm_eps")),
+        norm_eps=c.number("rms_norm_eps"),
         qk_norm=qk_norm,
         positions="rope",
         rope=read_rope(c, default_theta),
         window=c.require("sliding_window") if any(windows) else None,
         pattern=_pattern(windows),
         linear_bias=linear_bias,
-        tied_embeddings=bool(c.get("tie_word_embeddings", False)),
+        tied_embeddings=c.flag("tie_word_embeddings", default=False),
     )
 
 

@@ -69,6 +69,27 @@ class ConfigReader:
             raise DataError(f"{self.location}: has no {name}")
         return value
 
+    def flag(self, name: str, *, default: bool) -> bool:
+        """The value of a key that is true or false. Raises DataError."""
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise DataError(f"{self.location}: {name}={value!r:.100}: must be true or false")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """The value of a key that is a number, required where there is no default. Raises DataError."""
+        value = self.require(name) if default is None else self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise DataError(f"{self.location}: {name}={value!r:.100}: must be a number")
+        return float(value)
+
+    def object_of(self, name: str) -> Json:
+        """The object of a key, empty where it is absent or null. Raises DataError."""
+        value = self.get(name, {})
+        if not isinstance(value, dict):
+            raise DataError(f"{self.location}: {name}={value!r:.100}: must be an object")
+        return value
+
     def one_of(self, name: str, *supported: Any, default: Any = None) -> Any:
         """The value of a key. Raises MismatchError unless it is one of those supported."""
         value = self.get(name, default)

@@ -25,10 +25,10 @@ def read_rope(c: ConfigReader, default_theta: float | None = None) -> RopeConfig
     `default_theta` is the base frequency where config.json gives none; with None it must. Raises
     MismatchError for a scaling that is not supported, DataError for a setting that is missing.
     """
-    newer = c.get("rope_parameters", {})
-    key = "rope_scaling" if c.get("rope_scaling") else "rope_parameters"
+    c.object_of("rope_parameters")
+    key = "rope_scaling" if c.object_of("rope_scaling") else "rope_parameters"
     location = f"{c.location}: {key}"
-    settings = ConfigReader(c.get(key, newer), location)
+    settings = ConfigReader(c.object_of(key), location)
     c.nested[key] = settings
     kind = settings.get("rope_type", settings.get("type", "default"))
     if kind not in _SCALING:

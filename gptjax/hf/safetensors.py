@@ -27,6 +27,7 @@ import numpy as np
 from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint.checkpointer import leaves_by_path
 from gptjax.config import ModelConfig, TokenizerConfig
+from gptjax.config.limits import unusable
 from gptjax.errors import DataError, MismatchError
 from gptjax.hf import families
 from gptjax.hf.carried_files import check_links
@@ -94,7 +95,7 @@ def open_source(folder: Path, extra_tensors: Collection[str] = ()) -> Source:
         raise DataError(f"{folder}: no config.json; give a folder of a Hugging Face model")
     try:
         config = json.loads(config_file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{config_file}: cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):
         raise DataError(f"{config_file}: must hold an object")
@@ -133,10 +134,11 @@ def _open_files(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
         try:
             weight_map = dict(json.loads((folder / _INDEX).read_text())["weight_map"])
             file_names = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            bad = [name for name in file_names if Path(name).name != name or unusable(name)]
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise DataError(f"{folder / _INDEX}: cannot be read ({error!r})") from None
-        if bad := [name for name in file_names if Path(name).name != name]:
-            raise DataError(f"{folder / _INDEX}: names a file outside its folder: {bad[0]}")
+        if bad:
+            raise DataError(f"{folder / _INDEX}: names a file outside its folder: {bad[0]!r}")
     elif any(next(folder.glob(pattern), None) for pattern in _PICKLED):
         raise DataError(
             f"{folder}: holds pickled weights only, and loading a pickle runs code from it. In an "

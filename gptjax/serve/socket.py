@@ -5,7 +5,8 @@ import os
 import socket
 from pathlib import Path
 
-from gptjax.errors import ConfigError, OutputError
+from gptjax.errors import ConfigError, DataError, OutputError
+from gptjax.runtime import regular_file
 
 TOKEN_VARIABLE = "GPTJAX_TOKEN"
 """Environment variable that may hold the token."""
@@ -72,8 +73,8 @@ def read_token(file: str | None) -> bytes | None:
     else:
         name = f"--token-file={file}"
         try:
-            text = Path(file).read_text(encoding="ascii")
-        except (OSError, ValueError) as error:
+            text = regular_file.read(Path(file), name).decode("ascii")
+        except (DataError, ValueError) as error:
             raise ConfigError([f"{name}: cannot be read: {error}"]) from None
     token = text.strip()
     if not token or not token.isascii() or not token.isprintable() or " " in token:

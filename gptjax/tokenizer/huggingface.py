@@ -228,7 +228,7 @@ def _parsed(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     """The JSON object of a file; an empty one for an absent file. Raises DataError."""
     try:
         value = json.loads(files.get(name, b"{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{name}: invalid JSON: {error}") from None
     if not isinstance(value, dict):
         raise DataError(f"{name}: not a JSON object")

@@ -1,0 +1,61 @@
+"""Limits of any value of a configuration, so that none is taken for what it cannot be."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+_LARGEST = 2**53  # of an integer: beyond it, a float cannot tell it from the next
+_MODEL_LIMITS = {"layers": 2**17, "vocab_size": 2**31, "context": 2**31}
+_WIDEST = 2**24  # of every other size of a model
+
+
+def out_of_range(section: Any, prefix: str = "") -> Iterator[str]:
+    """Problems of numbers that are too large or not finite, and of texts that no file can hold."""
+    for name, value in vars(section).items():
+        dotted = f"{prefix}{name}"
+        if dataclasses.is_dataclass(value):
+            yield from out_of_range(value, f"{dotted}.")
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, float) and not math.isfinite(one):
+                yield f"{dotted}={one}: must be finite"
+            elif isinstance(one, int) and abs(one) > _LARGEST:
+                yield f"{dotted}={one}: must be at most 2**53"
+            elif isinstance(one, str) and (why := unusable(one)):
+                yield f"{dotted}={one!r}: {why}"
+
+
+def unusable(text: str) -> str:
+    """Why a text cannot be written to a file, or name one; empty if it can."""
+    if "\0" in text:
+        return "holds a NUL character"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "is no valid UTF-8 text"
+    return ""
+
+
+def too_large(model: Any) -> Iterator[str]:
+    """Problems of a model's sizes that no machine has memory for."""
+    for name, value in vars(model).items():
+        limit = _MODEL_LIMITS.get(name, _WIDEST)
+        if isinstance(value, int) and not isinstance(value, bool) and value > limit:
+            yield f"model.{name}={value}: must be at most {limit}"
+
+
+def place_problems(cfg: Any) -> Iterator[str]:
+    """Problems of the names of folders and files."""
+    if "://" in cfg.run:
+        yield f"run={cfg.run}: must be a local or mounted folder"
+    for name, value in {"run": cfg.run, "data.store": cfg.data.store}.items():
+        if not value:
+            yield f"{name}={value!r}: is empty; give a folder"
+    sources = {"data.sources": cfg.data.sources, "data.valid_sources": cfg.data.valid_sources}
+    for name, patterns in {**sources, "data.store": (cfg.data.store,)}.items():
+        for pattern in patterns:
+            scheme, address, _ = pattern.partition("://")
+            if address and scheme != "gs":
+                yield f"{name}={pattern}: gptjax reads local files and gs://, no {scheme}://"
+            elif not pattern and name != "data.store":
+                yield f"{name}={pattern!r}: is empty; give a file, a folder or a pattern"
