@@ -77,7 +77,7 @@ class ConfigReader:
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """The value of a key that is a number, required where there is no default. Raises DataError."""
+        """The value of a number's key, required without a default. Raises DataError."""
         value = self.require(name) if default is None else self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise DataError(f"{self.location}: {name}={value!r:.100}: must be a number")
