@@ -108,7 +108,7 @@ def record(cfg: Config, tokenizer: Tokenizer, manifest: Manifest) -> None:
     )
     known = folder / _DATA
     if known.exists():
-        begun_with = store.parse_manifest(known.read_text())
+        begun_with = _manifest(known)
         check_tokenizer(
             begun_with.tokenizer["sha256"], tokenizer.fingerprint, cfg.run, cfg.data.store
         )
@@ -128,10 +128,16 @@ def _check_tokens(cfg: Config, of_run: Manifest, of_store: Manifest) -> None:
         )
 
 
+def _manifest(file: Path) -> Manifest:
+    """The manifest in a run's data.json. Raises DataError."""
+    remedy = "put back that of the run, or the store's manifest.json that it was begun with"
+    return store.parse_manifest(file.read_bytes(), str(file), remedy)
+
+
 def begun_with(cfg: Config) -> str | None:
     """The fingerprint of the tokens that the run was begun with; None for a new one."""
     known = Path(cfg.run) / _DATA
-    return store.parse_manifest(known.read_text()).fingerprint() if known.exists() else None
+    return _manifest(known).fingerprint() if known.exists() else None
 
 
 def check_store(cfg: Config, manifest: Manifest) -> None:
@@ -254,7 +260,7 @@ def open_run(folder: str) -> tuple[Config, Tokenizer | None, Manifest | None]:
         facts = examples_of(folder)
         start_id = facts.get("start_id")
         return cfg, _own_tokenizer(folder, facts["tokenizer"], _EXAMPLES, start_id), None
-    manifest = store.parse_manifest((Path(folder) / name).read_text())
+    manifest = _manifest(Path(folder) / name)
     fingerprint = manifest.tokenizer["sha256"]
     return cfg, _own_tokenizer(folder, fingerprint, _DATA, manifest.start_id), manifest
 

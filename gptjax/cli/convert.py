@@ -71,6 +71,8 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
 
 def _kind_and_folder(path: str) -> tuple[str, str]:
     kind, colon, folder = path.partition(":")
+    if colon and not folder:
+        raise ConfigError([f"{path}: names no folder"])
     return (kind, folder) if colon and kind in ("hf", "peft") else ("run", path)
 
 

@@ -36,6 +36,8 @@ from gptjax.runtime.progress import Progress
 from gptjax.tokenizer import Tokenizer
 from gptjax.version import __version__
 
+_LARGEST_BATCH = 1 << 20  # sequences
+
 
 @dataclass(frozen=True)
 class Options:
@@ -59,6 +61,10 @@ class Options:
             for name in ("length", "stride", "limit", "batch", "seed")
             if getattr(self, name) < 0
         ]
+        if self.batch > _LARGEST_BATCH:
+            problems.append(f"--batch={self.batch}: must be at most {_LARGEST_BATCH}")
+        if "" in self.text:
+            problems.append("--text='': is empty; give a file, a folder or a pattern")
         for name in ("length", "stride", "text_field"):
             if getattr(self, name) != getattr(Options, name) and not self.text:
                 problems.append(f"--{name.replace('_', '-')}: requires --text")

@@ -2,6 +2,7 @@
 
 import errno
 import re
+from collections.abc import Sequence
 
 from gptjax.config import Config
 from gptjax.errors import (
@@ -25,10 +26,13 @@ _PEERS = (
 )
 
 
-def as_gptjax_error(error: Exception, cfg: Config | None) -> GptjaxError | None:
+def as_gptjax_error(
+    error: Exception, cfg: Config | None, words: Sequence[str] = ()
+) -> GptjaxError | None:
     """The error in gptjax's terms; None for one that is a defect, and keeps its traceback.
 
-    `cfg` is the configuration of the run, if there is one, for what would need less memory.
+    `cfg` is the configuration of the run, if there is one, for what would need less memory; `words`
+    are those of the command line.
     """
     text = str(error)
     first = text.strip().partition("\n")[0][:300]
@@ -42,7 +46,7 @@ def as_gptjax_error(error: Exception, cfg: Config | None) -> GptjaxError | None:
     if isinstance(error, RuntimeError) and "home directory" in text:  # of Path.expanduser
         return ConfigError(["a path begins with ~ and the name of a user who has no home here"])
     if any(kind.__name__ == "OpError" for kind in type(error).__mro__):  # TensorFlow's, of gs://
-        return DataError(first)
+        return DataError(f"{' '.join(word for word in words if '://' in word)}: {first}")
     if isinstance(error, MemoryError):
         return OutOfMemoryError(f"this machine has too little memory: {first or 'MemoryError'}")
     if not any(kind.__name__ == "JaxRuntimeError" for kind in type(error).__mro__):

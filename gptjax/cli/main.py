@@ -24,6 +24,7 @@ from gptjax.runtime import malloc
 from gptjax.version import __version__
 
 _LONGEST_WORD, _LONGEST_MESSAGE = 300, 1900  # characters
+_PATHS = ("config", "run", "folder", "source", "target", "base", "file", "output", "data", "valid")
 
 
 @dataclass(frozen=True)
@@ -222,6 +223,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"gptjax: argument {_shortened(repr(word))}: {why}", file=sys.stderr)
             return ConfigError.exit_code
     args, rest = _parse(argv)
+    for name in _PATHS:
+        given = getattr(args, name, None)
+        if given == "" or (isinstance(given, list) and "" in given):
+            print(f"gptjax: {name} is empty: give a file or a folder", file=sys.stderr)
+            return ConfigError.exit_code
     malloc.keep_memory()
     gc.set_threshold(100_000)  # imports and traces stay: looking through them often takes 0.2 s
     try:
@@ -237,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _leave_job(130, "it was interrupted")
         return 130
     except Exception as error:
-        if known := as_gptjax_error(error, getattr(args, "resolved", None)):
+        if known := as_gptjax_error(error, getattr(args, "resolved", None), argv):
             return _tell(args, argv, known)
         # A defect: the other processes must not wait for this one.
         if "gptjax.runtime.distributed" in sys.modules:

@@ -17,11 +17,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from gptjax.config.limits import unusable
 from gptjax.errors import ConfigError, DataError, OutputError
 from gptjax.runtime import regular_file
 from gptjax.runtime.progress import Progress
 from gptjax.sample import BeamSearchParams, Completion, Sampler, SamplingParams
-from gptjax.sample.sampling_params import trailing_space_note
+from gptjax.sample.sampling_params import MOST_SLOTS, trailing_space_note
 
 PLAIN = (
     *("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
@@ -174,6 +175,9 @@ def _requests(
         place = f"{source}, line {number + 1}"
         prompt = line.pop("prompt", None)
         ids = isinstance(prompt, list) and all(type(i) is int for i in prompt)
+        if isinstance(prompt, str) and (why := unusable(prompt.replace("\0", ""))):
+            problems.append(f"{place}: prompt: {why}")
+            continue
         if not isinstance(prompt, str) and not ids:
             problems.append(f'{place}: requires "prompt", a text or a list of token ids')
             continue
@@ -265,7 +269,9 @@ def _results(target: Path) -> dict[tuple[int, int], tuple[int, str]]:
     """
     try:
         if not target.exists():
-            target.touch()
+            target.touch()  # fails before a model is loaded
+            target.unlink()
+            return {}
         whole = target.read_bytes()
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error}") from None
@@ -333,8 +339,8 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
         raise ConfigError(["--file and --output: give both, or neither"])
     if beams is not None and (args.file or args.interactive):
         raise ConfigError([f"--beams={args.beams}: goes with --prompt only"])
-    if args.rows < 1:
-        raise ConfigError([f"--rows={args.rows}: must be at least 1"])
+    if not 1 <= args.rows <= MOST_SLOTS:
+        raise ConfigError([f"--rows={args.rows}: must be at least 1 and at most {MOST_SLOTS}"])
     file = File(args.file, args.output, settings) if args.file else None
     from gptjax import load_model
 

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Sequence
 
 from gptjax import config
+from gptjax.errors import ConfigError
 from gptjax.runtime.progress import Progress
 
 
@@ -41,6 +42,9 @@ def show(args: argparse.Namespace, _: Sequence[str]) -> None:
 
     from gptjax import tokenizer as tokenizers
 
+    scheme, address, _ = args.folder.partition("://")
+    if address and scheme != "gs":
+        raise ConfigError([f"{args.folder}: gptjax reads local files and gs://, no {scheme}://"])
     tokenizer = tokenizers.load(epath.Path(args.folder))
     special = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
     named = ", ".join(

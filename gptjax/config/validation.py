@@ -264,8 +264,8 @@ def model_problems(m: Any) -> Iterator[str]:
     yield from _below(1, {f"model.{name}": value for name, value in resolved.items()})
     yield from _below(0, _fields(m, _MODEL_AT_LEAST_0, "model."))
     yield from _not_a_fraction({"model.dropout": m.dropout})
-    if not m.norm_eps > 0:
-        yield f"model.norm_eps={m.norm_eps}: must be above 0"
+    if not 0 < m.norm_eps < 1:
+        yield f"model.norm_eps={m.norm_eps}: must be above 0 and below 1"
     yield from _attention_problems(m)
     if m.positions == "rope":
         yield from _rope_problems(m)

@@ -92,6 +92,8 @@ def prepare(
     """
     if "://" in cfg.data.store or (Path(cfg.data.store) / store.MANIFEST).exists():
         return _finished(cfg, say, begun_with)
+    if cfg.tokenizer.path and not (Path(cfg.data.store) / JOURNAL).exists():
+        tokenizers.make(cfg.tokenizer, ())  # refused before anything is written
     counts = Counts()
     held_out = sources.resolve(cfg.data.valid_sources, "data.valid_sources", counts)
     found = sources.resolve(cfg.data.sources, counts=counts)

@@ -194,6 +194,9 @@ def _python_library() -> list[TextFile]:
 
 def _glob(pattern: str, counts: Counts) -> list[TextFile]:
     """The files of a path, a folder or a glob, sorted; none where there is no such file."""
+    scheme, address, _ = pattern.partition("://")
+    if address and scheme != "gs":
+        raise DataError(f"{pattern}: gptjax reads local files and gs://, no {scheme}://")
     path = epath.Path(pattern).expanduser()
     if path.is_dir():
         return _below(path, "**/*", counts)

@@ -383,8 +383,8 @@ def read_manifest(store: str) -> Manifest:
     return manifest
 
 
-def parse_manifest(text: str | bytes, place: str = "a store's manifest") -> Manifest:
-    """The manifest in a JSON text; errors call it `place`. Raises DataError."""
+def parse_manifest(text: str | bytes, place: str, remedy: str = _AGAIN) -> Manifest:
+    """The manifest in a JSON text; errors call it `place`, and say the remedy. Raises DataError."""
     try:
         values = json.loads(text)
         if values["format"] != FORMAT:
@@ -397,13 +397,12 @@ def parse_manifest(text: str | bytes, place: str = "a store's manifest") -> Mani
             for name, split in values["splits"].items()
         }
         np.dtype(values["dtype"])
-        int(values["tokenizer"]["vocab_size"])
-        int(values["tokenizer"]["eos_id"])
+        known = values["tokenizer"]
+        if not 0 <= known["eos_id"] < known["vocab_size"]:
+            raise ValueError(f"eos_id {known['eos_id']} of {known['vocab_size']}")
         return Manifest(**values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{place} is damaged ({error}); delete the store and prepare it again"
-        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{place} is damaged ({str(error)[:200]}); {remedy}") from None
 
 
 def write_manifest(store: Path, manifest: Manifest) -> None:

@@ -45,14 +45,16 @@ def train(cfg: Config, folder: Path, tell: Tell = lambda *_: None) -> Report:
     Raises DataError for text that cannot be used, or too little of it; OutputError where the folder
     holds a tokenizer already or cannot be written.
     """
+    if "://" in str(folder) or ":/" in str(folder):
+        raise OutputError(f"{folder}: must be a local folder")
+    found = resolve(cfg.data.sources)
+    split = Split.of(cfg, found, [])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if existing := [name for name in tokenizers.FILES.values() if (folder / name).exists()]:
             raise OutputError(
                 f"{folder}: holds a tokenizer already ({existing[0]}); give a new folder"
             )
-        found = resolve(cfg.data.sources)
-        split = Split.of(cfg, found, [])
         held_out = _held_out(cfg, found, split)
         texts = list(prepare.tokenizer_sample(cfg, found, split, tell))
         began = time.perf_counter()

@@ -272,8 +272,10 @@ def _load(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise DataError(f"{folder}: cannot be read as PEFT's adapters: {error}") from None
     if not isinstance(config, dict):
         raise DataError(f"{folder / CONFIG}: must hold an object, not {config!r}")
-    if problems := [*_wrong_numbers(config), *_wrong_tensors(tensors)]:
-        raise DataError("\n  ".join([f"{folder}: cannot be used:", *problems]))
+    if problems := list(_wrong_numbers(config)):
+        raise DataError("\n  ".join([f"{folder / CONFIG}: cannot be used:", *problems]))
+    if problems := list(_wrong_tensors(tensors)):
+        raise DataError("\n  ".join([f"{folder / TENSORS}: cannot be used:", *problems]))
     unknown = sorted(set(config) - set(_KNOWN.split()))
     unsupported = [f"{key}={config[key]!r}" for key in unknown if config[key]]
     if (begun := config.get("init_lora_weights")) not in _BASE_UNCHANGED:
@@ -292,7 +294,7 @@ def _load(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def _wrong_numbers(config: dict[str, Any]) -> Iterator[str]:
     """Problems of the settings that scale the adapters."""
-    pattern = config.get("alpha_pattern") or {}
+    pattern = {} if config.get("alpha_pattern") is None else config["alpha_pattern"]
     alphas = {"lora_alpha": config.get("lora_alpha", 8)}
     if isinstance(pattern, dict):
         alphas |= {f"alpha_pattern.{key}": alpha for key, alpha in pattern.items()}
@@ -301,13 +303,15 @@ def _wrong_numbers(config: dict[str, Any]) -> Iterator[str]:
                 re.compile(key)
             except re.error as error:
                 yield f"alpha_pattern.{key[:100]}: is no regular expression: {error}"
+            if re.search(r"\)[*+{]", key):  # may take for ever to match
+                yield f"alpha_pattern.{key[:100]}: a repeated group is not supported"
     else:
         yield f"alpha_pattern={pattern!r}: must be an object"
     for name, alpha in alphas.items():
         number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
         if not number or not abs(alpha) < _LARGEST_ALPHA:
             yield f"{name}={alpha!r:.100}: must be a number below {_LARGEST_ALPHA:g}"
-    if not isinstance(config.get("use_rslora") or False, bool):
+    if not isinstance(config.get("use_rslora", False), bool | None):
         yield f"use_rslora={config['use_rslora']!r}: must be true or false"
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from gptjax.errors import ConfigError
 from gptjax.runtime.hardware import DEVICES, Device
 
+_LARGEST = 1_000_000
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -62,6 +64,8 @@ def parse(text: str) -> Machine:
         raise _problem(text, f"unknown device {name}; known: {known}")
     if not min(sizes) or not slices:
         raise _problem(text, "sizes must be at least 1")
+    if max(*sizes, slices) > _LARGEST:
+        raise _problem(text, f"sizes must be at most {_LARGEST:,}")
     device = DEVICES[name]
     return (_tpu if device.torus_dims else _gpu)(text, device, sizes, slices)
 

@@ -11,6 +11,10 @@ from gptjax.tokenizer import Tokenizer
 
 MOST_LOGPROBS = 20
 """Most alternatives that may be requested with each token."""
+MOST_SLOTS = 1 << 16
+"""Most sequences that decode at a time."""
+MOST_SAMPLES = 1 << 20
+"""Most samples of a prompt."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,8 @@ class SamplingParams:
         finite = lambda x: abs(x) <= 1e4
         if not 0 <= self.temperature <= 1e4:
             yield f"temperature={self.temperature}: must not be negative"
-        if self.top_k < 0:
-            yield f"top_k={self.top_k}: must not be negative; 0 keeps every token"
+        if not 0 <= self.top_k < 2**31:
+            yield f"top_k={self.top_k}: must not be negative, or above 2**31; 0 keeps every token"
         if not 0 < self.top_p <= 1:
             yield f"top_p={self.top_p}: must be above 0 and at most 1"
         if not 0 <= self.min_p < 1:
@@ -93,8 +97,8 @@ class SamplingParams:
                 yield f"logit_bias of token {token}, {bias}: must be a number; -100 nearly bans it"
         if self.max_tokens < 1:
             yield f"max_tokens={self.max_tokens}: must be at least 1"
-        if self.samples < 1:
-            yield f"samples={self.samples}: must be at least 1"
+        if not 1 <= self.samples <= MOST_SAMPLES:
+            yield f"samples={self.samples}: must be at least 1 and at most {MOST_SAMPLES}"
         if "" in self.stop:
             yield "stop='': must not be empty; give a text of at least one character"
         if not 0 <= self.seed < 2**32:

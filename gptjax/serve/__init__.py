@@ -33,6 +33,7 @@ PACKAGES = {
 CAPACITY = 2048
 """Default limit of tokens of prompt and continuation, if the model's context is larger."""
 
+_MOST_ROWS = 1 << 16  # sequences that decode at a time
 _DRAIN_SECONDS = 10  # for running requests to end, after a signal to stop
 
 
@@ -55,6 +56,8 @@ class Options:
         problems = []
         if not 0 <= self.port < 2**16:
             problems.append(f"--port={self.port}: must be from 0 to 65535; 0 takes a free one")
+        if self.rows > _MOST_ROWS:
+            problems.append(f"--rows={self.rows}: must be at most {_MOST_ROWS}")
         for name in ("rows", "queue", "max_body"):
             if (value := getattr(self, name)) < 1:
                 problems.append(f"--{name.replace('_', '-')}={value}: must be at least 1")

@@ -22,7 +22,6 @@ HOSTILE = {
     "{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
     "many texts": "{% for i in range(99999) %}{{ 'x' * 1000000 }}{% endfor %}",
     "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-    "a large power": "{{ 10**(10**8) }}",
     "division by zero": "{{ 1 / 0 }}",
     "half a character": "\\ud800",
     "its own error": "{{ raise_exception('no such role') }}",
@@ -32,6 +31,7 @@ UNPARSABLE = {
     "deep": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "open": "{% for i in messages %}",
     "many braces": "{{" * 5000,
+    "a large power": "{{ 10**(10**8) }}",  # computed while it is parsed
 }
 
 
@@ -68,6 +68,7 @@ def test_a_template_that_gives_no_text_is_told() -> None:
 
 
 @pytest.mark.parametrize("name", UNPARSABLE)
-def test_a_template_that_cannot_be_parsed_is_told(name) -> None:
+def test_a_template_that_cannot_be_parsed_is_told(name, monkeypatch) -> None:
+    monkeypatch.setattr(template_process, "_START_SECONDS", 8.0)
     with pytest.raises(DataError, match="chat_template: "):
         ChatTemplate.of(tokenizer(UNPARSABLE[name]))

@@ -93,4 +93,4 @@ def test_a_store_counts_unknown_tokens_and_what_is_lost(tmp_path) -> None:
     known = asdict(manifest)
     for split in known["splits"].values():  # a manifest of before these counts
         del split["unknown"], split["lost_bits"]
-    assert store.parse_manifest(json.dumps(known)).fingerprint() == manifest.fingerprint()
+    assert store.parse_manifest(json.dumps(known), "it").fingerprint() == manifest.fingerprint()
