@@ -3,6 +3,7 @@
 Shapes: N tokens, D embed.
 """
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,18 +120,23 @@ class Period(nn.Module):
         return x_ND, _stack_routings(routings)
 
 
+_ONE_AT_A_TIME = threading.Lock()  # flax looks through the class, which other threads change
+
+
 def scan_periods(
     cfg: ModelConfig, execution: Execution, length: int, name: str | None = None
 ) -> Any:
     """A module of so many periods, one after another, with stacked parameters."""
-    return nn.scan(
-        Period,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(0, nn.broadcast),
-        length=length,
-        unroll=1 if execution.compute.scan_layers else length,
-    )(cfg, execution, name=name)
+    with _ONE_AT_A_TIME:
+        scanned = nn.scan(
+            Period,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=length,
+            unroll=1 if execution.compute.scan_layers else length,
+        )
+    return scanned(cfg, execution, name=name)
 
 
 def periods_of(cfg: ModelConfig) -> int:

@@ -235,6 +235,7 @@ serve MADE/run --port 0 --max-tokens-limit: -1 0 x
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "command", sorted({line.split()[0] for line in NUMBERS.split("\n") if line})
 )
