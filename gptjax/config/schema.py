@@ -186,6 +186,9 @@ class TrainConfig:
     nonfinite_limit: int = free(3)
     """Number of consecutive steps with a non-finite loss or gradient after which the run ends; such
     steps leave the parameters unchanged."""
+    check_replicas: int = free(0)
+    """Number of steps between comparisons of the copies of each array on the devices that hold the
+    same part of it, and before each save then; a difference ends the run, unsaved. 0: never."""
 
     @property
     def batch(self) -> int:

@@ -37,6 +37,7 @@ _AT_LEAST_0 = (
     *("eval.temperature", "checkpoint.keep_every", "log.peak_tflops", "log.profile_start"),
     *("watch.lost", "watch.restore", "watch.compile", "watch.data", "watch.step", "watch.save"),
     "watch.eval",
+    "train.check_replicas",
 )
 _FROM_0_BELOW_1 = (
     *("train.ema_decay", "finetune.dropout", "optim.b1", "optim.b2", "data.valid_fraction"),
@@ -264,7 +265,7 @@ def model_problems(m: Any) -> Iterator[str]:
     yield from _below(1, {f"model.{name}": value for name, value in resolved.items()})
     yield from _below(0, _fields(m, _MODEL_AT_LEAST_0, "model."))
     yield from _not_a_fraction({"model.dropout": m.dropout})
-    if not 0 < m.norm_eps < 1:
+    if m.norm_eps <= 0 or 1 <= m.norm_eps < float("inf"):  # others are told as not finite
         yield f"model.norm_eps={m.norm_eps}: must be above 0 and below 1"
     yield from _attention_problems(m)
     if m.positions == "rope":

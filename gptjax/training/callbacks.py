@@ -11,10 +11,12 @@ from typing import Any, Protocol
 
 import jax
 
+from gptjax.checkpoint import replicas
 from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.config import Config, LogConfig
 from gptjax.errors import NumericError
 from gptjax.model.decoder import Params
+from gptjax.param_tree import leaves_by_path
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
 from gptjax.training.metrics import Throughput, Writers, perplexity, throughput
@@ -238,6 +240,25 @@ class NonfiniteGuard(Callback):
             )
 
 
+class CheckReplicas(Callback):
+    """Ends a run in which copies of an array differ, every so many steps and before each save."""
+
+    def __init__(self, steps: int, save_every: int, watchdog: Watchdog) -> None:
+        self._periods, self._watchdog = (steps, save_every) if steps else (), watchdog
+
+    def due(self, step: int) -> bool:
+        return any(is_due(period, step, self._last) for period in self._periods)
+
+    def run(self, snapshot: Snapshot) -> None:
+        self._watchdog.at("save", snapshot.step)
+        if problems := replicas.differing(leaves_by_path(snapshot.state)):
+            raise NumericError(
+                f"step {snapshot.step}: copies of the same numbers differ, so a device computes or "
+                f"remembers wrongly; nothing was saved: {'; '.join(problems[:3])}"
+                + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
+            )
+
+
 class ShowProgress(Callback):
     """A progress bar over the steps, with loss and tokens per second."""
 
@@ -297,6 +318,7 @@ def standard_callbacks(
         ShowProgress(progress),
         NonfiniteGuard(cfg.train.nonfinite_limit, progress),
         LogMetrics(cfg.log, evaluate.writers, throughput(cfg), progress),
+        CheckReplicas(cfg.train.check_replicas, cfg.checkpoint.every, watchdog),
         Save(cfg.checkpoint.every, checkpointer, watchdog, progress),
         evaluate,
     ]
