@@ -212,7 +212,7 @@ def cut(name: str) -> Callable[[Path], None]:
         (remove("data.json"), DataError, "{}: this run has no data.json"),
         (remove("tokenizer.bytes"), DataError, "{}: no tokenizer found"),
         (cut("config.json"), ConfigError, "{}/config.json: not valid JSON"),
-        (cut("data.json"), DataError, "manifest is damaged"),
+        (cut("data.json"), DataError, "data.json is damaged"),
     ],
     ids=["no config", "no data", "no tokenizer", "cut config", "cut data"],
 )
