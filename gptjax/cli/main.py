@@ -138,6 +138,12 @@ COMMANDS = (
         arguments.run_folder,
     ),
     Command(
+        "fsck",
+        "fsck:run",
+        "Read all of a run's checkpoints and tokens, and tell what is damaged or left over.",
+        arguments.run_folder,
+    ),
+    Command(
         "config",
         "show_config:run",
         "Print CONFIG resolved, and where each value came from.",
