@@ -324,7 +324,7 @@ _CARRIED = "source"
 
 
 def _new_folder(path: Path) -> None:
-    if ":" in path.parts[0] and not path.exists():
+    if str(path).partition("/")[0].endswith(":"):  # of an address
         raise OutputError(f"{path}: must be a local folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
