@@ -181,7 +181,7 @@ def test_another_tokenizer_in_an_imported_run_is_refused(capsys, folder, tmp_pat
         ("hf:{folder}", "{folder}", 73, "is not empty"),
         ("hf:{folder}", "hf:out", 2, "one of the two must be a run folder"),
         ("hf:{folder}", ".", 73, "is not empty"),
-        ("hf:{folder}", "s3://bucket/run", 73, "must be a local folder"),
+        ("hf:{folder}", "s3://bucket/run", 2, "must be a local or mounted folder"),
         ("run", "out", 2, "run: is no run folder; a Hugging Face folder is hf:run"),
     ],
 )
