@@ -45,8 +45,10 @@ def as_gptjax_error(
         return OutputError(f"{where}cannot be read or written: {error.strerror}")
     if isinstance(error, RuntimeError) and "home directory" in text:  # of Path.expanduser
         return ConfigError(["a path begins with ~ and the name of a user who has no home here"])
-    if any(kind.__name__ == "OpError" for kind in type(error).__mro__):  # TensorFlow's, of gs://
-        return DataError(f"{' '.join(word for word in words if '://' in word)}: {first}")
+    given = [*words, *(cfg.data.sources if cfg else ())]
+    addresses = [word for word in given if "://" in word]
+    if addresses and any(kind.__name__ == "OpError" for kind in type(error).__mro__):  # of gs://
+        return DataError(f"{' '.join(addresses)}: {first}")
     if isinstance(error, MemoryError):
         return OutOfMemoryError(f"this machine has too little memory: {first or 'MemoryError'}")
     if not any(kind.__name__ == "JaxRuntimeError" for kind in type(error).__mro__):

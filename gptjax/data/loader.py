@@ -120,13 +120,13 @@ def _stream(
     tf.config.set_visible_devices([], "TPU")
     count = -(-prefetch // 2)
 
-    failures: list[DataError] = []  # in reading: tf.data raises an error of its own
+    failures: list[Exception] = []  # in reading: tf.data raises an error of its own
 
     def read_block(start: np.ndarray) -> np.ndarray:
         steps = range(int(start), min(int(start) + count, last))
         try:
             return np.stack([read(step) for step in steps])
-        except DataError as error:
+        except Exception as error:
             failures.append(error)
             raise
 

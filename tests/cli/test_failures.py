@@ -37,6 +37,10 @@ def test_memory_of_a_device_is_told_with_what_would_need_less(exhausted, monkeyp
     assert "cheapest ways to fit: --" in str(as_gptjax_error(exhausted, cfg))
 
 
+class OpError(Exception):
+    """Has the name that TensorFlow's errors have."""
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
@@ -49,6 +53,7 @@ def test_memory_of_a_device_is_told_with_what_would_need_less(exhausted, monkeyp
         (jax.errors.JaxRuntimeError("INTERNAL: no such kernel"), None),
         (FileNotFoundError(errno.ENOENT, "No such file", "x"), None),
         (ValueError("x"), None),
+        (OpError("ZeroDivisionError: x"), None),  # not of an address: a defect
     ],
 )
 def test_errors_by_kind(error, kind) -> None:
@@ -56,6 +61,13 @@ def test_errors_by_kind(error, kind) -> None:
     assert (None if told is None else type(told)) == kind
     if isinstance(error, OSError) and told:
         assert str(told).startswith(f"{error.filename}: cannot be read or written: ")
+
+
+def test_an_address_that_cannot_be_reached_is_named() -> None:
+    told = as_gptjax_error(OpError("UNAVAILABLE: no route"), None, ["x.py", "gs://bucket/text"])
+    assert str(told) == "gs://bucket/text: UNAVAILABLE: no route"
+    cfg = config.resolve("debug", ["--data.sources", "gs://bucket/text"])
+    assert str(as_gptjax_error(OpError("x"), cfg)) == "gs://bucket/text: x"
 
 
 def test_the_command_ends_with_the_code(monkeypatch, capsys, exhausted) -> None:

@@ -154,7 +154,7 @@ def test_read_error_ends_the_stream_with_its_reason(data: TrainData) -> None:
     broken = dataclasses.replace(data, reader=Broken(data.reader, bad))
     stream = broken.batches(0, 17, np.arange(BATCH), prefetch=4)
     got: list[Batch] = []
-    with pytest.raises(Exception, match=f"the disk has lost window {bad}"):
+    with pytest.raises(OSError, match=f"the disk has lost window {bad}"):
         got.extend(stream)
     assert windows(got) == windows(train(data, 0, len(got)))
     assert 8 <= len(got) <= 9  # steps are read two at a time here
