@@ -2,7 +2,8 @@
 
 `worker` is the thread that owns the engine, `api` the ASGI application, `protocol` the objects of
 requests and responses, `token_text` the texts of single tokens in them, `socket` the address and
-the token, `metrics` the metrics. Requires the packages of the extra "serve".
+the token, `connections` the limits of open connections, `metrics` the metrics. Requires the
+packages of the extra "serve".
 """
 
 import importlib
@@ -71,11 +72,15 @@ class Options:
 def serve(path: str, options: Options, say: Callable[[str], None]) -> None:
     """Serves the model of a run or of a Hugging Face folder until SIGTERM or SIGINT.
 
-    Prints a line with its address when it listens. Raises ConfigError for invalid options and
-    OutputError for a port in use, before the model is loaded, and the errors of `load.load_model`.
+    Prints a line with its address when it listens. Raises ConfigError for invalid options and for
+    too low a limit of open files, OutputError for a port in use, before the model is loaded, and
+    the errors of `load.load_model`.
     """
     options.check()
     _require_packages()
+    from gptjax.serve import connections
+
+    connections.connections_by_limit()
     token = listening.read_token(options.token_file)
     bound = listening.bind(options.host, options.port)
     with bound:
@@ -146,17 +151,9 @@ def _run(app: "ASGIApp", worker: "Worker", bound: Socket, line: str) -> None:
     """Runs the application until a signal; prints the line when it listens."""
     import uvicorn
 
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        lifespan="off",
-        ws="none",
-        timeout_graceful_shutdown=_DRAIN_SECONDS + 5,
-    )
-    server = uvicorn.Server(config)
+    from gptjax.serve import connections
+
+    server = connections.Server(app, _DRAIN_SECONDS + 5)
 
     def stop(sig: int, frame: FrameType | None) -> None:
         worker.drain(_DRAIN_SECONDS)

@@ -7,12 +7,11 @@ from typing import Any
 
 import jax
 import pytest
-import uvicorn
 from live_server import CAPACITY, MAX_BODY, QUEUE, SLOTS, Server, Throttle
 
 from gptjax.config import ComputeConfig
 from gptjax.sample import Sampler
-from gptjax.serve import socket
+from gptjax.serve import connections, socket
 from gptjax.serve.api import Served, make_app
 from gptjax.serve.metrics import Metrics
 from gptjax.serve.worker import Worker
@@ -52,9 +51,7 @@ def start(make_sampler, on_mesh) -> Callable[..., Any]:
         jax.config.update("jax_disable_most_optimizations", False)
         served = Served("tiny", sampler, worker, metrics, CAPACITY, QUEUE, MAX_BODY)
         app = make_app(served, token=token, hosts=hosts)
-        server = uvicorn.Server(
-            uvicorn.Config(app, log_config=None, lifespan="off", ws="none", access_log=False)
-        )
+        server = connections.Server(app, drain_seconds=15)
         bound = socket.bind("127.0.0.1", 0)
         socket.listen(bound)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
