@@ -330,6 +330,7 @@ def test_two_tasks_save_at_the_same_step_and_continue_from_it(cluster, tmp_path)
     assert job.steps() == list(range(1, STEPS + 1))  # each step once
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @slurm_runs
 def test_two_tasks_continue_after_one_is_killed(cluster, tmp_path) -> None:

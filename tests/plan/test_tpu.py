@@ -35,7 +35,10 @@ def words_of(text):
     "words",
     [
         "gpt2.py:small --machine v5e:2x2 --mesh.data 4 --train.accumulation 8",
-        "llama.py:llama3_70b --machine v5p:8x8x8 --mesh.fsdp 512",
+        pytest.param(
+            "llama.py:llama3_70b --machine v5p:8x8x8 --mesh.fsdp 512",
+            marks=pytest.mark.exhaustive,
+        ),
         pytest.param(
             "llama.py:llama31_8b --machine v5p:4x4x4 --mesh.fsdp 16 --mesh.context 4 "
             "--train.seq-len 16384 --train.batch-tokens 524288 --model.layers 2",
