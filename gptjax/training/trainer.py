@@ -6,9 +6,8 @@ never wait for the host. All else that happens during training is a callback (ca
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -169,17 +168,11 @@ class Trainer:
         snapshot = Snapshot(step, state, self._task)
         with self._timer.paused():
             for callback in due:
-                with self._left_when_told(callback):
+                if callback.repeats_on_resume:
+                    with contextlib.suppress(Interrupted), self._preemption.at_once():
+                        callback.run(snapshot)
+                else:
                     callback.run(snapshot)
-
-    @contextmanager
-    def _left_when_told(self, callback: Callback) -> Iterator[None]:
-        """In here a signal to stop ends a callback that a resumed run repeats."""
-        if not callback.repeats_on_resume:
-            yield
-            return
-        with contextlib.suppress(Interrupted), self._preemption.at_once():
-            yield
 
     # --- told to stop ---
 

@@ -260,14 +260,14 @@ def test_tasks_have_their_own_period_and_are_logged_with_the_step(tmp_path) -> N
     ]
 
 
-@pytest.mark.slow
 def test_a_signal_during_evaluation_ends_it_and_saves_the_step(tmp_path) -> None:
-    cfg = dataclasses.replace(tiny(), eval=EvalConfig(every=3))
+    cfg = dataclasses.replace(tiny(), eval=EvalConfig(every=3, sample_every=3))
     stop = Counted(then=lambda: signal.raise_signal(signal.SIGTERM))
-    never = Counted()
+    never, sampled = Counted(), []
+    sampler = lambda snapshot: sampled.append(snapshot.step)  # due at the same step, and left out
     with pytest.raises(Preempted, match="told to stop by SIGTERM; saved step 3"):
-        fit(cfg, tmp_path, evaluators=[stop, never])
-    assert (stop.asked, never.asked) == (1, 0)
+        fit(cfg, tmp_path, evaluators=[stop, never], sampler=sampler)
+    assert (stop.asked, never.asked, sampled) == (1, 0, [])
     assert Checkpointer(tmp_path / "checkpoints").steps()[-1] == 3
     _, written = fit(cfg, tmp_path, evaluators=[never])
     assert [step for step, metrics in written if "asked" in metrics] == [3, 6, 8]
