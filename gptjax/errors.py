@@ -61,9 +61,16 @@ class CheckpointError(GptjaxError):
 
 
 class Preempted(GptjaxError):
-    """The run was preempted and has saved; the same command continues it."""
+    """The run was preempted and has saved; the same command continues it.
+
+    `alone` says that the other processes of the job do not know yet.
+    """
 
     exit_code = 75
+
+    def __init__(self, message: str, *, alone: bool = False) -> None:
+        super().__init__(message)
+        self.alone = alone
 
 
 class MismatchError(GptjaxError):

@@ -1,6 +1,5 @@
 """Pre-training: next-token prediction on a token store, handed to the training loop."""
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -100,9 +99,8 @@ def train(cfg: Config | str, overrides: Sequence[str] = ()) -> dict[str, float]:
             progress.say(f"changed since the run was begun: {change}")
         cfg.check(jax.device_count(), jax.process_count())
         watchdog.at("prepare", 0)
-        alone = preemption.preemptible("the text was prepared; what is done is kept")
         with (
-            contextlib.nullcontext() if distributed.several() else alone,
+            preemption.preemptible("the text was prepared; what is done is kept"),
             distributed.first_before_others(),
             prepare.shown(progress) as tell,
         ):

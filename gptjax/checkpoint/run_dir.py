@@ -34,7 +34,7 @@ from gptjax.errors import CheckpointError, DataError, MismatchError, OutputError
 from gptjax.model.decoder import Params
 from gptjax.model.heads import init_params
 from gptjax.parallel import sharding
-from gptjax.runtime import distributed, file_lock
+from gptjax.runtime import distributed, file_lock, preemption
 from gptjax.tokenizer import Tokenizer
 
 CHECKPOINTS = "checkpoints"
@@ -59,20 +59,11 @@ def claim(cfg: Config, say: Callable[[str], None] = lambda line: None) -> Iterat
     """
     folder = Path(cfg.run)
     with contextlib.ExitStack() as stack:
-        with distributed.first_before_others():
-            if distributed.first():
-                try:
-                    folder.mkdir(parents=True, exist_ok=True)
-                    # Over NFS, the lock of a machine that has vanished lasts for a lease.
-                    patience = _LEASE_S if distributed.several() else 0
-                    name = f"run={cfg.run}"
-                    stack.enter_context(file_lock.held(folder / _LOCK, name, say, patience))
-                    with (folder / _PROBE).open("w") as stream:
-                        stream.write(secrets.token_hex())
-                        os.fsync(stream.fileno())
-                except OSError as error:
-                    raise OutputError(f"run={cfg.run}: cannot be written: {error}") from None
-        _check_shared(folder)
+        with preemption.preemptible("it waited for the run folder"):
+            with distributed.first_before_others():
+                if distributed.first():
+                    _take_lock(stack, cfg, say)
+            _check_shared(folder)
         changes: list[str] = []
         if (folder / _SOURCE).exists():
             raise MismatchError(f"{folder} holds an imported model; give another --run")
@@ -81,6 +72,21 @@ def claim(cfg: Config, say: Callable[[str], None] = lambda line: None) -> Iterat
         elif Checkpointer(folder / CHECKPOINTS).steps():
             raise MismatchError(f"{folder} has checkpoints but no {CONFIG_FILE}; use another --run")
         yield changes
+
+
+def _take_lock(stack: contextlib.ExitStack, cfg: Config, say: Callable[[str], None]) -> None:
+    """Process 0 locks the run folder until the end of `stack`, and writes its probe."""
+    folder = Path(cfg.run)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Over NFS, the lock of a machine that has vanished lasts for a lease.
+        patience = _LEASE_S if distributed.several() else 0
+        stack.enter_context(file_lock.held(folder / _LOCK, f"run={cfg.run}", say, patience))
+        with (folder / _PROBE).open("w") as stream:
+            stream.write(secrets.token_hex())
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise OutputError(f"run={cfg.run}: cannot be written: {error}") from None
 
 
 def _check_shared(folder: Path) -> None:

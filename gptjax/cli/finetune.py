@@ -56,7 +56,7 @@ def fit(
 
     distributed.join(cfg.watch.lost, Progress().say)
     progress = Progress(shown=distributed.first())
-    with Watchdog(cfg.watch) as watchdog, run_dir.claim(cfg) as changes:
+    with Watchdog(cfg.watch) as watchdog, run_dir.claim(cfg, progress.say) as changes:
         for change in changes:
             progress.say(f"changed since the run was begun: {change}")
         import jax

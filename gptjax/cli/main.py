@@ -262,7 +262,7 @@ def _tell(args: argparse.Namespace, argv: Sequence[str], error: GptjaxError) -> 
     """Prints an error in a sentence, tells the other processes, returns the exit code."""
     told = f"{error}{_how_to_continue(args, argv, error)}"
     print(f"gptjax: {_shortened(told)}", file=sys.stderr)
-    if not isinstance(error, Preempted):  # which all processes of a job are together
+    if not (isinstance(error, Preempted) and not error.alone):  # else all end at the same step
         _leave_job(error.exit_code, str(error))
     return error.exit_code
 

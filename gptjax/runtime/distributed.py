@@ -25,7 +25,8 @@ import jax
 from jax._src import distributed as service
 from jax.errors import JaxRuntimeError
 
-from gptjax.errors import ConfigError, MismatchError, PeerError
+from gptjax.errors import ConfigError, MismatchError, PeerError, Preempted
+from gptjax.runtime.preemption import Interrupted
 
 _WAIT_MS = 7 * 24 * 3600 * 1000  # timeout of waiting for process 0; the watchdog ends it earlier
 _JOIN_S = 1800  # timeout of waiting for all processes to join
@@ -82,14 +83,19 @@ def join(lost: int, say: Callable[[str], None] = lambda line: None) -> None:
 
 
 def _interruptible(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Calls in another thread: the service waits without looking for Ctrl-C."""
+    """Calls in another thread: the service waits without looking for signals."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         try:
             return pool.submit(call, *args, **options).result()
-        except KeyboardInterrupt:
-            print("gptjax: interrupted", file=sys.stderr)
+        except (KeyboardInterrupt, Interrupted) as error:  # the thread would be waited for
+            stopped = isinstance(error, Interrupted)
+            why = "told to stop while it waited for the others" if stopped else "interrupted"
+            print(f"gptjax: {why}", file=sys.stderr)
             sys.stderr.flush()
-            os._exit(_INTERRUPTED)  # the thread would be waited for
+            code = Preempted.exit_code if stopped else _INTERRUPTED
+            if client() is not None:
+                leave(code, f"{name()}: {why}")
+            os._exit(code)
 
 
 @contextmanager

@@ -5,9 +5,10 @@ Launchers often forward one signal twice, so signals within a second of each oth
 
 Several processes must end at the same step, whichever of them was signalled. There JAX's
 coordination service handles SIGTERM and makes them agree on a step (see `PreemptionHandler.poll`),
-Ctrl-C counts as SIGTERM, and no phase is interrupted.
+Ctrl-C counts as SIGTERM, and from restoring on no phase is interrupted.
 """
 
+import ctypes
 import os
 import signal
 import time
@@ -20,14 +21,29 @@ from gptjax.errors import Preempted
 
 @contextmanager
 def preemptible(what: str) -> Iterator[None]:
-    """Within it, SIGTERM and Ctrl-C end the work with Preempted: `what` was going on."""
-    with PreemptionHandler() as handler:
+    """Within it, SIGTERM and Ctrl-C end the work with Preempted: `what` was going on.
+
+    In a job of several processes the signalled one ends alone, and tells the others.
+    """
+    with _kept_action(signal.SIGTERM), PreemptionHandler() as handler:
         try:
             with handler.at_once():
                 yield
         except Interrupted:
             assert handler.signal is not None
-            raise Preempted(f"told to stop by {handler.signal.name} while {what}") from None
+            message = f"told to stop by {handler.signal.name} while {what}"
+            raise Preempted(message, alone=True) from None
+
+
+@contextmanager
+def _kept_action(number: signal.Signals) -> Iterator[None]:
+    """Keeps the action of a signal that Python cannot set again: JAX's own, in C."""
+    sigaction, kept = ctypes.CDLL(None).sigaction, ctypes.create_string_buffer(256)
+    sigaction(number, None, kept)
+    try:
+        yield
+    finally:
+        sigaction(number, kept, None)
 
 
 class Interrupted(Exception):
@@ -57,7 +73,8 @@ class PreemptionHandler:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # else it is JAX's own: see `_kept_action`
+                signal.signal(number, handler)
 
     def poll(self, step: int) -> None:
         """Records SIGTERM if several processes have agreed to end at this step; call after each."""

@@ -3,6 +3,7 @@
 IDS_FOLDER: folder for a log of each read of training windows, with its step and window ids.
 FAULT=sleep:3:1 or raise:3:1: process 1 sleeps, or raises, while reading the batch of step 3.
 FAULT=restore:40:1: process 1 takes 40 s longer to look for a checkpoint.
+FAULT=prepare:0:0: process 0 takes an hour to prepare the text, and says so.
 FAULT=slow:0:0: each read takes half a second longer, so that a test has time to act on the run.
 """
 
@@ -14,10 +15,11 @@ from pathlib import Path
 
 from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.cli import main
-from gptjax.data import loader
+from gptjax.data import loader, prepare
 
 restore_newest = Checkpointer.restore_newest
 read = loader.TrainData.read
+tokenize = prepare._tokenize
 process = os.environ.get("JAX_PROCESS_ID", "0")
 kind, step_at, process_at = os.environ.get("FAULT", "none:0:0").split(":")
 
@@ -47,6 +49,14 @@ def slow_restore(*args, **options):
     return restore_newest(*args, **options)
 
 
+def slow_tokenize(*args, **options):
+    if kind == "prepare" and process == process_at:
+        print("preparing", file=sys.stderr, flush=True)
+        time.sleep(3600)
+    return tokenize(*args, **options)
+
+
+prepare._tokenize = slow_tokenize
 loader.TrainData.read = logged_read
 Checkpointer.restore_newest = slow_restore
 if __name__ == "__main__":  # tokenizing worker processes import this file too

@@ -47,6 +47,14 @@ class Job:
         """The standard error of a process so far."""
         return self.errors[index].read_text()
 
+    def says(self, index: int, words: str, seconds: float = 240) -> None:
+        """Waits until a process has written some words."""
+        deadline = time.monotonic() + seconds
+        while words not in self.stderr(index):
+            assert time.monotonic() < deadline, self.stderr(index)
+            assert self.processes[index].poll() is None, self.stderr(index)
+            time.sleep(0.05)
+
     def reaches(self, step: int, seconds: float = 240) -> None:
         """Waits until the metrics of a step have been written."""
         deadline = time.monotonic() + seconds

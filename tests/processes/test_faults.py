@@ -1,5 +1,6 @@
 """A job of several processes when one of them dies, hangs, fails or differs from the others."""
 
+import fcntl
 import signal
 import time
 
@@ -90,6 +91,35 @@ def test_error_in_one_process_ends_all_with_its_reason(start) -> None:
     assert "injected" in job.stderr(1)
     assert "process 1" in job.stderr(0)
     assert "injected" in job.stderr(0)
+
+
+def test_a_signal_is_heard_while_process_0_waits_for_the_run_folder(start, workspace) -> None:
+    (workspace / "held").mkdir()
+    with (workspace / "held" / "run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        job = start("held", 2)
+        job.says(0, "in use by")
+        began = time.monotonic()
+        for process in job.processes:
+            process.send_signal(signal.SIGTERM)
+        codes = job.wait()
+    assert time.monotonic() - began < 15  # process 0 lets the other one read why, for 8 s
+    assert codes[0] == 75
+    assert codes[1] in (75, 69)
+    assert "told to stop by SIGTERM while it waited for the run folder" in job.stderr(0)
+    assert "told to stop" in job.stderr(1)
+
+
+def test_a_signal_is_heard_while_text_is_prepared(start, workspace) -> None:
+    """To process 0 alone: the others end too, and the same command goes on."""
+    store = ("--data.store", "interrupted")
+    job = start("preparing", 2, *store, FAULT="prepare:0:0")
+    job.says(0, "preparing")
+    job.processes[0].send_signal(signal.SIGTERM)
+    assert job.wait() == [75, 69]
+    assert "told to stop by SIGTERM while the text was prepared" in job.stderr(0)
+    assert "told to stop by SIGTERM while the text was prepared" in job.stderr(1)
+    assert start("preparing", 2, *store).wait() == [0, 0]
 
 
 def test_run_folder_that_is_not_shared_is_refused(start, workspace) -> None:
