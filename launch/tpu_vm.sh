@@ -87,8 +87,7 @@ case $action in
         ;;
     install)
         # Only the last commit is copied, no runs, data or environments. The images' Python 3.10 is
-        # too old, so uv installs a newer one; and jax requires another libtpu than the planner is
-        # tested with.
+        # too old, so uv installs a newer one. Every package is compared with its hash.
         cd "$(dirname "$0")/.." || exit 2
         archive=$(mktemp)
         trap 'rm -f "$archive"' EXIT
@@ -98,9 +97,11 @@ case $action in
                 mkdir -p ~/gptjax && tar -xzf ~/gptjax.tar.gz -C ~/gptjax && cd ~/gptjax
                 python3 -m pip install --quiet --user uv
                 [ -x .venv/bin/python ] || python3 -m uv venv --quiet --python 3.12 .venv
-                grep -v "^libtpu==" constraints.txt >.constraints.txt
-                python3 -m uv pip install --quiet --python .venv/bin/python -c .constraints.txt \
-                    -e . "jax[tpu]"
+                cat launch/requirements/cpu.txt launch/requirements/tpu.txt >.requirements.txt
+                python3 -m uv pip install --quiet --python .venv/bin/python --require-hashes \
+                    -r .requirements.txt
+                python3 -m uv pip install --quiet --python .venv/bin/python --no-deps \
+                    --no-build-isolation -e .
                 .venv/bin/gptjax --help >/dev/null'
         ;;
     all) on all "$*" ;;

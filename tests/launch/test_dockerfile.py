@@ -6,9 +6,12 @@ import shlex
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from gptjax.cli import arguments, main
 
 REPO = Path(__file__).resolve().parents[2]
+LISTS = REPO / "launch" / "requirements"
 TEXT = (REPO / "launch" / "Dockerfile").read_text()
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 
@@ -24,29 +27,43 @@ def test_copied_files_exist_and_include_all_that_the_build_reads() -> None:
     assert {PROJECT["readme"], *PROJECT["license-files"], "pyproject.toml", "gptjax"} <= copied
 
 
-def test_installed_extras_exist_and_documented_builds_are_supported() -> None:
+def test_documented_builds_are_supported_and_install_existing_lists() -> None:
     (install,) = [words for words in instruction_arguments("RUN") if "pip install" in words]
-    branches = dict(re.findall(r"(\w+)\) extra=(\S*) ;;", install))
-    known = importlib.metadata.metadata("jax").get_all("Provides-Extra")
-    for extra in filter(None, branches.values()):
-        assert re.fullmatch(r"'jax\[(\w+)\]'", extra)[1] in known
-    (own,) = re.findall(r"'\.\[([\w,]+)\]'", install)
-    assert set(own.split(",")) <= set(PROJECT["optional-dependencies"])
-    assert set(re.findall(r"--build-arg ACCELERATOR=(\w+) ", TEXT)) == set(branches)
+    built = set(re.findall(r"--build-arg ACCELERATOR=(\w+) ", TEXT))
+    branches = re.findall(r"(\w+(?: \| \w+)*)\) extra=", install)
+    assert built == {name.strip() for names in branches for name in names.split("|")}
+    assert all((LISTS / f"{name}.txt").exists() for name in built)
+    assert "--require-hashes" in install
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda", "tpu"])
+def test_listed_packages_have_hashes_and_the_constraints_versions(name) -> None:
+    text = (LISTS / f"{name}.txt").read_text()
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)", text, re.M))
+    lines = (REPO / "constraints.txt").read_text()
+    constraints = dict(re.findall(r"^([\w.-]+)==(\S+)", lines, re.M))
+    libtpu = {"libtpu"}  # of which jax requires another version than the planner
+    shared = pins.keys() & constraints.keys() - libtpu
+    assert {k: pins[k] for k in shared} == {k: constraints[k] for k in shared}
+    assert name != "cpu" or pins.keys() <= constraints.keys()
+    listed = re.split(r"^(?=\S)", text, flags=re.M)[1:]
+    assert len(listed) == len(pins) > 0
+    assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", one) for one in listed)
+
+
+def test_accelerators_lists_hold_what_jax_requires_for_them() -> None:
+    required = importlib.metadata.requires("jax")
+    for extra, name in (("cuda13", "cuda"), ("tpu", "tpu")):
+        of_extra = [r for r in required if re.search(rf"extra == .{extra}\b", r)]
+        packages = {re.match(r"[\w-]+", one)[0] for one in of_extra}
+        text = "".join((LISTS / f"{list_}.txt").read_text() for list_ in ("cpu", name))
+        assert {p for p in packages if not re.search(rf"^{p}==", text, re.M)} == set()
 
 
 def test_image_has_the_python_version_of_development() -> None:
     (image,) = instruction_arguments("FROM")
     version = re.fullmatch(r"python:(\d\.\d+)-slim", image)[1]
     assert version == (REPO / ".python-version").read_text().strip()
-
-
-def test_libtpu_constraint_still_conflicts_with_jax() -> None:
-    """When this fails, the `grep -v` in launch/Dockerfile and launch/tpu_vm.sh can be removed."""
-    (pinned,) = re.findall(r"^libtpu==([\d.]+)", (REPO / "constraints.txt").read_text(), re.M)
-    required = [r for r in importlib.metadata.requires("jax") if r.startswith("libtpu")]
-    (version,) = re.findall(r"libtpu==([\d.]+)\.\*", required[0])
-    assert pinned != version
 
 
 def test_documented_commands_parse(monkeypatch) -> None:
