@@ -87,15 +87,15 @@ def _interruptible(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         try:
             return pool.submit(call, *args, **options).result()
-        except (KeyboardInterrupt, Interrupted) as error:  # the thread would be waited for
-            stopped = isinstance(error, Interrupted)
-            why = "told to stop while it waited for the others" if stopped else "interrupted"
-            print(f"gptjax: {why}", file=sys.stderr)
+        except (KeyboardInterrupt, Interrupted) as error:
+            # Neither may go on from here: the thread would be waited for.
+            if isinstance(error, Interrupted) and error.signal != signal.SIGINT:
+                why = f"told to stop by {error.signal.name} while it waited for the others"
+                print(f"gptjax: {why}", file=sys.stderr)
+                leave(Preempted.exit_code, f"{name()}: {why}")
+            print("gptjax: interrupted", file=sys.stderr)
             sys.stderr.flush()
-            code = Preempted.exit_code if stopped else _INTERRUPTED
-            if client() is not None:
-                leave(code, f"{name()}: {why}")
-            os._exit(code)
+            os._exit(_INTERRUPTED)
 
 
 @contextmanager

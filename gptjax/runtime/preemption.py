@@ -49,6 +49,10 @@ def _kept_action(number: signal.Signals) -> Iterator[None]:
 class Interrupted(Exception):
     """Raised by a signal within `PreemptionHandler.at_once`."""
 
+    def __init__(self, signal: signal.Signals) -> None:
+        super().__init__(signal.name)
+        self.signal = signal
+
 
 class PreemptionHandler:
     """While entered, records SIGTERM and SIGINT in `signal` instead of ending the process.
@@ -87,7 +91,7 @@ class PreemptionHandler:
         self._raises = True
         try:
             if self.signal is not None:
-                raise Interrupted
+                raise Interrupted(self.signal)
             yield
         finally:
             self._raises = False
@@ -99,4 +103,4 @@ class PreemptionHandler:
             return
         self.signal, self._received = signal.Signals(number), time.monotonic()
         if self._raises:
-            raise Interrupted
+            raise Interrupted(self.signal)

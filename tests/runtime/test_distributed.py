@@ -64,6 +64,8 @@ def test_ctrl_c_is_heard_while_a_process_waits_for_the_others(tmp_path, others) 
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # A shell without job control has its background jobs ignore it, and pytest with them.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         for i, command in enumerate(commands)
     ]
