@@ -14,7 +14,6 @@ Processes are forked from a server that has imported what they need, so that eac
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -32,6 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from forked import Forked, nothing
 from proxy import Proxy
 
 ROOT = Path(__file__).parents[2]
@@ -46,17 +47,6 @@ WORDS = [
     *("--eval.every", "6", "--eval.sample-tokens", "4", "--log.every", "1"),
     *("--log.tensorboard", "False", "--log.compile-cache", "", "--watch.lost", "6"),
 ]
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles faster
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-    "TF_ENABLE_ONEDNN_OPTS": "0",
-    "XLA_FLAGS": "",
-    "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",  # of killed ones
-}
-PRELOADED = ["gptjax.cli.train", "gptjax.pretrain", "tensorflow", "orbax.checkpoint"]
 TOLD = (2, 65, 69, 71, 73, 74, 78)  # exit codes of gptjax's own sentences
 KINDS = {"kill": 5, "term": 2, "damage": 5, "disk": 2, "drop": 1}  # how often, of 15
 
@@ -130,20 +120,6 @@ class Ended:
         return self.code in TOLD and "\ngptjax: " in f"\n{self.text}"
 
 
-def child(folder: Path, log: Path, environment: dict[str, str], shot: Shot | None) -> None:
-    """`gptjax train`, in a forked process."""
-    os.environ.update(environment)
-    os.chdir(folder)
-    with log.open("w") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-    from gptjax.cli import main
-
-    if shot:
-        shot.arm()
-    sys.exit(main.main(WORDS))
-
-
 def committed(folder: Path) -> int:
     """The step of the newest committed checkpoint; 0 if there is none."""
     marks = folder.glob("run/checkpoints/*/_CHECKPOINT_METADATA")
@@ -164,9 +140,10 @@ class Soak:
         self.folder = folder
         self.faults: Counter[str] = Counter()  # by kind
         self.endings: Counter[str] = Counter()
-        os.environ.update(ENVIRONMENT, JAX_COMPILATION_CACHE_DIR=str(folder / "compiled"))
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOADED)
+        # What JAX compiles is kept for the other processes.
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
         self._logs = 0
         self._expected: dict[int, dict[str, Any]] = {}  # by the number of processes
         text = Path(os.__file__).read_text()
@@ -188,31 +165,30 @@ class Soak:
 
     # --- processes ---
 
-    def begin(self, folder: Path, shot: Shot | None = None, **more: str) -> tuple[Any, Path]:
-        """Starts a process, with more environment variables; also returns its log."""
+    def begin(self, folder: Path, shot: Shot | None = None, **more: str) -> Forked:
+        """Starts a process, with more environment variables."""
         self._logs += 1
         log = self.folder / f"{self._logs}.log"
-        process = self._context.Process(target=child, args=(folder, log, more, shot))
-        process.start()
-        return process, log
+        return Forked(WORDS, folder, log, log, shot.arm if shot else nothing, **more)
 
-    def end(self, process: Any, log: Path) -> Ended:
+    def end(self, process: Forked) -> Ended:
         """Waits for the end of a process. Raises Failure where it hangs or ends in a traceback."""
-        process.join(300)
-        text = log.read_text()
-        if process.exitcode is None:
+        try:
+            code = process.wait(300)
+        except subprocess.TimeoutExpired:
             process.kill()
-            raise Failure(f"hangs:\n{text}")
-        log.unlink()
+            raise Failure(f"hangs:\n{process.read()}") from None
+        text = process.read()
+        process.errors.unlink()
         if "Traceback" in text:
-            raise Failure(f"a traceback, exit code {process.exitcode}:\n{text}")
-        return Ended(process.exitcode, text)
+            raise Failure(f"a traceback, exit code {code}:\n{text}")
+        return Ended(code, text)
 
     def run(self, folder: Path, shot: Shot | None = None) -> Ended:
         """One process, from its beginning to its end."""
-        return self.end(*self.begin(folder, shot))
+        return self.end(self.begin(folder, shot))
 
-    def begin_pair(self, folder: Path, port: int, behind: int) -> list[tuple[Any, Path]]:
+    def begin_pair(self, folder: Path, port: int, behind: int) -> list[Forked]:
         """A job of two processes; the second reaches the first at the port `behind`."""
         begun = []
         for index, to in enumerate((port, behind)):
@@ -225,7 +201,7 @@ class Soak:
         if processes == 1:
             return [self.run(folder)]
         with Proxy() as proxy:
-            return [self.end(*one) for one in self.begin_pair(folder, proxy.to, proxy.port)]
+            return [self.end(one) for one in self.begin_pair(folder, proxy.to, proxy.port)]
 
     # --- judging ---
 
@@ -340,7 +316,7 @@ class Soak:
         with Proxy() as proxy:
             begun = self.begin_pair(folder, proxy.to, proxy.port)
             proxy.drop_after(rng.uniform(2, 12))
-            ended = [self.end(*one) for one in begun]
+            ended = [self.end(one) for one in begun]
         reached = any(one.code for one in ended)
         self.faults["drop"] += reached
         if reached and not {one.code for one in ended} <= {0, 69, -signal.SIGABRT}:

@@ -9,12 +9,11 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from forked import Forked
 
 STEPS = 40
 EVERY = 5
@@ -37,27 +36,18 @@ def workspace(tmp_path_factory) -> Path:
     return folder
 
 
-def command(run: str) -> list[str]:
+def start(workspace: Path, run: str) -> Forked:
     preset = Path(__file__).parents[2] / "configs" / "debug.py"
     sources = ["--data.sources", "text*.txt", "--data.valid-sources", "text7.txt"]
-    overrides = OVERRIDES[2:] + sources
-    return [sys.executable, "-m", "gptjax", "train", str(preset), "--run", run, *overrides]
+    words = ["train", str(preset), "--run", run, *OVERRIDES[2:], *sources]
+    errors = workspace / f"{run}.{len(list(workspace.glob('*.err')))}.err"
+    return Forked(words, workspace, Path(os.devnull), errors)
 
 
-def environment() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-
-
-def start(workspace: Path, run: str, **more) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(run), cwd=workspace, env=environment(), stderr=subprocess.PIPE, text=True, **more
-    )
-
-
-def finish(workspace: Path, run: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(run), cwd=workspace, env=environment(), capture_output=True, text=True, timeout=300
-    )
+def finish(workspace: Path, run: str) -> tuple[int, str]:
+    """Exit code and standard error of a run to its end."""
+    process = start(workspace, run)
+    return process.wait(300), process.read()
 
 
 def logged(workspace: Path, run: str) -> list[int]:
@@ -68,10 +58,10 @@ def logged(workspace: Path, run: str) -> list[int]:
     return [entry["step"] for entry in entries if "grad_norm" in entry]
 
 
-def wait_for_step(process: subprocess.Popen[str], workspace: Path, run: str, step: int) -> None:
+def wait_for_step(process: Forked, workspace: Path, run: str, step: int) -> None:
     deadline = time.monotonic() + 240
     while not (done := logged(workspace, run)) or done[-1] < step:
-        assert process.poll() is None, f"ended early: {process.stderr.read()}"
+        assert process.poll() is None, f"ended early: {process.read()}"
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
@@ -84,8 +74,8 @@ def outcome(workspace: Path, run: str) -> dict:
 
 @pytest.fixture(scope="module")
 def unbroken(workspace: Path) -> dict:
-    result = finish(workspace, "unbroken")
-    assert result.returncode == 0, result.stderr
+    code, err = finish(workspace, "unbroken")
+    assert code == 0, err
     return outcome(workspace, "unbroken")
 
 
@@ -97,9 +87,8 @@ def test_run_killed_at_random_steps_ends_bit_identical(workspace, unbroken) -> N
         wait_for_step(process, workspace, run, step)
         process.kill()
         process.wait()
-        process.stderr.close()
-    result = finish(workspace, run)
-    assert result.returncode == 0, result.stderr
+    code, err = finish(workspace, run)
+    assert code == 0, err
     assert outcome(workspace, run) == unbroken
     assert logged(workspace, run) == list(range(1, STEPS + 1))  # each step once
 
@@ -109,16 +98,15 @@ def test_sigterm_saves_and_the_same_command_continues_bit_identical(workspace, u
     process = start(workspace, "stopped")
     wait_for_step(process, workspace, "stopped", 7)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 75
-    last = stderr.strip().splitlines()[-1]
+    assert process.wait(120) == 75
+    last = process.read().strip().splitlines()[-1]
     assert last.startswith("gptjax: told to stop by SIGTERM; saved step ")
     assert "to continue: gptjax train" in last
     saved = int(last.split("saved step ")[1].split(";")[0])
     assert f"last committed step {saved} in" in last
-    result = finish(workspace, "stopped")
-    assert result.returncode == 0, result.stderr
-    assert f"resumed after step {saved} of {STEPS}" in result.stderr
+    code, err = finish(workspace, "stopped")
+    assert code == 0, err
+    assert f"resumed after step {saved} of {STEPS}" in err
     assert outcome(workspace, "stopped") == unbroken
 
 
@@ -131,7 +119,6 @@ def test_flipped_bit_in_the_newest_checkpoint_falls_back_to_the_previous(
     wait_for_step(process, workspace, "flipped", 23)
     process.kill()
     process.wait()
-    process.stderr.close()
     checkpoints = workspace / "flipped" / "checkpoints"
     steps = sorted(int(p.name) for p in checkpoints.iterdir() if p.name.isdecimal())
     data = (p for p in (checkpoints / str(steps[-1]) / "state").rglob("*") if p.is_file())
@@ -139,10 +126,10 @@ def test_flipped_bit_in_the_newest_checkpoint_falls_back_to_the_previous(
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 2] ^= 4
     file.write_bytes(raw)
-    result = finish(workspace, "flipped")
-    assert result.returncode == 0, result.stderr
-    assert f"checkpoint {steps[-1]} failed verification" in result.stderr
-    assert f"resumed after step {steps[-2]} of" in result.stderr
+    code, err = finish(workspace, "flipped")
+    assert code == 0, err
+    assert f"checkpoint {steps[-1]} failed verification" in err
+    assert f"resumed after step {steps[-2]} of" in err
     assert outcome(workspace, "flipped") == unbroken
 
 
@@ -151,10 +138,9 @@ def test_second_job_in_the_same_run_folder_is_refused(workspace, unbroken) -> No
     first = start(workspace, "shared")
     wait_for_step(first, workspace, "shared", 2)
     first.send_signal(signal.SIGSTOP)  # or it may end before the second has begun
-    second = finish(workspace, "shared")
+    code, err = finish(workspace, "shared")
     first.send_signal(signal.SIGCONT)
-    assert second.returncode == 73
-    assert "in use by process" in second.stderr.strip().splitlines()[-1]
-    _, stderr = first.communicate(timeout=240)
-    assert first.returncode == 0, stderr
+    assert code == 73
+    assert "in use by process" in err.strip().splitlines()[-1]
+    assert first.wait(240) == 0, first.read()
     assert outcome(workspace, "shared") == unbroken

@@ -1,13 +1,13 @@
 """Fixtures: a corpus, and jobs that are killed at the end of a test."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import faults
 import pytest
-from jobs import CHILD, OPTIONS, ROOT, Job, local
+from forked import Forked
+from jobs import OPTIONS, ROOT, Job, local
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def workspace(tmp_path_factory) -> Path:
 @pytest.fixture
 def start(workspace) -> Iterator[Callable[..., Job]]:
     """Returns a function that starts a job; kills its remaining processes after the test."""
-    started: list[subprocess.Popen] = []
+    started: list[Forked] = []
 
     def begin(
         run: str, count: int, *more: str, devices: int = 1, each=None, folders=None, **env: str
@@ -34,34 +34,27 @@ def start(workspace) -> Iterator[Callable[..., Job]]:
         returns further options of one process; `folders` are the working directories.
         """
         port = local.free_port()
-        errors = [workspace / f"{run}.{len(started)}.{index}.err" for index in range(count)]
         processes = []
         for index in range(count):
             train = ("train", str(ROOT / "configs" / "debug.py"), *OPTIONS)
             first = () if more and not more[0].startswith("-") else train
-            command = [*first, *more, "--run", run, *(each(index) if each else ())]
-            base = local.environment(index, count, port, devices) if count > 1 else os.environ
-            base = {k: v for k, v in base.items() if k != "XLA_FLAGS"} | {
-                "JAX_PLATFORMS": "cpu",
-                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles faster
-                "PYTHONPATH": str(ROOT),
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            }
-            with errors[index].open("w") as stream:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, str(CHILD), *command],
-                        cwd=folders[index] if folders else workspace,
-                        env=base | env,
-                        stdout=subprocess.DEVNULL,
-                        stderr=stream,
-                    )
+            words = [*first, *more, "--run", run, *(each(index) if each else ())]
+            job = local.environment(index, count, port, devices)
+            names = [name for name in job if name.startswith("JAX_") and count > 1]
+            processes.append(
+                Forked(
+                    words,
+                    folders[index] if folders else workspace,
+                    Path(os.devnull),
+                    workspace / f"{run}.{len(started)}.{index}.err",
+                    faults.install,
+                    **env | {name: job[name] for name in [*names, "XLA_FLAGS"]},
                 )
+            )
         started.extend(processes)
-        return Job(processes, errors, workspace / run)
+        return Job(processes, workspace / run)
 
     yield begin
     for process in started:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()

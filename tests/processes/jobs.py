@@ -1,15 +1,15 @@
-"""Jobs of several real processes on loopback, started like those of `launch/local.py`."""
+"""Jobs of several real processes on loopback."""
 
 import importlib.util
 import json
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from forked import Forked
+
 ROOT = Path(__file__).parents[2]
-CHILD = Path(__file__).parent / "child.py"
 STEPS = 24
 OPTIONS = [
     *("--data.sources", "text*.txt", "--data.valid-sources", "text7.txt", "--data.store", "store"),
@@ -33,10 +33,9 @@ local = _local()  # launch/local.py, which is a script
 
 @dataclass
 class Job:
-    """The processes of a job, the files of their standard error, and the run folder."""
+    """The processes of a job, and the run folder."""
 
-    processes: list[subprocess.Popen]
-    errors: list[Path]
+    processes: list[Forked]
     folder: Path
 
     def wait(self, seconds: float = 240) -> list[int]:
@@ -45,7 +44,7 @@ class Job:
 
     def stderr(self, index: int) -> str:
         """The standard error of a process so far."""
-        return self.errors[index].read_text()
+        return self.processes[index].read()
 
     def says(self, index: int, words: str, seconds: float = 240) -> None:
         """Waits until a process has written some words."""

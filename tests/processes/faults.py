@@ -1,0 +1,59 @@
+"""Faults and logged reads in a process of gptjax, as environment variables say.
+
+IDS_FOLDER: folder for a log of each read of training windows, with its step and window ids.
+FAULT=sleep:3:1 or raise:3:1: process 1 sleeps, or raises, while reading the batch of step 3.
+FAULT=restore:40:1: process 1 takes 40 s longer to look for a checkpoint.
+FAULT=prepare:0:0: process 0 takes an hour to prepare the text, and says so.
+FAULT=slow:0:0: each read takes half a second longer, so that a test has time to act on the run.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from gptjax.checkpoint.checkpointer import Checkpointer
+from gptjax.data import loader, prepare
+
+
+def stuck_in_a_read() -> None:
+    time.sleep(3600)
+
+
+def install() -> None:
+    """Puts them into this process."""
+    restore_newest = Checkpointer.restore_newest
+    read = loader.TrainData.read
+    tokenize = prepare._tokenize
+    process = os.environ.get("JAX_PROCESS_ID", "0")
+    kind, step_at, process_at = os.environ.get("FAULT", "none:0:0").split(":")
+
+    def logged_read(self, step, rows=None):
+        if folder := os.environ.get("IDS_FOLDER"):
+            line = {"step": step + 1, "ids": self.ids(step, rows).tolist()}
+            with (Path(folder) / f"{process}.{os.getpid()}.jsonl").open("a") as notes:
+                notes.write(json.dumps(line) + "\n")
+        if kind == "slow":
+            time.sleep(0.5)
+        if step + 1 == int(step_at) and process == process_at:
+            if kind == "sleep":
+                stuck_in_a_read()
+            elif kind == "raise":
+                raise ZeroDivisionError("injected")
+        return read(self, step, rows)
+
+    def slow_restore(*args, **options):
+        if kind == "restore" and process == process_at:
+            time.sleep(int(step_at))
+        return restore_newest(*args, **options)
+
+    def slow_tokenize(*args, **options):
+        if kind == "prepare" and process == process_at:
+            print("preparing", file=sys.stderr, flush=True)
+            time.sleep(3600)
+        return tokenize(*args, **options)
+
+    prepare._tokenize = slow_tokenize
+    loader.TrainData.read = logged_read
+    Checkpointer.restore_newest = slow_restore
