@@ -24,7 +24,7 @@ from gptjax.parallel import arrays, sharding
 from gptjax.runtime.progress import Progress
 from gptjax.training import loss
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
 
 COMPUTE = ComputeConfig()
 ROWS = 2
