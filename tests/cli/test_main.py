@@ -282,7 +282,7 @@ def test_a_name_of_the_hub_gets_the_command_that_fetches_it(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["moved", "copied"])
+@pytest.mark.parametrize("how", ["moved", pytest.param("copied", marks=pytest.mark.exhaustive)])
 def test_a_folder_given_as_config_is_the_run(
     run: Run, preset: str, cfg: Config, tmp_path: Path, how: str
 ) -> None:

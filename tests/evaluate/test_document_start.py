@@ -38,6 +38,7 @@ KINDS: dict[str, tuple[str, str | None]] = {  # a tokenizer's kind, and the BOS 
     "tokenizer.json, BOS is EOS": ("huggingface", "</s>"),
     "tokenizer.json with BOS": ("huggingface", "<s>"),
 }
+OFTEN = ("sentencepiece", "tokenizer.json with BOS")
 
 
 def sentencepiece_files(bos: str | None) -> dict[str, bytes]:
@@ -90,10 +91,7 @@ def huggingface_files(bos: str | None) -> dict[str, bytes]:
 @pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize(
     "kind",
-    [
-        pytest.param(kind, marks=[] if kind == "tokenizer.json with BOS" else pytest.mark.slow)
-        for kind in KINDS
-    ],
+    [pytest.param(kind, marks=[] if kind in OFTEN else pytest.mark.exhaustive) for kind in KINDS],
 )
 def test_evaluation_finds_the_entropy_of_a_language(kind, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)

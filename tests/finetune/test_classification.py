@@ -73,7 +73,7 @@ def make(tiny_config, random_params):
     return of
 
 
-@pytest.mark.parametrize("task", [pytest.param("classify", marks=pytest.mark.slow), "choose"])
+@pytest.mark.parametrize("task", ["classify", pytest.param("choose", marks=pytest.mark.exhaustive)])
 @pytest.mark.slow
 def test_loss_and_gradients_are_the_plain_ones_on_every_mesh(make, on_mesh, task: str) -> None:
     cfg, make_params = make(task)

@@ -85,7 +85,7 @@ def test_labels_are_learnt_told_and_predicted(finetune, command_line, write, tmp
 
 @pytest.mark.parametrize(
     "task",
-    ["answer", *(pytest.param(t, marks=pytest.mark.slow) for t in ("choose", "classify"))],
+    ["answer", *(pytest.param(t, marks=pytest.mark.exhaustive) for t in ("choose", "classify"))],
 )
 @pytest.mark.slow
 def test_a_run_that_goes_on_ends_with_the_same_bits(finetune, write, tmp_path, task) -> None:
@@ -149,9 +149,12 @@ def test_other_examples_are_another_run(finetune, write) -> None:
 @pytest.mark.parametrize(
     ("task", "mesh"),
     [
-        ("classify", ("--mesh.fsdp", 2, "--mesh.tensor", 2, "--mesh.data", 2)),
         ("classify", ("--mesh.context", 2, "--mesh.data", 4, "--train.accumulation", 2)),
         ("answer", ("--mesh.fsdp", 2, "--mesh.tensor", 2, "--mesh.data", 2)),
+        pytest.param(
+            *("classify", ("--mesh.fsdp", 2, "--mesh.tensor", 2, "--mesh.data", 2)),
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_every_mesh_has_the_same_losses(finetune, write, tmp_path, task, mesh) -> None:
@@ -248,7 +251,11 @@ def test_an_export_has_the_scores_of_the_public_implementation(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "words", [(), ("--finetune.lora.rank", 4, "--optim.lr", "1e-2")], ids=["all", "adapters"]
+    "words",
+    [
+        pytest.param((), id="all", marks=pytest.mark.exhaustive),
+        pytest.param(("--finetune.lora.rank", 4, "--optim.lr", "1e-2"), id="adapters"),
+    ],
 )
 def test_a_hugging_face_folder_is_a_base(
     make_base, finetune, command_line, write, tmp_path, words

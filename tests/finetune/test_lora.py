@@ -340,6 +340,7 @@ def test_a_frozen_layer_counts_neither_for_clipping_nor_for_the_gradients_norm(
     assert norm > cfg.optim.clip
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_frozen_and_slowed_layers_on_eight_devices_train_as_on_one(on_mesh, tiny, random_params):
     # Adam's eps is above the rounding of gradients near zero, which it would otherwise blow up to

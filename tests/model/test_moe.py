@@ -134,7 +134,7 @@ def on_one_device(request, on_mesh, tiny_config, random_params):
     "mesh",
     [
         (1, 2, 2, 2),
-        *(pytest.param(m, marks=pytest.mark.slow) for m in ((8, 1, 1, 1), (1, 2, 1, 4))),
+        *(pytest.param(m, marks=pytest.mark.exhaustive) for m in ((8, 1, 1, 1), (1, 2, 1, 4))),
     ],
 )
 @pytest.mark.slow

@@ -435,11 +435,16 @@ def compare(tiny_config, quick_compile):
 
 
 QUICK = ("accumulation", "data x fsdp x tensor")
+OFTEN = ("stages x expert", "a ring x tensor", "stages, with rounds, remat, two steps")
+SLOW, EXHAUSTIVE = [pytest.mark.slow], [pytest.mark.exhaustive]
 
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in STEPS],
+    [
+        pytest.param(n, marks=[] if n in QUICK else SLOW + ([] if n in OFTEN else EXHAUSTIVE))
+        for n in STEPS
+    ],
 )
 def test_compiled_step_has_the_predicted_communication(compare, name) -> None:
     sections, sizes, compared = STEPS[name]

@@ -41,7 +41,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ["two", pytest.param("four", marks=pytest.mark.exhaustive)])
 def test_several_processes_have_the_losses_of_one(start, alone, notes, name) -> None:
     count, devices, options = LAYOUTS[name]
     env = {"IDS_FOLDER": str(notes / name)} if name == "two" else {}

@@ -310,7 +310,7 @@ def test_invalid_text_to_score_is_refused(one_device, model, params, texts, prob
 # --- meshes and number formats -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mesh", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
+@pytest.mark.parametrize("mesh", [pytest.param((8, 1, 1), marks=pytest.mark.exhaustive), (2, 2, 2)])
 @pytest.mark.slow
 def test_refilled_slots_ring_buffers_and_scores_are_the_same_on_eight_devices(
     on_mesh, tiny_model, random_params, mesh
