@@ -10,8 +10,10 @@ The public API is imported when it is first used, so `import gptjax` costs nothi
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
+from gptjax.runtime.hardware import GPU_MEMORY_FRACTION
 from gptjax.version import __version__
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from gptjax.load_model import load_model as load
     from gptjax.pretrain import train
     from gptjax.sample import BeamSearchParams, Sampler, SamplingParams
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_FRACTION))
 
 __all__ = [
     "BeamSearchParams",

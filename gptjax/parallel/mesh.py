@@ -121,11 +121,11 @@ def _sort_fsdp(arranged: np.ndarray) -> np.ndarray:
 def rings(line: Sequence[Any]) -> tuple[int, int, int]:
     """Sizes of up to three rings of a torus that a line of devices runs through, outermost first.
 
-    (n, 1, 1) where devices have no coordinates, or where a step along the line moves in more than
-    one dimension. Whether the rings close is not checked.
+    (n, 1, 1) where devices are no TPUs, or where a step along the line moves in more than one
+    dimension. Whether the rings close is not checked.
     """
     n = len(line)
-    if not all(hasattr(device, "coords") for device in line):
+    if line[0].platform != "tpu":  # GPUs have coordinates too: their host, and place in it
         return n, 1, 1
     coordinates = np.array([device.coords for device in line])
     changes = [np.flatnonzero(np.diff(column)) for column in coordinates.T]

@@ -1,8 +1,9 @@
-"""Ahead-of-time (AOT) compilation of the real step by the TPU's compiler, with no TPU.
+"""Ahead-of-time (AOT) compilation of the real step by the accelerator's compiler, with none.
 
-`libtpu` (the extra `tpu-plan`) compiles for any topology. Read from the compiled program: its
-memory by XLA's own account, and its collectives, with their mesh axes, the trip counts of the loops
-around them, and whether they overlap with arithmetic.
+`libtpu` (the extra `tpu-plan`) compiles for any slice of TPUs, JAX's CUDA plugin (the extra
+`gpu-plan`) for nodes of GPUs. Read from the compiled program: its memory by XLA's own account, and
+its collectives, with their mesh axes, the trip counts of the loops around them, and whether they
+overlap with arithmetic.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from gptjax.errors import ConfigError
 from gptjax.model import decoder
 from gptjax.parallel import sharding
 from gptjax.parallel.mesh import make_mesh
+from gptjax.plan import gpu_compiler
 from gptjax.plan.collectives import (
     ALL_GATHER,
     ALL_REDUCE,
@@ -58,10 +60,8 @@ def devices(machine: Machine) -> list[Any]:
 
     Raises ConfigError where there is no compiler for the machine.
     """
-    if machine.device.platform != "tpu":
-        raise ConfigError(
-            [f"--compile, --sampling: {machine.name}: only TPUs have a compiler without devices"]
-        )
+    if machine.device.platform == "gpu":
+        return gpu_compiler.devices(machine)
     try:
         import libtpu  # noqa: F401
     except ImportError:
@@ -241,13 +241,19 @@ def program_collectives(text: str, shape: Mapping[str, int]) -> list[Collective]
     found: dict[tuple[str, str], Collective] = {}
 
     def visit(computation: str, runs: float, where: str, overlapped: bool) -> None:
-        for line in bodies.get(computation, ()):
+        lines = bodies.get(computation, [])
+        for i, line in enumerate(lines):
             if loop := _WHILE.search(line):
-                visit(loop[2], runs * _trip_count(bodies[loop[1]]), "layers", overlapped)
+                trips = _trip_count(line, bodies[loop[1]])
+                visit(loop[2], runs * trips, "layers", overlapped)
             elif named := _collective(line, shape, computation):
                 key, one = named
-                overlaps = overlapped or one.overlapped
-                found.setdefault(key, replace(one, count=runs, where=where, overlapped=overlaps))
+                overlaps, at = overlapped or one.overlapped, where
+                if _OF_GPU in line:
+                    overlaps = one.overlapped and _works_meanwhile(lines[i + 1 :], key[1])
+                    # The loop of the backward pass has its first or last turn outside.
+                    at = "layers" if "while/body" in one.purpose else where
+                found.setdefault(key, replace(one, count=runs, where=at, overlapped=overlaps))
             else:
                 async_ = "async_execution_thread" in line or "async-collective" in line
                 for callee in _CALLEE.findall(line):
@@ -271,12 +277,31 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def _trip_count(condition: list[str]) -> int:
-    """The trip count of a loop: the constant that its condition compares the counter with."""
+def _trip_count(loop: str, condition: list[str]) -> int:
+    """The trip count of a loop: as XLA has noted it, or the constant that its condition compares
+    the counter with.
+    """
+    if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop):
+        return int(noted[1])
     bounds = [
         int(n) for line in condition for n in re.findall(r" s32\[\]\S* constant\((\d+)\)", line)
     ]
     return max(bounds, default=1)
+
+
+_OF_GPU = '"is_sync":'  # in the attributes of a GPU's collective
+_WORK = re.compile(r" (?:fusion|custom-call|while)\(")
+
+
+def _works_meanwhile(lines: list[str], start: str) -> bool:
+    """Whether anything is computed in the lines from a collective's start to its end."""
+    done = re.compile(rf"-done\(%?{re.escape(start)}\)")
+    for line in lines:
+        if done.search(line):
+            return False
+        if _WORK.search(line):
+            return True
+    return False
 
 
 def _collective(
@@ -304,7 +329,8 @@ def _collective(
         kind = REDUCE_SCATTER
     # A gather fused into several fusions appears in each; its chain names it once.
     chain = re.search(r'chain_id="(\d+)"', line)
-    async_ = bool(start or chain) or computation.startswith("async_coll")
+    synchronous = '"is_sync":true' in line
+    async_ = not synchronous and (bool(start or chain) or computation.startswith("async_coll"))
     op = re.search(r'op_name="([^"]*)"', line)
     one = Collective(kind, axes, group, size, 1, op[1] if op else "", overlapped=async_)
     return ("chain", chain[1]) if chain else (computation, name), one

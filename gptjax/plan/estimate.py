@@ -126,9 +126,9 @@ def _attention(cfg: Config, machine: Machine) -> tuple[str, ...]:
         part = cfg.train.seq_len // cfg.mesh.context
         why = (
             "needs the reference attention, which keeps every score and is not planned for: the "
-            "kernels lack ALiBi, dropout in attention and, on GPUs, document masks and float32 (of "
-            "these the ring of a context axis lacks dropout alone); on TPUs, train.seq_len / "
-            f"mesh.context = {part} must be a multiple of 128"
+            "kernels lack ALiBi, dropout in attention and, on GPUs, float32 (of these the ring of "
+            "a context axis lacks dropout alone; compute.dtype=bfloat16 is another way); on TPUs, "
+            f"train.seq_len / mesh.context = {part} must be a multiple of 128"
         )
         raise ConfigError([f"compute.attention={cfg.compute.attention}: {machine.name} {why}"])
     return chosen

@@ -124,15 +124,19 @@ def _tensors(plan: Plan) -> Iterator[str]:
 
 def compiled(plan: Plan, found: Compiled) -> Iterator[str]:
     """The compiled step's memory and communication beside the plan's."""
-    yield f"compiled  by the TPU's compiler in {found.seconds:.0f} s"
+    compilers = {"tpu": "the TPU's compiler", "gpu": "XLA's compiler for GPUs"}
+    device = plan.machine.device
+    yield f"compiled  by {compilers[device.platform]} in {found.seconds:.0f} s"
     if found.out_of_memory:
         yield f"  {out_of_memory(plan, found)}"
         return
     ratio = plan.total / found.peak
     yield (
-        f"  memory: {found.peak / GIB:.2f} GiB of {plan.machine.device.memory / GIB:.2f}; "
+        f"  memory: {found.peak / GIB:.2f} GiB of {device.memory / GIB:.2f}; "
         f"predicted {plan.total / GIB:.2f}, ratio {ratio:.3f}"
     )
+    if found.peak > device.memory:  # of which the compiler for GPUs says nothing
+        yield f"  does not fit; {ways_to_fit(plan)}"
     yield from _comparison(plan.collectives, found.collectives)
     total = sum(one.wire_bytes for one in found.collectives)
     predicted = sum(one.wire_bytes for one in plan.collectives)
@@ -216,6 +220,7 @@ def compiled_dict(found: Compiled) -> dict[str, Any]:
         "argument_bytes": found.arguments,
         "out_of_memory": found.out_of_memory,
         "warnings": found.warnings,
+        "overlapped_wire_bytes": sum(c.wire_bytes for c in found.collectives if c.overlapped),
         "collectives": _collectives_dicts(found.collectives),
     }
 

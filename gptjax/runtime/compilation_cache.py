@@ -13,9 +13,15 @@ from gptjax.runtime import hardware
 _OFFLOADED = ("all_gather", "reduce_scatter", "all_reduce")
 
 
-def options(device_kind: str) -> dict[str, str]:
-    """Compiler options for a program on such devices, as jax's `compile` takes them."""
+def options(device_kind: str) -> dict[str, str | bool]:
+    """Compiler options for a program on such devices, as jax's `compile` takes them.
+
+    On GPUs the scheduler that hides collectives behind arithmetic, which is not on by itself before
+    the H100.
+    """
     device = hardware.find(device_kind)
+    if device is not None and device.platform == "gpu":
+        return {"xla_gpu_enable_latency_hiding_scheduler": True}
     if device is None or not device.sparse_core:
         return {}
     return {f"xla_tpu_enable_sparse_core_collective_offload_{k}": "true" for k in _OFFLOADED}

@@ -128,79 +128,96 @@ _TPUS = (
 )
 
 
+GPU_MEMORY_FRACTION = 0.92
+"""The share of a GPU's memory that JAX's allocator takes for arrays and programs: `import gptjax`
+sets XLA_PYTHON_CLIENT_MEM_FRACTION to it, where it is not set, as JAX itself leaves a quarter. The
+rest is for CUDA's context, NCCL's buffers and cuBLAS's and cuDNN's own.
+"""
+
+
 def _gpu(
-    name: str, product: str, kind: str, *, tflops: float, memory: float, hbm: float, link: float
+    name: str,
+    *kinds: str,
+    tflops: float,
+    gib: float,
+    hbm: float,
+    link: float,
+    net: float = 5e10,
+    node: int = 8,
 ) -> Device:
-    """A GPU in nodes of eight, each with an adapter of 200 (A100) or 400 Gb/s."""
+    """A GPU with `gib` of memory in all, in nodes of `node`."""
     return Device(
         name=name,
-        product=product,
-        kinds=(kind,),
+        product=kinds[0],
+        kinds=kinds,
         tflops=tflops,
-        memory=memory,
+        memory=GPU_MEMORY_FRACTION * gib * GIB,
         hbm_bandwidth=hbm,
         link_bandwidth=link,
-        network_bandwidth=2.5e10 if name.startswith("a100") else 5e10,
-        devices_per_host=8,
+        network_bandwidth=net,
+        devices_per_host=node,
     )
 
 
-# NVIDIA's data sheets, without sparsity, as cited by jax-ml.github.io/scaling-book/gpus and
-# glennklockwood.com; memory is what nvidia-smi shows. `link` is NVLink, of an H100 PCIe PCIe 5.0.
+# NVIDIA's data sheets: dense bfloat16 with float32 sums, as cited by jax-ml.github.io/scaling-book/
+# gpus and glennklockwood.com for A100 to B200. Memory is what XLA's compiler describes of a GPU, or
+# nvidia-smi shows. `link` is NVLink one way or, without it, PCI Express 4 (32 GB/s) or 5 (64 GB/s);
+# the adapter has 200 Gb/s a GPU for A100 and 400 otherwise, or 100 where there is no NVLink.
 _GPUS = (
     _gpu(
-        "a100",
-        "NVIDIA A100 80GB",
-        "NVIDIA A100-SXM4-80GB",
-        tflops=312,
-        memory=80 * GIB,
-        hbm=2.039e12,
-        link=3e11,
+        "a100", "NVIDIA A100-SXM4-80GB", tflops=312, gib=79.25, hbm=2.039e12, link=3e11, net=2.5e10
     ),
     _gpu(
         "a100-40gb",
-        "NVIDIA A100 40GB",
         "NVIDIA A100-SXM4-40GB",
         tflops=312,
-        memory=40 * GIB,
+        gib=39.42,
         hbm=1.555e12,
         link=3e11,
+        net=2.5e10,
     ),
     _gpu(
-        "h100",
-        "NVIDIA H100",
-        "NVIDIA H100 80GB HBM3",
-        tflops=989.4,
-        memory=79.6 * GIB,
-        hbm=3.35e12,
-        link=4.5e11,
+        "a100-pcie",
+        "NVIDIA A100 80GB PCIe",
+        tflops=312,
+        gib=79.25,
+        hbm=1.935e12,
+        link=3.2e10,
+        net=2.5e10,
     ),
-    _gpu(
-        "h100-pcie",
-        "NVIDIA H100 PCIe",
-        "NVIDIA H100 PCIe",
-        tflops=756,
-        memory=79.6 * GIB,
-        hbm=2e12,
-        link=6.4e10,
-    ),
+    _gpu("h100", "NVIDIA H100 80GB HBM3", tflops=989.4, gib=79.11, hbm=3.35e12, link=4.5e11),
+    _gpu("h100-pcie", "NVIDIA H100 PCIe", tflops=756, gib=79.11, hbm=2e12, link=6.4e10),
+    _gpu("h100-nvl", "NVIDIA H100 NVL", tflops=835, gib=93.58, hbm=3.94e12, link=3e11, node=2),
     _gpu(
         "h200",
         "NVIDIA H200",
-        "NVIDIA H200",
+        "NVIDIA H200 141GB HBM3e",
         tflops=989.4,
-        memory=140.4 * GIB,
+        gib=140.4,
         hbm=4.8e12,
         link=4.5e11,
     ),
+    _gpu("gh200", "NVIDIA GH200 480GB", tflops=989.4, gib=95.58, hbm=4e12, link=4.5e11, node=1),
+    _gpu("b200", "NVIDIA B200", tflops=2250, gib=178.36, hbm=8e12, link=9e11),
+    _gpu("gb200", "NVIDIA GB200", tflops=2500, gib=184.3, hbm=8e12, link=9e11, node=4),
+    _gpu("l40s", "NVIDIA L40S", tflops=362, gib=44.99, hbm=8.64e11, link=3.2e10, net=1.25e10),
     _gpu(
-        "b200",
-        "NVIDIA B200",
-        "NVIDIA B200",
-        tflops=2250,
-        memory=179.1 * GIB,
-        hbm=8e12,
-        link=9e11,
+        "rtx4090",
+        "NVIDIA GeForce RTX 4090",
+        tflops=165.2,
+        gib=23.99,
+        hbm=1.008e12,
+        link=3.2e10,
+        net=1.25e10,
+    ),
+    _gpu(
+        "rtx5090",
+        "NVIDIA GeForce RTX 5090",
+        tflops=209.5,
+        gib=31.84,
+        hbm=1.792e12,
+        link=6.4e10,
+        net=1.25e10,
     ),
 )
 

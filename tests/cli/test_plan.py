@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.plan import aot
+from gptjax.plan import aot, gpu_compiler
 
 REPO = Path(__file__).resolve().parents[2]
 SMALL = str(REPO / "configs" / "gpt2.py:small")
@@ -196,16 +196,17 @@ def test_invalid_options_fail_in_one_line(run, words, wanted) -> None:
         assert part in sentence(err)
 
 
-def test_compile_for_gpus_is_refused(run) -> None:
+def test_compile_without_the_compiler_for_gpus_says_what_to_install(run, monkeypatch) -> None:
+    monkeypatch.setattr(gpu_compiler, "_plugin", lambda: None)
     code, _, err = run(SMALL, "--machine", "h100:8", "--compile")
     assert code == 2
-    assert "--compile, --sampling: h100:8: only TPUs" in sentence(err)
+    assert "pip install 'gptjax[gpu-plan]'" in sentence(err)
 
 
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (("--machine", "h100:8", "--data.documents", "mask"), "document masks"),
+        (("--machine", "h100:8", "--compute.dtype", "float32"), "on GPUs, float32"),
         (("--machine", "v5e:4x4", "--compute.attention", "cudnn"), "needs a gpu"),
         (("--machine", "v5e:4x4", "--model.dropout", "0.1"), "dropout"),
     ],

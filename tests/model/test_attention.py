@@ -193,7 +193,8 @@ def test_ring_requires_a_context_axis():
         ("tpu", ("alibi",), "reference"),
         ("gpu", (), "cudnn"),
         ("gpu", ("window", "grouped"), "cudnn"),
-        ("gpu", ("segments",), "reference"),
+        ("gpu", ("segments", "grouped"), "cudnn"),
+        ("gpu", ("segments", "window"), "reference"),
         ("gpu", ("dropout",), "reference"),
         ("cpu", ("context",), "ring"),
         ("gpu", ("context", "segments", "alibi"), "ring"),
@@ -210,6 +211,9 @@ def test_auto_chooses_the_fastest_backend_with_every_feature(platform, features,
     ("name", "sizes", "why"),
     [
         ("cudnn", Sizes("float32", 256), "compute.dtype=bfloat16"),
+        ("cudnn", Sizes("bfloat16", 1023), "multiple of 2, not 1023"),
+        ("cudnn", Sizes("bfloat16", 1024, head=60), "heads of a multiple of 8, not 60"),
+        ("cudnn", Sizes("bfloat16", 1024, head=160), "heads of at most 128, not 160"),
         ("splash", Sizes("bfloat16", 200), "multiple of 128, not 200"),
     ],
 )
@@ -257,8 +261,13 @@ def test_an_unknown_backend_is_an_error_that_names_the_known_ones():
 # --- backends of other hardware, as far as they run here -----------------------------------------
 
 
-@pytest.mark.parametrize(("window", "kv_heads"), [(None, 4), (None, 2), (1, 4), (7, 2), (500, 1)])
-def test_arguments_to_cudnn_mean_the_same_as_the_references(on_mesh, monkeypatch, window, kv_heads):
+@pytest.mark.parametrize(
+    ("window", "kv_heads", "segmented"),
+    [(None, 4, False), (None, 2, True), (1, 4, False), (7, 2, False), (500, 1, False)],
+)
+def test_arguments_to_cudnn_mean_the_same_as_the_references(
+    on_mesh, monkeypatch, window, kv_heads, segmented
+):
     original, asked = jax.nn.dot_product_attention, []
 
     def in_xla(*args, implementation, **settings):
@@ -268,10 +277,11 @@ def test_arguments_to_cudnn_mean_the_same_as_the_references(on_mesh, monkeypatch
     monkeypatch.setattr(jax.nn, "dot_product_attention", in_xla)
     arrays = make(40, heads=4, kv_heads=kv_heads)
     cudnn = vendor.Cudnn()
-    attend = lambda q, k, v: cudnn.attend_local(q, k, v, None, window, HEAD**-0.5)
+    segments = segments_of(40) if segmented else None
+    attend = lambda q, k, v: cudnn.attend_local(q, k, v, segments, window, HEAD**-0.5)
     got = both_passes(attend, *arrays)
     assert asked == ["cudnn"]
-    assert_same(got, attend_on(on_mesh(), arrays, "reference", window=window))
+    assert_same(got, attend_on(on_mesh(), arrays, "reference", window=window, segments=segments))
 
 
 @pytest.mark.parametrize(

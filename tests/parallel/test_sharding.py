@@ -232,10 +232,10 @@ def test_initialisers_draw_the_same_numbers_for_any_layout(on_mesh):
 
 
 class Place:
-    """Stands for a device of a torus, of which only the coordinates are asked."""
+    """Stands for a device, of which only the platform and the coordinates are asked."""
 
-    def __init__(self, *coords):
-        self.coords = coords
+    def __init__(self, *coords, platform="tpu"):
+        self.coords, self.platform = coords, platform
 
 
 def line(*sizes, order=None):
@@ -253,7 +253,8 @@ def line(*sizes, order=None):
         (line(4, 8, order=(1, 0)), (4, 8, 1)),
         (line(4, 4, 8), (4, 4, 8)),
         (line(1, 4, 2), (4, 2, 1)),
-        ([object()] * 8, (8, 1, 1)),  # no coordinates: any device that is no TPU's
+        # Two nodes of eight GPUs: one axis, for NCCL knows better than a mesh what is near.
+        ([Place(0, i // 8, i % 8, platform="gpu") for i in range(16)], (16, 1, 1)),
         ([Place(0, 0), Place(0, 1), Place(1, 1), Place(1, 0)], (4, 1, 1)),  # a snake
     ],
 )

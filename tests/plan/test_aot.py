@@ -7,7 +7,6 @@ import textwrap
 
 import pytest
 
-from gptjax.errors import ConfigError
 from gptjax.plan import aot
 from gptjax.plan.collectives import (
     ALL_GATHER,
@@ -17,7 +16,6 @@ from gptjax.plan.collectives import (
     REDUCE_SCATTER,
     Collective,
 )
-from gptjax.plan.machines import parse
 
 MESH = {"data": 2, "fsdp": 4}
 
@@ -298,9 +296,40 @@ def test_requested_memory_is_read_from_out_of_memory_message(message, gigabytes)
     assert aot.requested_gib(message) == pytest.approx(gigabytes)
 
 
-def test_compiling_for_gpus_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--compile, --sampling: h100:8: only TPUs"):
-        aot.devices(parse("h100:8"))
+GPU_LOOP = """
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %ag = ((bf16[4]), bf16[16]) all-gather-start(%x), replica_groups={{0,1,2,3}}, dimensions={0}, backend_config={"collective_backend_config":{"is_sync":SYNC}}
+  BETWEEN
+  %agd = bf16[16] all-gather-done(%ag)
+  %f2 = f32[8] fusion(%agd), kind=kLoop, calls=%fused
+}
+%cond (p: (s32[], f32[8])) -> pred[] {
+  ROOT %c = pred[] fusion(%p), kind=kLoop, calls=%compare
+}
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"31"}}
+  %rs = f32[4] reduce-scatter(%y), replica_groups={{0,1,2,3}}, dimensions={0}, metadata={op_name="jvp()/while/body/x"}, backend_config={"collective_backend_config":{"is_sync":true}}
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("sync", "between", "overlapped"),
+    [
+        ("false", "%f1 = f32[8] fusion(%z), kind=kLoop, calls=%fused", True),
+        ("false", "%b = f32[8] bitcast(%z)", False),
+        ("true", "%f1 = f32[8] fusion(%z), kind=kLoop, calls=%fused", False),
+    ],
+)
+def test_collectives_of_gpus_overlap_with_what_is_scheduled_meanwhile(
+    sync, between, overlapped
+) -> None:
+    text = GPU_LOOP.replace("SYNC", sync).replace("BETWEEN", between)
+    gather, scatter = aot.program_collectives(text, {"fsdp": 4})
+    assert (gather.kind, gather.count, gather.bytes) == ("all-gather", 31, 32)
+    assert gather.overlapped is overlapped
+    assert (scatter.kind, scatter.count, scatter.overlapped) == ("reduce-scatter", 1, False)
+    assert gather.where == scatter.where == "layers"  # a turn outside of its loop is one of it
 
 
 def test_transfers_between_slices_are_collectives() -> None:

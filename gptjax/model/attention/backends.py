@@ -86,6 +86,8 @@ class Backend(ABC):
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
     length_multiple: ClassVar[int] = 1
     """Divides a device's part of a sequence."""
+    head_multiple: ClassVar[int] = 1
+    """Divides the width of a head."""
     max_head: ClassVar[int] = 2**31
     """Its widest head."""
     requires_context: ClassVar[bool] = False
@@ -110,6 +112,8 @@ class Backend(ABC):
             return f"needs compute.dtype={'/'.join(self.dtypes)}"
         if sizes.length % self.length_multiple:
             return f"needs sequences of a multiple of {self.length_multiple}, not {sizes.length}"
+        if sizes.head % self.head_multiple:
+            return f"needs heads of a multiple of {self.head_multiple}, not {sizes.head}"
         if sizes.head > self.max_head:
             return f"needs heads of at most {self.max_head}, not {sizes.head}"
         return None

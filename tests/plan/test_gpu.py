@@ -1,0 +1,101 @@
+"""The plan against XLA's compiler for GPUs, on a machine without one.
+
+Each compiles in a process of its own: half a minute each. A model's layers are one loop.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptjax.errors import ConfigError
+from gptjax.plan import gpu_compiler, machines
+
+REPO = Path(__file__).resolve().parents[2]
+TOLERANCE = 0.1
+
+INSTALLED = pytest.mark.skipif(
+    gpu_compiler._plugin() is None,
+    reason="no compiler for GPUs: pip install 'gptjax[gpu-plan]' on Python 3.12",
+)
+
+
+def test_without_the_compiler_the_extra_is_named(monkeypatch) -> None:
+    monkeypatch.setattr(gpu_compiler, "_plugin", lambda: None)
+    with pytest.raises(ConfigError, match=r"pip install 'gptjax\[gpu-plan\]'"):
+        gpu_compiler.devices(machines.parse("h100:8"))
+
+
+DESCRIBED = b"""\0gpu_device_info {
+  cuda_compute_capability { %b }
+}
+platform_name: "CUDA"
+device_description_str: "%b"
+\0"""
+
+
+def test_descriptions_are_read_from_a_library(tmp_path, monkeypatch) -> None:
+    library = tmp_path / "plugin.so"
+    ours = (b"major: 9", b"NVIDIA H100 80GB HBM3"), (b"major: 12 minor: 1", b"Another")
+    library.write_bytes(b"\x7fELF" + b"".join(DESCRIBED % one for one in ours) + b"\xff\0")
+    found = gpu_compiler.descriptions(library)
+    capabilities = {kind: gpu_compiler._compute_capability(text) for kind, text in found.items()}
+    assert capabilities == {"NVIDIA H100 80GB HBM3": (9, 0), "Another": (12, 1)}
+    monkeypatch.setattr(gpu_compiler, "_plugin", lambda: library)
+    with pytest.raises(ConfigError, match="no description of NVIDIA B200"):
+        gpu_compiler.devices(machines.parse("b200:8"))
+
+
+def plan(*words: str) -> dict:
+    command = [sys.executable, "-m", "gptjax", "plan", *words, "--compile", "--json"]
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+LLAMA = (
+    "llama:llama3_8b --train.seq-len 8192 --train.batch-tokens 65536 --compute.remat block "
+    "--compute.dtype bfloat16"
+)
+
+
+@INSTALLED
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "overlapped"),
+    [
+        (f"{LLAMA} --machine h100:8 --mesh.fsdp 8", 0.95),
+        pytest.param(f"{LLAMA} --machine a100:8 --mesh.fsdp 8", 0.95, marks=pytest.mark.exhaustive),
+        pytest.param(
+            f"{LLAMA} --machine h100:16 --mesh.fsdp 16 --train.batch-tokens 131072",
+            0.95,
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(
+            "gpt2:small --machine h100:1 --compute.dtype bfloat16 --train.accumulation 16",
+            None,
+            marks=pytest.mark.exhaustive,
+        ),
+    ],
+)
+def test_compiled_step_has_predicted_memory_and_communication(words, overlapped) -> None:
+    planned = plan(*words.split())
+    found = planned["compiled"]
+    assert planned["memory_total_bytes"] == pytest.approx(found["peak_bytes"], rel=TOLERANCE)
+    sent = sum(one["wire_bytes"] for one in found["collectives"])
+    predicted = sum(one["wire_bytes"] for one in planned["collectives"])
+    assert predicted == pytest.approx(sent, rel=TOLERANCE)
+    if overlapped is not None:
+        assert found["overlapped_wire_bytes"] / sent > overlapped
+
+
+@INSTALLED
+def test_the_compiler_describes_the_gpus_that_can_be_planned_for() -> None:
+    known = gpu_compiler.descriptions(gpu_compiler._plugin())
+    gpus = [one for one in machines.DEVICES.values() if one.platform == "gpu"]
+    missing = {one.name for one in gpus if not known.keys() & set(one.kinds)}
+    assert missing == {"h100-nvl", "gh200", "l40s", "rtx4090", "rtx5090"}  # arithmetic alone
