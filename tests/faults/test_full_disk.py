@@ -54,6 +54,7 @@ def train(command_line, tmp_path):
     return run
 
 
+@pytest.mark.exhaustive  # soak.py fills a disk at random
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compile")
 def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(disk, train, tmp_path) -> None:

@@ -126,8 +126,9 @@ def test_sigterm_saves_all_at_the_same_step_and_another_layout_continues(
         assert sorted(chain(*trained)) == sorted(ids)
 
 
+@pytest.mark.exhaustive
 def test_checkpoint_of_four_processes_is_restored_by_two(start) -> None:
-    """Restoring compares each array's fingerprint with the saved one, so equality is bitwise."""
+    """Of the run "four" above. Restoring compares fingerprints, so equality is bitwise."""
     job = start("four", 2, "--mesh.fsdp", "2")
     assert job.wait() == [0, 0]
     assert f"resumed after step {STEPS} of {STEPS}" in job.stderr(0)
