@@ -22,6 +22,7 @@ ENVIRONMENT = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles faster
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "TF_ENABLE_ONEDNN_OPTS": "0",
+    "TF_USE_LEGACY_KERAS": "1",  # as import_tensorflow has it
     "XLA_FLAGS": "",
     "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",  # of killed ones
 }

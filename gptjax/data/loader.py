@@ -6,17 +6,18 @@ only when a pipeline is built, and never sees an accelerator.
 Shapes: B sequences of this process, T sequence length, W = T + 1 window length.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from gptjax.config import Config
 from gptjax.data.permutation import Order
 from gptjax.data.store import Manifest, Reader
+from gptjax.data.tf_import import import_tensorflow
 from gptjax.errors import DataError
 
 
@@ -112,10 +113,7 @@ def _stream(
 
     A tf.data call costs 0.25 ms whatever its size, so each call reads several steps.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # unused here, and it announces itself
-    import tensorflow as tf
-
+    tf = import_tensorflow()
     tf.config.set_visible_devices([], "GPU")
     tf.config.set_visible_devices([], "TPU")
     count = -(-prefetch // 2)
@@ -131,7 +129,7 @@ def _stream(
             raise
 
     @tf.autograph.experimental.do_not_convert
-    def block(start: tf.Tensor) -> tf.Tensor:
+    def block(start: Any) -> Any:
         return tf.numpy_function(read_block, [start], tf.int32, stateful=False)
 
     options = tf.data.Options()

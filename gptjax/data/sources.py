@@ -26,6 +26,7 @@ from etils import epath
 from gptjax.config import DataConfig
 from gptjax.config.registry import DATA_SOURCES
 from gptjax.data.files import Counts, Decoder, Document, TextFile, record
+from gptjax.data.tf_import import import_tensorflow
 from gptjax.errors import DataError
 from gptjax.runtime import regular_file
 
@@ -76,7 +77,7 @@ class TfdsDataset:
 
     def documents(self, cfg: DataConfig, counts: Counts) -> Iterator[Document]:
         """One document for each record."""
-        import tensorflow as tf
+        tf = import_tensorflow()
         import tensorflow_datasets as tfds
 
         builder = self._builder()
@@ -102,6 +103,7 @@ class TfdsDataset:
         """The TFDS builder; never downloads."""
         option = f"data.sources=tfds:{self.dataset}"
         try:
+            import_tensorflow()  # before the package does it
             import tensorflow_datasets as tfds
             from google.protobuf.json_format import ParseError
         except ImportError as error:

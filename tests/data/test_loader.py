@@ -1,6 +1,9 @@
 """The input pipeline: the windows that `Order` gives, from any step, in any process."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -228,3 +231,19 @@ def test_benchmark_reports_lowest_median_and_highest_rate(tmp_path: Path) -> Non
     manifest = write(tmp_path, 2000)
     low, median, high = loader.bench(config(tmp_path, SEQ, 4), manifest, seconds=0.2)
     assert 0 < low <= median <= high
+
+
+IMPORT = """
+import sys
+from gptjax.data.tf_import import import_tensorflow
+tf = import_tensorflow()
+assert "keras" not in sys.modules
+assert tf.keras.__version__ >= "3"
+"""
+
+
+@pytest.mark.slow
+def test_tensorflow_is_imported_without_keras_which_works_when_it_is_used() -> None:
+    clean = {k: v for k, v in os.environ.items() if k != "TF_USE_LEGACY_KERAS"}
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, env=clean)
+    assert done.returncode == 0, done.stderr

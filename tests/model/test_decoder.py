@@ -471,7 +471,7 @@ def test_attention_backends_are_chosen_by_exactly_the_features_that_the_model_ne
     def chosen(compute="auto", segments=False, training=False, context=1, **fields):
         with on_mesh(context=context):
             return decoder.attention_backends(
-                tiny_model(**fields),
+                tiny_model(head_dim=8, **fields),
                 ComputeConfig(attention=compute, dtype="bfloat16"),
                 "gpu",
                 32,
@@ -481,7 +481,9 @@ def test_attention_backends_are_chosen_by_exactly_the_features_that_the_model_ne
 
     assert chosen() == ("cudnn",)
     assert chosen(pattern=("full", "window"), window=4, kv_heads=2) == ("cudnn", "cudnn")
-    assert chosen(segments=True) == ("reference",)
+    assert chosen(segments=True) == ("cudnn",)
+    mixed = {"pattern": ("full", "window"), "window": 4}
+    assert chosen(segments=True, **mixed) == ("cudnn", "reference")
     assert chosen(positions="alibi") == ("reference",)
     assert chosen(context=2) == ("ring",)
     assert chosen(dropout=0.1) == ("cudnn",)
