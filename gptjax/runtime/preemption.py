@@ -87,12 +87,20 @@ class PreemptionHandler:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within this block a signal raises Interrupted, as does one that was recorded before."""
+        """Within this block a signal raises Interrupted, as does one that was recorded before.
+
+        So does any error after a signal: libraries in C++ may turn an exception that is raised in
+        them into another one.
+        """
         self._raises = True
         try:
             if self.signal is not None:
                 raise Interrupted(self.signal)
             yield
+        except Exception as error:
+            if self.signal is None or isinstance(error, Interrupted):
+                raise
+            raise Interrupted(self.signal) from error
         finally:
             self._raises = False
 

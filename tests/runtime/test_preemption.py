@@ -112,6 +112,20 @@ def test_interruptible_phase_raises_interrupted_at_a_signal(number: signal.Signa
     assert reached == ["begun"]
 
 
+def test_a_library_that_turns_the_exception_into_its_own_is_interrupted_too() -> None:
+    def library() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Interrupted:
+            raise AttributeError("'list' object has no attribute '_type_spec'") from None
+
+    with PreemptionHandler() as handler:
+        with pytest.raises(AttributeError), handler.at_once():
+            raise AttributeError("without a signal")
+        with pytest.raises(Interrupted), handler.at_once():
+            library()
+
+
 def test_signal_after_an_interruptible_phase_is_only_recorded() -> None:
     with PreemptionHandler() as handler:
         with handler.at_once():
