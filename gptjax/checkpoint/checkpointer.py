@@ -309,6 +309,8 @@ class Checkpointer:
         steps, damaged = json.loads(distributed.from_first(json.dumps(self.steps()))), []
         for step in reversed(steps):
             restored, reason = self._attempt(step, abstract, partial)
+            if reason is not None:  # once more: it may have been the disk or the network
+                restored, reason = self._attempt(step, abstract, partial)
             if reason is not None:
                 self._say(f"checkpoint {step} failed verification ({reason})")
                 damaged.append(step)

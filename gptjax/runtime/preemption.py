@@ -46,8 +46,11 @@ def _kept_action(number: signal.Signals) -> Iterator[None]:
         sigaction(number, kept, None)
 
 
-class Interrupted(Exception):
-    """Raised by a signal within `PreemptionHandler.at_once`."""
+class Interrupted(BaseException):
+    """Raised by a signal within `PreemptionHandler.at_once`.
+
+    No Exception, as what handles those would take it for an error: of a damaged checkpoint, say.
+    """
 
     def __init__(self, signal: signal.Signals) -> None:
         super().__init__(signal.name)
@@ -98,7 +101,7 @@ class PreemptionHandler:
                 raise Interrupted(self.signal)
             yield
         except Exception as error:
-            if self.signal is None or isinstance(error, Interrupted):
+            if self.signal is None:
                 raise
             raise Interrupted(self.signal) from error
         finally:

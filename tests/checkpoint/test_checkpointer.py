@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from gptjax.checkpoint.checkpointer import Checkpointer, fingerprints, leaves_by
 from gptjax.config import CheckpointConfig, MeshConfig
 from gptjax.errors import CheckpointError, MismatchError, OutputError
 from gptjax.parallel.mesh import make_mesh
+from gptjax.runtime.preemption import Interrupted, PreemptionHandler
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -178,6 +180,33 @@ def test_no_checkpoint_is_none(tmp_path) -> None:
 
 def largest(folder: Path) -> Path:
     return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_signal_while_a_checkpoint_is_read_is_no_damage(tmp_path, monkeypatch, seen) -> None:
+    """Neither where the exception arrives, nor where a library makes an error of its own of it."""
+    restore = Checkpointer._restore
+
+    def told_to_stop(self, *args):
+        monkeypatch.setattr(Checkpointer, "_restore", restore)
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Interrupted:
+            if seen:
+                raise
+            raise ValueError("of a library") from None
+
+    monkeypatch.setattr(Checkpointer, "_restore", told_to_stop)
+    with enter(), PreemptionHandler() as handler:
+        saved(tmp_path, [10, 20])
+        checkpoints = Checkpointer(tmp_path, CheckpointConfig())
+        try:
+            with handler.at_once():
+                assert int(checkpoints.restore_newest(abstract(state(20)))["step"]) == 20
+        except Interrupted:
+            assert seen
+        assert handler.signal is signal.SIGTERM
+        assert checkpoints.steps() == [10, 20]
 
 
 def flip_bit(folder: Path) -> None:
