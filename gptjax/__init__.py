@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from gptjax.pretrain import train
     from gptjax.sample import BeamSearchParams, Sampler, SamplingParams
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_FRACTION))
+if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # JAX refuses both of its names together
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_FRACTION))
 
 __all__ = [
     "BeamSearchParams",

@@ -45,7 +45,9 @@ def as_gptjax_error(
         return OutputError(f"{where}cannot be read or written: {error.strerror}")
     if isinstance(error, RuntimeError) and "home directory" in text:  # of Path.expanduser
         return ConfigError(["a path begins with ~ and the name of a user who has no home here"])
-    given = [*words, *(cfg.data.sources if cfg else ())]
+    given = list(words)
+    if cfg:
+        given += [*cfg.data.sources, *cfg.data.valid_sources, cfg.data.store, cfg.run]
     addresses = [word for word in given if "://" in word]
     if addresses and any(kind.__name__ == "OpError" for kind in type(error).__mro__):  # of gs://
         return DataError(f"{' '.join(addresses)}: {first}")

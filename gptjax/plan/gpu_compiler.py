@@ -26,8 +26,8 @@ def devices(machine: Machine) -> list[Any]:
     if plugin is None:
         raise ConfigError(
             [
-                "--compile: needs XLA's compiler for GPUs: pip install 'gptjax[gpu-plan]' (with "
-                "Python 3.12 or newer)"
+                "--compile, --sampling: need XLA's compiler for GPUs: "
+                "pip install 'gptjax[gpu-plan]' (with Python 3.12 or newer)"
             ]
         )
     known = descriptions(plugin)
@@ -35,8 +35,8 @@ def devices(machine: Machine) -> list[Any]:
     if text is None:
         raise ConfigError(
             [
-                f"--compile: {machine.name}: the compiler has no description of "
-                f"{machine.device.kinds[0]}; leave --compile away, the arithmetic needs none"
+                f"--compile, --sampling: {machine.name}: the compiler has no description of "
+                f"{machine.device.kinds[0]}; leave them away, the arithmetic needs none"
             ]
         )
     from jax.experimental import topologies

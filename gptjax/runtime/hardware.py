@@ -162,7 +162,7 @@ def _gpu(
 # NVIDIA's data sheets: dense bfloat16 with float32 sums, as cited by jax-ml.github.io/scaling-book/
 # gpus and glennklockwood.com for A100 to B200. Memory is what XLA's compiler describes of a GPU, or
 # nvidia-smi shows. `link` is NVLink one way or, without it, PCI Express 4 (32 GB/s) or 5 (64 GB/s);
-# the adapter has 200 Gb/s a GPU for A100 and 400 otherwise, or 100 where there is no NVLink.
+# the adapter has 200 Gb/s a GPU for A100 and 400 otherwise, 100 for L40S and GeForce.
 _GPUS = (
     _gpu(
         "a100", "NVIDIA A100-SXM4-80GB", tflops=312, gib=79.25, hbm=2.039e12, link=3e11, net=2.5e10

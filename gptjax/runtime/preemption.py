@@ -31,8 +31,13 @@ def preemptible(what: str) -> Iterator[None]:
                 yield
         except Interrupted:
             assert handler.signal is not None
-            message = f"told to stop by {handler.signal.name} while {what}"
-            raise Preempted(message, alone=True) from None
+            raise _preempted(handler.signal, what) from None
+    if handler.signal is not None:  # and the exception was lost, in a finalizer say
+        raise _preempted(handler.signal, what)
+
+
+def _preempted(number: signal.Signals, what: str) -> Preempted:
+    return Preempted(f"told to stop by {number.name} while {what}", alone=True)
 
 
 @contextmanager

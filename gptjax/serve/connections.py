@@ -81,6 +81,7 @@ def _config(app: ASGIApp, drain_seconds: int) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=functools.partial(Protocol, limited),  # type: ignore[arg-type]
+        loop="asyncio",  # uvloop accepts as many as there are
         backlog=limited.at_once,
         log_config=None,
         access_log=False,
@@ -129,8 +130,8 @@ class Protocol(H11Protocol):
             self._stop_waiting()
             return
         self._limited.waiting.setdefault(self)
-        if self.conn.their_state is h11.SEND_BODY:  # which has its own limit, in api.py
-            self._stop_timer()
+        if self.conn.their_state is h11.SEND_BODY and self.conn.our_state is not h11.DONE:
+            self._stop_timer()  # api.py limits the body that it reads
         elif self._timer is None:
             self._timer = self.loop.call_later(HEAD_SECONDS, self._late)
 

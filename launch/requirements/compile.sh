@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes the lists of packages with their hashes, of Python 3.12 on Linux, for the versions in
+# Writes the lists of packages with their hashes, of Python 3.12 on Linux and x86-64, for the versions in
 # constraints.txt: cpu.txt is what gptjax and its server need, the others add an accelerator's.
 #
 #   launch/requirements/compile.sh

@@ -128,6 +128,17 @@ def test_the_time_limit_holds_for_a_head_byte_by_byte_and_after_a_response(
         assert answered.startswith(b"HTTP/1.1 408")
 
 
+def test_a_body_after_its_response_has_the_time_limit_too(start, monkeypatch) -> None:
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.5)
+    with start(token=b"secret") as server, connect(server) as sock:
+        sock.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
+        )
+        assert sock.recv(1000).startswith(b"HTTP/1.1 401")
+        sock.sendall(b"x")
+        server.until(lambda: closed(sock))
+
+
 def test_connections_by_the_limit_of_open_files() -> None:
     with open_files(4096):
         assert connections.connections_by_limit().most == 1024

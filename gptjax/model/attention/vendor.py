@@ -123,9 +123,9 @@ class Cudnn(LocalBackend):
     auto_rank = 20
 
     def refusal(self, need: Requirements, sizes: Sizes, platform: str) -> str | None:
-        if need.segments and need.window:
-            return "does not support segments in a window"
-        return super().refusal(need, sizes, platform)
+        mixed = need.segments and need.window
+        why = super().refusal(need, sizes, platform)
+        return why or ("does not support segments in a window" if mixed else None)
 
     def attend_local(
         self,
