@@ -138,7 +138,8 @@ def _compile(
     if options.sampling:
         tell("")
         for name, found in aot.sampling(plan.cfg, plan.machine):
-            used = "does not fit" if found.out_of_memory else f"{found.peak / GIB:.2f} GiB a device"
+            used = f"{found.peak / GIB:.2f} GiB a device" if found.peak else "out of memory"
+            used += "" if found.fits(plan.machine.device.memory) else ": does not fit"
             sent = sum(one.wire_bytes for one in found.collectives)
             took = f"compiled in {found.seconds:.0f} s"
             tell(f"{name:28} {used}, {sent / 1e6:,.1f} MB sent a pass, {took}")

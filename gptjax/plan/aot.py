@@ -54,6 +54,10 @@ class Compiled:
     warnings: list[str] = field(default_factory=list)
     out_of_memory: str | None = None
 
+    def fits(self, memory: float) -> bool:
+        """Whether it runs in so many bytes; XLA refuses what is too large for TPUs alone."""
+        return self.out_of_memory is None and self.peak <= memory
+
 
 def devices(machine: Machine) -> list[Any]:
     """Descriptions of a machine's devices, to compile programs for.

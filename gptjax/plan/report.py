@@ -135,7 +135,7 @@ def compiled(plan: Plan, found: Compiled) -> Iterator[str]:
         f"  memory: {found.peak / GIB:.2f} GiB of {device.memory / GIB:.2f}; "
         f"predicted {plan.total / GIB:.2f}, ratio {ratio:.3f}"
     )
-    if found.peak > device.memory:  # of which the compiler for GPUs says nothing
+    if not found.fits(device.memory):
         yield f"  does not fit; {ways_to_fit(plan)}"
     yield from _comparison(plan.collectives, found.collectives)
     total = sum(one.wire_bytes for one in found.collectives)
