@@ -91,6 +91,8 @@ def memory_use(
     layers_are_peak = gradients + layer >= loss  # during the loss, layers have no gradients yet
     use["gradients"] = accumulated + (gradients if layers_are_peak else 0.0)
     use["saved activations"] = _saved_activations(shape)
+    if "cudnn" in attention and cfg.data.documents == "mask":  # [b, 1, T, T], once for all layers
+        use["document mask"] = shape.microbatch * cfg.train.seq_len * shape.itemsize
     use["layer workspace" if layers_are_peak else "loss workspace"] = (
         layer if layers_are_peak else loss
     )

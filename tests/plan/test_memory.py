@@ -3,12 +3,13 @@
 import jax
 import pytest
 
+from gptjax import config
 from gptjax.checkpoint.checkpointer import leaves_by_path
 from gptjax.config import MoeConfig
 from gptjax.model import decoder
 from gptjax.parallel import sharding
 from gptjax.parallel.mesh import AXES
-from gptjax.plan import memory
+from gptjax.plan import estimate, machines, memory
 from gptjax.training import step
 
 MESHES = {
@@ -235,3 +236,17 @@ def test_loss_chunks_use_less_memory_for_logits(big) -> None:
     whole, chunks = (g["loss workspace"] for g in groups)
     logits = 64 * 512 // 4 * 65536 * 4
     assert whole - chunks >= logits * 7 / 8
+
+
+@pytest.mark.parametrize(("machine", "gib"), [("h100:8", 2.0), ("v5p:2x2x2", 0.0)])
+def test_cudnns_bias_for_document_masks_is_counted(machine, gib) -> None:
+    words = ["--train.seq-len", "32768", "--model.context", "32768", "--mesh.fsdp", "8"]
+    words += ["--train.batch-tokens", "262144", "--compute.dtype", "bfloat16"]
+    with_masks, without = (
+        estimate.plan(
+            config.resolve("llama:llama3_8b", [*words, "--data.documents", one]),
+            machines.parse(machine),
+        )
+        for one in ("mask", "ignore")
+    )
+    assert with_masks.total - without.total == gib * 2**30
