@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from gptjax.config.mesh import MeshConfig
 from gptjax.config.presets import find_preset
 from gptjax.config.schema import Config
 from gptjax.errors import ConfigError
@@ -185,6 +186,31 @@ def load(argument: str) -> Config:
     if file.suffix == ".py":
         return _preset(file, function or "main")
     raise ConfigError([f"{path}: not a CONFIG; give a .py preset, a .json file or a run folder"])
+
+
+def on_machine(
+    machine: str,
+    preset: str,
+    mesh: MeshConfig,
+    *,
+    compute: Mapping[str, Any] | None = None,
+    train: Mapping[str, Any] | None = None,
+) -> Config:
+    """A preset on this mesh of a machine of the planner, with further fields of two sections.
+
+    Its run folder is named after the machine too, and each shard evaluates at least a row.
+    Raises ConfigError.
+    """
+    cfg = load(preset)
+    shards = mesh.data * mesh.fsdp * mesh.expert
+    return dataclasses.replace(
+        cfg,
+        run=f"{cfg.run}-{machine.replace(':', '-')}",
+        compute=dataclasses.replace(cfg.compute, **compute or {}),
+        mesh=dataclasses.replace(mesh, machine=machine),
+        train=dataclasses.replace(cfg.train, **train or {}),
+        eval=dataclasses.replace(cfg.eval, batch=max(1, -(-cfg.eval.batch // shards)) * shards),
+    )
 
 
 def read_json(file: Path) -> Config:

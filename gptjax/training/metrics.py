@@ -92,7 +92,7 @@ class JsonlWriter:
             if (entry := _entry(line)) is None:
                 damaged.append(line)
             elif entry["step"] < first_step or (entry["step"] == first_step and "loss" in entry):
-                kept.append(line)
+                kept.append(line.rstrip(b"\r\n") + b"\n")
         if not raw.endswith(b"\n"):
             damaged = damaged[:-1]  # the last line, which a kill has cut
         if damaged:
@@ -118,7 +118,8 @@ class JsonlWriter:
 def _entry(line: bytes) -> dict[str, Any] | None:
     """The object of a whole line; None for anything else."""
     try:
-        entry = json.loads(line) if line.endswith(b"\n") else None
+        whole = line.endswith(b"\n") and b"\r" not in line.rstrip(b"\r\n")
+        entry = json.loads(line) if whole else None
     except (ValueError, RecursionError):
         return None
     known = isinstance(entry, dict) and isinstance(entry.get("step"), int)

@@ -258,6 +258,7 @@ def test_flipped_bit_is_named(tmp_path) -> None:
     assert (tmp_path / "20").is_dir()  # a reader that does not save sets nothing aside
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_anywhere_is_told_or_changes_nothing(tmp_path) -> None:
     """In the arrays, our metadata, Orbax's: never another model, never other arrays."""
     told: list[str] = []

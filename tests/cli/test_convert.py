@@ -155,6 +155,7 @@ def test_weights_come_in_without_a_tokenizer_that_cannot_be_used(capsys, folder,
     assert (code, "cannot read text" in err) == (0, True)
 
 
+@pytest.mark.slow
 def test_the_number_format_of_an_export_can_be_chosen(capsys, folder, tmp_path):
     run(capsys, "convert", f"hf:{folder}", tmp_path / "run")
     assert (
@@ -228,6 +229,7 @@ def trained(tmp_path, on_mesh, random_params) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_an_export_is_a_whole_folder_that_other_libraries_open(capsys, trained, tmp_path):
     out = tmp_path / "my-model"
     code, text, err = run(capsys, "convert", trained, f"hf:{out}")
@@ -257,6 +259,7 @@ def test_an_export_is_a_whole_folder_that_other_libraries_open(capsys, trained, 
     assert before[0] == 0
 
 
+@pytest.mark.slow
 def test_an_export_with_another_tokenizer_is_an_error_that_shows_it(
     capsys, trained, tmp_path, monkeypatch
 ):

@@ -94,6 +94,7 @@ def test_table_and_json_agree_and_json_has_all_that_reproduces_them(
     assert repeat["model"]["context"] == 64
 
 
+@pytest.mark.slow
 def test_seed_changes_confidence_intervals_and_nothing_else(folder, files, command_line) -> None:
     words = ["eval", folder, "--task", f"lambada:{files}/cloze.jsonl", "--json"]
     first, again, other = (

@@ -633,6 +633,7 @@ def test_a_prompt_that_ends_in_a_space_is_told_where_tokens_begin_with_theirs(
     assert trailing_space_note(["def "], ByteTokenizer()) == ""
 
 
+@pytest.mark.slow
 def test_sample_searches_beams(run, trained) -> None:
     words = ["sample", trained, "--prompt", "ab", "--max-tokens", 5, "--beams", 3, "--json"]
     code, out, _ = run(*words, "--samples", 3)

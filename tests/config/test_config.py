@@ -98,7 +98,7 @@ def values_of(hint: typing.Any) -> st.SearchStrategy:
     }[hint]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(values_of(Config))
 def test_json_round_trips_any_configuration(cfg: Config) -> None:
     through_json = json.loads(json.dumps(config.to_dict(cfg)))

@@ -528,6 +528,7 @@ def test_tfds_folder_gives_its_records_in_order(dataset) -> None:
     assert documents(name) == documents(f"{name}@train") == wanted
 
 
+@pytest.mark.slow
 def test_tfds_records_follow_the_same_rules_as_files(dataset) -> None:
     name = f"tfds:{dataset.folder}@odd"
     counts = Counts()
@@ -541,6 +542,7 @@ def test_tfds_records_follow_the_same_rules_as_files(dataset) -> None:
     assert "label" in message
 
 
+@pytest.mark.slow
 def test_unknown_tfds_dataset_or_split_is_reported(dataset, tmp_path: Path) -> None:
     assert refused(f"tfds:{dataset.folder}@valid").endswith(
         "@valid: no such split; available: train, odd"
@@ -549,6 +551,7 @@ def test_unknown_tfds_dataset_or_split_is_reported(dataset, tmp_path: Path) -> N
         assert refused(f"tfds:{name}").startswith(f"data.sources=tfds:{name}: no such dataset")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [name for name in BREAK if name != "damaged at the start"])
 def test_broken_tfds_file_is_reported_with_the_last_good_record(dataset, tmp_path, broken) -> None:
     folder = tmp_path / "tiny" / "1.0.0"
@@ -560,6 +563,7 @@ def test_broken_tfds_file_is_reported_with_the_last_good_record(dataset, tmp_pat
     assert refused(f"tfds:{folder}").startswith(f"tfds:{folder}@train: cannot be read after record")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
 def test_broken_tfds_metadata_is_reported(dataset, tmp_path: Path, file: str) -> None:
     folder = tmp_path / "tiny" / "1.0.0"

@@ -44,7 +44,9 @@ def choices(byte_params, byte_model) -> list[tuple[MultipleChoice, np.ndarray]]:
     return made
 
 
-@pytest.mark.parametrize(("mesh", "rows"), [((1,), 5), ((2, 2, 2), 4)], ids=str)
+@pytest.mark.parametrize(
+    ("mesh", "rows"), [((1,), 5), pytest.param((2, 2, 2), 4, marks=pytest.mark.slow)], ids=str
+)
 def test_acc_compares_log_likelihoods_and_acc_norm_those_per_character(
     mesh, rows, choices, measure
 ) -> None:
@@ -100,6 +102,7 @@ def test_answer_is_the_greedy_continuation_up_to_the_end_of_line(
     assert measured == {"it_exact_match": 3 / 5, "it_f1": 3 / 5, "it_cut": 0}
 
 
+@pytest.mark.slow
 def test_text_after_the_answers_line_is_dropped(byte_params, byte_model, measure) -> None:
     for number in range(100):  # one that is not continued by a single token again and again
         prompt = f"question {number}"
@@ -119,6 +122,7 @@ def test_text_after_the_answers_line_is_dropped(byte_params, byte_model, measure
     assert measured["it_exact_match"] == 1 / 2
 
 
+@pytest.mark.slow
 def test_truncated_examples_are_counted(measure) -> None:
     long, short = "x" * 80, "x"
     assert (

@@ -460,6 +460,7 @@ def test_separate_checkpoints_are_not_restored_beside_another_base(
 # --- merged ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_merged_models_logits_are_those_of_separate_adapters(on_mesh, tiny, random_params):
     """In the step the sum is made on a mesh, merged on one device: the logits are alike."""
     cfg = tiny()

@@ -288,7 +288,7 @@ def test_arguments_to_cudnn_mean_the_same_as_the_references(
     ("window", "kv_heads", "segmented", "cap", "context"),
     [
         pytest.param(None, 2, False, 1.5, 1, marks=pytest.mark.slow),
-        (50, 1, True, 0.0, 1),
+        pytest.param(50, 1, True, 0.0, 1, marks=pytest.mark.slow),
         pytest.param(None, 1, True, 0.0, 2, marks=pytest.mark.slow),
         pytest.param(50, 2, False, 0, 2, marks=pytest.mark.slow),
     ],

@@ -215,6 +215,7 @@ def test_capacity_overflow_drops_second_choices_first(on_mesh, tiny_config, rand
     assert not np.allclose(free, want, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_accumulation_does_not_change_the_routers_losses(on_mesh, tiny_config, random_params):
     """Both are sums over sequences, so those of half batches add up."""
     cfg = mixture(tiny_config, capacity=1.0)
@@ -231,6 +232,7 @@ def test_accumulation_does_not_change_the_routers_losses(on_mesh, tiny_config, r
         np.testing.assert_allclose(halves[0][name] + halves[1][name], value, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_on_the_balance_loss_balances_the_experts(on_mesh, tiny_config, random_params):
     cfg = mixture(tiny_config, balance_loss=1.0, router_z_loss=0.0)
     cfg = replace(cfg, model=replace(cfg.model, layers=1))

@@ -434,8 +434,13 @@ def compare(tiny_config, quick_compile):
     return seen_and_expected
 
 
-QUICK = ("accumulation", "data x fsdp x tensor")
-OFTEN = ("stages x expert", "a ring x tensor", "stages, with rounds, remat, two steps")
+QUICK = ("data x fsdp x tensor",)
+OFTEN = (
+    "accumulation",
+    "stages x expert",
+    "a ring x tensor",
+    "stages, with rounds, remat, two steps",
+)
 SLOW, EXHAUSTIVE = [pytest.mark.slow], [pytest.mark.exhaustive]
 
 

@@ -1,5 +1,6 @@
 """The search: choices fit, are ordered and can be pasted; remedies where a plan does not fit."""
 
+import functools
 import itertools
 from pathlib import Path
 
@@ -17,24 +18,26 @@ SMALL, LLAMA, MIXTRAL = (
 )
 WAYS = [
     (SMALL, "v5e:2x2"),
-    (LLAMA, "h100:16"),
-    (MIXTRAL, "v5p:4x4x4"),
+    pytest.param((LLAMA, "h100:16"), marks=pytest.mark.slow),
+    pytest.param((MIXTRAL, "v5p:4x4x4"), marks=pytest.mark.slow),
 ]
 
 
 @pytest.fixture(scope="module")
 def fronts():
-    """The front of each of WAYS."""
-    return {
-        way: search.pareto_front(config.resolve(way[0], [], "gptjax plan"), parse(way[1]))
-        for way in WAYS
-    }
+    """`fronts(way)` is the front of one of WAYS."""
+
+    @functools.cache
+    def of(way):
+        return search.pareto_front(config.resolve(way[0], [], "gptjax plan"), parse(way[1]))
+
+    return of
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_pareto_front_is_ordered_by_time_and_memory(fronts, way) -> None:
-    choices = fronts[way]
+    choices = fronts(way)
     assert len(choices) > 1
     times = [one.plan.times.expected for one in choices]
     assert times == sorted(times)
@@ -46,7 +49,7 @@ def test_pareto_front_is_ordered_by_time_and_memory(fronts, way) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_overrides_of_a_choice_give_its_plan(fronts, way) -> None:
-    for one in fronts[way]:
+    for one in fronts(way):
         words = " ".join(one.overrides).split()
         pasted = config.resolve(way[0], words, "gptjax plan")
         cfg = one.plan.cfg
@@ -59,7 +62,7 @@ def test_overrides_of_a_choice_give_its_plan(fronts, way) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_search_keeps_slices_on_data_and_tensor_within_a_node(fronts, way) -> None:
-    for one in fronts[way]:
+    for one in fronts(way):
         slow = {axis for axis, link in one.plan.links.items() if link.kind == "network"}
         assert "tensor" not in slow
         if one.plan.machine.device.platform == "tpu":  # through nodes of GPUs, fsdp may run, too
@@ -74,13 +77,14 @@ def test_search_finds_plans_over_several_gpu_nodes() -> None:
     assert all(one.plan.total < one.plan.machine.device.memory < state for one in found)
 
 
+@pytest.mark.slow
 def test_search_tries_expert_axis_only_for_mixtures(fronts) -> None:
-    assert {one.plan.sizes["expert"] for one in fronts[SMALL, "v5e:2x2"]} == {1}
-    assert max(one.plan.sizes["expert"] for one in fronts[MIXTRAL, "v5p:4x4x4"]) > 1
+    assert {one.plan.sizes["expert"] for one in fronts((SMALL, "v5e:2x2"))} == {1}
+    assert max(one.plan.sizes["expert"] for one in fronts((MIXTRAL, "v5p:4x4x4"))) > 1
 
 
 def test_fastest_choice_is_no_slower_than_single_plans(fronts) -> None:
-    fastest = fronts[SMALL, "v5e:2x2"][0].plan.times.expected
+    fastest = fronts((SMALL, "v5e:2x2"))[0].plan.times.expected
     planned = 0
     for mesh in (["--mesh.fsdp", "4"], ["--mesh.fsdp", "2", "--mesh.data", "2"]):
         for remat in ("none", "dots", "block"):
@@ -110,6 +114,7 @@ def plan_of(preset, machine, *words):
     return estimate.plan(config.resolve(preset, words, "gptjax plan"), parse(machine))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "machine", "words"),
     [

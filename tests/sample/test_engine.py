@@ -55,7 +55,10 @@ def engine_of(params, model, slots, limits=EngineLimits(), capacity=64):  # noqa
 # --- continuous batching -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("slots", "burst"), [(1, 64), (2, 64), (2, 3), (4, 1)])
+@pytest.mark.parametrize(
+    ("slots", "burst"),
+    [(2, 3), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((1, 64), (2, 64), (4, 1)))],
+)
 def test_slots_are_refilled_and_results_are_independent_of_slots_and_bursts(
     one_device, model, params, slots, burst
 ):
@@ -248,6 +251,7 @@ def test_stop_token_in_a_prompt_read_by_decode_steps_ends_nothing(one_device, mo
 # --- log-probabilities -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_logprobs_are_those_of_the_model_before_logits_processors(one_device, model, params):
     prompts = prompts_of(4, 11)
     settings = replace(DRAWN, temperature=0.7, top_k=30, presence_penalty=0.3, logprobs=3)
@@ -380,6 +384,7 @@ def test_request_beyond_the_capacity_or_the_limits_is_refused(one_device, model,
     assert exact.waiting == 1
 
 
+@pytest.mark.slow
 def test_samples_that_wait_for_slots_share_the_prefill_too(one_device, model, params, prefills):
     prompts = prompts_of(20, 13)
     settings = replace(DRAWN, samples=5)

@@ -30,8 +30,7 @@ KINDS = {
     "windowed": {"pattern": ("window", "full"), "window": 4, "positions": "rope"},
 }
 SOME_KINDS = [
-    kind if kind in ("learned", "windowed") else pytest.param(kind, marks=pytest.mark.slow)
-    for kind in KINDS
+    kind if kind == "windowed" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS
 ]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
@@ -214,6 +213,7 @@ def test_penalties_count_drawn_tokens(one_device, tiny_model, random_params):
     assert stats.chisquare(counts, len(second) * without).pvalue < 1e-3
 
 
+@pytest.mark.slow
 def test_draws_at_successive_positions_are_independent(one_device, tiny_model, random_params):
     """With a model that gives every token the same probability, so that only the streams matter."""
     model = tiny_model(vocab_size=8, layers=1)
@@ -358,6 +358,7 @@ def test_embedding_rows_beyond_the_vocabulary_are_never_drawn(one_device, model,
     assert max(i for out in generate(params, model, prompts_of(5, 5), settings) for i in out) > 9
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_over_all_rows_of_the_model(on_mesh, tiny_model, random_params):
     """A tokenizer may have fewer tokens than the model has rows: they are never drawn."""
     model = tiny_model(vocab_size=40, layers=1)

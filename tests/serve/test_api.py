@@ -41,6 +41,7 @@ def client(server) -> openai.OpenAI:
     )
 
 
+@pytest.mark.slow
 def test_prefill_is_compiled_before_the_server_is_ready(make_sampler, on_mesh, monkeypatch) -> None:
     shapes, prefill = [], decoding.prefill
     spy = lambda p, chunk, *rest: shapes.append(chunk[0].shape) or prefill(p, chunk, *rest)
@@ -112,6 +113,7 @@ def test_every_form_of_prompt_is_completed_in_order(server) -> None:
     assert several["usage"]["prompt_tokens"] == 3 + 4
 
 
+@pytest.mark.slow
 def test_samples_of_several_prompts_equal_those_of_the_sampler(server, on_mesh) -> None:
     """With more continuations than slots."""
     sampler, prompts = server.served.sampler, ["ab", "c"]

@@ -89,6 +89,7 @@ def test_jsonl_resume_drops_a_last_line_that_a_kill_has_cut(tmp_path, cut):
     damage=st.one_of(
         st.binary(min_size=1, max_size=300),
         st.sampled_from([b"\0" * 200, b"3\n", b"{}\n", b'{"step": "x"}\n', b"[" * 5000 + b"\n"]),
+        st.sampled_from([b"\r", b'{"step":\r2}\n']),
     ),
     place=st.integers(0, 3),
 )

@@ -40,7 +40,11 @@ def test_documents_count_at_each_eos_and_positions_restart_there(on_mesh):
     [
         pytest.param("blockwise", {"positions": "learned"}, marks=pytest.mark.slow),
         pytest.param("blockwise", {"positions": "rope", "kv_heads": 2}, marks=pytest.mark.slow),
-        ("blockwise", {"positions": "rope", "pattern": ("window",), "window": 4}),
+        pytest.param(
+            "blockwise",
+            {"positions": "rope", "pattern": ("window",), "window": 4},
+            marks=pytest.mark.slow,
+        ),
         pytest.param("reference", {"positions": "learned"}, marks=pytest.mark.slow),
         ("reference", {"positions": "rope", "pattern": ("window", "full"), "window": 4}),
         pytest.param("reference", {"positions": "alibi"}, marks=pytest.mark.slow),
@@ -125,6 +129,7 @@ def test_documents_that_begin_with_bos_are_told_apart_by_it(on_mesh, tiny_config
     assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_only_as_many_targets_as_a_rows_length_count(on_mesh, tiny_config, random_params):
     cfg = tiny_config()
     rng = np.random.default_rng(1)

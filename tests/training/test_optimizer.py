@@ -175,6 +175,7 @@ def test_adamw_against_numpy(on_mesh, tiny_config, params):
     np.testing.assert_allclose(got, x, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_muon_updates_of_block_matrices_are_near_orthogonal(on_mesh, tiny_config, params):
     """Newton-Schulz as Jordan et al. have it brings them between 0.7 and 1.2 of one another."""
     fields = {"name": "muon", "lr": 1.0, "lr_schedule": "constant", "weight_decay": 0.0}
@@ -194,6 +195,7 @@ def test_muon_updates_of_block_matrices_are_near_orthogonal(on_mesh, tiny_config
             assert np.sqrt((layer**2).mean()) == pytest.approx(0.2, rel=0.2), name  # as Adam's
 
 
+@pytest.mark.slow
 def test_muon_updates_all_but_block_matrices_as_adamw(on_mesh, tiny_config, params):
     rng = np.random.default_rng(0)
     gradients = [jax.tree.map(lambda x: rng.normal(size=x.shape), params) for _ in range(2)]

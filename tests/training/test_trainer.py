@@ -233,6 +233,7 @@ def test_evaluation_runs_at_its_period_and_again_at_the_resumed_step(tmp_path) -
     assert sampled == [4, 4, 8]
 
 
+@pytest.mark.slow
 def test_a_step_is_saved_before_it_is_evaluated_and_evaluated_again_after_a_resume(tmp_path):
     cfg = dataclasses.replace(tiny(), eval=EvalConfig(every=4))
 
@@ -246,6 +247,7 @@ def test_a_step_is_saved_before_it_is_evaluated_and_evaluated_again_after_a_resu
     assert [step for step, metrics in written if "asked" in metrics] == [4, 8]
 
 
+@pytest.mark.slow
 def test_tasks_have_their_own_period_and_are_logged_with_the_step(tmp_path) -> None:
     cfg = dataclasses.replace(tiny(), eval=EvalConfig(every=2, tasks_every=3))
     tasks = [Counted(name="task"), Counted(name="other")]
@@ -284,6 +286,7 @@ def test_a_signal_before_the_first_step_is_reported(tmp_path) -> None:
         fit(cfg, tmp_path, batches=batches)
 
 
+@pytest.mark.slow
 def test_a_budget_below_the_resumed_step_ends_at_that_step(tmp_path) -> None:
     cfg = tiny()
     fit(cfg, tmp_path)
