@@ -9,7 +9,7 @@ import tempfile
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compilation_cache = tempfile.TemporaryDirectory(prefix="gptjax-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compilation_cache.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["XLA_FLAGS"] = (

@@ -230,7 +230,12 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+OFTEN = ("flipped bit", "empty metadata", "no state")
+
+
+@pytest.mark.parametrize(
+    "damage", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in DAMAGE]
+)
 def test_damage_falls_back_to_the_step_before_and_says_so(tmp_path, damage) -> None:
     lines: list[str] = []
     with enter():

@@ -612,9 +612,14 @@ def test_sample_prints_prompt_and_continuation_and_json_with_log_probabilities(
     assert len(one["tokens"]) == 6
     assert all(len(token["top"]) == 2 and token["logprob"] <= 0 for token in one["tokens"])
     assert all(token["top"][0]["logprob"] == token["logprob"] for token in one["tokens"])  # greedy
-    code, again, _ = run(*words, "--dtype", "bfloat16", "--rows", 1)
+
+
+@pytest.mark.slow
+def test_sample_takes_the_dtype_and_the_number_of_rows(run, trained) -> None:
+    words = ["sample", trained, "--prompt", "ab", "--max-tokens", 6, "--temperature", 0]
+    code, text, _ = run(*words, "--dtype", "bfloat16", "--rows", 1)
     assert code == 0
-    assert again.startswith("ab")
+    assert text.startswith("ab")
 
 
 def test_a_prompt_that_ends_in_a_space_is_told_where_tokens_begin_with_theirs(

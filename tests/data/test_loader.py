@@ -184,6 +184,7 @@ def evaluate(reader: Reader, seq_len: int, batch: int, rows: tuple[int, int]) ->
     return list(loader.eval_batches(reader, seq_len, batch, np.arange(*rows), prefetch=4))
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     tokens=st.integers(2, 120),

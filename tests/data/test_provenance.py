@@ -56,10 +56,20 @@ def test_the_same_text_is_accepted_whatever_its_time(cfg, tmp_path) -> None:
     [
         (lambda f: (f / "texts/a.txt").write_text("longer than before"), "a.txt: has 18 bytes, 8"),
         (lambda f: (f / "more/a.txt").write_text("more A\n"), "a.txt (2): has other contents than"),
-        (lambda f: (f / "texts/c.txt").write_text("new\n"), "c.txt: is new"),
+        pytest.param(
+            lambda f: (f / "texts/c.txt").write_text("new\n"),
+            "c.txt: is new",
+            marks=pytest.mark.slow,
+        ),
         (lambda f: (f / "more/b.txt").unlink(), "b.txt (2): is gone"),
-        (lambda f: (f / "valid.txt").unlink(), "valid.txt: is gone"),
-        (lambda f: (f / "valid.txt").write_text("VALID\n"), "valid.txt: has other contents than"),
+        pytest.param(
+            lambda f: (f / "valid.txt").unlink(), "valid.txt: is gone", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            lambda f: (f / "valid.txt").write_text("VALID\n"),
+            "valid.txt: has other contents than",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["size", "contents", "new", "gone", "valid gone", "valid contents"],
 )

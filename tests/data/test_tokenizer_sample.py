@@ -25,7 +25,10 @@ def share_of_greek(texts: list[str]) -> float:
     return sum(s for s, t in zip(sizes, texts, strict=True) if t[0] in GREEK) / sum(sizes)
 
 
-@pytest.mark.parametrize("greek", [0.1, 0.3, 0.5])
+@pytest.mark.parametrize(
+    "greek",
+    [pytest.param(0.1, marks=pytest.mark.slow), 0.3, pytest.param(0.5, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("greek_first", [False, True])
 @pytest.mark.parametrize("packed", ["", "latin", "greek"])
 def test_sample_has_the_proportions_of_the_corpus(tmp_path, greek, greek_first, packed) -> None:

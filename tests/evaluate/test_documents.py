@@ -44,7 +44,13 @@ def test_windows_without_overlap_are_those_of_lm_eval() -> None:
 
 @pytest.mark.parametrize(
     ("mesh", "length", "stride"),
-    [((1,), 64, 64), ((1,), 16, 5), ((1,), 24, 1), ((2, 2, 2), 16, 5), ((8,), 16, 16)],
+    [
+        pytest.param((1,), 64, 64, marks=pytest.mark.slow),
+        ((1,), 16, 5),
+        pytest.param((1,), 24, 1, marks=pytest.mark.slow),
+        ((2, 2, 2), 16, 5),
+        pytest.param((8,), 16, 16, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_loss_equals_that_of_a_loop_over_tokens(

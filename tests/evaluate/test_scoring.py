@@ -58,6 +58,7 @@ def test_scores_equal_those_of_numpy(
     assert [one.tokens for one in scores] == [len(continuation) for _, continuation in pairs]
 
 
+@pytest.mark.slow
 def test_padding_limits_the_number_of_compiled_programs(
     byte_params, byte_model, put, scorer, on_mesh
 ) -> None:

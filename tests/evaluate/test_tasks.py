@@ -65,6 +65,7 @@ def test_acc_compares_log_likelihoods_and_acc_norm_those_per_character(
     }
 
 
+@pytest.mark.slow
 def test_cloze_is_right_if_every_token_is_the_likeliest(byte_params, byte_model, measure) -> None:
     examples, nats = [], []
     for context in ("ab", "the quick brown", "x"):

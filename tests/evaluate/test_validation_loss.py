@@ -72,6 +72,7 @@ def test_loss_is_the_mean_over_all_targets(mesh, made, tokens, on_mesh, random_p
     assert measured["valid_bits_per_byte"] == pytest.approx(bits, rel=2e-6)
 
 
+@pytest.mark.slow
 def test_confidence_intervals_resample_batches(made, tokens, on_mesh, random_params) -> None:
     cfg, manifest = made
     cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, batch=1))

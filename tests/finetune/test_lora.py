@@ -437,6 +437,7 @@ def fresh_abstract(cfg):
     return lora.with_adapters(params, RANK4, jax.random.key(7))
 
 
+@pytest.mark.slow
 def test_separate_checkpoints_are_not_restored_beside_another_base(
     on_mesh, tiny, random_params, tmp_path
 ):

@@ -78,7 +78,12 @@ def folders(on_mesh, random_params, tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+SOME = ("gpt2", "llama")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in SOME else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
+)
 def test_round_trip_is_bit_exact_on_one_and_on_eight_devices(on_mesh, folders, name):
     folder, params = folders[name]
     assert json.loads((folder / "config.json").read_text())["model_type"] == name
@@ -94,7 +99,7 @@ def test_round_trip_is_bit_exact_on_one_and_on_eight_devices(on_mesh, folders, n
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("dtype", ["BF16", pytest.param("F16", marks=pytest.mark.slow)])
 def test_round_trip_of_half_precision_is_byte_exact(on_mesh, folders, tmp_path, name, dtype):
     with on_mesh():
         params = safetensors.read_params(safetensors.open_source(folders[name][0]))

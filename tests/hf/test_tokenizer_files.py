@@ -69,7 +69,14 @@ def library(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("tokenizer", KINDS, indirect=True)
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        kind if kind in ("bytes", "bpe") else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in KINDS
+    ],
+    indirect=True,
+)
 def test_an_exported_tokenizer_is_the_run_s(tokenizer, library, tmp_path):
     tokenizer_files.write_tokenizer(tmp_path, tokenizer, 64)
     compared = tokenizer_files.compare_tokenizer(tmp_path, tokenizer)
@@ -116,10 +123,10 @@ def spaces_lost(made):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (merges_reversed, "ids"),
+        pytest.param(merges_reversed, "ids", marks=pytest.mark.slow),
         (rename_piece, "ids"),
-        (no_start, "ids of a prompt"),
-        (spaces_lost, "ids"),
+        pytest.param(no_start, "ids of a prompt", marks=pytest.mark.slow),
+        pytest.param(spaces_lost, "ids", marks=pytest.mark.slow),
     ],
 )
 def test_another_tokenizer_is_found(tokenizer, tmp_path, change, what):

@@ -33,7 +33,17 @@ def blockwise_and_reference(on_mesh, arrays, **features):
     return [attend_on(on_mesh(), arrays, name, **features) for name in ("blockwise", "reference")]
 
 
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 200, pytest.param(1030, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "length",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(63, marks=pytest.mark.slow),
+        pytest.param(64, marks=pytest.mark.slow),
+        65,
+        pytest.param(200, marks=pytest.mark.slow),
+        pytest.param(1030, marks=pytest.mark.slow),
+    ],
+)
 def test_blockwise_equals_the_reference(on_mesh, length):
     arrays = make(length, heads=2, kv_heads=2, batch=1)
     assert_same(*blockwise_and_reference(on_mesh, arrays))
@@ -42,13 +52,13 @@ def test_blockwise_equals_the_reference(on_mesh, length):
 @pytest.mark.parametrize(
     ("kv_heads", "window", "segmented"),
     [
-        (2, None, False),
+        pytest.param(2, None, False, marks=pytest.mark.slow),
         pytest.param(1, None, False, marks=pytest.mark.slow),
         pytest.param(4, 1, False, marks=pytest.mark.slow),
         (4, 7, False),
         pytest.param(4, 100, False, marks=pytest.mark.slow),
         pytest.param(4, 500, False, marks=pytest.mark.slow),
-        (4, None, True),
+        pytest.param(4, None, True, marks=pytest.mark.slow),
         (2, 70, True),
     ],
 )
@@ -64,6 +74,7 @@ def test_blockwise_equals_the_reference_with_all_features_over_many_blocks(on_me
     assert_same(*blockwise_and_reference(on_mesh, arrays, segments=segments, window=150))
 
 
+@pytest.mark.slow
 def test_blockwise_in_bfloat16_is_near_the_reference(on_mesh):
     arrays = make(130, heads=4, kv_heads=2, dtype=jnp.bfloat16)
     features = {"segments": segments_of(130), "window": 40}
@@ -126,6 +137,7 @@ def test_soft_cap_bounds_the_scores_by_tanh(on_mesh):
     np.testing.assert_allclose(out[0, -1, 0], p / p.sum() @ v[0, :, 0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_dropout_of_attention_weights_preserves_the_mean_and_depends_on_the_key(on_mesh):
     q, *_ = make(64, batch=1)
     arrays = (0 * q, 0 * q, np.ones_like(q), q)

@@ -387,7 +387,15 @@ def test_dropout_is_the_same_on_every_mesh_and_off_without_keys(
 # --- guarantees ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("positions", ["learned", "rope", "alibi", "none"])
+@pytest.mark.parametrize(
+    "positions",
+    [
+        pytest.param("learned", marks=pytest.mark.slow),
+        "rope",
+        pytest.param("alibi", marks=pytest.mark.slow),
+        pytest.param("none", marks=pytest.mark.slow),
+    ],
+)
 def test_later_tokens_do_not_change_hidden_states_of_earlier_ones(
     on_mesh, tiny_model, random_params, positions
 ):

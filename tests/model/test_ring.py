@@ -122,6 +122,7 @@ def test_block_size_divides_any_length(on_mesh, length):
     assert_near(attend_on(on_mesh(context=2), arrays, "ring"), want, 1e-6)
 
 
+@pytest.mark.slow
 def test_ring_in_bfloat16_is_as_accurate_as_the_reference(on_mesh):
     low = make(LENGTH, heads=4, kv_heads=2, dtype=jnp.bfloat16)
     features = {"segments": SEGMENTS, "attention_soft_cap": 1.5}

@@ -55,8 +55,18 @@ def plain_search(next_logprobs, prompt, s: BeamSearchParams, stop_ids):
     return finished[: s.returned]
 
 
-@pytest.mark.parametrize("early_stopping", [False, True, "never"])
-@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0, -1.0])
+@pytest.mark.parametrize(
+    "early_stopping", [False, pytest.param(True, marks=pytest.mark.slow), "never"]
+)
+@pytest.mark.parametrize(
+    "length_penalty",
+    [
+        0.0,
+        1.0,
+        pytest.param(2.0, marks=pytest.mark.slow),
+        pytest.param(-1.0, marks=pytest.mark.slow),
+    ],
+)
 def test_beams_equal_those_of_a_plain_search(
     one_device, model, params, early_stopping, length_penalty
 ):
@@ -89,6 +99,7 @@ def test_beams_equal_those_of_a_plain_search(
     assert len(lengths) > 1 or length_penalty > 0
 
 
+@pytest.mark.slow
 def test_one_beam_without_stop_tokens_is_greedy(one_device, model, params):
     prompts = [[i % 24 for i in prompt] for prompt in prompts_of(3, 8)]
     sampler = Sampler(params, model, COMPUTE)

@@ -104,7 +104,7 @@ def check(tokenizer: Tokenizer, prompt: list[int], ids: list[int], sizes: list[i
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(data=st.data())
 def test_random_tokens_are_streamed_as_they_are_decoded_together(kind, data) -> None:
     tokenizer = made(kind)

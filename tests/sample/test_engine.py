@@ -86,6 +86,7 @@ def test_ended_slot_takes_the_next_request_while_others_continue(one_device, mod
     assert [(e.request.index, e.finish) for e in two.step()] == [(0, None), (2, "length")]
 
 
+@pytest.mark.slow
 def test_request_may_be_submitted_while_others_decode(one_device, model, params):
     prompts = prompts_of(3, 7)
     alone = generate(params, model, prompts, DRAWN)
@@ -192,7 +193,9 @@ PENALISED = replace(DRAWN, repetition_penalty=1.3, frequency_penalty=0.4, logpro
 
 
 @pytest.mark.parametrize("settings", [DRAWN, PENALISED])
-@pytest.mark.parametrize("burst", [1, 3, 64])
+@pytest.mark.parametrize(
+    "burst", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(64, marks=pytest.mark.slow)]
+)
 def test_short_prompts_read_by_decode_steps_have_the_results_of_a_prefill(
     one_device, model, params, prefills, monkeypatch, settings, burst
 ):
@@ -281,6 +284,7 @@ def test_scores_equal_those_of_the_full_forward(one_device, model, params):
             assert [i for i, _ in token.top] == np.argsort(-row)[:2].tolist()
 
 
+@pytest.mark.slow
 def test_scores_are_independent_of_slices_and_groups(one_device, model, params, monkeypatch):
     from gptjax.sample import logprobs, sampler
 
@@ -397,6 +401,7 @@ def test_samples_that_wait_for_slots_share_the_prefill_too(one_device, model, pa
     assert [ids[one.prompt, one.sample] for one in whole] == [one.ids for one in whole]
 
 
+@pytest.mark.slow
 def test_scores_equal_logprobs_of_decoding_with_a_padded_vocabulary(one_device, model, params):
     sampler = Sampler(params, model, COMPUTE, vocab_size=40)
     prompt = [5, 9, 30]

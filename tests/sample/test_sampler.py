@@ -140,6 +140,7 @@ def test_stop_token_ends_its_slot_only(one_device, model, params):
         assert other == second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_tokens", [1, 2, 31])
 def test_slot_ends_after_max_tokens(one_device, model, params, max_tokens):
     prompts = prompts_of(3, 5, 17)
@@ -194,6 +195,7 @@ def test_sampled_tokens_follow_the_processed_distribution(
     assert found.pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_penalties_count_drawn_tokens(one_device, tiny_model, random_params):
     """Pairs of tokens, the second drawn from the distribution after the first."""
     model = tiny_model(vocab_size=8, layers=1)

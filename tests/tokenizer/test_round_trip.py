@@ -20,7 +20,7 @@ def texts(seed: int, length: int, draw_one) -> str:
     return "".join(draw_one(draw) for _ in range(length))
 
 
-@pytest.mark.parametrize("length", [1, 5, 70, 3000])
+@pytest.mark.parametrize("length", [1, 5, 70, pytest.param(3000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("draw_one", "lose", "bits"),
     [

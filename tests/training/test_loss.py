@@ -51,7 +51,9 @@ def scaled_sum(function):
     return jax.value_and_grad(total, (0, 1), has_aux=True)
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)], ids=["1", "2x2x2"])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param((1, 1, 1), marks=pytest.mark.slow), (2, 2, 2)], ids=["1", "2x2x2"]
+)
 @pytest.mark.parametrize(
     ("z_loss", "chunks"),
     [

@@ -364,6 +364,7 @@ def test_the_run_ends_after_nonfinite_limit_steps(tmp_path) -> None:
         fit(cfg, tmp_path, loss=poisoned)
 
 
+@pytest.mark.slow
 def test_parameters_that_are_not_finite_end_the_run_and_are_never_saved(
     tmp_path, monkeypatch
 ) -> None:
