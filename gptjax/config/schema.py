@@ -37,6 +37,9 @@ class ComputeConfig:
     rounds: int = free(1)
     """With mesh.stage: number of virtual stages on each device (the interleaved, or circular,
     schedule). 1: plain GPipe. More of them shorten the pipeline bubble and send more."""
+    deterministic: bool = free(False)
+    """On GPUs, use only kernels that give the same bits each time, chosen without timing them:
+    slower. Nothing changes on CPUs and TPUs, which give the same bits anyway."""
     loss_chunks: int = free(1)
     """Number of chunks in which logits and loss are computed, to save memory; lowered to a divisor
     of a device's tokens where it is none."""

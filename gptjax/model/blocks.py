@@ -14,6 +14,7 @@ from flax import linen as nn
 from gptjax.config import ComputeConfig, ModelConfig
 from gptjax.model import layers
 from gptjax.model.attention.layer import Cache, SelfAttention
+from gptjax.model.attention.vendor import is_cudnn_forward
 from gptjax.model.feed_forward import FeedForward
 from gptjax.model.layers import Tokens
 from gptjax.model.moe import MoE, Routing
@@ -22,7 +23,9 @@ from gptjax.parallel.matmul import Layout
 
 _REMAT = {
     "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names(matmul.PRODUCT),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names(matmul.PRODUCT), is_cudnn_forward
+    ),
 }
 
 

@@ -86,14 +86,18 @@ def grouped_product(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> ja
     """Rows times their group's matrix, [M, F].
 
     Rows are sorted by group; those past the sum of `sizes_E` belong to none and give zero.
-    Accelerators have an instruction for it (`lax.ragged_dot`). XLA:CPU would multiply every row
-    with every matrix, so there rows are padded into blocks that belong to one group each.
+    TPUs have a grouped product (`lax.ragged_dot`), as which XLA multiplies every row with every
+    matrix on CPUs and NVIDIA GPUs. There rows are padded into blocks that belong to one group each,
+    but for a few rows on a GPU, where reading the matrices takes longer than all products.
     """
-    if sharding.platform() != "cpu":
-        y_MF = lax.ragged_dot(x_MD, w_EDF, sizes_E)
-        return jnp.where(jnp.arange(len(x_MD))[:, None] < sizes_E.sum(), y_MF, 0)
+    platform = sharding.platform()
     m, e = len(x_MD), len(w_EDF)
+    if platform == "tpu" or (platform != "cpu" and m <= _FEW_ROWS):
+        y_MF = lax.ragged_dot(x_MD, w_EDF, sizes_E)
+        return jnp.where(jnp.arange(m)[:, None] < sizes_E.sum(), y_MF, 0)
     block = max(1, m // (2 * e))
+    if platform != "cpu":
+        block = min(block, _LARGEST_BLOCK)
     ends_E = jnp.cumsum(sizes_E)
     blocks_E = -(-sizes_E // block)
     block_ends_E = jnp.cumsum(blocks_E)
@@ -104,11 +108,66 @@ def grouped_product(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> ja
     count = m // block + min(e, m)
     padded = jnp.zeros((count * block, x_MD.shape[1]), x_MD.dtype)
     padded = padded.at[slot_M].set(x_MD, mode="drop", wrap_negative_indices=False)
-    group_of_block = jnp.searchsorted(block_ends_E, jnp.arange(count), side="right")
-    w = w_EDF[jnp.minimum(group_of_block, e - 1)]
-    y = jnp.einsum("nbd,ndf->nbf", padded.reshape(count, block, -1), w)
+    blocks = padded.reshape(count, block, -1)
+    if platform == "cpu":
+        group_of_block = jnp.searchsorted(block_ends_E, jnp.arange(count), side="right")
+        w = w_EDF[jnp.minimum(group_of_block, e - 1)]
+        y = jnp.einsum("nbd,ndf->nbf", blocks, w)
+    else:
+        y = _block_products(blocks, w_EDF, block_ends_E)
     y = y.reshape(count * block, -1)
     return y.at[slot_M].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
+_FEW_ROWS = 256  # as many FLOPs for each byte of the matrices; a GPU can do that many meanwhile
+_LARGEST_BLOCK = 2048  # rows enough to fill a GPU
+
+
+@jax.custom_vjp
+def _block_products(x_nbD: jax.Array, w_EDF: jax.Array, ends_E: jax.Array) -> jax.Array:
+    """Blocks of rows times their group's matrix, one by one; group e has those from ends_E[e-1].
+
+    No matrix is copied for its blocks, as a batched product of them all would have to, and blocks
+    of no group cost nothing and are zero. A matrix's gradient is summed in float32.
+    """
+
+    def group(e: Any, y_nbF: jax.Array) -> jax.Array:
+        one = lambda i, y_nbF: y_nbF.at[i].set(x_nbD[i] @ w_EDF[e])
+        return lax.fori_loop(*_bounds(ends_E, e), one, y_nbF)
+
+    zeros = jnp.zeros_like(x_nbD, shape=(*x_nbD.shape[:2], w_EDF.shape[2]))
+    return lax.fori_loop(0, len(w_EDF), group, zeros)
+
+
+def _bounds(ends_E: jax.Array, e: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.where(e > 0, ends_E[e - 1], 0), ends_E[e]
+
+
+def _block_products_fwd(*args: jax.Array) -> Any:
+    return _block_products(*args), args
+
+
+def _block_products_bwd(args: Any, dy_nbF: jax.Array) -> Any:
+    x_nbD, w_EDF, ends_E = args
+
+    def group(e: Any, gradients: Any) -> Any:
+        def one(i: Any, partial: Any) -> Any:
+            dx_nbD, dw_DF = partial
+            product = jnp.einsum(
+                "bd,bf->df", x_nbD[i], dy_nbF[i], preferred_element_type=jnp.float32
+            )
+            return dx_nbD.at[i].set(dy_nbF[i] @ w_EDF[e].T), dw_DF + product
+
+        dx_nbD, dw_EDF = gradients
+        zeros_DF = jnp.zeros_like(w_EDF[0], jnp.float32)
+        dx_nbD, dw_DF = lax.fori_loop(*_bounds(ends_E, e), one, (dx_nbD, zeros_DF))
+        return dx_nbD, dw_EDF.at[e].set(dw_DF.astype(w_EDF.dtype))
+
+    zeros = jnp.zeros_like(x_nbD), jnp.zeros_like(w_EDF)
+    return *lax.fori_loop(0, len(w_EDF), group, zeros), None
+
+
+_block_products.defvjp(_block_products_fwd, _block_products_bwd)
 
 
 # --- dispatch, on one device's share inside a shard_map -------------------------------------------
@@ -204,12 +263,18 @@ def _dispatch(
     `axis` is the tokens' logical axis, `token_axes` are the mesh axes of its gathered form. Returns
     the output, [n, D], and the number of dropped assignments on all devices.
     """
-    tokens = tokens._replace(x_nD=gather_tokens(tokens.x_nD, axis))
-    dtype = tokens.x_nD.dtype
+    x_nD = gather_tokens(tokens.x_nD, axis)
+    if sharding.platform() == "gpu" and axis != "residual":
+        # `_block_products` takes operands that vary alike, and the gathered ones do already.
+        x_nD = lax.pcast(x_nD, "tensor", to="varying")
+    tokens = tokens._replace(x_nD=x_nD)
+    dtype = x_nD.dtype
     # Marked as varying over the copies before they are gathered, so that gradients are scattered
     # first and their parts summed over the copies, not the reverse.
     copies = tuple(name for name in token_axes if name in ("data", "stage", "context"))
-    vary = lambda w: lax.pcast(w.astype(dtype), copies, to="varying")
+    # A GPU's reduce-scatter has the scattered dimension outermost. XLA would keep the gradients of
+    # all layers so, and transpose them for the optimizer: a second copy of them all.
+    vary = lambda w: lax.pcast(sharding.row_major(w.astype(dtype)), copies, to="varying")
     gate_eDf, up_eDf = (gather_weight(vary(w_edf), dtype, 1) for w_edf in experts[:2])
     down_efD = gather_weight(vary(experts.down_efD), dtype, 2)
     whole = _Experts(gate_eDf, up_eDf, down_efD)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gptjax.parallel.mesh import axes_splitting
@@ -97,6 +98,16 @@ def platform() -> str:
     """The platform of the ambient mesh: "cpu", "gpu" or "tpu"; "cpu" if it has no devices."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return "cpu" if device is None else device.platform
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """The same array; on GPUs, it and its gradient lie in memory in the order of their dimensions.
+
+    Elsewhere XLA's choice of the layout serves.
+    """
+    if platform() != "gpu":
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def wide(dtype: Any) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax.config import Config
+from gptjax.config import Config, ModelConfig
 from gptjax.errors import ConfigError
 from gptjax.model import decoder
 from gptjax.parallel import sharding
@@ -44,7 +44,7 @@ class Compiled:
     """A compiled program's memory, communication and warnings; bytes and counts are of one device.
 
     seconds: of compilation. peak: most bytes at once, arguments included. out_of_memory: XLA's
-    message where the program does not fit.
+    message where the program does not fit. text: the program itself, as XLA prints it.
     """
 
     seconds: float
@@ -53,6 +53,7 @@ class Compiled:
     collectives: list[Collective] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     out_of_memory: str | None = None
+    text: str = field(default="", repr=False)
 
     def fits(self, memory: float) -> bool:
         """Whether it runs in so many bytes; XLA refuses what is too large for TPUs alone."""
@@ -110,14 +111,7 @@ def sampling(cfg: Config, machine: Machine, prompt: int = 2048) -> Iterator[tupl
     mesh = make_mesh(cfg.mesh, devices(machine))
     with jax.set_mesh(mesh):
         slots, capacity = sharding.axis_size("batch"), min(2 * prompt, cfg.model.context)
-        params, model = (
-            sharding.abstract(
-                lambda: decoding.decoding_params(
-                    decoder.init(cfg.model, jax.random.key(0)), cfg.model, cfg.compute.dtype
-                )[0]
-            ),
-            cfg.model,
-        )
+        params, model = _decoding_params(cfg)
         caches = sharding.abstract(
             lambda: decoder.empty_caches(model, slots, capacity, cfg.compute.dtype, engine.CHUNK)
         )
@@ -144,6 +138,19 @@ def sampling(cfg: Config, machine: Machine, prompt: int = 2048) -> Iterator[tupl
         )
 
 
+def _decoding_params(cfg: Config) -> tuple[Any, ModelConfig]:
+    """Abstract parameters for decoding, and the model that they are of."""
+    models = []
+
+    def params() -> Any:
+        start = decoder.init(cfg.model, jax.random.key(0))
+        params, model = decoding.decoding_params(start, cfg.model, cfg.compute.dtype)
+        models.append(model)
+        return params
+
+    return sharding.abstract(params), models[0]
+
+
 def _batched(shape: tuple[int, ...], dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
     """An abstract array whose leading dimension is split over the batch's axes."""
     spec = sharding.spec("batch", *[None] * (len(shape) - 1))
@@ -161,13 +168,14 @@ def _compile(compile_: Callable[[], Any], mesh: jax.sharding.Mesh) -> Compiled:
                 raise
             return Compiled(time.monotonic() - began, out_of_memory=str(error))
     seconds = time.monotonic() - began
-    memory = program.memory_analysis()
+    memory, text = program.memory_analysis(), program.as_text()
     return Compiled(
         seconds,
         peak=memory.peak_memory_in_bytes,
         arguments=memory.argument_size_in_bytes,
-        collectives=program_collectives(program.as_text(), dict(mesh.shape)),
+        collectives=program_collectives(text, dict(mesh.shape)),
         warnings=_warnings(log()),
+        text=text,
     )
 
 

@@ -79,7 +79,9 @@ def plan(cfg: Config, machine: Machine, state: list[memory.Tensor] | None = None
     collectives = [
         roofline.as_compiled(one, links) for one in step_collectives(cfg, sizes, attention)
     ]
-    times = roofline.times(cfg, machine, sizes, links, collectives, use["parameters"] / 4)
+    times = roofline.times(
+        cfg, machine, sizes, links, collectives, use["parameters"] / 4, attention
+    )
     needed = ModelCost(cfg.model).flops_per_token(cfg.train.seq_len) * cfg.train.batch_tokens
     peak = machine.devices * machine.device.tflops * 1e12
     return Plan(
@@ -90,7 +92,7 @@ def plan(cfg: Config, machine: Machine, state: list[memory.Tensor] | None = None
         memory_use=use,
         collectives=collectives,
         links=links,
-        flops=roofline.flops(cfg),
+        flops=roofline.flops(cfg, attention),
         times=times,
         mfu=needed / (times.expected * peak),
         attention=attention,

@@ -7,6 +7,7 @@ asked either, the workspace of its attention's backward pass is missing from the
 """
 
 import mmap
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from gptjax.errors import ConfigError
 from gptjax.plan.machines import Machine
 
+_NO_CUB = "--xla_gpu_enable_cub_radix_sort=false"
 _CUDNN_VERSION = 92300  # 9.23, which JAX 0.12 is built with
 
 
@@ -42,6 +44,8 @@ def devices(machine: Machine) -> list[Any]:
     from jax.experimental import topologies
 
     _answer_for_cudnn(_compute_capability(text))
+    # CUB's sort would ask a device how much memory it takes. Read when the plugin is first used.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_NO_CUB}".strip()
     # Slices, hosts, and GPUs of a host.
     topology = f"1x{machine.slices}x{machine.per_slice}"
     found = topologies.get_topology_desc("", "cuda", target_config=text, topology=topology)

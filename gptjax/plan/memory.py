@@ -105,6 +105,9 @@ def _saved_activations(s: StepShape) -> float:
     stream = s.hidden_state(s.microbatch) / (s.sizes["tensor"] if s.split else 1)
     qkv = _split(s, a.qkv)
     layer = {"block": stream, "dots": 2 * stream + qkv, "none": 18 * stream + 3 * qkv}[remat]
+    if remat == "dots" and "cudnn" in s.attention:  # its output, and the log-sum-exp of its scores
+        heads = s.cfg.model.heads / s.sizes["tensor"]
+        layer += _split(s, a.queries) + s.microbatch * heads * 4
     if s.cfg.model.moe.experts:
         layer += _gathered_weights(s) if remat == "none" else 0.0
     elif remat != "block":

@@ -126,11 +126,11 @@ def as_compiled(one: Collective, over: Mapping[str, Link]) -> Collective:
     return one
 
 
-def flops(cfg: Config) -> dict[str, float]:
+def flops(cfg: Config, attention: Sequence[str] = ("splash",)) -> dict[str, float]:
     """Floating-point operations of one optimizer step by part, all devices together.
 
-    The model's own parts, as in `ModelCost.flops_by_part`; "recomputed" by remat and by attention's
-    kernels; "idle stages" of a pipeline's bubble, which compute for nothing.
+    The model's own parts, as in `ModelCost.flops_by_part`; "recomputed" by remat and by the kernels
+    of the `attention` backends; "idle stages" of a pipeline's bubble, which compute for nothing.
     """
     m, tokens, remat = cfg.model, cfg.train.batch_tokens, cfg.compute.remat
     cost = ModelCost(m)
@@ -140,7 +140,7 @@ def flops(cfg: Config) -> dict[str, float]:
     }
     scores = parts["attention's scores"]
     recomputed = scores / 12 * 2  # the kernel's backward pass makes the scores once more
-    if remat != "none":
+    if remat == "block" or (remat == "dots" and "cudnn" not in attention):
         recomputed += scores / 3
     if remat == "block":  # but for a feed-forward's last product, whose result nobody needs
         forward = sum(
@@ -185,11 +185,12 @@ def times(
     links: Mapping[str, Link],
     collectives: Sequence[Collective],
     parameters: float,
+    attention: Sequence[str] = ("splash",),
 ) -> Times:
     """Seconds of a step; see the module. `links` are by mesh axis, `parameters` of one device."""
     device = machine.device
     peak = device.tflops * 1e12 * (1 if cfg.compute.dtype == "bfloat16" else 0.5)
-    arithmetic = sum(flops(cfg).values()) / (machine.devices * peak)
+    arithmetic = sum(flops(cfg, attention).values()) / (machine.devices * peak)
     passes, update = memory_bytes(cfg, sizes, parameters)
     on_links: dict[str, float] = {}
     exposed = 0.0

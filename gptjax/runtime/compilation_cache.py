@@ -1,4 +1,4 @@
-"""XLA's compiler options by device, and the persistent compilation cache, with a report of hits."""
+"""JAX's persistent compilation cache, and whether it was hit."""
 
 import os
 import sys
@@ -7,25 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
-
-from gptjax.runtime import hardware
-
-_OFFLOADED = ("all_gather", "reduce_scatter", "all_reduce")
-
-
-def options(device_kind: str) -> dict[str, str | bool]:
-    """Compiler options for a program on such devices, as jax's `compile` takes them.
-
-    On GPUs the scheduler that hides collectives behind arithmetic, which is not on by itself before
-    the H100.
-    """
-    device = hardware.find(device_kind)
-    if device is not None and device.platform == "gpu":
-        return {"xla_gpu_enable_latency_hiding_scheduler": True}
-    if device is None or not device.sparse_core:
-        return {}
-    return {f"xla_tpu_enable_sparse_core_collective_offload_{k}": "true" for k in _OFFLOADED}
-
 
 _HIT, _MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
 _counts = {_HIT: 0, _MISS: 0}

@@ -92,14 +92,14 @@ class DecodeState:
 
 
 def decoding_params(params: Params, model: ModelConfig, dtype: str) -> tuple[Params, ModelConfig]:
-    """Parameters for decoding: matrices in `dtype`, and on CPUs separate arrays for each layer.
+    """Parameters for decoding: matrices in `dtype`; but on TPUs, separate arrays for each layer.
 
     Vectors, positions and routers, which are small and used in float32, keep their dtype.
     """
     if jax.tree.map(lambda leaf: leaf.dtype, params) != dtypes(params, dtype):
         params = _cast(params, dtype)
     params = decoder.with_layers_on(params, None)
-    if sharding.platform() != "cpu":
+    if sharding.platform() == "tpu":
         return params, model
     return decoder.split_layers(params, model), decoder.unrolled(model)
 

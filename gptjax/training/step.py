@@ -16,7 +16,7 @@ from jax import lax
 from gptjax.config import Config
 from gptjax.parallel import sharding
 from gptjax.param_tree import Tree
-from gptjax.runtime import compilation_cache
+from gptjax.runtime import xla_options
 from gptjax.training import optimizer, param_groups
 from gptjax.training.param_groups import LrMultipliers
 
@@ -194,4 +194,5 @@ def compile_step(
     """The train step compiled for the ambient mesh; `state` and `batch` may be abstract."""
     step = jax.jit(lambda s, b: train_step(cfg, loss_fn, s, b, lr_multipliers), donate_argnums=0)
     kind = jax.sharding.get_mesh().devices.flat[0].device_kind
-    return step.lower(state, batch).compile(compiler_options=compilation_cache.options(kind))
+    options = xla_options.for_device(kind, deterministic=cfg.compute.deterministic)
+    return step.lower(state, batch).compile(compiler_options=options)

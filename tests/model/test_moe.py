@@ -42,10 +42,23 @@ def loss_sums_and_grads(cfg, params, training=True):
 # --- products over groups ----------------------------------------------------------------------
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Grouped products by the GPU's program."""
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    monkeypatch.setattr(moe, "_FEW_ROWS", 0)
+    monkeypatch.setattr(moe, "_LARGEST_BLOCK", 2)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize(
     "sizes", [[5, 0, 7, 3], [0, 0, 0, 15], [1, 1, 1, 1], [0, 0, 0, 0], [15, 0, 0, 0], [4, 4, 4, 3]]
 )
-def test_grouped_product_multiplies_each_groups_rows_by_its_matrix(on_mesh, sizes):
+def test_grouped_product_multiplies_each_groups_rows_by_its_matrix(
+    on_mesh, request, sizes, platform
+):
+    if platform == "gpu":
+        request.getfixturevalue("as_on_a_gpu")
     rng = np.random.default_rng(0)
     x = rng.normal(size=(15, 6)).astype(np.float32)
     w = rng.normal(size=(4, 6, 5)).astype(np.float32)
@@ -78,6 +91,25 @@ def test_grouped_product_equals_ragged_dot(on_mesh, monkeypatch):
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
     there = jax.jit(moe.grouped_product)(x, w, sizes)
     np.testing.assert_allclose(there, here, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_mixture_by_the_products_of_a_gpu_has_the_loss_and_gradients_of_the_cpus(
+    tiny_config, on_mesh, random_params, request
+):
+    cfg = mixture(tiny_config)
+    found = {}
+    for platform in ("cpu", "gpu"):
+        if platform == "gpu":
+            request.getfixturevalue("as_on_a_gpu")
+        with on_mesh(fsdp=2, tensor=2, expert=2):
+            found[platform] = loss_sums_and_grads(cfg, random_params(cfg.model))
+    (sums, grads), (want_sums, want_grads) = found["gpu"], found["cpu"]
+    assert sums["total"] == pytest.approx(want_sums["total"], rel=1e-6)
+    for path, grad in grads.items():
+        want = want_grads[path]
+        atol = 1e-5 * np.abs(want).max()
+        np.testing.assert_allclose(grad, want, rtol=1e-4, atol=atol, err_msg=path)
 
 
 # --- routing -----------------------------------------------------------------------------------

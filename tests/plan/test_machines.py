@@ -10,7 +10,7 @@ from gptjax.config import MeshConfig
 from gptjax.errors import ConfigError
 from gptjax.parallel.mesh import AXES, arrange
 from gptjax.plan.machines import abstract_devices, parse
-from gptjax.runtime import compilation_cache, hardware
+from gptjax.runtime import hardware, xla_options
 from gptjax.runtime.hardware import DEVICES, GIB
 from gptjax.training.metrics import Throughput
 
@@ -126,7 +126,7 @@ def test_planner_mfu_and_compiler_options_read_one_table(name, monkeypatch) -> N
             1 / (device.tflops * 1e12 * jax.device_count())
         )
         has_options = device.sparse_core or device.platform == "gpu"
-        assert bool(compilation_cache.options(kind)) is has_options
+        assert bool(xla_options.for_device(kind)) is has_options
     kinds = [kind for one in DEVICES.values() for kind in one.kinds]
     assert len(kinds) == len(set(kinds))
 

@@ -250,3 +250,15 @@ def test_cudnns_bias_for_document_masks_is_counted(machine, gib) -> None:
         for one in ("mask", "ignore")
     )
     assert with_masks.total - without.total == gib * 2**30
+
+
+def test_what_remat_dots_keeps_of_cudnn_is_counted(big) -> None:
+    cfg = big({"layers": 3, "heads": 4}, compute={"remat": "dots"})
+    state, sizes = memory.tensors(cfg), sizes_of(fsdp=4)
+    cudnn, splash = (memory.memory_use(cfg, sizes, state, (name,)) for name in ("cudnn", "splash"))
+    tokens = cfg.train.batch_tokens // cfg.train.accumulation // 4
+    itemsize = 2 if cfg.compute.dtype == "bfloat16" else 4
+    output = tokens * cfg.model.heads * cfg.model.head * itemsize
+    log_sum_exp = tokens * cfg.model.heads * 4
+    kept = cudnn["saved activations"] - splash["saved activations"]
+    assert kept == 3 * (output + log_sum_exp)

@@ -93,6 +93,8 @@ def test_recomputed_flops_by_remat_policy(cfg_of) -> None:
     down = 64 * 128  # whose product nothing in the backward pass needs
     products = 2 * LAYERS * (PROJECTIONS + MLP - down) * TOKENS
     assert block == pytest.approx(scores + 2 * scores + products)
+    kept = roofline.flops(cfg_of(compute={"remat": "dots"}), ("cudnn",))["recomputed"]
+    assert kept == pytest.approx(none)  # its forward pass is not run again
 
 
 # --- links ---------------------------------------------------------------------------------------

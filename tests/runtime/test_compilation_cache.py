@@ -15,7 +15,6 @@ from pathlib import Path
 import jax
 import pytest
 
-from gptjax.runtime import compilation_cache, hardware
 from gptjax.runtime.compilation_cache import enable_cache  # which conftest replaces
 
 PROGRAM = """
@@ -111,16 +110,6 @@ def test_corrupt_cache_entry_is_recompiled(tmp_path) -> None:
     said, together = run(folder, tmp_path)
     assert said == dict.fromkeys(DAMAGE, say("miss")) | {"four": say("hit")}
     assert together == say("miss")  # one miss is what made the user wait
-
-
-def test_compiler_options_are_for_gpus_and_devices_with_a_sparse_core() -> None:
-    gpus = {device for device in hardware.DEVICES.values() if device.platform == "gpu"}
-    wanted = {device for device in hardware.DEVICES.values() if device.sparse_core} | gpus
-    kinds = {kind: device for device in hardware.DEVICES.values() for kind in device.kinds}
-    assert {kinds[kind] for kind in kinds if compilation_cache.options(kind)} == wanted
-    assert {device.name for device in wanted - gpus} == {"v5p", "v6e", "v7x"}
-    assert len(compilation_cache.options("TPU7x")) == 3
-    assert compilation_cache.options("cpu") == {}
 
 
 def test_cache_folder_that_cannot_be_made_is_a_warning(tmp_path, capsys) -> None:

@@ -9,6 +9,7 @@ import pytest
 from numpy_processors import distribution, softmax
 
 from gptjax.model.layers import NEVER
+from gptjax.parallel import sharding
 from gptjax.sample import SamplingParams, logits_processors
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -52,6 +53,18 @@ def test_top_p_keeps_the_smallest_set_whose_mass_reaches_p(logits, p):
         assert row[mask].min() > row[~mask].max(initial=-np.inf)
         last = row == row[mask].min()  # without it, and those tied with it, too little is left
         assert p == 1 or share[mask & ~last].sum() < p + 1e-6
+
+
+def test_a_gpus_search_of_four_bits_at_a_time_finds_the_same_thresholds(logits, monkeypatch):
+    def truncated():
+        n = len(logits)
+        yield from (logits_processors.keep_top_k(logits, jnp.full(n, k)) for k in (0, 1, 5, 17))
+        yield from (logits_processors.keep_top_p(logits, jnp.full(n, p)) for p in (1e-6, 0.5, 1.0))
+
+    bit_by_bit = list(truncated())
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    for want, found in zip(bit_by_bit, truncated(), strict=True):
+        np.testing.assert_array_equal(found, want)
 
 
 @pytest.mark.parametrize("p", [0.0, 1e-3, 0.1, 0.5, 0.99])

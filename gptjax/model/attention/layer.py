@@ -129,11 +129,12 @@ def attend_cache(
     q_BTHC, positions_BT = inputs.q_BTHC, inputs.tokens.positions_BT
     size = cache.keys_PBKSC.shape[3]
     slots_BT = jnp.where(positions_BT < 0, size, positions_BT % size)
-    cache = Cache(
-        _write(cache.keys_PBKSC, inputs.k_BTKC, slots_BT, period),
-        _write(cache.values_PBKSC, inputs.v_BTKC, slots_BT, period),
+    # Of values, products would have another layout, for which a burst would transpose the cache.
+    stores = (
+        sharding.row_major(_write(cache.keys_PBKSC, inputs.k_BTKC, slots_BT, period)),
+        sharding.row_major(_write(cache.values_PBKSC, inputs.v_BTKC, slots_BT, period)),
     )
-    stores = (cache.keys_PBKSC, cache.values_PBKSC)
+    cache = Cache(*stores)
     keys, values = (store[0] if len(store) == 1 else store[period] for store in stores)
     # The last position written to each slot, below zero where there was none yet.
     last_B1 = positions_BT.max(1, keepdims=True)

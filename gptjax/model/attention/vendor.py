@@ -150,3 +150,8 @@ class Cudnn(LocalBackend):
             local_window_size=None if window is None else (window - 1, 0),
             implementation="cudnn",
         )
+
+
+def is_cudnn_forward(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A remat policy: cuDNN's output and its log-sum-exp are kept, so that it runs once."""
+    return primitive.name == "dot_product_attention_fwd_wrapper"
