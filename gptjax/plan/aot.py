@@ -333,8 +333,10 @@ def _collective(
     size = _size(type_)
     if start and kind == ALL_GATHER:  # the operands stand beside the results
         size *= group / (group + 1)
-    elif start and kind in (REDUCE_SCATTER, PERMUTE):
-        size *= 1 / (group + 1) if kind == REDUCE_SCATTER else 1 / 2
+    elif start and kind == REDUCE_SCATTER:
+        size *= 1 / (group + 1)
+    elif start and (kind == PERMUTE or type_.startswith("((")):
+        size /= 2
     if kind == REDUCE_SCATTER:
         size *= group
     if kind == ALL_REDUCE and computation.startswith("all-reduce-scatter"):

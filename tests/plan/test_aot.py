@@ -158,6 +158,7 @@ FSDP = "replica_groups=[2,4]<=[8]"
         (f"%c = (f32[8], bf16[4,2]) all-reduce(%p, %q), {FSDP}", ALL_REDUCE, 48, 72),
         # begun here and awaited elsewhere: what goes in stands beside what comes out
         (f"%c = (f32[2], f32[8]) all-gather-start(%p), {FSDP}", ALL_GATHER, 32, 24),
+        (f"%c = ((bf16[8]), bf16[8]) all-reduce-start(%p), {FSDP}", ALL_REDUCE, 16, 24),
         (
             "%c = (f32[8], f32[8]) collective-permute-start(%p), "
             "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}",
