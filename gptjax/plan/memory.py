@@ -101,17 +101,23 @@ def memory_use(
 
 def _saved_activations(s: StepShape) -> float:
     """Bytes kept from the forward to the backward pass."""
-    a, remat = s.cost.activations, s.cfg.compute.remat
+    a, remat, m = s.cost.activations, s.cfg.compute.remat, s.cfg.model
     stream = s.hidden_state(s.microbatch) / (s.sizes["tensor"] if s.split else 1)
-    qkv = _split(s, a.qkv)
-    layer = {"block": stream, "dots": 2 * stream + qkv, "none": 18 * stream + 3 * qkv}[remat]
-    if remat == "dots" and "cudnn" in s.attention:  # its output, and the log-sum-exp of its scores
-        heads = s.cfg.model.heads / s.sizes["tensor"]
-        layer += _split(s, a.queries) + s.microbatch * heads * 4
-    if s.cfg.model.moe.experts:
-        layer += _gathered_weights(s) if remat == "none" else 0.0
-    elif remat != "block":
-        layer += a.projections * _split(s, a.hidden) * (2 if remat == "none" else 1)
+    attention_output = _split(s, a.queries)
+    if remat == "block":
+        layer = stream
+    elif remat == "dots":
+        layer = 2 * stream + _split(s, a.qkv)
+        if "cudnn" in s.attention:  # its output, and the log-sum-exp of its scores
+            layer += attention_output + s.microbatch * m.heads / s.sizes["tensor"] * 4
+        layer += 0 if m.moe.experts else a.projections * _split(s, a.hidden)
+    else:
+        # As compiled programs have it: two norms in float32, and more of them on TPUs.
+        layer = (5 if "cudnn" in s.attention else 8.5) * stream + _split(s, a.qkv)
+        layer += attention_output + (8 * stream if m.norm == "rmsnorm" else 0)
+        layer += (6 if a.projections == 2 else 2) * _split(s, a.routed_hidden)
+        if m.moe.experts:
+            layer += 6 * a.routed * stream + _gathered_weights(s)
     saved = s.schedule.layer_runs * layer
     if s.sizes["stage"] > 1:  # the input of each tick, and the batch on its way in and out
         saved += (s.schedule.ticks + 2 * s.schedule.microbatches) * stream

@@ -69,6 +69,7 @@ exhaustive = pytest.mark.exhaustive
         ("gpus:llama3_8b_h100_8", 0.95),
         ("gpus:llama3_70b_h100_64", 0),
         ("gpus:mixtral_8x7b_h100_16", 0.5),
+        pytest.param("gpus:gpt2_small_h100_1 --compute.remat none", None, marks=exhaustive),
         pytest.param("gpus:llama3_8b_h100_16", 0.7, marks=exhaustive),
         pytest.param("gpus:llama31_8b_128k_h100_8", 0, marks=exhaustive),
         pytest.param("gpus:llama3_8b_h100_8 --machine a100:8", 0.95, marks=exhaustive),
