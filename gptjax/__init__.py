@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # JAX refuses both of its names together
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_FRACTION))
 
-# Where there is no NVIDIA driver, the check that JAX's plugin for GPUs makes of CUDA's libraries ends
-# the process if only some of them are installed (extra `gpu-plan` beside PyTorch, for instance).
+# Without an NVIDIA driver, the check that JAX's plugin for GPUs makes of CUDA's libraries ends the
+# process where only some of them are installed (extra `gpu-plan` beside PyTorch, for instance).
 if not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg"))):
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 

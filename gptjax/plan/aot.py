@@ -33,8 +33,10 @@ from gptjax.plan.collectives import (
     PERMUTE,
     REDUCE_SCATTER,
     Collective,
+    step_shape,
 )
 from gptjax.plan.machines import Machine
+from gptjax.plan.memory import cudnn_workspace
 from gptjax.sample import decoding, engine
 from gptjax.training import objective, step
 
@@ -43,12 +45,14 @@ from gptjax.training import objective, step
 class Compiled:
     """A compiled program's memory, communication and warnings; bytes and counts are of one device.
 
-    seconds: of compilation. peak: most bytes at once, arguments included. out_of_memory: XLA's
+    seconds: of compilation. peak: most bytes at once, arguments included. workspace: of the peak,
+    what cuDNN asks for, by formula: its library is not asked without a GPU. out_of_memory: XLA's
     message where the program does not fit. text: the program itself, as XLA prints it.
     """
 
     seconds: float
     peak: float = 0.0
+    workspace: float = 0.0
     arguments: float = 0.0
     collectives: list[Collective] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -99,7 +103,10 @@ def train_step(cfg: Config, machine: Machine) -> Compiled:
         )
         loss_fn = objective.training_loss(cfg, eos_id=0)
         batch = objective.abstract_batch(cfg)
-        return _compile(lambda: step.compile_step(cfg, loss_fn, state, batch), mesh)
+        found = _compile(lambda: step.compile_step(cfg, loss_fn, state, batch), mesh)
+        shape = step_shape(cfg, dict(mesh.shape), objective.attention_backends(cfg))
+        workspace = cudnn_workspace(shape, machine.device)
+        return replace(found, peak=found.peak + workspace, workspace=workspace)
 
 
 def sampling(cfg: Config, machine: Machine, prompt: int = 2048) -> Iterator[tuple[str, Compiled]]:

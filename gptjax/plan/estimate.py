@@ -12,7 +12,7 @@ from gptjax.model import decoder
 from gptjax.model.flops import ModelCost
 from gptjax.parallel.mesh import AXES, abstract_mesh, arrange
 from gptjax.plan import memory, roofline
-from gptjax.plan.collectives import Collective, step_collectives
+from gptjax.plan.collectives import Collective, step_collectives, step_shape
 from gptjax.plan.machines import Machine, abstract_devices
 
 
@@ -75,6 +75,9 @@ def plan(cfg: Config, machine: Machine, state: list[memory.Tensor] | None = None
     devices = arrange(cfg.mesh, abstract_devices(machine))
     sizes = dict(zip(AXES, devices.shape, strict=True))
     use = memory.memory_use(cfg, sizes, state, attention)
+    shape = step_shape(cfg, sizes, attention)
+    if workspace := memory.cudnn_workspace(shape, machine.device):
+        use["cuDNN's workspace"] = workspace
     links = roofline.links(machine, devices)
     collectives = [
         roofline.as_compiled(one, links) for one in step_collectives(cfg, sizes, attention)

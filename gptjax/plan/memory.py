@@ -19,6 +19,7 @@ from gptjax.model import decoder
 from gptjax.parallel import mesh
 from gptjax.plan import collectives
 from gptjax.plan.collectives import StepShape
+from gptjax.runtime.hardware import Device
 from gptjax.training import step
 
 
@@ -97,6 +98,22 @@ def memory_use(
         layer if layers_are_peak else loss
     )
     return use
+
+
+_HOPPER = ("h100", "h200", "gh200", "b200", "gb200")  # and newer
+
+
+def cudnn_workspace(s: StepShape, device: Device) -> float:
+    """Bytes that cuDNN's backward pass asks for; 0 with other backends.
+
+    As the graphs of cuDNN 9.23 say: float32 gradients of the queries, those of keys and values of
+    every query head where heads are grouped, and a sum for each row; before the H100, more.
+    """
+    if "cudnn" not in s.attention:
+        return 0.0
+    m, a = s.cfg.model, s.cost.activations
+    width = 4 + 4 * (a.keys < a.queries) + 4 * (device.name.split("-")[0] not in _HOPPER)
+    return s.microbatch * (a.queries * width + m.heads * 4) / s.sizes["tensor"]
 
 
 def _saved_activations(s: StepShape) -> float:

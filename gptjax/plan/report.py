@@ -135,6 +135,8 @@ def compiled(plan: Plan, found: Compiled) -> Iterator[str]:
         f"  memory: {found.peak / GIB:.2f} GiB of {device.memory / GIB:.2f}; "
         f"predicted {plan.total / GIB:.2f}, ratio {ratio:.3f}"
     )
+    if found.workspace:
+        yield f"  {found.workspace / GIB:.2f} GiB of both are cuDNN's workspace, by formula"
     if not found.fits(device.memory):
         yield f"  does not fit; {ways_to_fit(plan)}"
     yield from _comparison(plan.collectives, found.collectives)
@@ -217,6 +219,7 @@ def compiled_dict(found: Compiled) -> dict[str, Any]:
     return {
         "seconds": found.seconds,
         "peak_bytes": found.peak,
+        "workspace_bytes": found.workspace,
         "argument_bytes": found.arguments,
         "out_of_memory": found.out_of_memory,
         "warnings": found.warnings,

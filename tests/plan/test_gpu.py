@@ -67,6 +67,7 @@ exhaustive = pytest.mark.exhaustive
     [
         ("gpus:gpt2_small_h100_1", None),
         ("gpus:llama3_8b_h100_8", 0.95),
+        # Without an option of xla_options.py, XLA ends the process for a sum over 64 GPUs.
         ("gpus:llama3_70b_h100_64", 0),
         ("gpus:mixtral_8x7b_h100_16", 0.5),
         pytest.param("gpus:gpt2_small_h100_1 --compute.remat none", None, marks=exhaustive),
@@ -85,6 +86,17 @@ def test_compiled_step_has_predicted_memory_and_communication(words, overlapped)
     assert predicted == pytest.approx(sent, rel=TOLERANCE)
     if overlapped is not None:
         assert found["overlapped_wire_bytes"] >= overlapped * sent
+
+
+@INSTALLED
+@pytest.mark.slow
+def test_jax_falls_back_to_the_cpu_where_only_the_compiler_is_installed() -> None:
+    """JAX's own check ends the process where some of CUDA's libraries are there, and no driver."""
+    gone = ("JAX_PLATFORMS", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK")
+    env = {name: value for name, value in os.environ.items() if name not in gone}
+    code = "import gptjax, jax; print(jax.devices()[0].platform)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout.split()) == (0, ["cpu"]), done.stderr
 
 
 @INSTALLED

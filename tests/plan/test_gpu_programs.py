@@ -120,12 +120,6 @@ def test_experts_gradients_are_not_transposed_for_the_optimizer() -> None:
     assert set(re.findall(stacked, compiled(MIXTURE))) == {"3,2,1,0"}
 
 
-def test_sums_over_64_gpus_compile() -> None:
-    words = GPT2.replace("h100:1", "h100:64").replace("--model.heads 4", "--model.heads 8")
-    words = words.replace("batch-tokens 8192", "batch-tokens 65536")
-    assert "replica_groups" in compiled(f"{words} --mesh.fsdp 8 --mesh.tensor 8")
-
-
 def test_decoding_copies_neither_weights_nor_cache() -> None:
     program = compiled(
         "h100:1 llama:llama3_8b --model.layers 4 --compute.dtype bfloat16", what="decode"

@@ -9,7 +9,7 @@ from gptjax.config import MoeConfig
 from gptjax.model import decoder
 from gptjax.parallel import sharding
 from gptjax.parallel.mesh import AXES
-from gptjax.plan import estimate, machines, memory
+from gptjax.plan import collectives, estimate, machines, memory
 from gptjax.training import step
 
 MESHES = {
@@ -262,3 +262,26 @@ def test_what_remat_dots_keeps_of_cudnn_is_counted(big) -> None:
     log_sum_exp = tokens * cfg.model.heads * 4
     kept = cudnn["saved activations"] - splash["saved activations"]
     assert kept == 3 * (output + log_sum_exp)
+
+
+# Bytes that the graphs of cuDNN 9.23 asked for in the backward pass of [B, T, H, K, C], but for 256
+# on the H100: compiled without a device, by its own library.
+ASKED = {
+    ("h100", 2, 8192, 32, 32, 128): 270532608,
+    ("h100", 2, 8192, 32, 8, 128): 538968064,
+    ("h100", 32, 1024, 12, 12, 64): 102236160,
+    ("h100", 4, 1000, 8, 8, 96): 12416000,
+    ("a100", 2, 8192, 32, 8, 128): 807403520,
+    ("a100", 32, 1024, 12, 12, 64): 202899456,
+    ("b200", 2, 8192, 32, 8, 128): 538968064,
+}
+
+
+@pytest.mark.parametrize(("device", "b", "t", "heads", "kv", "c"), ASKED)
+def test_cudnns_workspace_is_what_its_graphs_ask_for(tiny_config, device, b, t, heads, kv, c):
+    model = {"heads": heads, "kv_heads": kv, "head_dim": c, "embed": heads * c, "context": t}
+    cfg = tiny_config(model=model, train={"seq_len": t, "batch_tokens": b * t})
+    shape = collectives.step_shape(cfg, sizes_of(), ("cudnn",))
+    found = memory.cudnn_workspace(shape, machines.DEVICES[device])
+    assert found == pytest.approx(ASKED[device, b, t, heads, kv, c], abs=256)
+    assert memory.cudnn_workspace(collectives.step_shape(cfg, sizes_of()), None) == 0
