@@ -86,7 +86,7 @@ def plan(cfg: Config, machine: Machine, state: list[memory.Tensor] | None = None
         cfg, machine, sizes, links, collectives, use["parameters"] / 4, attention
     )
     needed = ModelCost(cfg.model).flops_per_token(cfg.train.seq_len) * cfg.train.batch_tokens
-    peak = machine.devices * machine.device.tflops * 1e12
+    peak = machine.devices * machine.device.peak(cfg.compute.dtype)
     return Plan(
         cfg=cfg,
         machine=machine,

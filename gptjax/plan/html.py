@@ -141,7 +141,7 @@ def _roofline(plan: Plan) -> str:
     """Log-log: operations per byte of memory traffic against operations per second of a device."""
     device, times = plan.machine.device, plan.times
     operations = sum(plan.flops.values()) / plan.machine.devices
-    peak = device.tflops * 1e12
+    peak = device.peak(plan.cfg.compute.dtype)
     intensity = operations / (times.memory * device.hbm_bandwidth)
     ridge = peak / device.hbm_bandwidth
     low, high = math.log10(min(ridge, intensity) / 10), math.log10(max(ridge, intensity) * 10)
@@ -165,7 +165,7 @@ def _roofline(plan: Plan) -> str:
     return (
         '<svg viewBox="0 0 900 240" width="900">'
         f'<polyline points="{points}" fill="none" stroke="#2f6f9f" stroke-width="2"/>{dots}'
-        f'<text x="60" y="{y(peak) - 8:.0f}">{device.tflops:g} TFLOP/s</text>'
+        f'<text x="60" y="{y(peak) - 8:.0f}">{peak / 1e12:g} TFLOP/s</text>'
         f'<text x="{x(ridge) - 60:.0f}" y="205">{device.hbm_bandwidth / 1e9:.0f} GB/s up to '
         f'{ridge:.0f} FLOPs a byte</text><text x="300" y="235">this step: '
         f"{intensity:,.0f} FLOPs a byte of memory traffic, recomputation counted</text></svg>"

@@ -189,7 +189,7 @@ def times(
 ) -> Times:
     """Seconds of a step; see the module. `links` are by mesh axis, `parameters` of one device."""
     device = machine.device
-    peak = device.tflops * 1e12 * (1 if cfg.compute.dtype == "bfloat16" else 0.5)
+    peak = device.peak(cfg.compute.dtype)
     arithmetic = sum(flops(cfg, attention).values()) / (machine.devices * peak)
     passes, update = memory_bytes(cfg, sizes, parameters)
     on_links: dict[str, float] = {}

@@ -15,7 +15,8 @@ class Device:
     """One device, as JAX counts them.
 
     name: in gptjax, such as v5e. product: its name to print. kinds: the values of JAX's
-    `device_kind` that stand for it, the usual one first. tflops: dense bfloat16 peak in TFLOP/s.
+    `device_kind` that stand for it, the usual one first. tflops: dense bfloat16 peak in TFLOP/s;
+    float32_tflops: of products in full float32, which a TPU makes of six in bfloat16.
     memory: bytes that a program can use. hbm_bandwidth: bytes/s. link_bandwidth: bytes/s one way,
     of one link of the torus, or of all of a GPU's links within its node. network_bandwidth: bytes/s
     one way between slices or nodes, a device's share. torus_dims: dimensions of the torus; 0 for
@@ -28,6 +29,7 @@ class Device:
     product: str
     kinds: tuple[str, ...]
     tflops: float
+    float32_tflops: float
     memory: float
     hbm_bandwidth: float
     link_bandwidth: float
@@ -44,6 +46,10 @@ class Device:
         """As JAX names it: tpu or gpu."""
         return "tpu" if self.torus_dims else "gpu"
 
+    def peak(self, dtype: str) -> float:
+        """Peak FLOP/s of matrix products in a dtype, with training's precision."""
+        return 1e12 * (self.tflops if dtype == "bfloat16" else self.float32_tflops)
+
 
 # Peaks, memory, its bandwidth, slices: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}.
 # Memory is XLA's own figure ("of 15.75G hbm") for v5e, v5p, v6e (here, too), v4 and 7x. Links,
@@ -56,6 +62,7 @@ _TPUS = (
         product="TPU v4",
         kinds=("TPU v4",),
         tflops=275,
+        float32_tflops=275 / 6,
         memory=30.75 * GIB,
         hbm_bandwidth=1.2e12,
         link_bandwidth=45e9,
@@ -70,6 +77,7 @@ _TPUS = (
         product="TPU v5 lite",
         kinds=("TPU v5 lite", "TPU v5e"),
         tflops=197,
+        float32_tflops=197 / 6,
         memory=15.75 * GIB,
         hbm_bandwidth=8.19e11,
         link_bandwidth=45e9,
@@ -84,6 +92,7 @@ _TPUS = (
         product="TPU v5p",
         kinds=("TPU v5", "TPU v5p"),
         tflops=459,
+        float32_tflops=459 / 6,
         memory=95.74 * GIB,
         hbm_bandwidth=2.765e12,
         link_bandwidth=90e9,
@@ -99,6 +108,7 @@ _TPUS = (
         product="TPU v6 lite",
         kinds=("TPU v6 lite", "TPU v6e"),
         tflops=918,
+        float32_tflops=918 / 6,
         memory=31.25 * GIB,
         hbm_bandwidth=1.638e12,
         link_bandwidth=90e9,
@@ -114,6 +124,7 @@ _TPUS = (
         product="TPU7x",
         kinds=("TPU7x",),
         tflops=1153.5,
+        float32_tflops=1153.5 / 6,
         memory=94.75 * GIB,
         hbm_bandwidth=3.69e12,
         link_bandwidth=45e9,
@@ -139,6 +150,7 @@ def _gpu(
     name: str,
     *kinds: str,
     tflops: float,
+    float32: float,
     gib: float,
     hbm: float,
     link: float,
@@ -151,6 +163,7 @@ def _gpu(
         product=kinds[0],
         kinds=kinds,
         tflops=tflops,
+        float32_tflops=float32,
         memory=GPU_MEMORY_FRACTION * gib * GIB,
         hbm_bandwidth=hbm,
         link_bandwidth=link,
@@ -159,18 +172,27 @@ def _gpu(
     )
 
 
-# NVIDIA's data sheets: dense bfloat16 with float32 sums, as cited by jax-ml.github.io/scaling-book/
-# gpus and glennklockwood.com for A100 to B200. Memory is what XLA's compiler describes of a GPU, or
-# nvidia-smi shows. `link` is NVLink one way or, without it, PCI Express 4 (32 GB/s) or 5 (64 GB/s);
-# the adapter has 200 Gb/s a GPU for A100 and 400 otherwise, 100 for L40S and GeForce.
+# NVIDIA's data sheets: dense bfloat16 with float32 sums, and float32 without TF32; as cited by
+# jax-ml.github.io/scaling-book/gpus and glennklockwood.com for A100 to B200. Memory is what XLA's
+# compiler describes of a GPU, or nvidia-smi shows. `link` is NVLink one way or, without it, PCI
+# Express 4 (32 GB/s) or 5 (64 GB/s); the adapter has 200 Gb/s a GPU for A100 and 400 otherwise, 100
+# for L40S and GeForce.
 _GPUS = (
     _gpu(
-        "a100", "NVIDIA A100-SXM4-80GB", tflops=312, gib=79.25, hbm=2.039e12, link=3e11, net=2.5e10
+        "a100",
+        "NVIDIA A100-SXM4-80GB",
+        tflops=312,
+        float32=19.5,
+        gib=79.25,
+        hbm=2.039e12,
+        link=3e11,
+        net=2.5e10,
     ),
     _gpu(
         "a100-40gb",
         "NVIDIA A100-SXM4-40GB",
         tflops=312,
+        float32=19.5,
         gib=39.42,
         hbm=1.555e12,
         link=3e11,
@@ -180,31 +202,71 @@ _GPUS = (
         "a100-pcie",
         "NVIDIA A100 80GB PCIe",
         tflops=312,
+        float32=19.5,
         gib=79.25,
         hbm=1.935e12,
         link=3.2e10,
         net=2.5e10,
     ),
-    _gpu("h100", "NVIDIA H100 80GB HBM3", tflops=989.4, gib=79.11, hbm=3.35e12, link=4.5e11),
-    _gpu("h100-pcie", "NVIDIA H100 PCIe", tflops=756, gib=79.11, hbm=2e12, link=6.4e10),
-    _gpu("h100-nvl", "NVIDIA H100 NVL", tflops=835, gib=93.58, hbm=3.94e12, link=3e11, node=2),
+    _gpu(
+        "h100",
+        "NVIDIA H100 80GB HBM3",
+        tflops=989.4,
+        float32=66.9,
+        gib=79.11,
+        hbm=3.35e12,
+        link=4.5e11,
+    ),
+    _gpu(
+        "h100-pcie", "NVIDIA H100 PCIe", tflops=756, float32=51.2, gib=79.11, hbm=2e12, link=6.4e10
+    ),
+    _gpu(
+        "h100-nvl",
+        "NVIDIA H100 NVL",
+        tflops=835,
+        float32=60.3,
+        gib=93.58,
+        hbm=3.94e12,
+        link=3e11,
+        node=2,
+    ),
     _gpu(
         "h200",
         "NVIDIA H200",
         "NVIDIA H200 141GB HBM3e",
         tflops=989.4,
+        float32=66.9,
         gib=140.4,
         hbm=4.8e12,
         link=4.5e11,
     ),
-    _gpu("gh200", "NVIDIA GH200 480GB", tflops=989.4, gib=95.58, hbm=4e12, link=4.5e11, node=1),
-    _gpu("b200", "NVIDIA B200", tflops=2250, gib=178.36, hbm=8e12, link=9e11),
-    _gpu("gb200", "NVIDIA GB200", tflops=2500, gib=184.3, hbm=8e12, link=9e11, node=4),
-    _gpu("l40s", "NVIDIA L40S", tflops=362, gib=44.99, hbm=8.64e11, link=3.2e10, net=1.25e10),
+    _gpu(
+        "gh200",
+        "NVIDIA GH200 480GB",
+        tflops=989.4,
+        float32=66.9,
+        gib=95.58,
+        hbm=4e12,
+        link=4.5e11,
+        node=1,
+    ),
+    _gpu("b200", "NVIDIA B200", tflops=2250, float32=80, gib=178.36, hbm=8e12, link=9e11),
+    _gpu("gb200", "NVIDIA GB200", tflops=2500, float32=80, gib=184.3, hbm=8e12, link=9e11, node=4),
+    _gpu(
+        "l40s",
+        "NVIDIA L40S",
+        tflops=362,
+        float32=91.6,
+        gib=44.99,
+        hbm=8.64e11,
+        link=3.2e10,
+        net=1.25e10,
+    ),
     _gpu(
         "rtx4090",
         "NVIDIA GeForce RTX 4090",
         tflops=165.2,
+        float32=82.6,
         gib=23.99,
         hbm=1.008e12,
         link=3.2e10,
@@ -214,6 +276,7 @@ _GPUS = (
         "rtx5090",
         "NVIDIA GeForce RTX 5090",
         tflops=209.5,
+        float32=104.8,
         gib=31.84,
         hbm=1.792e12,
         link=6.4e10,

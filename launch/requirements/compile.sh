@@ -23,7 +23,7 @@ compile() { # of an extra beside "serve"
 }
 
 compile >launch/requirements/cpu.txt
-for accelerator in cuda:cuda13 tpu:tpu; do
+for accelerator in cuda:cuda13 cuda12:cuda12 tpu:tpu; do
     compile "${accelerator#*:}" >"$scratch/whole.txt"
     # The packages that are not in cpu.txt: a line with == and those that begin with --hash.
     awk 'NR == FNR { if (/==/) known[$1] = 1; next }

@@ -36,7 +36,7 @@ def test_documented_builds_are_supported_and_install_existing_lists() -> None:
     assert "--require-hashes" in install
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("name", ["cpu", "cuda", "cuda12", "tpu"])
 def test_listed_packages_have_hashes_and_the_constraints_versions(name) -> None:
     text = (LISTS / f"{name}.txt").read_text()
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)", text, re.M))
@@ -53,7 +53,7 @@ def test_listed_packages_have_hashes_and_the_constraints_versions(name) -> None:
 
 def test_accelerators_lists_hold_what_jax_requires_for_them() -> None:
     required = importlib.metadata.requires("jax")
-    for extra, name in (("cuda13", "cuda"), ("tpu", "tpu")):
+    for extra, name in (("cuda13", "cuda"), ("cuda12", "cuda12"), ("tpu", "tpu")):
         of_extra = [r for r in required if re.search(rf"extra == .{extra}\b", r)]
         packages = {re.match(r"[\w-]+", one)[0] for one in of_extra}
         text = "".join((LISTS / f"{list_}.txt").read_text() for list_ in ("cpu", name))

@@ -1,6 +1,7 @@
 """Every attention backend against the reference, the features of each, and the choice."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -234,6 +235,17 @@ def test_unsupported_dtype_or_length_is_an_error_by_name_and_skipped_by_auto(nam
     with pytest.raises(ConfigError, match=f"compute.attention={name}: needs .*{why}"):
         choose(name, Requirements(), sizes, platform)
     assert choose("auto", Requirements(), sizes, platform) == "reference"
+
+
+@pytest.mark.parametrize(("capability", "chosen"), [("7.5", "reference"), ("8.0", "cudnn")])
+def test_cudnn_is_not_for_gpus_before_the_a100(monkeypatch, capability, chosen):
+    gpu = SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(vendor.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(vendor.jax, "local_devices", lambda: [gpu])
+    assert choose("auto", Requirements(), BF16, "gpu") == chosen
+    if chosen == "reference":
+        with pytest.raises(ConfigError, match=r"compute\.attention=cudnn: needs an A100 or newer"):
+            choose("cudnn", Requirements(), BF16, "gpu")
 
 
 @pytest.fixture

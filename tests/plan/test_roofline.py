@@ -9,7 +9,7 @@ from gptjax.config import MeshConfig, MoeConfig
 from gptjax.config.registry import OPTIMIZERS
 from gptjax.model.flops import ModelCost
 from gptjax.parallel.mesh import AXES, arrange
-from gptjax.plan import estimate, report, roofline
+from gptjax.plan import estimate, machines, report, roofline
 from gptjax.plan.collectives import ALL_GATHER, Collective
 from gptjax.plan.machines import Machine, abstract_devices, parse
 from gptjax.runtime.hardware import DEVICES
@@ -280,3 +280,19 @@ def test_passes_read_weights_in_each_accumulation_step(cfg_of) -> None:
     assert four - twice == pytest.approx(2 * (twice - once))
     weights = LAYERS * (PROJECTIONS + MLP) * 2
     assert twice - once > 3 * weights
+
+
+@pytest.mark.parametrize(("machine", "share"), [("h100:8", 66.9 / 989.4), ("v5p:2x2x2", 1 / 6)])
+def test_float32_is_planned_at_the_peak_of_full_precision(cfg_of, machine, share) -> None:
+    device = machines.parse(machine).device
+    assert device.peak("float32") / device.peak("bfloat16") == pytest.approx(share)
+    shared = machines.parse(machine), dict.fromkeys(AXES, 1), {}, [], 1000.0
+    seconds = {
+        dtype: roofline.times(cfg_of(compute={"dtype": dtype}), *shared).arithmetic
+        for dtype in ("float32", "bfloat16")
+    }
+    assert seconds["bfloat16"] / seconds["float32"] == pytest.approx(share)
+
+
+def test_every_device_has_both_peaks() -> None:
+    assert all(0 < d.float32_tflops < d.tflops for d in machines.DEVICES.values())

@@ -124,8 +124,12 @@ class Cudnn(LocalBackend):
 
     def refusal(self, need: Requirements, sizes: Sizes, platform: str) -> str | None:
         mixed = need.segments and need.window
-        why = super().refusal(need, sizes, platform)
-        return why or ("does not support segments in a window" if mixed else None)
+        if why := super().refusal(need, sizes, platform):
+            return why
+        if mixed:
+            return "does not support segments in a window"
+        capability = _compute_capability()
+        return "needs an A100 or newer" if capability and capability < (8, 0) else None
 
     def attend_local(
         self,
@@ -150,6 +154,14 @@ class Cudnn(LocalBackend):
             local_window_size=None if window is None else (window - 1, 0),
             implementation="cudnn",
         )
+
+
+def _compute_capability() -> tuple[int, ...] | None:
+    """Of this machine's GPU; None where there is none, and a program is compiled for another."""
+    if jax.default_backend() != "gpu":
+        return None
+    device: Any = jax.local_devices()[0]
+    return tuple(map(int, device.compute_capability.split(".")))
 
 
 def is_cudnn_forward(primitive: Any, *_: Any, **__: Any) -> bool:
