@@ -29,7 +29,7 @@ class ComputeConfig:
     layers, which may run faster."""
     remat: Literal["none", "block", "dots"] = free("none")
     """Rematerialisation (activation checkpointing): recompute nothing, whole blocks, or all but the
-    matrix products (dots) in the backward pass."""
+    matrix products and the output of splash and cuDNN attention (dots) in the backward pass."""
     microbatches: int = free(0)
     """With mesh.stage: number of microbatches that pass through the pipeline in each accumulation
     step, a multiple of the stages. 0: as many as stages. More of them shorten the pipeline

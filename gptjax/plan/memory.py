@@ -125,8 +125,9 @@ def _saved_activations(s: StepShape) -> float:
         layer = stream
     elif remat == "dots":
         layer = 2 * stream + _split(s, a.qkv)
-        if "cudnn" in s.attention:  # its output, and the log-sum-exp of its scores
-            layer += attention_output + s.microbatch * m.heads / s.sizes["tensor"] * 4
+        if {"cudnn", "splash"} & set(s.attention):  # their output, the log-sum-exp of its scores
+            padded = -(-m.head // 128) * 128 if "splash" in s.attention else m.head
+            layer += _split(s, m.heads * padded) + _split(s, m.heads) / s.itemsize * 4
         layer += 0 if m.moe.experts else a.projections * _split(s, a.hidden)
     else:
         # As compiled programs have it: two norms in float32, and more of them on TPUs.

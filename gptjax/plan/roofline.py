@@ -140,7 +140,7 @@ def flops(cfg: Config, attention: Sequence[str] = ("splash",)) -> dict[str, floa
     }
     scores = parts["attention's scores"]
     recomputed = scores / 12 * 2  # the kernel's backward pass makes the scores once more
-    if remat == "block" or (remat == "dots" and "cudnn" not in attention):
+    if remat == "block" or (remat == "dots" and not {"cudnn", "splash"} & set(attention)):
         recomputed += scores / 3
     if remat == "block":  # but for a feed-forward's last product, whose result nobody needs
         forward = sum(

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from both_passes import HEAD, assert_same, attend_on, both_passes, make, segments_of
+from both_passes import HEAD, assert_same, attend_on, both_passes, make, placed, segments_of
 
 from gptjax.config.registry import ATTENTION_BACKENDS
 from gptjax.errors import ConfigError
-from gptjax.model import layers
+from gptjax.model import blocks, layers
 from gptjax.model.attention import reference, vendor
-from gptjax.model.attention.backends import LocalBackend, Requirements, Sizes, choose
+from gptjax.model.attention.backends import Inputs, LocalBackend, Requirements, Sizes, choose
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -306,6 +306,24 @@ def test_arguments_to_cudnn_mean_the_same_as_the_references(
     got = both_passes(attend, *arrays)
     assert asked == ["cudnn"]
     assert_same(got, attend_on(on_mesh(), arrays, "reference", window=window, segments=segments))
+
+
+@pytest.mark.parametrize(("remat", "forward"), [("dots", 1), ("block", 2)])
+def test_remat_dots_runs_splashs_forward_pass_once(on_mesh, tiny_config, remat, forward):
+    cfg = tiny_config(model={"heads": 2, "embed": 128}).model
+    tokens = layers.Tokens(jnp.zeros((1, 128), jnp.int32))
+    with on_mesh():
+
+        def total(q, k, v):
+            out = vendor.Splash().attend(cfg, Inputs(q, k, v, tokens, 0.125))
+            return jnp.square(out).sum()  # whose gradient needs the output
+
+        remade = jax.checkpoint(total, policy=blocks._REMAT[remat])
+        arrays = make(128, heads=2, kv_heads=2, batch=1, head=64)[:3]
+        q, k, v = (placed(a, "batch", "seq", "heads", None) for a in arrays)
+        traced = str(jax.make_jaxpr(jax.grad(remade, (0, 1, 2)))(q, k, v))
+    assert traced.count("name=splash_mha_fwd") == forward
+    assert traced.count("name=splash_mha_dq") == 1
 
 
 @pytest.mark.parametrize(

@@ -252,16 +252,17 @@ def test_cudnns_bias_for_document_masks_is_counted(machine, gib) -> None:
     assert with_masks.total - without.total == gib * 2**30
 
 
-def test_what_remat_dots_keeps_of_cudnn_is_counted(big) -> None:
+@pytest.mark.parametrize(("backend", "width"), [("cudnn", 64), ("splash", 128)])
+def test_what_remat_dots_keeps_of_attention_is_counted(big, backend, width) -> None:
+    """The kernel's output and the log-sum-exp of its scores; a TPU pads heads to 128."""
     cfg = big({"layers": 3, "heads": 4}, compute={"remat": "dots"})
     state, sizes = memory.tensors(cfg), sizes_of(fsdp=4)
-    cudnn, splash = (memory.memory_use(cfg, sizes, state, (name,)) for name in ("cudnn", "splash"))
+    saved = lambda name: memory.memory_use(cfg, sizes, state, (name,))["saved activations"]
     tokens = cfg.train.batch_tokens // cfg.train.accumulation // 4
     itemsize = 2 if cfg.compute.dtype == "bfloat16" else 4
-    output = tokens * cfg.model.heads * cfg.model.head * itemsize
-    log_sum_exp = tokens * cfg.model.heads * 4
-    kept = cudnn["saved activations"] - splash["saved activations"]
-    assert kept == 3 * (output + log_sum_exp)
+    assert cfg.model.head == 64
+    kept = saved(backend) - saved("ring")
+    assert kept == 3 * tokens * cfg.model.heads * (width * itemsize + 4)
 
 
 # Bytes that the graphs of cuDNN 9.23 asked for in the backward pass of [B, T, H, K, C], but for 256

@@ -14,6 +14,7 @@ from gptjax.config import ModelConfig
 from gptjax.config.registry import ATTENTION_BACKENDS
 from gptjax.model.attention.backends import Backend, Inputs, LocalBackend, Requirements, Sizes
 from gptjax.parallel import sequence, sharding
+from gptjax.parallel.matmul import PRODUCT
 from gptjax.parallel.mesh import abstract_mesh
 
 
@@ -90,6 +91,7 @@ def _splash_kernel(cfg: ModelConfig, t: int, heads: int, window: int | None) -> 
         attn_logits_soft_cap=cfg.attention_soft_cap or None,
         head_shards=1,
         q_seq_shards=parts,
+        residual_checkpoint_name=PRODUCT,  # so that remat=dots runs the forward pass once
     )
     # Each device has the mask's blocks for its queries. Within a stage of a pipeline, JAX would
     # refuse the mesh itself.
