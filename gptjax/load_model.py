@@ -262,9 +262,12 @@ class LoadedModel:
     params: Params
     step: int | None
 
-    def sampler(self, *, slots: int = 32) -> Sampler:
-        """A sampler of it; see there for what it keeps of the parameters."""
-        return Sampler(self.params, self.cfg.model, self.cfg.compute, self.tokenizer, slots=slots)
+    def sampler(self, *, slots: int = 32, consume: bool = False) -> Sampler:
+        """A sampler of it; see there for what it keeps of the parameters, and for `consume`."""
+        cfg = self.cfg
+        return Sampler(
+            self.params, cfg.model, cfg.compute, self.tokenizer, slots=slots, consume=consume
+        )
 
 
 @contextmanager

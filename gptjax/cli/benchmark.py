@@ -90,7 +90,7 @@ def report(model: LoadedModel, say: Callable[[str], None], rounds: int = 5) -> N
 
     Bandwidth is measured before each round: on a shared machine it changes from second to second.
     """
-    cfg, sampler = model.cfg, model.sampler(slots=max(BATCHES))
+    cfg, sampler = model.cfg, model.sampler(slots=max(BATCHES), consume=True)
     prompt = min(PROMPT, cfg.model.context // 2)
     new = min(NEW, cfg.model.context - prompt)
     size, memory = weight_bytes(sampler), memory_reader()

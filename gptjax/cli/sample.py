@@ -356,7 +356,7 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
             return
         if model.tokenizer is None and file is None:
             raise DataError(f"{args.run}: its source had no tokenizer, so it cannot read a prompt")
-        sampler = model.sampler(slots=args.rows)
+        sampler = model.sampler(slots=args.rows, consume=True)
         if model.tokenizer is not None and (note := trailing_space_note(prompts, model.tokenizer)):
             say(note)
         if file is not None:

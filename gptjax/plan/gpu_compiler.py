@@ -3,7 +3,7 @@
 The wheels of JAX's CUDA plugin (the extra `gpu-plan`) hold the compiler and descriptions of the
 GPUs that it knows; no driver and none of CUDA's libraries is needed. Memory and communication of
 its programs are real. Their times are not, as products are tuned on a device; and as cuDNN is not
-asked either, the workspace of its attention's backward pass is missing from the memory.
+asked either, the workspace of its attention's backward pass is added by formula (plan/memory.py).
 """
 
 import mmap

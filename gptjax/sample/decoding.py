@@ -91,17 +91,23 @@ class DecodeState:
 # --- parameters --------------------------------------------------------------------------------
 
 
-def decoding_params(params: Params, model: ModelConfig, dtype: str) -> tuple[Params, ModelConfig]:
+def decoding_params(
+    params: Params, model: ModelConfig, dtype: str, *, consume: bool = False
+) -> tuple[Params, ModelConfig]:
     """Parameters for decoding: matrices in `dtype`; but on TPUs, separate arrays for each layer.
 
-    Vectors, positions and routers, which are small and used in float32, keep their dtype.
+    Vectors, positions and routers, which are small and used in float32, keep their dtype. With
+    `consume`, the given arrays are freed on a GPU as they are split, so that none is there twice.
     """
-    if jax.tree.map(lambda leaf: leaf.dtype, params) != dtypes(params, dtype):
+    kinds = dtypes(params, dtype)
+    cast = jax.tree.map(lambda leaf, kind: leaf.dtype != kind, params, kinds)
+    if any(jax.tree.leaves(cast)):
         params = _cast(params, dtype)
     params = decoder.with_layers_on(params, None)
     if sharding.platform() == "tpu":
         return params, model
-    return decoder.split_layers(params, model), decoder.unrolled(model)
+    consumed = jax.tree.map(lambda new: consume or new, cast)
+    return decoder.split_layers(params, model, consumed), decoder.unrolled(model)
 
 
 def dtypes(params: Params, dtype: str) -> Params:

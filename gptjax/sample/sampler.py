@@ -64,8 +64,9 @@ class Completion:
 class Sampler:
     """Continues, streams and scores texts with a model, on the ambient mesh.
 
-    Copies the parameters in compute.dtype; on a CPU, those that have this dtype are shared. Without
-    a `tokenizer`, prompts are token ids and texts are empty. `stop_ids` end a continuation, and ids
+    Copies the parameters in compute.dtype; on a CPU, those that have this dtype are shared. With
+    `consume` they are freed on a GPU as they are copied, and cannot be used afterwards. Without a
+    `tokenizer`, prompts are token ids and texts are empty. `stop_ids` end a continuation, and ids
     from `vocab_size` on are never drawn; both are the tokenizer's by default. At most `slots`
     samples decode at a time.
     """
@@ -80,9 +81,12 @@ class Sampler:
         stop_ids: Sequence[int] | None = None,
         vocab_size: int | None = None,
         slots: int = SLOTS,
+        consume: bool = False,
     ) -> None:
         self.model, self.compute, self.tokenizer = model, compute, tokenizer
-        self._params, self._decoding_model = decoding.decoding_params(params, model, compute.dtype)
+        self._params, self._decoding_model = decoding.decoding_params(
+            params, model, compute.dtype, consume=consume
+        )
         self._slots = slots
         if vocab_size is None:
             vocab_size = model.vocab_size

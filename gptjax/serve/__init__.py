@@ -122,7 +122,7 @@ def _load_and_serve(
     with load_model.load_model(path, dtype=options.dtype, say=say) as model:
         capacity = _capacity(options, model.cfg.model.context)
         name = options.name or Path(path.removeprefix("hf:")).resolve().name
-        sampler, metrics = model.sampler(slots=options.rows), Metrics()
+        sampler, metrics = model.sampler(slots=options.rows, consume=True), Metrics()
         worker = Worker(
             sampler, metrics, slots=options.rows, capacity=capacity, queue=options.queue
         )

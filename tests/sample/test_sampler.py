@@ -15,9 +15,9 @@ from gptjax.errors import ConfigError
 from gptjax.evaluate import Scorer
 from gptjax.hf import safetensors
 from gptjax.model import decoder
-from gptjax.parallel import arrays
+from gptjax.parallel import arrays, sharding
 from gptjax.runtime.progress import Progress
-from gptjax.sample import BeamSearchParams, Sampler, SamplingParams
+from gptjax.sample import BeamSearchParams, Sampler, SamplingParams, decoding
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -127,6 +127,31 @@ def test_eight_devices_generate_the_tokens_of_one(
 
 
 # --- stopping ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("consume", [False, True])
+def test_a_gpus_parameters_are_split_by_layer_and_given_ones_freed_if_so_told(
+    one_device, tiny_model, random_params, monkeypatch, dtype, consume
+):
+    model = tiny_model(layers=4, pattern=("window", "full"), window=4)
+    given = random_params(model)
+    copies = jax.device_get(given)
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    params, unrolled = decoding.decoding_params(given, model, dtype, consume=consume)
+    assert unrolled.pattern == ("window", "full") * 2
+    freed = lambda tree: [leaf.is_deleted() for leaf in jax.tree.leaves(tree)]
+    assert not any(freed(params))
+    whole = dtype == "float32"  # else it was cast, and its copy freed
+    matrices = [given["blocks"]["layer_1"]["mlp"][name] for name in ("up", "down")]
+    assert freed(matrices) == [consume and whole] * 2
+    assert not any(freed({k: v for k, v in given.items() if k != "blocks"}))
+    for i in range(4):  # layer i is the (i // 2)-th of its place in the pattern
+        for name in ("up", "down"):
+            want = copies["blocks"][f"layer_{i % 2}"]["mlp"][name][i // 2][None]
+            found = params["blocks"][f"layer_{i}"]["mlp"][name]
+            assert found.dtype == dtype
+            np.testing.assert_array_equal(found, want.astype(found.dtype))
 
 
 def test_stop_token_ends_its_slot_only(one_device, model, params):

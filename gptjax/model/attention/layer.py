@@ -129,7 +129,7 @@ def attend_cache(
     q_BTHC, positions_BT = inputs.q_BTHC, inputs.tokens.positions_BT
     size = cache.keys_PBKSC.shape[3]
     slots_BT = jnp.where(positions_BT < 0, size, positions_BT % size)
-    # Of values, products would have another layout, for which a burst would transpose the cache.
+    # XLA would lay the cache out as its products want it, and transpose all of it for each burst.
     stores = (
         sharding.row_major(_write(cache.keys_PBKSC, inputs.k_BTKC, slots_BT, period)),
         sharding.row_major(_write(cache.values_PBKSC, inputs.v_BTKC, slots_BT, period)),
