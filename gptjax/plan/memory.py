@@ -45,6 +45,9 @@ class Tensor:
         return math.prod(self.shard_shape(sizes)) * self.itemsize
 
 
+KEPT_BY_DOTS = frozenset({"cudnn", "splash"})
+"""Attention backends whose output remat=dots keeps, so that their forward pass runs once."""
+
 _GROUPS = {"params": "parameters", "opt_state": "optimizer", "ema": "moving average"}
 
 
@@ -125,7 +128,7 @@ def _saved_activations(s: StepShape) -> float:
         layer = stream
     elif remat == "dots":
         layer = 2 * stream + _split(s, a.qkv)
-        if {"cudnn", "splash"} & set(s.attention):  # their output, the log-sum-exp of its scores
+        if KEPT_BY_DOTS & set(s.attention):  # their output, the log-sum-exp of its scores
             padded = -(-m.head // 128) * 128 if "splash" in s.attention else m.head
             layer += _split(s, m.heads * padded) + _split(s, m.heads) / s.itemsize * 4
         layer += 0 if m.moe.experts else a.projections * _split(s, a.hidden)

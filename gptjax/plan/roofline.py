@@ -27,6 +27,7 @@ from gptjax.plan.collectives import (
     pipeline_schedule,
 )
 from gptjax.plan.machines import Machine
+from gptjax.plan.memory import KEPT_BY_DOTS
 from gptjax.runtime.hardware import Device
 
 # Share of the bfloat16 peak that a whole train step's products reached, recomputation counted, in
@@ -140,7 +141,7 @@ def flops(cfg: Config, attention: Sequence[str] = ("splash",)) -> dict[str, floa
     }
     scores = parts["attention's scores"]
     recomputed = scores / 12 * 2  # the kernel's backward pass makes the scores once more
-    if remat == "block" or (remat == "dots" and not {"cudnn", "splash"} & set(attention)):
+    if remat == "block" or (remat == "dots" and not KEPT_BY_DOTS & set(attention)):
         recomputed += scores / 3
     if remat == "block":  # but for a feed-forward's last product, whose result nobody needs
         forward = sum(
