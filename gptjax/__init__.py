@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gptjax.evaluate.lm_eval import LMEvalAdapter
     from gptjax.load_model import LoadedModel
     from gptjax.load_model import load_model as load
-    from gptjax.pretrain import train
+    from gptjax.pretrain.train import train
     from gptjax.sample import BeamSearchParams, Sampler, SamplingParams
 
 if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # JAX refuses both of its names together
@@ -52,7 +52,7 @@ _PLACES = {
     "Sampler": "gptjax.sample:Sampler",
     "SamplingParams": "gptjax.sample:SamplingParams",
     "load": "gptjax.load_model:load_model",
-    "train": "gptjax.pretrain:train",
+    "train": "gptjax.pretrain.train:train",
 }
 
 

@@ -148,7 +148,7 @@ class HuggingFaceModel:
         """A configuration with the folder's model and tokenizer, and everything else by default."""
         model, folder = self.source.model, self.path.removeprefix("hf:")
         eval = EvalConfig(sample_tokens=max(1, min(128, model.context // 2)))
-        return Config(model=model, tokenizer=_tokenizer_config(self.tokenizer, folder), eval=eval)
+        return Config(model=model, tokenizer=tokenizer_config(self.tokenizer, folder), eval=eval)
 
     def config_here(self) -> Config:
         """The configuration that `config_of` makes."""
@@ -239,13 +239,14 @@ def config_of(model: ModelConfig, tokenizer: Tokenizer | None, target: str) -> C
         run=target,
         model=model,
         mesh=MeshConfig(fsdp=shards),
-        tokenizer=_tokenizer_config(tokenizer, target),
+        tokenizer=tokenizer_config(tokenizer, target),
         train=TrainConfig(seq_len=seq_len, batch_tokens=seq_len * batch),
         eval=EvalConfig(batch=batch, sample_tokens=max(1, min(128, model.context // 2))),
     )
 
 
-def _tokenizer_config(tokenizer: Tokenizer | None, folder: str) -> TokenizerConfig:
+def tokenizer_config(tokenizer: Tokenizer | None, folder: str) -> TokenizerConfig:
+    """The configuration of a tokenizer whose files are in a folder."""
     cfg = TokenizerConfig(path=folder)
     if tokenizer is None:
         return cfg

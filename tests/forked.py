@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 PRELOADED = [
-    *("gptjax.cli.main", "gptjax.cli.train", "gptjax.cli.finetune", "gptjax.pretrain"),
+    *("gptjax.cli.main", "gptjax.cli.train", "gptjax.cli.finetune", "gptjax.pretrain.train"),
     *("gptjax.finetune.train", "gptjax.load_model", "orbax.checkpoint", "tensorflow"),
 ]
 ENVIRONMENT = {

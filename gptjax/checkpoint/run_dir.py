@@ -5,6 +5,7 @@ RUN/tokenizer.*        the tokenizer, with the files that declare its special to
 RUN/data.json          the manifest of the store that it is trained on
 RUN/source.json        instead, for an imported model: its origin (see cli/convert.py)
 RUN/finetune.json      instead, for a fine-tuned run: the examples that it is trained on
+RUN/start.json         what it was started from, if from another model's parameters
 RUN/checkpoints/       see checkpointer.py
 RUN/checkpoints.json   the last step that was saved there
 RUN/metrics.jsonl, RUN/tensorboard/, RUN/samples/, RUN/profile/
@@ -38,6 +39,7 @@ from gptjax.runtime import distributed, file_lock, preemption
 from gptjax.tokenizer import Tokenizer
 
 CHECKPOINTS = "checkpoints"
+START = "start.json"
 CERTIFICATE = "certificate.json"
 _LOCK = "run.lock"
 _PROBE = ".probe"
@@ -66,7 +68,10 @@ def claim(cfg: Config, say: Callable[[str], None] = lambda line: None) -> Iterat
             _check_shared(folder)
         changes: list[str] = []
         if (folder / _SOURCE).exists():
-            raise MismatchError(f"{folder} holds an imported model; give another --run")
+            raise MismatchError(
+                f"{folder} holds an imported model; to go on training it, give --start {folder} "
+                "and another --run"
+            )
         if (folder / CONFIG_FILE).exists():
             changes = config.resume_changes(config.read_json(folder / CONFIG_FILE), cfg)
         elif Checkpointer(folder / CHECKPOINTS).steps():
@@ -185,6 +190,25 @@ def record_tuned(cfg: Config, tokenizer: Tokenizer, examples: dict[str, Any]) ->
         _save_tokenizer(folder, tokenizer)
         write_json(folder / _EXAMPLES, facts)
         write_json(folder / CONFIG_FILE, config.to_dict(cfg))
+
+
+def start_of(folder: str) -> dict[str, Any] | None:
+    """What a run was started from; None where its parameters were drawn. Raises DataError."""
+    return _read_json(Path(folder) / START)
+
+
+def record_start(folder: str, facts: dict[str, Any]) -> None:
+    """Writes what a run is started from. Raises MismatchError where it was begun from another."""
+    begun = start_of(folder)
+    if begun is not None and begun != facts:
+        raise MismatchError(
+            f"{folder} was begun from {begun['base']}, whose parameters were others than those of "
+            f"{facts['base']} are now; give that base, or another --run"
+        )
+    distributed.barrier()  # nobody looks at what is written now
+    if distributed.first():
+        write_json(Path(folder) / START, facts)
+    distributed.barrier()
 
 
 def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:

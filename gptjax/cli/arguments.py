@@ -18,6 +18,10 @@ def resolve(args: argparse.Namespace, overrides: Sequence[str]) -> configs.Confi
     """The checked configuration of a command with overrides. Raises ConfigError."""
     prog, text = args.subparser.prog, args.subparser.format_help()
     cfg = configs.resolve(args.config, overrides, prog, text)
+    if cfg.start.base:
+        from gptjax.pretrain import warm_start
+
+        cfg = warm_start.with_base(cfg, args.config, overrides, prog, text)
     cfg.check()
     args.resolved = cfg
     return cfg

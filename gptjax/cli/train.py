@@ -11,10 +11,10 @@ from gptjax.cli.arguments import resolve
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Runs the command."""
     cfg = resolve(args, overrides)
-    from gptjax import pretrain
+    from gptjax.pretrain.train import train
     from gptjax.runtime import distributed
 
-    results = pretrain.train(cfg)
+    results = train(cfg)
     if distributed.first():
         print(json.dumps({"run": cfg.run, **results}))
         summary.write(cfg)

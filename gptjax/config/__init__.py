@@ -7,10 +7,13 @@ configuration of a run that is resumed (`resume_changes`, resume.py).
 Nothing here imports JAX or TensorFlow, so a wrong flag is reported in milliseconds.
 """
 
+from gptjax.config.base_validation import lora_problems, tune_problems
 from gptjax.config.loading import (
     CONFIG_FILE,
     flatten,
     from_dict,
+    in_full,
+    is_resolved,
     load,
     on_machine,
     override,
@@ -33,13 +36,14 @@ from gptjax.config.schema import (
     LogConfig,
     LoraConfig,
     OptimConfig,
+    StartConfig,
     TokenizerConfig,
     TokenizerKind,
     TrainConfig,
     TuneConfig,
     WatchConfig,
 )
-from gptjax.config.validation import lora_problems, model_problems, tune_problems
+from gptjax.config.validation import model_problems
 
 __all__ = [
     "CONFIG_FILE",
@@ -56,6 +60,7 @@ __all__ = [
     "MoeConfig",
     "OptimConfig",
     "RopeConfig",
+    "StartConfig",
     "TokenizerConfig",
     "TokenizerKind",
     "TrainConfig",
@@ -63,6 +68,8 @@ __all__ = [
     "WatchConfig",
     "flatten",
     "from_dict",
+    "in_full",
+    "is_resolved",
     "list_presets",
     "load",
     "lora_problems",

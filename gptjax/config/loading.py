@@ -10,6 +10,7 @@ A CONFIG argument is one of
 import dataclasses
 import difflib
 import importlib.util
+import itertools
 import json
 import sys
 import types
@@ -79,6 +80,7 @@ _ELSEWHERE = {
     "checkpoint.every": ("save_every", "save_steps", "save_interval", "checkpoint_interval"),
     "eval.every": ("eval_steps", "eval_interval", "eval_every"),
     "log.every": ("log_interval", "logging_steps", "log_every"),
+    "start.base": ("init_from", "resume_from", "load_path", "pretrained", "model_name_or_path"),
     "data.sources": ("dataset", "data_path", "train_data", "dataset_path", "train_files"),
 }
 _OURS = {name: ours for ours, others in _ELSEWHERE.items() for name in others}
@@ -188,6 +190,11 @@ def load(argument: str) -> Config:
     raise ConfigError([f"{path}: not a CONFIG; give a .py preset, a .json file or a run folder"])
 
 
+def is_resolved(argument: str) -> bool:
+    """Whether a CONFIG argument is a whole configuration, JSON or a run folder, and no preset."""
+    return Path(argument).is_dir() or argument.endswith(".json")
+
+
 def on_machine(
     machine: str,
     preset: str,
@@ -263,7 +270,7 @@ def override(preset: Config, overrides: Sequence[str], prog: str, description: s
     """The configuration with `--section.field value` overrides, parsed by tyro."""
     if not overrides:
         return preset
-    known = flatten(preset)
+    known, overrides = flatten(preset), in_full(overrides)
     given = [word[2:].partition("=")[0].replace("-", "_") for word in overrides if word[:2] == "--"]
     if problems := [
         f"--{name}: unknown option; here it is --{ours}"
@@ -283,15 +290,33 @@ def override(preset: Config, overrides: Sequence[str], prog: str, description: s
     )
 
 
+def in_full(overrides: Sequence[str]) -> list[str]:
+    """Overrides with what may be left out: `--start BASE` is `--start.base BASE`, and a field that
+    is true or false is made true by its name alone.
+    """
+    classes, words = flatten(Config()), []
+    for word, following in itertools.pairwise([*overrides, "--"]):
+        name, equals, value = word.partition("=")
+        words.append(f"--start.base{equals}{value}" if name == "--start" else word)
+        named = isinstance(classes.get(name[2:].replace("-", "_")), bool) and not equals
+        if name.startswith("--") and named and following.startswith("--"):
+            words.append("True")
+    return words
+
+
 def provenance(cfg: Config, argument: str, overrides: Sequence[str]) -> dict[str, str]:
-    """The origin of each field by dotted name: default, command line, or the preset's name."""
-    given = {word[2:].split("=")[0].replace("-", "_") for word in overrides if word[:2] == "--"}
+    """The origin of each field by dotted name: default, command line, or the name of the preset or
+    of the base that it starts from."""
+    words = in_full(overrides)
+    given = {word[2:].split("=")[0].replace("-", "_") for word in words if word[:2] == "--"}
     defaults, preset = flatten(Config()), flatten(load(argument))
     return {
         name: "command line"
         if name in given
+        else cfg.start.base  # its model and tokenizer, which the preset does not have
+        if value != preset[name]
         else argument
         if preset[name] != defaults[name]
         else "default"
-        for name in flatten(cfg)
+        for name, value in flatten(cfg).items()
     }

@@ -205,6 +205,23 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class StartConfig:
+    """The model that pre-training goes on from (a warm start), in a run folder of its own."""
+
+    base: str = identity("")
+    """Run folder, RUN@STEP or hf:FOLDER whose parameters the run starts from, a run's moving
+    average where it keeps one; `--start BASE` on the command line. Model and tokenizer are those of
+    the base. Empty: parameters are drawn."""
+    optimizer: bool = identity(False)
+    """Take the base's parameters as they are, without averaging, and its optimizer state and moving
+    average with them. The base is a pre-trained run with the same optimizer."""
+    keep_step: bool = identity(False)
+    """Go on counting steps from the base's: the learning-rate schedule and the order of the data go
+    on where it was, and train.tokens includes the tokens that it was trained on. Requires
+    start.optimizer."""
+
+
+@dataclass(frozen=True)
 class FinetuneConfig(TuneConfig):
     """Supervised fine-tuning of a pre-trained model; `gptjax finetune` sets these fields.
 
@@ -328,6 +345,7 @@ class Config:
     data: DataConfig = free(DataConfig)
     optim: OptimConfig = free(OptimConfig)
     train: TrainConfig = free(TrainConfig)
+    start: StartConfig = free(StartConfig)
     finetune: FinetuneConfig = free(FinetuneConfig)
     eval: EvalConfig = free(EvalConfig)
     checkpoint: CheckpointConfig = free(CheckpointConfig)

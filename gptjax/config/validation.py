@@ -4,11 +4,11 @@ All problems are reported at once, each as `dotted.field=value: what is wrong an
 is a Config, whose type cannot be imported here because schema.py imports this file.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Literal
 
+from gptjax.config.base_validation import finetune_problems, start_problems
 from gptjax.config.limits import out_of_range, place_problems, too_large
 from gptjax.config.registry import ATTENTION_BACKENDS, METRIC_WRITERS, OPTIMIZERS
 
@@ -114,7 +114,8 @@ def _particular_problems(cfg: Any) -> Iterator[str]:
     yield from _name_problems(cfg)
     yield from _train_problems(cfg)
     yield from _schedule_problems(cfg)
-    yield from _finetune_problems(cfg)
+    yield from start_problems(cfg)
+    yield from finetune_problems(cfg)
     yield from _eval_problems(cfg)
     yield from _data_problems(cfg)
     yield from place_problems(cfg)
@@ -181,18 +182,6 @@ def _schedule_problems(cfg: Any) -> Iterator[str]:
             f"optim.decay_tokens={o.decay_tokens}: together with optim.warmup_tokens="
             f"{o.warmup_tokens} above train.tokens={t.tokens}; lower one of them"
         )
-
-
-def _finetune_problems(cfg: Any) -> Iterator[str]:
-    """Problems of fine-tuning and adapters, and of their fields in a pre-training."""
-    tune = cfg.finetune
-    if tune.task == "none":
-        defaults = vars(type(tune)())
-        for name, value in vars(tune).items():
-            if value != defaults[name]:
-                yield f"finetune.{name}={value}: only used by `gptjax finetune`; leave it out"
-    yield from tune_problems(tune, cfg.model, "finetune")
-    yield from lora_problems(tune.lora, "finetune.lora")
 
 
 def _eval_problems(cfg: Any) -> Iterator[str]:
@@ -348,41 +337,6 @@ def _rope_problems(m: Any) -> Iterator[str]:
             f"model.rope.beta_slow={rope.beta_slow}: must be above 0 and below "
             f"model.rope.beta_fast={rope.beta_fast}"
         )
-
-
-# --- fine-tuning ---------------------------------------------------------------------------------
-
-
-def tune_problems(tune: Any, model: Any, option: str) -> Iterator[str]:
-    """Problems of a TuneConfig; `option` is its dotted name."""
-    yield from _pattern_problems(tune.freeze, f"{option}.freeze")
-    if not 0 <= tune.freeze_layers <= model.layers:
-        yield (
-            f"{option}.freeze_layers={tune.freeze_layers}: must be at least 0 and at most "
-            f"model.layers={model.layers}"
-        )
-    if not 0 < tune.layer_decay <= 1:
-        yield f"{option}.layer_decay={tune.layer_decay}: must be above 0 and at most 1"
-
-
-def lora_problems(lora: Any, option: str) -> Iterator[str]:
-    """Problems of a LoraConfig; `option` is its dotted name."""
-    yield from _below(0, {f"{option}.rank": lora.rank})
-    if lora.rank == 0 and lora != type(lora)():
-        yield f"{option}.rank=0: there are no adapters, yet other fields of it are set; give a rank"
-    if not lora.alpha > 0:
-        yield f"{option}.alpha={lora.alpha}: must be above 0"
-    if not lora.targets:
-        yield f"{option}.targets=(): give at least one, such as blocks/.*/attn/(q|v)"
-    yield from _pattern_problems(lora.targets, f"{option}.targets")
-
-
-def _pattern_problems(patterns: Sequence[str], option: str) -> Iterator[str]:
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            yield f"{option}={pattern}: not a regular expression: {error}"
 
 
 # --- devices -------------------------------------------------------------------------------------

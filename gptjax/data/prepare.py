@@ -167,8 +167,11 @@ def _prepare(
 
 def _finished(cfg: Config, say: Callable[[str], None], begun_with: str | None) -> store.Manifest:
     """The manifest of a finished store; a remote store is only ever read."""
-    manifest = store.read_manifest(cfg.data.store)
-    check_same(cfg.data.store, manifest.data, identity(cfg))
+    manifest, given = store.read_manifest(cfg.data.store), identity(cfg)
+    # A tokenizer is what its files say, wherever they lie.
+    if manifest.fingerprint() == begun_with or _has_tokenizer(manifest, cfg):
+        given["tokenizer"] = manifest.data["tokenizer"]
+    check_same(cfg.data.store, manifest.data, given)
     if "://" not in cfg.data.store and (changes := provenance.changes(cfg)):
         shown = changes[:5] + [f"and {len(changes) - 5} more"] * (len(changes) > 5)
         if manifest.fingerprint() != begun_with:
@@ -179,6 +182,18 @@ def _finished(cfg: Config, say: Callable[[str], None], begun_with: str | None) -
             )
         say(f"the text has changed, and the run goes on with the tokens it has: {'; '.join(shown)}")
     return manifest
+
+
+def _has_tokenizer(manifest: store.Manifest, cfg: Config) -> bool:
+    """Whether a store has the configured tokenizer, which is not to be trained."""
+    given = cfg.tokenizer
+    readable = given.path and Path(given.path).expanduser().exists()
+    if given.kind != "bytes" and not readable:
+        return False
+    try:
+        return tokenizers.make(given, ()).fingerprint == manifest.tokenizer["sha256"]
+    except DataError:
+        return False
 
 
 def _tokenizer(preparation: _Preparation, tell: Tell) -> tokenizers.Tokenizer:

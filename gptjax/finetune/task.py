@@ -18,7 +18,7 @@ from gptjax.parallel import arrays, sharding
 from gptjax.param_tree import Tree
 from gptjax.runtime.progress import Progress
 from gptjax.training.callbacks import Evaluator
-from gptjax.training.step import LossFn, Sums
+from gptjax.training.step import LossFn, Sums, TrainState, state_of
 
 
 class Rows(Protocol):
@@ -63,8 +63,9 @@ class FinetuneTask(ABC, Generic[RowsT]):
     def init(self, key: jax.Array) -> Tree:
         return base_params.training_tree(self.cfg, heads.init_params(self.cfg, key))
 
-    def starting_params(self) -> Tree | None:
-        return base_params.starting_tree(self.cfg, self.base, self._say)
+    def starting_state(self) -> TrainState | None:
+        tree = base_params.starting_tree(self.cfg, self.base, self._say)
+        return state_of(self.cfg, tree, self.lr_multipliers)
 
     def loss(self, params: Tree, batch: Any, keys_B2: jax.Array | None) -> tuple[jax.Array, Sums]:
         return self._loss(self.to_model_params(params), batch, keys_B2)

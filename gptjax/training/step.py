@@ -89,6 +89,12 @@ def state_from_params(
     )
 
 
+def state_of(cfg: Config, params: Tree, lr_multipliers: LrMultipliers | None = None) -> TrainState:
+    """`state_from_params`, computed on the ambient mesh; consumes the parameters."""
+    build = lambda tree: state_from_params(cfg, tree, lr_multipliers)
+    return jax.jit(build, donate_argnums=0)(params)
+
+
 def gradients(
     cfg: Config, loss_fn: LossFn, params: Tree, batch: Any, keys_B2: jax.Array | None
 ) -> tuple[Tree, Sums]:

@@ -8,7 +8,7 @@ import jax
 from gptjax.model.decoder import Params
 from gptjax.param_tree import Tree
 from gptjax.training.param_groups import LrMultipliers
-from gptjax.training.step import Sums
+from gptjax.training.step import Sums, TrainState
 
 
 class Task(Protocol):
@@ -24,8 +24,8 @@ class Task(Protocol):
     def init(self, key: jax.Array) -> Tree:
         """A freshly drawn training tree. Traced: it gives the state's shapes and layouts too."""
 
-    def starting_params(self) -> Tree | None:
-        """The training tree to start from, read from elsewhere; None: the one that `init` draws."""
+    def starting_state(self) -> TrainState | None:
+        """The state to start from, read from elsewhere; None: the one that `init` draws."""
 
     def loss(self, params: Tree, batch: Any, keys_B2: jax.Array | None) -> tuple[jax.Array, Sums]:
         """The loss to differentiate and the batch's sums, as `step.LossFn` describes them."""

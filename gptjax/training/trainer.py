@@ -22,7 +22,7 @@ from gptjax.runtime.preemption import Interrupted, PreemptionHandler
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
 from gptjax.training.callbacks import Callback, Snapshot, StepTimer
-from gptjax.training.step import TrainState, compile_step, create_state, state_from_params
+from gptjax.training.step import TrainState, compile_step, create_state
 from gptjax.training.task import Task
 
 
@@ -99,11 +99,7 @@ class Trainer:
         restored: TrainState | None = self._checkpointer.restore_newest(sharding.abstract(fresh))
         if restored is not None:
             return restored, True
-        params = task.starting_params()
-        if params is None:
-            return jax.jit(fresh)(), False
-        from_params = lambda tree: state_from_params(cfg, tree, task.lr_multipliers)
-        return jax.jit(from_params, donate_argnums=0)(params), False
+        return task.starting_state() or jax.jit(fresh)(), False
 
     def _compile(self, state: TrainState) -> None:
         """Compiles the step, and reads the first batch meanwhile."""

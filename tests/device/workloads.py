@@ -101,7 +101,7 @@ class MemoryTask:
     def init(self, key: jax.Array) -> Any:
         return decoder.init(self._cfg.model, key)
 
-    def starting_params(self) -> None:
+    def starting_state(self) -> None:
         return None
 
     def loss(self, params: Any, batch: Any, keys_B2: jax.Array | None) -> Any:

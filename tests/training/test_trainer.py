@@ -149,7 +149,7 @@ class ToyTask:
     def init(self, key):
         return decoder.init(self.cfg.model, key)
 
-    def starting_params(self):
+    def starting_state(self):
         return None
 
     def abstract_batch(self):

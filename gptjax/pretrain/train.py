@@ -1,12 +1,11 @@
 """Pre-training: next-token prediction on a token store, handed to the training loop."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from gptjax import config, sample
@@ -14,80 +13,32 @@ from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import Checkpointer, sha256_of
 from gptjax.config import Config
-from gptjax.data import loader, prepare, store
+from gptjax.data import prepare, store
 from gptjax.errors import ConfigError, DataError
 from gptjax.evaluate import Scorer, TaskEvaluator, ValidationLoss, read_tasks, task_names
-from gptjax.model import decoder
-from gptjax.model.decoder import Params
-from gptjax.parallel import arrays, mesh, pipeline
-from gptjax.param_tree import Tree
+from gptjax.parallel import mesh
+from gptjax.pretrain import warm_start
+from gptjax.pretrain.task import PretrainTask
+from gptjax.pretrain.warm_start import WarmStart
 from gptjax.runtime import distributed, preemption
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
 from gptjax.tokenizer import Tokenizer
 from gptjax.training import callbacks, metrics, objective
-from gptjax.training.param_groups import LrMultipliers
-from gptjax.training.step import Sums
 from gptjax.training.trainer import Trainer
 
 SAMPLES = "samples"
 
 
-class PretrainTask:
-    """Next-token prediction on the training split of a prepared store.
-
-    In an interleaved pipeline schedule the training tree has the layers in the pipeline's order.
-    """
-
-    lr_multipliers: LrMultipliers | None = None
-
-    def __init__(self, cfg: Config, manifest: store.Manifest) -> None:
-        """Raises DataError for a store that does not suit the configuration."""
-        self._cfg, self._data = cfg, loader.TrainData.open(cfg, manifest)
-        self._loss = objective.training_loss(cfg, manifest.eos_id, manifest.start_id)
-        periods = cfg.model.layers // len(cfg.model.pattern)
-        self._order: list[int] = pipeline.order(periods, cfg.compute.rounds).tolist()
-
-    @property
-    def layer_order(self) -> list[int] | None:
-        """The model's layer (of a pattern: period) at each place of the tree; None: the same."""
-        return None if self._order == sorted(self._order) else self._order
-
-    def init(self, key: jax.Array) -> Tree:
-        return self._reordered(decoder.init(self._cfg.model, key), self._order)
-
-    def starting_params(self) -> Tree | None:
-        return None
-
-    def loss(self, params: Tree, batch: Any, keys_B2: jax.Array | None) -> tuple[jax.Array, Sums]:
-        return self._loss(params, batch, keys_B2)
-
-    def abstract_batch(self) -> Any:
-        return objective.abstract_batch(self._cfg)
-
-    def batches(self, first: int, last: int) -> Iterator[Any]:
-        rows = arrays.host_rows(self._cfg.train.batch)
-        batches = self._data.batches(first, last, rows, self._cfg.data.prefetch)
-        return (vars(batch) for batch in batches)
-
-    def to_model_params(self, params: Tree) -> Params:
-        return self._reordered(params, np.argsort(self._order).tolist())
-
-    def _reordered(self, params: Tree, order: list[int]) -> Tree:
-        if self.layer_order is None:
-            return params
-        return params | {"blocks": pipeline.reordered(params["blocks"], order)}
-
-
 def train(cfg: Config | str, overrides: Sequence[str] = ()) -> dict[str, float]:
     """Trains a configuration in its run folder, from where it stands; returns the last evaluation.
 
-    `cfg` is a Config, or a preset, a JSON file or a run folder, with `overrides` as the command
-    line has them: ["--optim.lr", "3e-4"]. Prepares the data if need be, and joins the job of
-    several processes that the environment describes. Raises a GptjaxError.
+    `cfg` is a whole Config, or a preset, a JSON file or a run folder, with `overrides` as the
+    command line has them: ["--optim.lr", "3e-4"]. Prepares the data if need be, and joins the job
+    of several processes that the environment describes. Raises a GptjaxError.
     """
     if isinstance(cfg, str):
-        cfg = config.resolve(cfg, overrides)
+        cfg = warm_start.with_base(config.resolve(cfg, overrides), cfg, overrides)
     cfg.check()
     if cfg.finetune.task != "none":
         raise ConfigError([f"finetune.task={cfg.finetune.task}: use `gptjax finetune`"])
@@ -98,6 +49,7 @@ def train(cfg: Config | str, overrides: Sequence[str] = ()) -> dict[str, float]:
         for change in changes:
             progress.say(f"changed since the run was begun: {change}")
         cfg.check(jax.device_count(), jax.process_count())
+        start = WarmStart.find(cfg, progress.say)
         watchdog.at("prepare", 0)
         with (
             preemption.preemptible("the text was prepared; what is done is kept"),
@@ -108,19 +60,25 @@ def train(cfg: Config | str, overrides: Sequence[str] = ()) -> dict[str, float]:
             manifest = prepare.prepare(cfg, tell, progress.say, begun_with=begun_with)
         watchdog.at("restore", 0)
         with mesh.entered_mesh(cfg):
-            return pretrain(cfg, manifest, watchdog, progress)
+            return pretrain(cfg, manifest, watchdog, progress, start)
 
 
 def pretrain(
-    cfg: Config, manifest: store.Manifest, watchdog: Watchdog, progress: Progress
+    cfg: Config,
+    manifest: store.Manifest,
+    watchdog: Watchdog,
+    progress: Progress,
+    start: WarmStart | None = None,
 ) -> dict[str, float]:
     """Trains the configured model on a prepared store; returns the final evaluation.
+
+    `start` is the base of a run that is to begin with its parameters.
 
     The run folder is claimed already (`run_dir.claim`). Raises what `Trainer.fit` raises, DataError
     for a store that does not suit, MismatchError where the run was begun with another store.
     """
     files = read_tasks(cfg.eval.tasks, cfg.eval.task_limit)
-    task = PretrainTask(cfg, manifest)
+    task = PretrainTask(cfg, manifest, start, progress.say)
     tokenizer = _tokenizer(cfg, manifest)
     samples = WriteSamples(cfg, tokenizer, watchdog, progress)
     distributed.agree({"the store's tokens": manifest.fingerprint(), **run_dir.facts(cfg)})
@@ -180,6 +138,7 @@ def _metadata(
         "rng": {"impl": str(jax.config.jax_default_prng_impl), "seed": cfg.train.seed},
         "mesh": dict(jax.sharding.get_mesh().shape),
         "attention": backends,
+        **({"start": run_dir.start_of(cfg.run)} if cfg.start.base else {}),
     }
 
 

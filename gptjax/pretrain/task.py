@@ -1,0 +1,77 @@
+"""The pre-training task: what the training loop has to know of it (training/task.py)."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from gptjax.config import Config
+from gptjax.data import loader, store
+from gptjax.model import decoder
+from gptjax.model.decoder import Params
+from gptjax.parallel import arrays, pipeline
+from gptjax.param_tree import Tree
+from gptjax.pretrain.warm_start import WarmStart
+from gptjax.training import objective
+from gptjax.training.param_groups import LrMultipliers
+from gptjax.training.step import Sums, TrainState
+
+
+class PretrainTask:
+    """Next-token prediction on the training split of a prepared store.
+
+    In an interleaved pipeline schedule the training tree has the layers in the pipeline's order.
+    """
+
+    lr_multipliers: LrMultipliers | None = None
+
+    def __init__(
+        self,
+        cfg: Config,
+        manifest: store.Manifest,
+        start: WarmStart | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """With `start`, of a run that begins with parameters of another.
+
+        Raises DataError for a store that does not suit the configuration.
+        """
+        self._start, self._say = start, say
+        self._cfg, self._data = cfg, loader.TrainData.open(cfg, manifest)
+        self._loss = objective.training_loss(cfg, manifest.eos_id, manifest.start_id)
+        periods = cfg.model.layers // len(cfg.model.pattern)
+        self._order: list[int] = pipeline.order(periods, cfg.compute.rounds).tolist()
+
+    @property
+    def layer_order(self) -> list[int] | None:
+        """The model's layer (of a pattern: period) at each place of the tree; None: the same."""
+        return None if self._order == sorted(self._order) else self._order
+
+    def init(self, key: jax.Array) -> Tree:
+        return self._reordered(decoder.init(self._cfg.model, key), self._order)
+
+    def starting_state(self) -> TrainState | None:
+        if self._start is None:
+            return None
+        place = lambda params: self._reordered(params, self._order)
+        return self._start.state(self.layer_order, place, self._say)
+
+    def loss(self, params: Tree, batch: Any, keys_B2: jax.Array | None) -> tuple[jax.Array, Sums]:
+        return self._loss(params, batch, keys_B2)
+
+    def abstract_batch(self) -> Any:
+        return objective.abstract_batch(self._cfg)
+
+    def batches(self, first: int, last: int) -> Iterator[Any]:
+        rows = arrays.host_rows(self._cfg.train.batch)
+        batches = self._data.batches(first, last, rows, self._cfg.data.prefetch)
+        return (vars(batch) for batch in batches)
+
+    def to_model_params(self, params: Tree) -> Params:
+        return self._reordered(params, np.argsort(self._order).tolist())
+
+    def _reordered(self, params: Tree, order: list[int]) -> Tree:
+        if self.layer_order is None:
+            return params
+        return params | {"blocks": pipeline.reordered(params["blocks"], order)}
