@@ -3,8 +3,8 @@
     gptjax train configs/gpt3.py:gpt3_125m --data.sources 'corpus/*.jsonl.zst'
 
 Peak rates and batches are the table's; Adam with betas 0.9 and 0.95, decay 0.1, clipping at 1,
-warm-up over 375 million tokens, a cosine to a tenth, 300 billion tokens. Not reproduced are the
-batch's growth in the first billions of tokens and the constant rate after 260 billion. The paper
+warm-up over 375 million tokens, a cosine to a tenth by 260 billion tokens, a constant rate up to
+300 billion. Not reproduced is the batch's growth in the first billions of tokens. The paper
 alternates full attention with locally banded sparse patterns whose details were never published;
 full attention is the usual substitute, and `--model.pattern full window --model.window 256`
 alternates it with a sliding window.
@@ -81,7 +81,7 @@ def _gpt3(size: str, *, layers: int, embed: int, heads: int, lr: float, batch: i
             kind="huggingface", algorithm="byte_bpe", vocab_size=50257, sample_bytes=200_000_000
         ),
         data=DataConfig(store="data/corpus", valid_fraction=0.001),
-        optim=OptimConfig(lr=lr, warmup_tokens=375_000_000),
+        optim=OptimConfig(lr=lr, warmup_tokens=375_000_000, decay_tokens=259_625_000_000),
         train=TrainConfig(tokens=300_000_000_000, batch_tokens=batch, seq_len=2048),
         eval=EvalConfig(every=2000, batch=64),
         checkpoint=CheckpointConfig(every=1000, keep_every=10_000),

@@ -31,15 +31,19 @@ def rate(tiny_config, step, **fields):
 # --- schedules ---------------------------------------------------------------------------------
 
 
+def decay_of(shape, steps=20):
+    return {"decay_tokens": steps * BATCH if shape == "wsd" else 0}
+
+
 @pytest.mark.parametrize("shape", ["cosine", "linear", "wsd", "constant"])
 def test_schedule_without_warmup_starts_at_peak(tiny_config, shape):
-    fields = {"lr_schedule": shape, "decay_tokens": 20 * BATCH}
+    fields = {"lr_schedule": shape} | decay_of(shape)
     assert rate(tiny_config, 0, **fields) == pytest.approx(PEAK)
 
 
-@pytest.mark.parametrize("shape", ["cosine", "linear", "wsd", "constant"])
+@pytest.mark.parametrize("shape", ["cosine", "linear", "wsd", "inverse_sqrt", "constant"])
 def test_warmup_is_linear_and_starts_above_zero(tiny_config, shape):
-    fields = {"lr_schedule": shape, "warmup_tokens": 10 * BATCH, "decay_tokens": 20 * BATCH}
+    fields = {"lr_schedule": shape, "warmup_tokens": 10 * BATCH} | decay_of(shape)
     ramp = [rate(tiny_config, step, **fields) for step in range(11)]
     np.testing.assert_allclose(ramp[:10], PEAK * np.arange(1, 11) / 10, rtol=1e-6)
     assert ramp[10] == pytest.approx(PEAK)
@@ -54,8 +58,7 @@ def test_schedules_in_the_middle_and_at_the_end(tiny_config, shape, middle, end,
     fields = {
         "lr_schedule": shape,
         "warmup_tokens": warmup * BATCH,
-        "decay_tokens": 20 * BATCH,
-    }
+    } | decay_of(shape)
     half = (STEPS + warmup) // 2
     assert rate(tiny_config, half, **fields) == pytest.approx(PEAK * middle, rel=1e-5)
     assert rate(tiny_config, STEPS, **fields) == pytest.approx(PEAK * end, rel=1e-5)
@@ -66,6 +69,33 @@ def test_cosine_and_linear_schedules_differ_at_a_quarter(tiny_config):
     cosine, linear = (rate(tiny_config, 25, lr_schedule=shape) for shape in ("cosine", "linear"))
     assert cosine == pytest.approx(PEAK * (0.1 + 0.9 * (1 + np.cos(np.pi / 4)) / 2), rel=1e-5)
     assert linear == pytest.approx(PEAK * (1 - 0.9 / 4), rel=1e-5)
+
+
+@pytest.mark.parametrize("warmup", [0, 10])
+@pytest.mark.parametrize(("shape", "middle"), [("cosine", 0.55), ("linear", 0.55)])
+def test_a_decay_of_some_tokens_is_followed_by_a_constant_rate(tiny_config, shape, middle, warmup):
+    fields = {"lr_schedule": shape, "warmup_tokens": warmup * BATCH, "decay_tokens": 40 * BATCH}
+    at = lambda step: rate(tiny_config, warmup + step, **fields) / PEAK
+    assert at(0) == pytest.approx(1)
+    assert at(20) == pytest.approx(middle, rel=1e-5)
+    for step in (40, 41, 80, STEPS):
+        assert at(step) == pytest.approx(0.1, rel=1e-5)
+    assert at(39) > 0.1
+
+
+def test_inverse_square_root_falls_from_the_end_of_the_warmup(tiny_config):
+    fields = {"lr_schedule": "inverse_sqrt", "warmup_tokens": 10 * BATCH}
+    for step in (10, 40, 90, STEPS):
+        expected = PEAK * np.sqrt(10 / step)
+        assert rate(tiny_config, step, **fields) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_decay_by_one_minus_the_square_root(tiny_config):
+    fields = {"lr_schedule": "wsd", "decay_tokens": 20 * BATCH, "decay_shape": "1-sqrt"}
+    fields |= {"final_lr_ratio": 0.0}
+    assert rate(tiny_config, 80, **fields) == pytest.approx(PEAK)
+    assert rate(tiny_config, 85, **fields) == pytest.approx(PEAK * (1 - np.sqrt(0.25)), rel=1e-5)
+    assert rate(tiny_config, STEPS, **fields) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("warmup", [0, 10])
