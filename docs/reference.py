@@ -11,7 +11,7 @@ import re
 import sys
 import textwrap
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,8 +63,11 @@ def sections(cls: type = config.Config, prefix: str = "") -> Iterator[tuple[str,
     yield prefix, cls
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from sections(hints[field.name], f"{prefix}.{field.name}".lstrip("."))
+        hint, name = hints[field.name], f"{prefix}.{field.name}".lstrip(".")
+        if dataclasses.is_dataclass(hint):
+            yield from sections(hint, name)
+        elif typing.get_origin(hint) is Mapping:
+            yield from sections(typing.get_args(hint)[1], f"{name}.NAME")
 
 
 def config_page() -> str:
@@ -109,6 +112,8 @@ def _type(hint: Any) -> str:
         return " or ".join(map(str, args))
     if origin is tuple:
         return f"list of {_type(args[0])}"
+    if origin is Mapping:
+        return "sections by name"
     if args:
         return " or ".join(_type(arg) for arg in args)
     return {type(None): "None", str: "text", int: "integer", float: "number", bool: "boolean"}.get(
@@ -117,6 +122,8 @@ def _type(hint: Any) -> str:
 
 
 def _default(field: dataclasses.Field) -> str:
+    if field.default_factory is dict:
+        return "none"
     value = field.default
     if isinstance(value, tuple):
         return " ".join(map(repr, value)) or "()"

@@ -26,7 +26,7 @@ from gptjax.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from gptjax.data.store import Manifest
+from gptjax.data.mixture import Manifests
 from gptjax.errors import CheckpointError, ConfigError
 from gptjax.finetune import adapter_checkpoint
 from gptjax.finetune import params as base_params
@@ -56,12 +56,12 @@ class ModelSource(BaseModel, Protocol):
 
 @dataclass(frozen=True)
 class RunModel:
-    """A run folder. `manifest` is that of the store it was trained on, if any."""
+    """A run folder. `manifests` are those of the stores it was trained on, if any."""
 
     path: str
     cfg: Config
     tokenizer: Tokenizer | None
-    manifest: Manifest | None
+    manifests: Manifests | None
     step: int | None = None
 
     def config_here(self) -> Config:
@@ -176,9 +176,9 @@ def find_model(path: str, say: Say = _silent) -> RunModel | HuggingFaceModel:
         for note in source.notes:
             say(note)
         return HuggingFaceModel(f"hf:{folder}", source, safetensors.tokenizer_of(source, say))
-    cfg, tokenizer, manifest = run_dir.open_run(path)
+    cfg, tokenizer, manifests = run_dir.open_run(path)
     kind = AdapterRun if cfg.finetune.lora.rank else RunModel
-    return kind(path, cfg, tokenizer, manifest)
+    return kind(path, cfg, tokenizer, manifests)
 
 
 def check_exists(path: str) -> None:

@@ -2,7 +2,7 @@
 
 RUN/config.json        the resolved configuration, itself a CONFIG
 RUN/tokenizer.*        the tokenizer, with the files that declare its special tokens
-RUN/data.json          the manifest of the store that it is trained on
+RUN/data.json          the manifest of the store that it is trained on, or of each part's
 RUN/source.json        instead, for an imported model: its origin (see cli/convert.py)
 RUN/finetune.json      instead, for a fine-tuned run: the examples that it is trained on
 RUN/start.json         what it was started from, if from another model's parameters
@@ -19,7 +19,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from gptjax import config
 from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.config import CONFIG_FILE, Config
-from gptjax.data import store
-from gptjax.data.store import Manifest
+from gptjax.data import mixture, store
+from gptjax.data.mixture import Manifests
 from gptjax.errors import CheckpointError, DataError, MismatchError, OutputError
 from gptjax.model.decoder import Params
 from gptjax.model.heads import init_params
@@ -108,52 +108,54 @@ def _check_shared(folder: Path) -> None:
         probe.unlink()
 
 
-def record(cfg: Config, tokenizer: Tokenizer, manifest: Manifest) -> None:
-    """Writes configuration, tokenizer and the store's manifest into the run folder.
+def record(cfg: Config, tokenizer: Tokenizer, manifests: Manifests) -> None:
+    """Writes configuration, tokenizer and the stores' manifests into the run folder.
 
-    Raises MismatchError if the folder has another tokenizer or manifest already.
+    Raises MismatchError if the folder has another tokenizer or other manifests already.
     """
     folder = Path(cfg.run)
     check_tokenizer(
-        manifest.tokenizer["sha256"], tokenizer.fingerprint, "the manifest", "the store"
+        manifests.tokenizer["sha256"], tokenizer.fingerprint, "the manifest", "the store"
     )
     known = folder / _DATA
     if known.exists():
-        begun_with = _manifest(known)
+        begun_with = _manifests(known)
         check_tokenizer(
             begun_with.tokenizer["sha256"], tokenizer.fingerprint, cfg.run, cfg.data.store
         )
-        _check_tokens(cfg, begun_with, manifest)
+        _check_tokens(cfg, begun_with, manifests)
     distributed.barrier()  # nobody looks at what is written now
     if distributed.first():
         _save_tokenizer(folder, tokenizer)
-        write_json(known, asdict(manifest))
+        write_json(known, manifests.as_json())
         write_json(folder / CONFIG_FILE, config.to_dict(cfg))
 
 
-def _check_tokens(cfg: Config, of_run: Manifest, of_store: Manifest) -> None:
-    if of_run.fingerprint() != of_store.fingerprint():
-        raise MismatchError(
-            f"data.store={cfg.data.store}: its tokens are not those that {cfg.run} was begun "
-            "with; give that store, or another --run"
-        )
+def _check_tokens(cfg: Config, of_run: Manifests, of_stores: Manifests) -> None:
+    begun, found = of_run.fingerprints(), of_stores.fingerprints()
+    for name, part in mixture.part_configs(cfg).items():
+        if begun.get(name) != found[name]:
+            raise MismatchError(
+                f"data.store={part.data.store}: its tokens are not those that {cfg.run} was begun "
+                "with; give that store, or another --run"
+            )
 
 
-def _manifest(file: Path) -> Manifest:
-    """The manifest in a run's data.json. Raises DataError."""
+def _manifests(file: Path) -> Manifests:
+    """The manifests in a run's data.json. Raises DataError."""
     remedy = "put back that of the run, or the store's manifest.json that it was begun with"
-    return store.parse_manifest(file.read_bytes(), str(file), remedy)
+    return mixture.parse(file.read_bytes(), str(file), remedy)
 
 
-def begun_with(cfg: Config) -> str | None:
-    """The fingerprint of the tokens that the run was begun with; None for a new one."""
+def begun_with(cfg: Config) -> dict[str, str]:
+    """The fingerprints of the tokens that the run was begun with, by part; none for a new one."""
     known = Path(cfg.run) / _DATA
-    return _manifest(known).fingerprint() if known.exists() else None
+    return _manifests(known).fingerprints() if known.exists() else {}
 
 
-def check_store(cfg: Config, manifest: Manifest) -> None:
+def check_store(cfg: Config, manifests: Manifests) -> None:
     """Raises DataError where a run's store is missing, MismatchError where its tokens differ."""
-    _check_tokens(cfg, manifest, store.read_manifest(cfg.data.store))
+    _check_tokens(cfg, manifests, mixture.read_manifests(cfg))
 
 
 def record_imported(cfg: Config, tokenizer: Tokenizer | None, source: dict[str, Any]) -> None:
@@ -272,10 +274,10 @@ def check_tokenizer(one: str, other: str, one_place: str, other_place: str) -> N
         )
 
 
-def open_run(folder: str) -> tuple[Config, Tokenizer | None, Manifest | None]:
-    """Configuration, tokenizer and data manifest of a run.
+def open_run(folder: str) -> tuple[Config, Tokenizer | None, Manifests | None]:
+    """Configuration, tokenizer and data manifests of a run.
 
-    An imported or fine-tuned model has no manifest; an imported one has no tokenizer if its source
+    An imported or fine-tuned model has no manifests; an imported one has no tokenizer if its source
     had none. Raises ConfigError, DataError, or MismatchError if the tokenizer is not the run's own.
     """
     cfg, source = replace(config.load(folder), run=folder), source_of(folder)
@@ -290,9 +292,9 @@ def open_run(folder: str) -> tuple[Config, Tokenizer | None, Manifest | None]:
         facts = examples_of(folder)
         start_id = facts.get("start_id")
         return cfg, _own_tokenizer(folder, facts["tokenizer"], _EXAMPLES, start_id), None
-    manifest = _manifest(Path(folder) / name)
-    fingerprint = manifest.tokenizer["sha256"]
-    return cfg, _own_tokenizer(folder, fingerprint, _DATA, manifest.start_id), manifest
+    manifests = _manifests(Path(folder) / name)
+    fingerprint = manifests.tokenizer["sha256"]
+    return cfg, _own_tokenizer(folder, fingerprint, _DATA, manifests.start_id), manifests
 
 
 def _own_tokenizer(

@@ -14,29 +14,34 @@ _LAST_STEP = 10**12
 _LONGEST_BENCH = 86400
 
 
-def manifest_of(cfg: config.Config, progress: Progress) -> Any:
-    """The manifest of the configured store, which is made now if it is not there."""
-    from gptjax.data import prepare
+def manifests_of(cfg: config.Config, progress: Progress) -> Any:
+    """The manifests of the configured stores, which are made now if they are not there."""
+    from gptjax.data import mixture, prepare
 
     with prepare.shown(progress) as tell:
-        return prepare.prepare(cfg, tell, progress.say)
+        return mixture.prepare_parts(cfg, tell, progress.say)
 
 
 def prepare(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Runs the command."""
     cfg, progress, rates = resolve(args, overrides), Progress(), []
-    from gptjax.data import prepare
+    from gptjax.data import mixture, prepare
     from gptjax.runtime import preemption
 
     what = "the text was prepared; what is done is kept, and the same command goes on"
     with preemption.preemptible(what), prepare.shown(progress) as tell:
-        manifest = prepare.prepare(cfg, tell, progress.say, lambda *done: rates.append(done))
-    print(json.dumps({"store": cfg.data.store, "tokenizer": manifest.tokenizer}))
-    for name, split in manifest.splits.items():
-        print(
-            f"{name}: {split.documents:,} documents, {split.bytes:,} bytes, {split.tokens:,} tokens"
-        )
-    print(", ".join(f"{name} {count}" for name, count in manifest.counts.items()))
+        clock = lambda *done: rates.append(done)
+        manifests = mixture.prepare_parts(cfg, tell, progress.say, clock)
+    for part, c in mixture.part_configs(cfg).items():
+        manifest = manifests.parts[part]
+        named = {"part": part} if part else {}
+        print(json.dumps({**named, "store": c.data.store, "tokenizer": manifest.tokenizer}))
+        for name, split in manifest.splits.items():
+            print(
+                f"{name}: {split.documents:,} documents, {split.bytes:,} bytes, "
+                f"{split.tokens:,} tokens"
+            )
+        print(", ".join(f"{name} {count}" for name, count in manifest.counts.items()))
     for size, seconds in rates:  # none where the store was found made
         print(
             f"{size / 1e6:.1f} MB of text tokenized in {seconds:.1f} s "
@@ -46,15 +51,15 @@ def prepare(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 def verify(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Runs the command."""
-    from gptjax.data import provenance, store
+    from gptjax.data import mixture, provenance, store
 
-    cfg = resolve(args, overrides)
-    problems = list(store.verify(cfg.data.store))
-    if "://" not in cfg.data.store:
-        problems += [f"the text has changed: {change}" for change in provenance.changes(cfg)]
-    if problems:
-        raise DataError("\n  ".join(problems))
-    print(f"{cfg.data.store}: every chunk is what the manifest says")
+    for cfg in mixture.part_configs(resolve(args, overrides)).values():
+        problems = list(store.verify(cfg.data.store))
+        if "://" not in cfg.data.store:
+            problems += [f"the text has changed: {change}" for change in provenance.changes(cfg)]
+        if problems:
+            raise DataError("\n  ".join(problems))
+        print(f"{cfg.data.store}: every chunk is what the manifest says")
 
 
 def show(args: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -62,15 +67,29 @@ def show(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     from etils import epath
 
     from gptjax import tokenizer as tokenizers
-    from gptjax.data import loader, store
+    from gptjax.data import loader, mixture
 
     cfg = resolve(args, overrides)
     if not 1 <= args.step <= _LAST_STEP:
         raise ConfigError([f"--step={args.step}: steps are counted from 1, up to {_LAST_STEP}"])
-    data = loader.TrainData.open(cfg, store.read_manifest(cfg.data.store))
-    tokenizer = tokenizers.load(epath.Path(cfg.data.store))
-    for window, tokens in zip(data.ids(args.step - 1), data.read(args.step - 1), strict=True):
-        print(f"window {window}: {tokenizer.decode(tokens.tolist())!r}")
+    manifests = mixture.read_manifests(cfg)
+    data = loader.TrainData.open(cfg, manifests)
+    stores = [part.data.store for part in mixture.part_configs(cfg).values()]
+    tokenizer = tokenizers.load(epath.Path(stores[0]))
+    last = data.order.steps
+    if last is not None and args.step > last:
+        raise ConfigError([f"--step={args.step}: the mixture has text for {last} steps"])
+    parts, windows = data.order.places(args.step - 1)
+    (batch,) = data.read(range(args.step - 1, args.step))
+    for part, window, tokens in zip(parts, windows, batch, strict=True):
+        name = data.order.parts[part].name
+        document, place = data.readers[part].document_at(window * data.seq_len, manifests.start_id)
+        begins = int((tokens[1:-1] == manifests.start_id).sum())
+        print(
+            f"{f'part {name}, ' if name else ''}window {window}: document {document} from its "
+            f"token {place}{f' and {begins} more' if begins else ''}: "
+            f"{tokenizer.decode(tokens.tolist())!r}"
+        )
 
 
 def bench(args: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -81,7 +100,7 @@ def bench(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     if not 0 < args.seconds <= _LONGEST_BENCH:
         problem = f"--seconds={args.seconds}: must be above 0, and at most {_LONGEST_BENCH}"
         raise ConfigError([problem])
-    rates = loader.bench(cfg, manifest_of(cfg, Progress()), args.seconds)
+    rates = loader.bench(cfg, manifests_of(cfg, Progress()), args.seconds)
     print(
         f"{cfg.train.batch} x {cfg.train.seq_len} tokens a batch: median {rates[1] / 1e6:.1f} "
         f"million tokens/s through tf.data (from {rates[0] / 1e6:.1f} to {rates[2] / 1e6:.1f})"

@@ -135,7 +135,7 @@ def evaluate(path: str, options: Options, progress: Progress, say: Callable[[str
     inputs = EvalInputs.read(options)
     load_model.check_exists(path.removeprefix("hf:"))
     own_split = not (options.text or options.task)
-    manifest = _manifest(path) if own_split else None
+    manifests = _manifests(path) if own_split else None
 
     def check(cfg: Config, tokenizer: Tokenizer | None) -> None:
         options.windows(cfg)
@@ -146,8 +146,8 @@ def evaluate(path: str, options: Options, progress: Progress, say: Callable[[str
         shards = sharding.axis_size("batch")
         batch = -(-(options.batch or model.cfg.eval.batch) // shards) * shards
         cfg = replace(model.cfg, eval=replace(model.cfg.eval, batch=batch))
-        if manifest is not None:
-            validation = ValidationLoss(cfg, manifest, progress)
+        if manifests is not None:
+            validation = ValidationLoss(cfg, manifests, progress)
             statistics, tokens = validation.measure(model.params)
             over = f"batches: {len(statistics[0].numerators)}"
             measured = _with_intervals(statistics, over, options.seed)
@@ -178,20 +178,20 @@ def _print_table(measured: Sequence[Measurement], say: Callable[[str], None]) ->
         say(f"  ({level} confidence intervals: bootstrap with {resamples} resamples)")
 
 
-def _manifest(path: str) -> Any:
-    """The manifest of the run's store. Raises DataError for a model without validation split."""
+def _manifests(path: str) -> Any:
+    """The manifests of the run's stores. Raises DataError for a model without validation split."""
     if load_model.is_hugging_face(path):
         raise DataError(
             f"{path}: a Hugging Face model has no validation split; give --text or --task"
         )
-    cfg, _, manifest = run_dir.open_run(path)
-    if manifest is None:
+    cfg, _, manifests = run_dir.open_run(path)
+    if manifests is None:
         raise DataError(
             f"{path}: an imported or fine-tuned model has no validation split; give --text or "
             "--task"
         )
-    run_dir.check_store(cfg, manifest)
-    return manifest
+    run_dir.check_store(cfg, manifests)
+    return manifests
 
 
 def _measure(

@@ -12,7 +12,8 @@ from gptjax import config
 from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.config import MeshConfig
-from gptjax.data import store
+from gptjax.data import mixture, store
+from gptjax.data.mixture import Manifests
 from gptjax.errors import CheckpointError, DataError, GptjaxError
 from gptjax.parallel import mesh, sharding
 from gptjax.param_tree import nested
@@ -25,10 +26,10 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
     cfg = config.load(args.run)
     problems: list[tuple[type[GptjaxError], str]] = []
     try:
-        cfg, tokenizer, manifest = run_dir.open_run(args.run)
+        cfg, tokenizer, manifests = run_dir.open_run(args.run)
         print(f"tokenizer: {'none' if tokenizer is None else 'the recorded one'}")
     except GptjaxError as error:
-        manifest = None
+        manifests = None
         problems.append((DataError, str(error)))
     checkpoints = Checkpointer(Path(args.run) / run_dir.CHECKPOINTS)
     for step in checkpoints.steps():
@@ -39,12 +40,12 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
             print(f"checkpoint {step}: whole")
     for line in _left(checkpoints.folder):
         print(line)
-    if manifest is not None:
-        progress.say(f"reading {cfg.data.store}")
-        found = list(_store_problems(cfg, manifest))
+    for part, manifest in [] if manifests is None else _parts(cfg, manifests):
+        progress.say(f"reading {part.data.store}")
+        found = list(_store_problems(part, manifest))
         problems += [(DataError, problem) for problem in found]
         if not found:
-            print(f"{cfg.data.store}: the tokens that the run was begun with, whole")
+            print(f"{part.data.store}: the tokens that the run was begun with, whole")
     if problems:
         kinds = {kind for kind, _ in problems}
         worst = CheckpointError if CheckpointError in kinds else DataError
@@ -84,10 +85,18 @@ def _left(folder: Path) -> Iterator[str]:
             yield f"{path.name}: {size:,} bytes without the mark of a checkpoint"
 
 
+def _parts(
+    cfg: config.Config, manifests: Manifests
+) -> Iterator[tuple[config.Config, store.Manifest]]:
+    """Configuration and manifest of each store that a run is trained on."""
+    for name, part in mixture.part_configs(cfg).items():
+        yield part, manifests.parts[name]
+
+
 def _store_problems(cfg: config.Config, manifest: store.Manifest) -> Iterator[str]:
-    """Problems of the store that a run is trained on."""
+    """Problems of a store that a run is trained on."""
     try:
-        run_dir.check_store(cfg, manifest)
+        run_dir.check_store(cfg, Manifests({"": manifest}))
         yield from store.verify(cfg.data.store)
     except GptjaxError as error:
         yield str(error)

@@ -3,6 +3,7 @@
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 from gptjax.config import Config
 
@@ -11,7 +12,11 @@ _BEGAN = time.monotonic()
 
 def write(cfg: Config) -> None:
     """Writes the summary of a finished run to standard error."""
-    steps, run = cfg.train.steps, cfg.run
+    from gptjax.checkpoint.checkpointer import Checkpointer
+    from gptjax.checkpoint.run_dir import CHECKPOINTS
+
+    run = cfg.run
+    steps = Checkpointer(Path(run) / CHECKPOINTS).steps()[-1]  # a mixture may have ended earlier
     took = timedelta(seconds=round(time.monotonic() - _BEGAN))
     if cfg.finetune.task in ("classify", "choose"):
         use = [f"gptjax predict {run} --file JSONL --output JSONL"]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 _LARGEST = 2**53  # of an integer: beyond it, a float cannot tell it from the next
@@ -16,6 +16,9 @@ def out_of_range(section: Any, prefix: str = "") -> Iterator[str]:
         dotted = f"{prefix}{name}"
         if dataclasses.is_dataclass(value):
             yield from out_of_range(value, f"{dotted}.")
+        elif isinstance(value, Mapping):
+            for key, part in value.items():
+                yield from out_of_range(part, f"{dotted}.{key}.")
         for one in value if isinstance(value, tuple) else (value,):
             if isinstance(one, float) and not math.isfinite(one):
                 yield f"{dotted}={one}: must be finite"
@@ -54,6 +57,9 @@ def place_problems(cfg: Any) -> Iterator[str]:
         if not value:
             yield f"{name}={value!r}: is empty; give a folder"
     sources = {"data.sources": cfg.data.sources, "data.valid_sources": cfg.data.valid_sources}
+    for name, part in cfg.data.mixture.items():
+        sources[f"data.mixture.{name}.sources"] = part.sources
+        sources[f"data.mixture.{name}.valid_sources"] = part.valid_sources
     for name, patterns in {**sources, "data.store": (cfg.data.store,)}.items():
         for pattern in patterns:
             scheme, address, _ = pattern.partition("://")

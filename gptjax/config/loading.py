@@ -12,6 +12,7 @@ import difflib
 import importlib.util
 import itertools
 import json
+import re
 import sys
 import types
 import typing
@@ -21,7 +22,7 @@ from typing import Any, Literal
 
 from gptjax.config.mesh import MeshConfig
 from gptjax.config.presets import find_preset
-from gptjax.config.schema import Config
+from gptjax.config.schema import Config, MixturePart
 from gptjax.errors import ConfigError
 
 CONFIG_FILE = "config.json"
@@ -39,6 +40,9 @@ def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
         value = getattr(cfg, f.name)
         if dataclasses.is_dataclass(value):
             leaves |= flatten(value, f"{prefix}{f.name}.")
+        elif isinstance(value, Mapping):
+            for name, part in value.items():
+                leaves |= flatten(part, f"{prefix}{f.name}.{name}.")
         else:
             leaves[prefix + f.name] = value
     return leaves
@@ -128,16 +132,21 @@ def from_dict(values: Mapping[str, Any], cls: type = Config, prefix: str = "") -
                 problems += error.problems
         else:
             try:
-                known[name] = _coerce(value, hints[name])
+                known[name] = _coerce(value, hints[name], dotted)
             except TypeError as error:
                 problems.append(f"{dotted}={value!r}: {error}")
+            except ConfigError as error:
+                problems += error.problems
     if problems:
         raise ConfigError(problems)
     return cls(**known)
 
 
-def _coerce(value: Any, hint: Any) -> Any:
-    """Converts a JSON value to the type of its field. Raises TypeError naming that type."""
+def _coerce(value: Any, hint: Any, prefix: str) -> Any:
+    """Converts a JSON value to the type of its field, whose name is the prefix.
+
+    Raises TypeError naming that type, ConfigError for fields below it.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value in args:
@@ -146,11 +155,17 @@ def _coerce(value: Any, hint: Any) -> Any:
     if origin is types.UnionType:
         if value is None and types.NoneType in args:
             return None
-        return _coerce(value, next(a for a in args if a is not types.NoneType))
+        return _coerce(value, next(a for a in args if a is not types.NoneType), prefix)
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise TypeError("must be an object of objects")
+        return {
+            str(key): from_dict(part, args[1], f"{prefix}.{key}.") for key, part in value.items()
+        }
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise TypeError("must be a list")
-        return tuple(_coerce(item, args[0]) for item in value)
+        return tuple(_coerce(item, args[0], prefix) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)
@@ -270,7 +285,9 @@ def override(preset: Config, overrides: Sequence[str], prog: str, description: s
     """The configuration with `--section.field value` overrides, parsed by tyro."""
     if not overrides:
         return preset
-    known, overrides = flatten(preset), in_full(overrides)
+    overrides = in_full(overrides)
+    preset = _with_named_parts(preset, overrides)
+    known = flatten(preset)
     given = [word[2:].partition("=")[0].replace("-", "_") for word in overrides if word[:2] == "--"]
     if problems := [
         f"--{name}: unknown option; here it is --{ours}"
@@ -288,6 +305,13 @@ def override(preset: Config, overrides: Sequence[str], prog: str, description: s
         description=description,
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )
+
+
+def _with_named_parts(preset: Config, overrides: Sequence[str]) -> Config:
+    """The configuration with an empty part for each new one that the overrides name."""
+    names = [word.split(".")[2] for word in overrides if re.match(r"--data\.mixture\.\w+\.", word)]
+    parts = {name: MixturePart() for name in names} | dict(preset.data.mixture)
+    return dataclasses.replace(preset, data=dataclasses.replace(preset.data, mixture=parts))
 
 
 def in_full(overrides: Sequence[str]) -> list[str]:
@@ -314,9 +338,9 @@ def provenance(cfg: Config, argument: str, overrides: Sequence[str]) -> dict[str
         name: "command line"
         if name in given
         else cfg.start.base  # its model and tokenizer, which the preset does not have
-        if value != preset[name]
+        if name not in preset or value != preset[name]
         else argument
-        if preset[name] != defaults[name]
+        if name not in defaults or preset[name] != defaults[name]
         else "default"
         for name, value in flatten(cfg).items()
     }

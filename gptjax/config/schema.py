@@ -3,6 +3,7 @@
 The docstring under a field is its entry in the configuration reference and in --help.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,6 +65,26 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
+class MixturePart:
+    """A part of a mixture of data, with a token store of its own."""
+
+    weight: float = identity(1.0)
+    """Share of the training tokens, relative to the weights of the other parts; above 0."""
+    sources: tuple[str, ...] = identity(())
+    """Training text of the part, as in data.sources."""
+    valid_sources: tuple[str, ...] = identity(())
+    """Validation text of the part, as in data.valid_sources."""
+    text_field: str = identity("")
+    """Field of the part's records that holds the text. Empty: data.text_field."""
+    epochs: float = identity(0.0)
+    """The part is used for at most this many passes over its training text; data.exhausted says
+    what then happens. 0: no limit."""
+    store: str = free("")
+    """Folder of the part's token store, which several runs may share. Empty: one named after the
+    part in data.store."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Data sources, the token store and the input pipeline."""
 
@@ -79,6 +100,13 @@ class DataConfig:
     valid_fraction: float = identity(0.02)
     """Fraction of the documents that is held out for validation, at least 0 and below 1, chosen by
     a hash of each document's text. At least one document is; of a single one, its end."""
+    mixture: Mapping[str, MixturePart] = identity(dict)
+    """A weighted mixture, by the names of its parts, in place of sources and valid_sources:
+    `--data.mixture.NAME.sources PATH --data.mixture.NAME.weight 0.7`. Each batch has each part's
+    share of its rows."""
+    exhausted: Literal["renormalize", "stop"] = identity("renormalize")
+    """Where a part of the mixture has been used for its epochs: the weights of the others are
+    scaled up, or the run ends there. It is told at the start."""
     text_field: str = identity("text")
     """Field of JSON lines, tables and TFDS records that holds the text."""
     store: str = free("data/store")
@@ -110,13 +138,17 @@ class OptimConfig:
     registered name (config/registry.py)."""
     lr: float = schedule(6e-4)
     """Peak learning rate."""
-    lr_schedule: Literal["cosine", "wsd", "linear", "constant"] = schedule("cosine")
-    """Learning-rate schedule after the warm-up. wsd (warm-up, stable, decay) is constant and then
-    linear over the last decay_tokens."""
+    lr_schedule: Literal["cosine", "wsd", "linear", "inverse_sqrt", "constant"] = schedule("cosine")
+    """Learning-rate schedule after the warm-up. cosine and linear decay and are then constant; wsd
+    (warm-up, stable, decay) is constant and decays at the end; inverse_sqrt falls with the square
+    root of the step."""
     warmup_tokens: int = schedule(0)
     """Length of the linear warm-up from zero, in tokens; at most train.tokens."""
     decay_tokens: int = schedule(0)
-    """With wsd: length of the final decay, in tokens."""
+    """Length of the decay, in tokens: with cosine and linear from the warm-up on (0: to the end),
+    with wsd at the end."""
+    decay_shape: Literal["linear", "1-sqrt"] = schedule("linear")
+    """With wsd: the decay falls linearly, or by one minus the square root of its progress."""
     final_lr_ratio: float = schedule(0.1)
     """Final learning rate as a fraction of the peak."""
     b1: float = schedule(0.9)

@@ -4,6 +4,7 @@ All problems are reported at once, each as `dotted.field=value: what is wrong an
 is a Config, whose type cannot be imported here because schema.py imports this file.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Literal
@@ -166,18 +167,25 @@ def _schedule_problems(cfg: Any) -> Iterator[str]:
             f"optim.warmup_tokens={o.warmup_tokens}: above train.tokens={t.tokens}; lower it, or "
             "raise train.tokens"
         )
-    if o.lr_schedule != "wsd":
+    if o.lr_schedule == "inverse_sqrt" and o.warmup_tokens == 0:
+        yield "optim.warmup_tokens=0: required by optim.lr_schedule=inverse_sqrt; give some"
+    if o.lr_schedule != "wsd" and o.decay_shape != "linear":
+        yield (
+            f"optim.decay_shape={o.decay_shape}: not used by optim.lr_schedule={o.lr_schedule}; "
+            "leave it out, or set optim.lr_schedule=wsd"
+        )
+    if o.lr_schedule in ("constant", "inverse_sqrt"):
         if o.decay_tokens > 0:
             yield (
                 f"optim.decay_tokens={o.decay_tokens}: not used by optim.lr_schedule="
                 f"{o.lr_schedule}; leave it out, or set optim.lr_schedule=wsd"
             )
-    elif o.decay_tokens == 0:
+    elif o.decay_tokens == 0 and o.lr_schedule == "wsd":
         yield (
             "optim.decay_tokens=0: optim.lr_schedule=wsd would never decay; set it, for instance "
             f"to {t.tokens // 10} (a tenth of train.tokens), or optim.lr_schedule=constant"
         )
-    elif o.decay_tokens + o.warmup_tokens > t.tokens:
+    elif o.decay_tokens and o.decay_tokens + o.warmup_tokens > t.tokens:
         yield (
             f"optim.decay_tokens={o.decay_tokens}: together with optim.warmup_tokens="
             f"{o.warmup_tokens} above train.tokens={t.tokens}; lower one of them"
@@ -211,10 +219,17 @@ def task_problems(entries: Sequence[str], option: str) -> Iterator[str]:
 def _data_problems(cfg: Any) -> Iterator[str]:
     """Problems of data sources, validation split and tokenizer."""
     tokenizer, vocab_size = cfg.tokenizer, cfg.model.vocab_size
-    if not cfg.data.sources:
-        yield "data.sources=(): give at least one source"
-    if not cfg.data.valid_sources and cfg.data.valid_fraction == 0:
-        yield "data.valid_fraction=0.0: no validation data; raise it, or give data.valid_sources"
+    if cfg.data.mixture:
+        yield from _mixture_problems(cfg.data)
+    else:
+        if not cfg.data.sources:
+            yield "data.sources=(): give at least one source"
+        if not cfg.data.valid_sources and cfg.data.valid_fraction == 0:
+            yield (
+                "data.valid_fraction=0.0: no validation data; raise it, or give data.valid_sources"
+            )
+        if cfg.data.exhausted != type(cfg.data)().exhausted:
+            yield f"data.exhausted={cfg.data.exhausted}: requires data.mixture"
     if tokenizer.kind != "bytes" and not tokenizer.path:
         yield from _tokenizer_problems(tokenizer)
     needed = 258 if tokenizer.kind == "bytes" else tokenizer.vocab_size
@@ -223,6 +238,37 @@ def _data_problems(cfg: Any) -> Iterator[str]:
             f"model.vocab_size={vocab_size}: smaller than the tokenizer's {needed}; raise it to "
             f"{needed} or more"
         )
+
+
+def _mixture_problems(data: Any) -> Iterator[str]:
+    """Problems of the parts of a mixture."""
+    default = type(data)()
+    for name in ("sources", "valid_sources"):
+        if getattr(data, name) != getattr(default, name):
+            yield (
+                f"data.{name}={getattr(data, name)}: not used beside data.mixture; give "
+                f"data.mixture.NAME.{name}"
+            )
+    stores: dict[str, str] = {}
+    for name, part in data.mixture.items():
+        prefix = f"data.mixture.{name}"
+        if not re.fullmatch(r"\w[\w-]*", name):
+            yield f"{prefix}: the name of a part has letters, digits, _ and - only"
+        if not part.weight > 0:
+            yield f"{prefix}.weight={part.weight}: must be above 0; leave the part out instead"
+        if not part.epochs >= 0:
+            yield f"{prefix}.epochs={part.epochs}: must not be negative"
+        if not part.sources:
+            yield f"{prefix}.sources=(): give at least one source"
+        if not part.valid_sources and data.valid_fraction == 0:
+            yield (
+                f"{prefix}.valid_sources=(): no validation data with data.valid_fraction=0.0; give "
+                "some, or raise that"
+            )
+        place = part.store or f"{data.store}/{name}"
+        if other := stores.get(place):
+            yield f"{prefix}.store={place}: is that of data.mixture.{other} too; give another"
+        stores[place] = name
 
 
 def _tokenizer_problems(tokenizer: Any) -> Iterator[str]:

@@ -1,9 +1,9 @@
-"""The input pipeline: window ids from `Order`, tokens from the store, prefetched by tf.data.
+"""The input pipeline: windows from `MixtureOrder`, tokens from the store, prefetched by tf.data.
 
 tf.data keeps no state that must be saved: a pipeline starts at any step. TensorFlow is imported
 only when a pipeline is built, and never sees an accelerator.
 
-Shapes: B sequences of this process, T sequence length, W = T + 1 window length.
+Shapes: N steps, B sequences of this process, T sequence length, W = T + 1 window length.
 """
 
 import statistics
@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import Config
-from gptjax.data.permutation import Order
-from gptjax.data.store import Manifest, Reader
+from gptjax.data import mixture
+from gptjax.data.mixture import Manifests
+from gptjax.data.mixture_order import MixtureOrder
+from gptjax.data.store import Reader
 from gptjax.data.tf_import import import_tensorflow
 from gptjax.errors import DataError
 
@@ -39,36 +41,51 @@ def training_windows(tokens: int, seq_len: int) -> int:
 
 @dataclass(frozen=True)
 class TrainData:
-    """The training windows of a store in an order."""
+    """The training windows of one store or of a mixture's, in their order."""
 
-    reader: Reader
-    order: Order
+    readers: tuple[Reader, ...]
+    order: MixtureOrder
     seq_len: int
 
     @classmethod
-    def open(cls, cfg: Config, manifest: Manifest) -> "TrainData":
+    def open(cls, cfg: Config, manifests: Manifests) -> "TrainData":
         """The configured training data. Raises DataError for a store without a whole window."""
-        reader = Reader(cfg.data.store, "train", manifest)
-        windows = training_windows(len(reader), cfg.train.seq_len)
-        if windows < 1:
-            raise DataError(
-                f"data.store={cfg.data.store}: {len(reader)} training tokens, too few for a window "
-                f"of train.seq_len={cfg.train.seq_len}; give more text"
-            )
-        return cls(reader, Order(windows, cfg.train.batch, cfg.train.seed), cfg.train.seq_len)
+        readers, windows = [], {}
+        for name, part in mixture.part_configs(cfg).items():
+            reader = Reader(part.data.store, "train", manifests.parts[name])
+            windows[name] = training_windows(len(reader), cfg.train.seq_len)
+            if windows[name] < 1:
+                raise DataError(
+                    f"data.store={part.data.store}: {len(reader)} training tokens, too few for a "
+                    f"window of train.seq_len={cfg.train.seq_len}; give more text"
+                )
+            readers.append(reader)
+        return cls(tuple(readers), mixture.order(cfg, windows), cfg.train.seq_len)
 
-    def ids(self, step: int, rows: np.ndarray | None = None) -> np.ndarray:
-        """Window ids of the given rows (default: all) of a step's batch. Steps count from 0."""
-        return self.order.ids(step, rows)
+    def read(self, steps: range, rows: np.ndarray | None = None) -> np.ndarray:
+        """The windows of the given rows (default: all) of the batches of steps, int32 [N, B, W].
 
-    def read(self, step: int, rows: np.ndarray | None = None) -> np.ndarray:
-        """The windows of those ids, int32 [B, W]."""
-        return self.reader.windows(self.ids(step, rows) * self.seq_len, self.seq_len + 1)
+        Rows are ascending, and steps count from 0.
+        """
+        parts_NB, ids_NB = self.order.places_of(steps, rows)
+        windows_NBW = np.zeros((*ids_NB.shape, self.seq_len + 1), np.int32)
+        for parts_B, ids_B, windows_BW in zip(parts_NB, ids_NB, windows_NBW, strict=True):
+            ends_K = np.searchsorted(parts_B, np.arange(len(self.readers)), side="right").tolist()
+            for reader, first, last in zip(self.readers, [0, *ends_K], ends_K, strict=False):
+                if first < last:
+                    starts = ids_B[first:last] * self.seq_len
+                    reader.read_into(windows_BW[first:last], starts)
+        return windows_NBW
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """Epochs completed after so many steps, by the names of metrics: epochs, or epochs/PART."""
+        done = self.order.epochs(step).items()
+        return {f"epochs/{name}" if name else "epochs": epochs for name, epochs in done}
 
     def batches(self, first: int, last: int, rows: np.ndarray, prefetch: int) -> Iterator[Batch]:
         """Yields the given rows of the batches of steps first..last-1, prefetched by tf.data."""
         full_B = np.full(len(rows), self.seq_len, np.int32)
-        read = lambda step: self.read(step, rows)
+        read = lambda steps: self.read(steps, rows)
         for windows_BW in _stream(read, first, last, prefetch):
             yield Batch(windows_BW, full_B)
 
@@ -83,19 +100,19 @@ def eval_batches(
     targets = len(reader) - 1
     count = -(-targets // seq_len)
 
-    def read(step: int) -> np.ndarray:
-        starts = (step * batch + rows) * seq_len
-        return reader.windows(np.minimum(starts, targets), seq_len + 1)
+    def read(steps: range) -> np.ndarray:
+        starts = [np.minimum((step * batch + rows) * seq_len, targets) for step in steps]
+        return np.stack([reader.windows(starts_B, seq_len + 1) for starts_B in starts])
 
     for step, windows_BW in enumerate(_stream(read, 0, -(-count // batch), prefetch)):
         left = targets - (step * batch + rows) * seq_len
         yield Batch(windows_BW, np.clip(left, 0, seq_len).astype(np.int32))
 
 
-def bench(cfg: Config, manifest: Manifest, seconds: float) -> tuple[float, float, float]:
+def bench(cfg: Config, manifests: Manifests, seconds: float) -> tuple[float, float, float]:
     """Lowest, median and highest tokens per second of training batches, of nine measurements."""
     rows = np.arange(cfg.train.batch)
-    stream = TrainData.open(cfg, manifest).batches(0, 1 << 40, rows, cfg.data.prefetch)
+    stream = TrainData.open(cfg, manifests).batches(0, 1 << 40, rows, cfg.data.prefetch)
     rates = []
     for measurement in range(10):
         began, tokens = time.perf_counter(), 0
@@ -107,11 +124,12 @@ def bench(cfg: Config, manifest: Manifest, seconds: float) -> tuple[float, float
 
 
 def _stream(
-    read: Callable[[int], np.ndarray], first: int, last: int, prefetch: int
+    read: Callable[[range], np.ndarray], first: int, last: int, prefetch: int
 ) -> Iterator[np.ndarray]:
-    """Yields read(first), ..., read(last - 1), prefetched by tf.data in another thread.
+    """Yields what `read` has of steps first..last-1, prefetched by tf.data in another thread.
 
-    A tf.data call costs 0.25 ms whatever its size, so each call reads several steps.
+    A tf.data call costs 0.25 ms whatever its size, so each call reads several steps, and `read`
+    returns their batches in one array.
     """
     tf = import_tensorflow()
     tf.config.set_visible_devices([], "GPU")
@@ -121,9 +139,8 @@ def _stream(
     failures: list[Exception] = []  # in reading: tf.data raises an error of its own
 
     def read_block(start: np.ndarray) -> np.ndarray:
-        steps = range(int(start), min(int(start) + count, last))
         try:
-            return np.stack([read(step) for step in steps])
+            return read(range(int(start), min(int(start) + count, last)))
         except Exception as error:
             failures.append(error)
             raise

@@ -45,6 +45,18 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
     return image.astype(np.int64)
 
 
+def endless(places: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """The windows at places of the endless sequence of epochs over 0..size-1, int64 like places."""
+    epochs, within = np.divmod(places, size)
+    if places.size and epochs.min() == epochs.max():
+        return permute(within, size, seed, int(epochs.flat[0]))
+    ids = np.empty_like(places)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        ids[here] = permute(within[here], size, seed, epoch)
+    return ids
+
+
 @dataclass(frozen=True)
 class Order:
     """The order of `windows` training windows in batches of `batch` sequences, by `seed`."""
@@ -56,12 +68,7 @@ class Order:
     def ids(self, step: int, rows: np.ndarray | None = None) -> np.ndarray:
         """Window ids of the given rows (default: all) of a step's batch, int64 [B]."""
         rows = np.arange(self.batch) if rows is None else rows
-        epochs, places = np.divmod(step * self.batch + rows, self.windows)
-        ids = np.empty_like(rows)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            ids[here] = permute(places[here], self.windows, self.seed, int(epoch))
-        return ids
+        return endless(step * self.batch + rows, self.windows, self.seed)
 
     def epoch(self, step: int) -> float:
         """Epochs completed when a step begins, as a fraction."""

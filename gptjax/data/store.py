@@ -146,6 +146,12 @@ class Reader:
         Raises DataError for tokens that are damaged, or not of the vocabulary.
         """
         out = np.zeros((len(starts), length), np.int32)
+        self.read_into(out, starts)
+        return out
+
+    def read_into(self, out: np.ndarray, starts: np.ndarray) -> None:
+        """As `windows`, into zeros of int32 [B, length]."""
+        length = out.shape[1]
         rows = zip(out, starts.tolist(), strict=True)
         if self._remote is not None:
             self._read_remote(rows, length)
@@ -162,7 +168,19 @@ class Reader:
                 f"{self._folder}: token {starts[row] + place} has the id {out[row, place]}, and "
                 f"the vocabulary {self._vocab_size} ids; {_AGAIN}"
             )
-        return out
+
+    def document_at(self, place: int, start_id: int) -> tuple[int, int]:
+        """The number of the document that a token is in, from 0 on, and its place within it.
+
+        Reads all tokens before it, since a store has no index of documents.
+        """
+        before, last, step = 0, 0, 1 << 22
+        for first in range(0, place + 1, step):
+            length = min(step, place + 1 - first)
+            found = np.flatnonzero(self.windows(np.array([first]), length)[0] == start_id)
+            if len(found):
+                before, last = before + len(found), first + int(found[-1])
+        return before - 1, place - last
 
     def _local(self, start: int, length: int) -> Iterator[np.ndarray]:
         """The parts of a range of tokens, one of each file."""

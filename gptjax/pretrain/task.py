@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from gptjax.config import Config
-from gptjax.data import loader, store
+from gptjax.data import loader
+from gptjax.data.mixture import Manifests
 from gptjax.model import decoder
 from gptjax.model.decoder import Params
 from gptjax.parallel import arrays, pipeline
@@ -29,17 +30,15 @@ class PretrainTask:
     def __init__(
         self,
         cfg: Config,
-        manifest: store.Manifest,
+        data: loader.TrainData,
+        manifests: Manifests,
         start: WarmStart | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """With `start`, of a run that begins with parameters of another.
-
-        Raises DataError for a store that does not suit the configuration.
-        """
+        """With `start`, of a run that begins with parameters of another."""
         self._start, self._say = start, say
-        self._cfg, self._data = cfg, loader.TrainData.open(cfg, manifest)
-        self._loss = objective.training_loss(cfg, manifest.eos_id, manifest.start_id)
+        self._cfg, self._data = cfg, data
+        self._loss = objective.training_loss(cfg, manifests.eos_id, manifests.start_id)
         periods = cfg.model.layers // len(cfg.model.pattern)
         self._order: list[int] = pipeline.order(periods, cfg.compute.rounds).tolist()
 

@@ -13,7 +13,8 @@ from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import Checkpointer, sha256_of
 from gptjax.config import Config
-from gptjax.data import prepare, store
+from gptjax.data import loader, mixture, prepare
+from gptjax.data.mixture import Manifests
 from gptjax.errors import ConfigError, DataError
 from gptjax.evaluate import Scorer, TaskEvaluator, ValidationLoss, read_tasks, task_names
 from gptjax.parallel import mesh
@@ -57,20 +58,20 @@ def train(cfg: Config | str, overrides: Sequence[str] = ()) -> dict[str, float]:
             prepare.shown(progress) as tell,
         ):
             begun_with = run_dir.begun_with(cfg)
-            manifest = prepare.prepare(cfg, tell, progress.say, begun_with=begun_with)
+            manifests = mixture.prepare_parts(cfg, tell, progress.say, begun_with=begun_with)
         watchdog.at("restore", 0)
         with mesh.entered_mesh(cfg):
-            return pretrain(cfg, manifest, watchdog, progress, start)
+            return pretrain(cfg, manifests, watchdog, progress, start)
 
 
 def pretrain(
     cfg: Config,
-    manifest: store.Manifest,
+    manifests: Manifests,
     watchdog: Watchdog,
     progress: Progress,
     start: WarmStart | None = None,
 ) -> dict[str, float]:
-    """Trains the configured model on a prepared store; returns the final evaluation.
+    """Trains the configured model on prepared stores; returns the final evaluation.
 
     `start` is the base of a run that is to begin with its parameters.
 
@@ -78,17 +79,19 @@ def pretrain(
     for a store that does not suit, MismatchError where the run was begun with another store.
     """
     files = read_tasks(cfg.eval.tasks, cfg.eval.task_limit)
-    task = PretrainTask(cfg, manifest, start, progress.say)
-    tokenizer = _tokenizer(cfg, manifest)
+    data = loader.TrainData.open(cfg, manifests)
+    tokenizer = _tokenizer(cfg, manifests)
     samples = WriteSamples(cfg, tokenizer, watchdog, progress)
-    distributed.agree({"the store's tokens": manifest.fingerprint(), **run_dir.facts(cfg)})
-    run_dir.record(cfg, tokenizer, manifest)
+    distributed.agree({"the stores' tokens": repr(manifests.fingerprints()), **run_dir.facts(cfg)})
+    run_dir.record(cfg, tokenizer, manifests)
+    cfg = mixture.limited(cfg, data.order, progress.say)
+    task = PretrainTask(cfg, data, manifests, start, progress.say)
     backends = objective.attention_backends(cfg)
     progress.say(f"attention: {', '.join(dict.fromkeys(backends))}")
     checkpointer = Checkpointer(
         Path(cfg.run) / run_dir.CHECKPOINTS,
         cfg.checkpoint,
-        lambda step: _metadata(cfg, manifest, backends, step),
+        lambda step: _metadata(cfg, manifests, backends, step),
         progress.say,
         task.layer_order,
     )
@@ -96,40 +99,43 @@ def pretrain(
     eval_cfg = replace(cfg, compute=replace(cfg.compute, rounds=1, microbatches=0))
     scorer = Scorer(cfg.model, eval_cfg.compute, cfg.eval.batch, progress)
     evaluators: list[tuple[int, callbacks.Evaluator]] = [
-        (cfg.eval.every, ValidationLoss(eval_cfg, manifest, progress))
+        (cfg.eval.every, ValidationLoss(eval_cfg, manifests, progress))
     ]
     for file, name in zip(files, task_names(files), strict=True):
         evaluators.append((cfg.eval.tasks_every, TaskEvaluator(file, tokenizer, scorer, name)))
     writers = metrics.metric_writers(cfg)
     evaluate = callbacks.Evaluate(evaluators, writers, watchdog, progress)
-    todo = callbacks.standard_callbacks(cfg, checkpointer, evaluate, watchdog, progress)
+    todo = callbacks.standard_callbacks(
+        cfg, checkpointer, evaluate, watchdog, progress, data.epochs
+    )
     todo.append(callbacks.Every(cfg.eval.sample_every, samples))
     Trainer(cfg, task, checkpointer, todo, watchdog=watchdog, progress=progress).fit()
     return evaluate.results
 
 
-def _tokenizer(cfg: Config, manifest: store.Manifest) -> Tokenizer:
-    """The store's tokenizer. Raises DataError where the model's vocabulary has no room for it."""
-    tokenizer = tokenizers.load(epath.Path(cfg.data.store), manifest.start_id)
+def _tokenizer(cfg: Config, manifests: Manifests) -> Tokenizer:
+    """The stores' tokenizer. Raises DataError where the model's vocabulary has no room for it."""
+    first = next(iter(mixture.part_configs(cfg).values())).data.store
+    tokenizer = tokenizers.load(epath.Path(first), manifests.start_id)
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise DataError(
-            f"model.vocab_size={cfg.model.vocab_size}: the tokenizer of {cfg.data.store} has "
+            f"model.vocab_size={cfg.model.vocab_size}: the tokenizer of {first} has "
             f"{tokenizer.vocab_size} pieces; raise it"
         )
     return tokenizer
 
 
 def _metadata(
-    cfg: Config, manifest: store.Manifest, backends: tuple[str, ...], step: int
+    cfg: Config, manifests: Manifests, backends: tuple[str, ...], step: int
 ) -> dict[str, Any]:
     """The run's part of a checkpoint's metadata."""
     return {
         "tokens_seen": step * cfg.train.batch_tokens,
         "config": config.to_dict(cfg),
         "config_sha256": sha256_of(config.to_dict(cfg)),
-        "tokenizer": manifest.tokenizer,
+        "tokenizer": manifests.tokenizer,
         "data": {
-            "fingerprint": manifest.fingerprint(),
+            "fingerprints": manifests.fingerprints(),
             "seed": cfg.train.seed,
             "cursor": step,
             "batch": cfg.train.batch,

@@ -196,9 +196,14 @@ class LogMetrics(Callback):
     """Writes training metrics every log.every steps, and those of the last step."""
 
     def __init__(
-        self, cfg: LogConfig, writers: Writers, throughput: Throughput, progress: Progress
+        self,
+        cfg: LogConfig,
+        writers: Writers,
+        throughput: Throughput,
+        progress: Progress,
+        facts: Callable[[int], Mapping[str, float]] = lambda step: {},
     ) -> None:
-        self._every, self._writers = cfg.every, writers
+        self._every, self._writers, self._facts = cfg.every, writers, facts
         self._throughput, self._progress = throughput, progress
 
     def begin(self, first: int, last: int) -> None:
@@ -210,7 +215,8 @@ class LogMetrics(Callback):
     def on_metrics(self, step: int, metrics: dict[str, float], timer: StepTimer) -> None:
         if step % self._every == 0 or step == self._last:
             rates = self._throughput.of(timer.rate) | timer.report()
-            self._writers.write(step, metrics | {"perplexity": perplexity(metrics["loss"])} | rates)
+            known = {"perplexity": perplexity(metrics["loss"])} | rates | dict(self._facts(step))
+            self._writers.write(step, metrics | known)
 
     def close(self) -> None:
         self._writers.close()
@@ -311,13 +317,17 @@ def standard_callbacks(
     evaluate: Evaluate,
     watchdog: Watchdog,
     progress: Progress,
+    facts: Callable[[int], Mapping[str, float]] = lambda step: {},
 ) -> list[Callback]:
-    """The callbacks of every kind of training, in their order: a step is saved, then evaluated."""
+    """The callbacks of every kind of training, in their order: a step is saved, then evaluated.
+
+    `facts` of a step are written with its metrics.
+    """
     return [
         Profile(cfg.log, checkpointer.folder.parent / "profile"),
         ShowProgress(progress),
         NonfiniteGuard(cfg.train.nonfinite_limit, progress),
-        LogMetrics(cfg.log, evaluate.writers, throughput(cfg), progress),
+        LogMetrics(cfg.log, evaluate.writers, throughput(cfg), progress, facts),
         CheckReplicas(cfg.train.check_replicas, cfg.checkpoint.every, watchdog),
         Save(cfg.checkpoint.every, checkpointer, watchdog, progress),
         evaluate,

@@ -15,6 +15,7 @@ from gptjax import load_model
 from gptjax.checkpoint import checkpointer, run_dir
 from gptjax.config import Config, TokenizerConfig
 from gptjax.data import store
+from gptjax.data.mixture import Manifests
 from gptjax.data.store import Manifest, Split
 from gptjax.errors import CheckpointError, ConfigError, DataError, MismatchError, OutputError
 from gptjax.model import decoder
@@ -38,6 +39,10 @@ def changed(cfg: Config, section: str, **fields) -> Config:
     return dataclasses.replace(
         cfg, **{section: dataclasses.replace(getattr(cfg, section), **fields)}
     )
+
+
+def manifests_of(*args, **fields) -> Manifests:
+    return Manifests({"": manifest_of(*args, **fields)})
 
 
 def manifest_of(tokenizer=None, files: tuple[str, ...] = ("00" * 32,)) -> Manifest:
@@ -68,7 +73,7 @@ def contents(folder: str) -> dict[str, bytes]:
 def recorded(cfg: Config) -> Config:
     """A run folder as training leaves it before its first step."""
     with run_dir.claim(cfg):
-        run_dir.record(cfg, ByteTokenizer(), manifest_of())
+        run_dir.record(cfg, ByteTokenizer(), manifests_of())
     return cfg
 
 
@@ -146,7 +151,7 @@ def test_what_is_recorded_is_what_is_opened(cfg: Config) -> None:
     opened, tokenizer, manifest = run_dir.open_run(cfg.run)
     assert opened == cfg
     assert tokenizer.fingerprint == ByteTokenizer().fingerprint
-    assert manifest == manifest_of()
+    assert manifest == manifests_of()
     assert set(contents(cfg.run)) == {"run.lock", "config.json", "data.json", "tokenizer.bytes"}
 
 
@@ -154,17 +159,19 @@ def test_a_run_goes_on_with_changed_schedules_and_records_them(cfg: Config) -> N
     recorded(cfg)
     other = changed(cfg, "optim", lr=0.5)
     moved = dataclasses.replace(manifest_of(), data={"sources": ["elsewhere.txt"]}, counts={"a": 1})
-    run_dir.record(other, ByteTokenizer(), moved)  # the same tokens, from another place
+    run_dir.record(
+        other, ByteTokenizer(), Manifests({"": moved})
+    )  # the same tokens, from another place
     opened, _, manifest = run_dir.open_run(cfg.run)
     assert opened == other
-    assert manifest == moved
+    assert manifest == Manifests({"": moved})
 
 
 def test_a_store_of_other_tokens_is_refused_and_nothing_is_written(cfg: Config) -> None:
     recorded(cfg)
     before = contents(cfg.run)
     with pytest.raises(MismatchError, match=f"data.store={cfg.data.store}: .*{cfg.run}"):
-        run_dir.record(cfg, ByteTokenizer(), manifest_of(files=("11" * 32,)))
+        run_dir.record(cfg, ByteTokenizer(), manifests_of(files=("11" * 32,)))
     assert contents(cfg.run) == before
 
 
@@ -173,7 +180,7 @@ def test_a_store_of_another_tokenizer_is_refused(cfg: Config, other_tokenizer) -
     before = contents(cfg.run)
     prints = [t.fingerprint[:12] for t in (ByteTokenizer(), other_tokenizer)]
     with pytest.raises(MismatchError) as caught:
-        run_dir.record(cfg, other_tokenizer, manifest_of(other_tokenizer))
+        run_dir.record(cfg, other_tokenizer, manifests_of(other_tokenizer))
     for part in (cfg.run, cfg.data.store, *prints):
         assert part in str(caught.value)
     assert contents(cfg.run) == before
@@ -182,7 +189,7 @@ def test_a_store_of_another_tokenizer_is_refused(cfg: Config, other_tokenizer) -
 def test_a_store_whose_tokenizer_was_exchanged_is_refused(cfg: Config, other_tokenizer) -> None:
     Path(cfg.run).mkdir()
     with pytest.raises(MismatchError, match=r"tokenizer of the manifest .* that of the store"):
-        run_dir.record(cfg, other_tokenizer, manifest_of())
+        run_dir.record(cfg, other_tokenizer, manifests_of())
     assert contents(cfg.run) == {}
 
 
@@ -228,7 +235,7 @@ def test_a_damaged_manifest_of_a_run_is_not_written_over(cfg: Config) -> None:
     file = Path(cfg.run, "data.json")
     file.write_text("{")
     with pytest.raises(DataError, match="damaged"):
-        run_dir.record(cfg, ByteTokenizer(), manifest_of())
+        run_dir.record(cfg, ByteTokenizer(), manifests_of())
     assert file.read_text() == "{"
 
 
@@ -255,13 +262,13 @@ def test_a_run_of_another_machine_is_used_with_attention_and_mesh_of_this_one(cf
 def test_the_store_of_a_run_is_there_and_is_its_own(cfg: Config, tmp_path: Path) -> None:
     cfg = changed(cfg, "data", store=str(tmp_path / "store"))
     with pytest.raises(DataError, match=f"{cfg.data.store}: not a token store"):
-        run_dir.check_store(cfg, manifest_of())
+        run_dir.check_store(cfg, manifests_of())
     Path(cfg.data.store).mkdir()
     empty = dataclasses.replace(manifest_of(files=()), data={"sources": ["moved.txt"]})
     store.write_manifest(Path(cfg.data.store), empty)
-    run_dir.check_store(cfg, manifest_of(files=()))  # the same tokens
+    run_dir.check_store(cfg, manifests_of(files=()))  # the same tokens
     with pytest.raises(MismatchError, match=f"data.store={cfg.data.store}: .*{cfg.run}"):
-        run_dir.check_store(cfg, manifest_of())
+        run_dir.check_store(cfg, manifests_of())
 
 
 # --- parameters ------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from gptjax.config import (
     FinetuneConfig,
     LoraConfig,
     MeshConfig,
+    MixturePart,
     ModelConfig,
     OptimConfig,
     TokenizerConfig,
@@ -48,13 +49,20 @@ def leaf_types(cls: type = Config, prefix: str = "") -> dict[str, typing.Any]:
     for name, hint in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(hint):
             leaves |= leaf_types(hint, f"{prefix}{name}.")
+        elif typing.get_origin(hint) is Mapping:
+            leaves |= leaf_types(typing.get_args(hint)[1], f"{prefix}{name}.web.")
         else:
             leaves[prefix + name] = hint
     return leaves
 
 
+WITH_A_PART = Config(data=DataConfig(mixture={"web": MixturePart()}))
+
+
 def with_leaf(cfg: typing.Any, dotted: str, value: typing.Any) -> typing.Any:
     name, _, rest = dotted.partition(".")
+    if isinstance(cfg, dict):
+        return cfg | {name: with_leaf(cfg[name], rest, value)}
     if rest:
         value = with_leaf(getattr(cfg, name), rest, value)
     return dataclasses.replace(cfg, **{name: value})
@@ -90,6 +98,8 @@ def values_of(hint: typing.Any) -> st.SearchStrategy:
         return st.one_of(*(st.none() if a is types.NoneType else values_of(a) for a in args))
     if origin is tuple:
         return st.lists(values_of(args[0]), max_size=3).map(tuple)
+    if origin is Mapping:
+        return st.dictionaries(st.text(max_size=5), values_of(args[1]), max_size=2)
     return {
         bool: st.booleans(),
         int: st.integers(),
@@ -201,7 +211,13 @@ def test_from_dict_reports_all_problems_at_once() -> None:
         (Config(optim=OptimConfig(eps=math.nan)), ["optim.eps=nan", "above 0"]),
         (Config(optim=OptimConfig(final_lr_ratio=-0.1)), ["optim.final_lr_ratio=-0.1", "0 to 1"]),
         (Config(optim=OptimConfig(lr_schedule="wsd")), ["optim.decay_tokens=0", "constant"]),
-        (Config(optim=OptimConfig(decay_tokens=512)), ["optim.decay_tokens=512", "cosine", "wsd"]),
+        (
+            Config(optim=OptimConfig(lr_schedule="constant", decay_tokens=512)),
+            ["optim.decay_tokens=512", "constant", "wsd"],
+        ),
+        (Config(optim=OptimConfig(decay_tokens=10**12)), ["optim.decay_tokens=1000000000000"]),
+        (Config(optim=OptimConfig(decay_shape="1-sqrt")), ["optim.decay_shape=1-sqrt", "cosine"]),
+        (Config(optim=OptimConfig(lr_schedule="inverse_sqrt")), ["optim.warmup_tokens=0"]),
         (Config(optim=OptimConfig(lr_schedule="wsd", decay_tokens=10**12)), ["decay_tokens"]),
         (Config(eval=EvalConfig(sample_tokens=1024)), ["eval.sample_tokens", "model.context"]),
         (Config(eval=EvalConfig(tasks=("arc",))), ["eval.tasks=arc", "KIND:FILE"]),
@@ -459,17 +475,18 @@ def test_every_preset_passes_its_check(argument: str) -> None:
 
 def test_every_field_has_a_resume_class() -> None:
     classes = config.resume_classes()
-    assert set(classes) == set(config.flatten(Config())) == set(leaf_types())
+    named = {name.replace("*", "web") for name in classes}
+    assert named == set(config.flatten(WITH_A_PART)) == set(leaf_types())
     assert set(classes.values()) == {"identity", "schedule", "free"}
 
 
 @pytest.mark.parametrize("dotted", leaf_types())
 def test_changed_field_is_refused_or_reported_by_its_resume_class(dotted: str) -> None:
-    saved = Config()
+    saved = WITH_A_PART
     value = config.flatten(saved)[dotted]
     new = another(value, leaf_types()[dotted])
     given = with_leaf(saved, dotted, new)
-    kind = config.resume_classes()[dotted]
+    kind = config.resume_classes()[dotted.replace(".web.", ".*.")]
     if kind == "identity":
         with pytest.raises(MismatchError) as caught:
             config.resume_changes(saved, given)
@@ -495,6 +512,13 @@ def test_resume_lists_all_refused_changes_at_once() -> None:
     names = {line.split(":")[0] for line in caught.value.differences}
     assert names == {"model.layers", "model.embed", "train.seed"}
     assert all(line in str(caught.value) for line in caught.value.differences)
+
+
+def test_a_part_that_is_added_or_left_out_is_another_run() -> None:
+    for saved, other in ((Config(), WITH_A_PART), (WITH_A_PART, Config())):
+        with pytest.raises(MismatchError) as caught:
+            config.resume_changes(saved, other)
+        assert any("data.mixture.web.weight" in line for line in caught.value.differences)
 
 
 def test_resume_with_equal_values_has_no_changes() -> None:

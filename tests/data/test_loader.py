@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from gptjax.config import Config, DataConfig, TrainConfig
 from gptjax.data import loader, store
 from gptjax.data.loader import Batch, TrainData
+from gptjax.data.mixture import Manifests
 from gptjax.data.permutation import Order
 from gptjax.data.store import Manifest, Reader, Split, Writer
 from gptjax.errors import DataError
@@ -61,7 +62,7 @@ def data(tmp_path_factory) -> TrainData:
     folder = tmp_path_factory.mktemp("pipeline")
     count = 203 * LONG + 1 + 20
     assert count > 2 * store._RANGE_TOKENS
-    return TrainData.open(config(folder, LONG, BATCH), write(folder, count))
+    return TrainData.open(config(folder, LONG, BATCH), Manifests({"": write(folder, count)}))
 
 
 def train(
@@ -86,7 +87,7 @@ def test_training_windows_are_complete_and_overlap_by_one_token(tokens, wanted) 
 
 
 def test_batches_hold_the_windows_that_the_order_gives(data: TrainData) -> None:
-    tokens, order = tokens_of(len(data.reader)), Order(203, BATCH, seed=3)
+    tokens, order = tokens_of(len(data.readers[0])), Order(203, BATCH, seed=3)
     batches = train(data, 0, 40)  # more than two epochs
     assert len(batches) == 40
     for step, batch in enumerate(batches):
@@ -95,8 +96,8 @@ def test_batches_hold_the_windows_that_the_order_gives(data: TrainData) -> None:
         np.testing.assert_array_equal(batch.windows_BW, wanted)
         assert batch.windows_BW.dtype == batch.lengths_B.dtype == np.int32
         assert batch.lengths_B.tolist() == [LONG] * BATCH
-        np.testing.assert_array_equal(data.ids(step), ids)
-        np.testing.assert_array_equal(data.read(step), wanted)
+        np.testing.assert_array_equal(data.order.places(step)[1], ids)
+        np.testing.assert_array_equal(data.read(range(step, step + 1))[0], wanted)
 
 
 @pytest.mark.parametrize("prefetch", [1, 2, 7, 32])
@@ -136,7 +137,7 @@ def test_store_shorter_than_one_window_is_refused(tmp_path: Path, tokens: int) -
     cfg, manifest = config(tmp_path, SEQ, 4), write(tmp_path, tokens)
     message = f"data.store={tmp_path}: {tokens} training tokens, too few for a window"
     with pytest.raises(DataError, match=f"{message} of train.seq_len={SEQ}"):
-        TrainData.open(cfg, manifest)
+        TrainData.open(cfg, Manifests({"": manifest}))
 
 
 @dataclass
@@ -146,15 +147,15 @@ class Broken:
     reader: Reader
     bad: int
 
-    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+    def read_into(self, out: np.ndarray, starts: np.ndarray) -> None:
         if self.bad in starts:
             raise OSError(f"the disk has lost window {self.bad}")
-        return self.reader.windows(starts, length)
+        self.reader.read_into(out, starts)
 
 
 def test_read_error_ends_the_stream_with_its_reason(data: TrainData) -> None:
-    bad = int(data.ids(9)[4]) * LONG
-    broken = dataclasses.replace(data, reader=Broken(data.reader, bad))
+    bad = int(data.order.places(9)[1][4]) * LONG
+    broken = dataclasses.replace(data, readers=(Broken(data.readers[0], bad),))
     stream = broken.batches(0, 17, np.arange(BATCH), prefetch=4)
     got: list[Batch] = []
     with pytest.raises(OSError, match=f"the disk has lost window {bad}"):
@@ -165,8 +166,8 @@ def test_read_error_ends_the_stream_with_its_reason(data: TrainData) -> None:
 
 def test_a_damaged_window_ends_the_stream_with_a_sentence(tmp_path: Path) -> None:
     manifest = write(tmp_path, 203 * LONG + 1)
-    data = TrainData.open(config(tmp_path, LONG, BATCH), manifest)
-    data.reader._checked[:] = False  # but for a sample, as in a larger store
+    data = TrainData.open(config(tmp_path, LONG, BATCH), Manifests({"": manifest}))
+    data.readers[0]._checked[:] = False  # but for a sample, as in a larger store
     file = tmp_path / "train/c/1"
     with file.open("r+b") as stream:  # in place: the store is mapped
         stream.seek(100)
@@ -229,8 +230,8 @@ def test_last_evaluation_batch_is_padded_with_empty_rows() -> None:
 
 
 def test_benchmark_reports_lowest_median_and_highest_rate(tmp_path: Path) -> None:
-    manifest = write(tmp_path, 2000)
-    low, median, high = loader.bench(config(tmp_path, SEQ, 4), manifest, seconds=0.2)
+    manifests = Manifests({"": write(tmp_path, 2000)})
+    low, median, high = loader.bench(config(tmp_path, SEQ, 4), manifests, seconds=0.2)
     assert 0 < low <= median <= high
 
 

@@ -18,10 +18,8 @@ from gptjax.config import Config, registry
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-FIELDS = set(config.flatten(Config()))
-SECTIONS = {name.rpartition(".")[0] for name in FIELDS} | {
-    name.partition(".")[0] for name in FIELDS
-}
+FIELDS = {name.replace("*", "NAME") for name in config.resume_classes()}
+SECTIONS = {name[:dot] for name in FIELDS for dot in range(len(name)) if name[dot] == "."}
 EXAMPLES = {"configs/mine.py", "configs/my_model.py"}  # files that a page tells the reader to write
 PYTHON = pages.blocks("python")
 

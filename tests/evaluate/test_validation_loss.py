@@ -10,6 +10,7 @@ import pytest
 
 from gptjax.config import Config
 from gptjax.data import store
+from gptjax.data.mixture import Manifests
 from gptjax.data.store import Manifest, Split, Writer
 from gptjax.evaluate import ValidationLoss
 from gptjax.model import decoder
@@ -61,7 +62,7 @@ def test_loss_is_the_mean_over_all_targets(mesh, made, tokens, on_mesh, random_p
     cfg, manifest = made
     with on_mesh(*mesh):
         params = random_params(cfg.model)
-        measured = ValidationLoss(cfg, manifest, Progress(shown=False)).run(params)
+        measured = ValidationLoss(cfg, Manifests({"": manifest}), Progress(shown=False)).run(params)
     nats = expected_nats(params, cfg, tokens)
     assert measured["valid_tokens"] == len(nats) == TOKENS - 1
     loss = math.fsum(nats) / len(nats)
@@ -78,7 +79,9 @@ def test_confidence_intervals_resample_batches(made, tokens, on_mesh, random_par
     cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, batch=1))
     with on_mesh(1):
         params = random_params(cfg.model)
-        statistics, total = ValidationLoss(cfg, manifest, Progress(shown=False)).measure(params)
+        statistics, total = ValidationLoss(
+            cfg, Manifests({"": manifest}), Progress(shown=False)
+        ).measure(params)
     nats, t = expected_nats(params, cfg, tokens), cfg.train.seq_len
     by_batch = [math.fsum(nats[start : start + t]) for start in range(0, len(nats), t)]
     assert total == len(nats)
@@ -95,7 +98,7 @@ def test_loss_is_independent_of_batch_size(made, on_mesh, random_params, capsys)
         params = random_params(cfg.model)
         for batch, count in ((1, 20), (64, 1)):  # the second is larger than the split
             other = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, batch=batch))
-            measured = ValidationLoss(other, manifest, Progress()).run(params)
+            measured = ValidationLoss(other, Manifests({"": manifest}), Progress()).run(params)
             assert measured["valid_tokens"] == TOKENS - 1
             losses.append(measured["valid_loss"])
             last = capsys.readouterr().err.strip().rpartition("\r")[2]
@@ -110,7 +113,7 @@ def test_uniform_model_over_128_tokens_needs_seven_bits(made, on_mesh, random_pa
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, z_loss=0.1))
     with on_mesh(1):
         zeros = jax.tree.map(jnp.zeros_like, random_params(cfg.model))
-        measured = ValidationLoss(cfg, manifest, Progress(shown=False)).run(zeros)
+        measured = ValidationLoss(cfg, Manifests({"": manifest}), Progress(shown=False)).run(zeros)
     assert measured["valid_loss"] == pytest.approx(math.log(128), rel=1e-6)
     assert measured["valid_perplexity"] == pytest.approx(128, rel=1e-5)
     bits = 7 * (TOKENS - 1) / TEXT_BYTES

@@ -29,19 +29,20 @@ def install() -> None:
     process = os.environ.get("JAX_PROCESS_ID", "0")
     kind, step_at, process_at = os.environ.get("FAULT", "none:0:0").split(":")
 
-    def logged_read(self, step, rows=None):
-        if folder := os.environ.get("IDS_FOLDER"):
-            line = {"step": step + 1, "ids": self.ids(step, rows).tolist()}
-            with (Path(folder) / f"{process}.{os.getpid()}.jsonl").open("a") as notes:
-                notes.write(json.dumps(line) + "\n")
-        if kind == "slow":
-            time.sleep(0.5)
-        if step + 1 == int(step_at) and process == process_at:
-            if kind == "sleep":
-                stuck_in_a_read()
-            elif kind == "raise":
-                raise ZeroDivisionError("injected")
-        return read(self, step, rows)
+    def logged_read(self, steps, rows=None):
+        for step in steps:
+            if folder := os.environ.get("IDS_FOLDER"):
+                line = {"step": step + 1, "ids": self.order.places(step, rows)[1].tolist()}
+                with (Path(folder) / f"{process}.{os.getpid()}.jsonl").open("a") as notes:
+                    notes.write(json.dumps(line) + "\n")
+            if kind == "slow":
+                time.sleep(0.5)
+            if step + 1 == int(step_at) and process == process_at:
+                if kind == "sleep":
+                    stuck_in_a_read()
+                elif kind == "raise":
+                    raise ZeroDivisionError("injected")
+        return read(self, steps, rows)
 
     def slow_restore(*args, **options):
         if kind == "restore" and process == process_at:

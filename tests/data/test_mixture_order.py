@@ -1,0 +1,180 @@
+"""The order of a mixture: shares, epochs and limits, as a pure function of seed, step and batch."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax.data import mixture_order
+from gptjax.data.mixture_order import PERIOD, MixtureOrder, PartWindows, batch_counts
+from gptjax.data.permutation import Order
+
+SEEDS = st.integers(0, 2**32 - 1)
+WEIGHTS = st.lists(st.floats(1e-4, 1e4), min_size=1, max_size=8)
+
+
+def parts_of(weights, windows=None, limits=None) -> tuple[PartWindows, ...]:
+    windows = windows or [100] * len(weights)
+    limits = limits or [0] * len(weights)
+    names = [f"p{number}" for number in range(len(weights))]
+    return tuple(map(PartWindows, names, windows, weights, limits))
+
+
+def rows_by_part(order: MixtureOrder, step: int) -> list[int]:
+    return np.bincount(order.places(step)[0], minlength=len(order.parts)).tolist()
+
+
+@given(
+    windows=st.integers(1, 300), batch=st.integers(1, 40), seed=SEEDS, step=st.integers(0, 10**9)
+)
+def test_data_without_a_mixture_keep_their_order(windows, batch, seed, step) -> None:
+    order = MixtureOrder((PartWindows("", windows),), batch, seed)
+    parts_B, windows_B = order.places(step)
+    assert not parts_B.any()
+    np.testing.assert_array_equal(windows_B, Order(windows, batch, seed).ids(step))
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights=WEIGHTS, batch=st.integers(1, 300))
+def test_each_batch_has_each_parts_share_of_rows_within_one(weights, batch) -> None:
+    shares_K = np.array(weights) / sum(weights) * batch
+    counts_PK = batch_counts(np.array(weights), batch)
+    assert (counts_PK.sum(1) == batch).all()
+    assert (counts_PK >= 0).all()
+    assert (np.abs(counts_PK - shares_K) < 1 + 1e-6).all()
+    # Over any stretch, in rows: never a whole period's rounding, which is PERIOD rows.
+    drift_PK = np.cumsum(counts_PK, 0) - shares_K * np.arange(1, PERIOD + 1)[:, None]
+    assert np.abs(drift_PK).max() < len(weights) + 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    weights=st.lists(st.integers(1, 20), min_size=2, max_size=5),
+    each=st.integers(1, 4),
+    seed=SEEDS,
+    step=st.one_of(st.integers(0, 40), st.integers(0, 10**12)),
+)
+def test_a_batch_does_not_depend_on_the_number_of_processes(weights, each, seed, step) -> None:
+    order = MixtureOrder(parts_of(weights), 8 * each, seed)
+    whole = np.stack(order.places(step))
+    for processes in (1, 2, 4, 8):
+        for rows in np.split(np.arange(8 * each), processes):
+            np.testing.assert_array_equal(np.stack(order.places(step, rows)), whole[:, rows])
+        for rows in np.arange(8 * each).reshape(-1, processes).T:  # as some meshes deal them out
+            np.testing.assert_array_equal(np.stack(order.places(step, rows)), whole[:, rows])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    weights=st.lists(st.integers(1, 9), min_size=2, max_size=4),
+    windows=st.lists(st.integers(1, 60), min_size=4, max_size=4),
+    batch=st.integers(1, 24),
+    seed=SEEDS,
+)
+def test_each_window_of_a_part_comes_once_before_any_comes_again(
+    weights, windows, batch, seed
+) -> None:
+    order = MixtureOrder(parts_of(weights, windows[: len(weights)]), batch, seed)
+    seen: list[list[int]] = [[] for _ in weights]
+    for step in range(50):
+        parts_B, windows_B = order.places(step)
+        at = np.argsort(parts_B, kind="stable")
+        for part, window in zip(parts_B[at].tolist(), windows_B[at].tolist(), strict=True):
+            seen[part].append(window)
+    for part, ids in zip(order.parts, seen, strict=True):
+        # Rows of one batch come in any order, so that an epoch's border may lie within a batch.
+        counts = Counter(ids)
+        assert len(ids) == order.used(50)[order.parts.index(part)]
+        least = len(ids) // part.windows
+        assert set(counts.values()) <= {least, least + 1} - {0}
+        assert order.epochs(50)[part.name] == len(ids) / part.windows
+
+
+def test_an_epoch_is_over_before_the_next_begins_in_any_batch() -> None:
+    order = MixtureOrder(parts_of([3, 1], [30, 10]), 8, 0)
+    firsts = [order.places(step) for step in range(5)]  # 30 and 10 rows: an epoch of each
+    for part, size in enumerate((30, 10)):
+        ids = np.concatenate([windows_B[parts_B == part] for parts_B, windows_B in firsts])
+        assert sorted(ids.tolist()) == list(range(size))
+
+
+def test_parts_are_shuffled_apart_by_their_names() -> None:
+    order = MixtureOrder(parts_of([1, 1], [500, 500]), 500, 3)
+    parts_B, windows_B = order.places(0)
+    one, two = windows_B[parts_B == 0], windows_B[parts_B == 1]
+    assert sorted(one.tolist()) != sorted(two.tolist())
+    other = MixtureOrder(order.parts[::-1], 500, 3)  # a part's name counts, not its place
+    again_B, again_windows_B = other.places(0)
+    np.testing.assert_array_equal(again_windows_B[again_B == 1], one)
+
+
+def test_several_steps_at_once_are_each_of_them() -> None:
+    order = MixtureOrder(parts_of([5, 2, 1], [40, 7, 9], [0, 60, 0]), 10, 1)
+    rows = np.arange(1, 10, 2)
+    parts_NB, windows_NB = order.places_of(range(3, 40), rows)
+    for step, parts_B, windows_B in zip(range(3, 40), parts_NB, windows_NB, strict=True):
+        np.testing.assert_array_equal(np.stack(order.places(step, rows)), [parts_B, windows_B])
+
+
+def test_the_cost_of_a_batch_does_not_grow_with_the_step(monkeypatch) -> None:
+    mixed = []
+    endless = mixture_order.endless
+    note = lambda places, *rest: mixed.append(places.size) or endless(places, *rest)
+    monkeypatch.setattr(mixture_order, "endless", note)
+    order = MixtureOrder(parts_of([0.7, 0.3], [1000, 70], [0, 700]), 16, 0)
+    for step in (0, 10**12):
+        order.places(step, np.arange(4, 8))
+    assert sum(mixed) == 8  # a process pays for its own rows only
+    assert len(order._plan[0]) == 2  # segments, however many steps
+
+
+# --- limits ----------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    weights=st.lists(st.integers(1, 9), min_size=2, max_size=4),
+    limits=st.lists(st.integers(20, 400), min_size=4, max_size=4),
+    batch=st.integers(4, 24),
+    seed=SEEDS,
+)
+def test_a_part_leaves_before_it_exceeds_its_limit_and_the_others_share_its_rows(
+    weights, limits, batch, seed
+) -> None:
+    limits = [*limits[: len(weights) - 1], 0]  # the last one goes on for ever
+    order = MixtureOrder(parts_of(weights, limits=limits), batch, seed)
+    assert order.steps is None
+    used_K, gone = np.zeros(len(weights), int), set()
+    for step in range(max(order.leaves.values()) + 3):
+        gone |= {name for name, last in order.leaves.items() if last <= step}
+        counts = rows_by_part(order, step)
+        active = [part.name not in gone for part in order.parts]
+        total = sum(w for w, a in zip(weights, active, strict=True) if a)
+        for count, weight, here in zip(counts, weights, active, strict=True):
+            assert abs(count - (weight / total * batch if here else 0)) < 1
+        used_K += counts
+        np.testing.assert_array_equal(used_K, order.used(step + 1))
+    assert gone == {part.name for part in order.parts if part.limit}
+    for part, used in zip(order.parts, used_K.tolist(), strict=True):
+        if part.limit:
+            assert used <= part.limit
+            assert used > part.limit - batch  # no more than a batch's share is left
+
+
+def test_the_order_ends_with_the_first_limit_or_with_the_last() -> None:
+    parts = parts_of([1, 1], [10, 50], [20, 50])
+    order = MixtureOrder(parts, 4, 0, stops=True)
+    assert (order.steps, order.leaves) == (10, {"p0": 10})
+    order = MixtureOrder(parts, 4, 0)
+    assert order.leaves == {"p0": 10, "p1": 17}  # 30 rows left, four in each batch
+    assert order.steps == 17
+    assert order.used(17).tolist() == [20, 48]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "windows", "rows"), [(0.0, 5, 0), (1.0, 5, 5), (1.5, 5, 7), (0.01, 5, 1)]
+)
+def test_rows_of_epochs(epochs: float, windows: int, rows: int) -> None:
+    assert mixture_order.rows_of(epochs, windows) == rows
