@@ -32,7 +32,7 @@ from gptjax.finetune import adapter_checkpoint
 from gptjax.finetune import params as base_params
 from gptjax.finetune.adapter_checkpoint import AdapterCheckpointer
 from gptjax.finetune.base_model import BASE_STEP, BaseModel, check_base
-from gptjax.hf import safetensors
+from gptjax.hf import read_tokenizer, safetensors
 from gptjax.model.decoder import Params
 from gptjax.parallel import sharding
 from gptjax.parallel.mesh import entered_mesh
@@ -175,7 +175,7 @@ def find_model(path: str, say: Say = _silent) -> RunModel | HuggingFaceModel:
         source = safetensors.open_source(Path(folder))
         for note in source.notes:
             say(note)
-        return HuggingFaceModel(f"hf:{folder}", source, safetensors.tokenizer_of(source, say))
+        return HuggingFaceModel(f"hf:{folder}", source, read_tokenizer.tokenizer_of(source, say))
     cfg, tokenizer, manifests = run_dir.open_run(path)
     kind = AdapterRun if cfg.finetune.lora.rank else RunModel
     return kind(path, cfg, tokenizer, manifests)

@@ -58,6 +58,39 @@ def data_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="how long to measure (5)")
 
 
+def data_import(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `gptjax data import`."""
+    add = parser.add_argument
+    add(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="token files or folders of them: nanoGPT's or llm.c's .bin, Megatron's .bin with its "
+        ".idx, OLMo's or NumPy's .npy",
+    )
+    add(
+        "--tokenizer",
+        required=True,
+        metavar="PATH",
+        help="the tokenizer that made them: a file or folder, or bytes",
+    )
+    add("--store", required=True, metavar="FOLDER", help="the new token store")
+    add("--valid", nargs="+", metavar="FILE", help="token files of the validation text")
+    add(
+        "--valid-fraction",
+        type=float,
+        default=0.02,
+        metavar="F",
+        help="without --valid, the fraction of documents that is held out (0.02)",
+    )
+    add(
+        "--dtype",
+        choices=["uint16", "uint32"],
+        default="",
+        help="type of tokens in files that do not say it (the narrower one for the vocabulary)",
+    )
+
+
 def tokenizer_show(parser: argparse.ArgumentParser) -> None:
     """Arguments of `gptjax tokenizer show`."""
     parser.add_argument("folder", metavar="FOLDER", help="a folder that holds a tokenizer")

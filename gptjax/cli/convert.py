@@ -26,7 +26,7 @@ from gptjax.cli.inspect import print_certificate
 from gptjax.config import CheckpointConfig, ComputeConfig, Config, LoraConfig
 from gptjax.errors import ConfigError, MismatchError, OutputError
 from gptjax.finetune import lora, peft
-from gptjax.hf import families, safetensors, tokenizer_files
+from gptjax.hf import families, read_tokenizer, safetensors, tokenizer_files
 from gptjax.hf.carried_files import carry
 from gptjax.hf.model_card import model_card
 from gptjax.hf.safetensors import Source
@@ -88,7 +88,7 @@ def import_run(folder: str, target: str, progress: Progress, *, compare: bool = 
     source = safetensors.open_source(Path(folder))
     for note in source.notes:
         progress.say(note)
-    tokenizer = safetensors.tokenizer_of(source, progress.say)
+    tokenizer = read_tokenizer.tokenizer_of(source, progress.say)
     cfg = load_model.config_of(source.model, tokenizer, target)
     cfg.check(jax.device_count(), jax.process_count())
     path = Path(target)

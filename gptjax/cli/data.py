@@ -49,6 +49,39 @@ def prepare(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         )
 
 
+def import_files(args: argparse.Namespace, _: Sequence[str]) -> None:
+    """Runs the command."""
+    import time
+    from pathlib import Path
+
+    from gptjax import tokenizer as tokenizers
+    from gptjax.data import import_tokens, prepare, token_files
+
+    if not 0 < args.valid_fraction < 1:
+        problem = f"--valid-fraction={args.valid_fraction}: must be above 0 and below 1"
+        raise ConfigError([problem])
+    tokenizer = tokenizers.make(tokenizers.config_of(args.tokenizer), ())
+    files, valid = (
+        token_files.find(paths, tokenizer.vocab_size, args.dtype)
+        for paths in (args.files, args.valid or [])
+    )
+    began = time.monotonic()
+    with prepare.shown(Progress()) as tell:
+        manifest = import_tokens.import_tokens(
+            Path(args.store), tokenizer, files, valid, args.valid_fraction, tell
+        )
+    took = time.monotonic() - began
+    print(json.dumps({"store": args.store, "tokenizer": manifest.tokenizer}))
+    for file in [*files, *valid]:
+        print(f"{file.path}: {file.format}, {file.count:,} tokens of {file.dtype[1:]}")
+    for name, split in manifest.splits.items():
+        print(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens")
+    tokens = sum(file.count for file in [*files, *valid])
+    print(f"{tokens:,} tokens in {took:.1f} s ({tokens / 1e6 / took:.0f} million tokens/s)")
+    head = tokenizer.decode(files[0].tokens()[:32].tolist())
+    print(f"they begin: {head!r}\nto train on them: gptjax train CONFIG --data.store {args.store}")
+
+
 def verify(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Runs the command."""
     from gptjax.data import mixture, provenance, store

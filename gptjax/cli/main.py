@@ -24,7 +24,19 @@ from gptjax.runtime import malloc
 from gptjax.version import __version__
 
 _LONGEST_WORD, _LONGEST_MESSAGE = 300, 1900  # characters
-_PATHS = ("config", "run", "folder", "source", "target", "base", "file", "output", "data", "valid")
+_PATHS = (
+    "config",
+    "run",
+    "folder",
+    "source",
+    "target",
+    "base",
+    "file",
+    "output",
+    "data",
+    "valid",
+    "files",
+)
 
 
 @dataclass(frozen=True)
@@ -162,6 +174,12 @@ GROUPS: dict[str, tuple[str, tuple[Command, ...]]] = {
                 "Train or load the tokenizer and tokenize CONFIG's text into its store.",
                 arguments.config,
                 overrides=True,
+            ),
+            Command(
+                "import",
+                "data:import_files",
+                "Make a token store of files of tokens that other trainers wrote.",
+                arguments.data_import,
             ),
             Command(
                 "verify",

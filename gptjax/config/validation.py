@@ -258,7 +258,7 @@ def _mixture_problems(data: Any) -> Iterator[str]:
             yield f"{prefix}.weight={part.weight}: must be above 0; leave the part out instead"
         if not part.epochs >= 0:
             yield f"{prefix}.epochs={part.epochs}: must not be negative"
-        if not part.sources:
+        if not part.sources and not part.store:
             yield f"{prefix}.sources=(): give at least one source"
         if not part.valid_sources and data.valid_fraction == 0:
             yield (

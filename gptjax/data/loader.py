@@ -65,17 +65,18 @@ class TrainData:
     def read(self, steps: range, rows: np.ndarray | None = None) -> np.ndarray:
         """The windows of the given rows (default: all) of the batches of steps, int32 [N, B, W].
 
-        Rows are ascending, and steps count from 0.
+        Steps count from 0. Raises DataError as `Reader.windows` does.
         """
         parts_NB, ids_NB = self.order.places_of(steps, rows)
-        windows_NBW = np.zeros((*ids_NB.shape, self.seq_len + 1), np.int32)
-        for parts_B, ids_B, windows_BW in zip(parts_NB, ids_NB, windows_NBW, strict=True):
-            ends_K = np.searchsorted(parts_B, np.arange(len(self.readers)), side="right").tolist()
-            for reader, first, last in zip(self.readers, [0, *ends_K], ends_K, strict=False):
-                if first < last:
-                    starts = ids_B[first:last] * self.seq_len
-                    reader.read_into(windows_BW[first:last], starts)
-        return windows_NBW
+        parts_N, starts_N = parts_NB.ravel(), ids_NB.ravel() * self.seq_len
+        windows_NW = np.zeros((len(starts_N), self.seq_len + 1), np.int32)
+        for part, reader in enumerate(self.readers):
+            here = np.flatnonzero(parts_N == part)
+            reader.read_into(map(windows_NW.__getitem__, here.tolist()), starts_N[here])
+        if windows_NW.size and windows_NW.max() >= self.readers[0].vocab_size:
+            for part, start in zip(parts_N.tolist(), starts_N, strict=True):
+                self.readers[part].windows(start[None], self.seq_len + 1)  # raises, at the wrong id
+        return windows_NW.reshape(*ids_NB.shape, -1)
 
     def epochs(self, step: int) -> dict[str, float]:
         """Epochs completed after so many steps, by the names of metrics: epochs, or epochs/PART."""

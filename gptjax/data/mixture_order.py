@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gptjax.data.permutation import endless
+from gptjax.data.permutation import permute_groups
 
 PERIOD = 4096  # batches, after which the roundings repeat
 
@@ -180,13 +180,25 @@ class MixtureOrder:
         ends_NK = np.cumsum(counts_NK, axis=1)
         parts_NB = (rows[:, None] >= ends_NK[:, None, :-1]).sum(2)
         shift_NK = used_NK[:-1] - (ends_NK - counts_NK)
-        within_NB = rows + np.take_along_axis(shift_NK, parts_NB, axis=1)
-        windows_NB = np.empty_like(within_NB)
-        for k, part in enumerate(self.parts):
-            seed = self.seed | zlib.crc32(part.name.encode()) << 32  # parts are shuffled apart
-            here = parts_NB == k
-            windows_NB[here] = endless(within_NB[here], part.windows, seed)
-        return parts_NB, windows_NB
+        places_NB = rows + np.take_along_axis(shift_NK, parts_NB, axis=1)
+        windows_K, seeds_K = self._windows_and_seeds
+        epochs_NB, within_NB = np.divmod(places_NB, windows_K[parts_NB])
+        # Groups of one permutation each: a part in one of the epochs that these steps are in.
+        first_K = used_NK[0] // windows_K
+        later_NB = epochs_NB - first_K[parts_NB]
+        count, parts = int(later_NB.max(initial=0)) + 1, len(self.parts)
+        epochs_G = (first_K + np.arange(count)[:, None]).ravel()
+        sizes_G, seeds_G = (np.tile(values, count) for values in (windows_K, seeds_K))
+        groups_NB = None if count == parts == 1 else parts_NB + parts * later_NB
+        unsigned = (values.astype(np.uint64) for values in (sizes_G, seeds_G, epochs_G))
+        return parts_NB, permute_groups(within_NB, groups_NB, *unsigned)
+
+    @functools.cached_property
+    def _windows_and_seeds(self) -> tuple[np.ndarray, np.ndarray]:
+        """The number of windows and the seed of each part; so parts are shuffled apart."""
+        seeds = [self.seed | zlib.crc32(part.name.encode()) << 32 for part in self.parts]
+        windows = [part.windows for part in self.parts]
+        return np.array(windows, np.int64), np.array(seeds, np.uint64)
 
 
 def rows_of(epochs: float, windows: int) -> int:

@@ -21,40 +21,48 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def _keys(seed: np.ndarray, epoch: np.ndarray) -> np.ndarray:
+    """Keys of the rounds for each seed and epoch, uint64 [R, G]."""
+    step = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        key_G = _mix(_mix((seed + np.uint64(1)) * step) ^ (epoch + np.uint64(1)))
+        return _mix(key_G + np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None] * step)
+
+
 def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
     """Images of `index` (int64, any shape) under the permutation of 0..size-1 keyed by seed, epoch.
 
     A Feistel network over pairs (left, right) below ceil(sqrt(size)), adding modulo that number
     (Black & Rogaway 2002); the few images outside 0..size-1 are permuted again until inside.
     """
-    side = np.uint64(math.isqrt(size - 1) + 1)
+    sizes, seeds, epochs = (np.array([value], np.uint64) for value in (size, seed, epoch))
+    return permute_groups(index, None, sizes, seeds, epochs)
+
+
+def permute_groups(
+    index: np.ndarray,
+    groups: np.ndarray | None,
+    sizes_G: np.ndarray,
+    seeds_G: np.ndarray,
+    epochs_G: np.ndarray,
+) -> np.ndarray:
+    """As `permute`, each index by the size, seed and epoch (uint64) of its group.
+
+    `groups` are int64, shaped as the index; None: there is one group.
+    """
+    sides_G = np.array([math.isqrt(size - 1) + 1 for size in sizes_G.tolist()], np.uint64)
+    keys_RG = _keys(seeds_G, epochs_G)
+    image, outside = index.astype(np.uint64), np.ones(index.shape, bool)
+    of = lambda values_G: values_G[0] if groups is None else values_G[groups[outside]]
     with np.errstate(over="ignore"):
-        words = np.array([seed, epoch], np.uint64) + np.uint64(1)
-        key = _mix(_mix(words[:1] * np.uint64(0x9E3779B97F4A7C15)) ^ words[1:])
-        keys = _mix(
-            key + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        )
-        image = index.astype(np.uint64)
-        outside = np.ones(image.shape, bool)
         while outside.any():
+            side = of(sides_G)
             left, right = np.divmod(image[outside], side)
-            for key in keys:
-                left, right = right, (left + _mix(right ^ key) % side) % side
+            for key_G in keys_RG:
+                left, right = right, (left + _mix(right ^ of(key_G)) % side) % side
             image[outside] = left * side + right
-            outside = image >= np.uint64(size)
+            outside = image >= (sizes_G[0] if groups is None else sizes_G[groups])
     return image.astype(np.int64)
-
-
-def endless(places: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """The windows at places of the endless sequence of epochs over 0..size-1, int64 like places."""
-    epochs, within = np.divmod(places, size)
-    if places.size and epochs.min() == epochs.max():
-        return permute(within, size, seed, int(epochs.flat[0]))
-    ids = np.empty_like(places)
-    for epoch in np.unique(epochs).tolist():
-        here = epochs == epoch
-        ids[here] = permute(within[here], size, seed, epoch)
-    return ids
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,12 @@ class Order:
     def ids(self, step: int, rows: np.ndarray | None = None) -> np.ndarray:
         """Window ids of the given rows (default: all) of a step's batch, int64 [B]."""
         rows = np.arange(self.batch) if rows is None else rows
-        return endless(step * self.batch + rows, self.windows, self.seed)
+        epochs, places = np.divmod(step * self.batch + rows, self.windows)
+        ids = np.empty_like(rows)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            ids[here] = permute(places[here], self.windows, self.seed, epoch)
+        return ids
 
     def epoch(self, step: int) -> float:
         """Epochs completed when a step begins, as a fraction."""

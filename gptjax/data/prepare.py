@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from gptjax import tokenizer as tokenizers
-from gptjax.config import Config
+from gptjax.config import Config, DataConfig
 from gptjax.data import provenance, sources, store
 from gptjax.data.files import Counts, Document
+from gptjax.data.import_tokens import IMPORTED
 from gptjax.data.journal import (
     JOURNAL,
     LOCK,
@@ -168,6 +169,9 @@ def _prepare(
 def _finished(cfg: Config, say: Callable[[str], None], begun_with: str | None) -> store.Manifest:
     """The manifest of a finished store; a remote store is only ever read."""
     manifest, given = store.read_manifest(cfg.data.store), identity(cfg)
+    if IMPORTED in manifest.data:
+        _check_imported(cfg, manifest, begun_with)
+        return manifest
     # A tokenizer is what its files say, wherever they lie.
     if manifest.fingerprint() == begun_with or _has_tokenizer(manifest, cfg):
         given["tokenizer"] = manifest.data["tokenizer"]
@@ -182,6 +186,21 @@ def _finished(cfg: Config, say: Callable[[str], None], begun_with: str | None) -
             )
         say(f"the text has changed, and the run goes on with the tokens it has: {'; '.join(shown)}")
     return manifest
+
+
+def _check_imported(cfg: Config, manifest: store.Manifest, begun_with: str | None) -> None:
+    """Raises MismatchError where a store of imported tokens is not what is configured."""
+    data, default, path = cfg.data, DataConfig(), Path(cfg.tokenizer.path).expanduser()
+    changed = [
+        f"data.{name}={value}: would not be read; leave it out"
+        for name in ("sources", "valid_sources")
+        if (value := getattr(data, name)) not in ((), getattr(default, name))
+    ]
+    given = cfg.tokenizer.kind == "bytes" or (cfg.tokenizer.path and path.exists())
+    if given and not (manifest.fingerprint() == begun_with or _has_tokenizer(manifest, cfg)):
+        changed.append(f"tokenizer.path={path}: is another tokenizer than the store's")
+    if changed:
+        raise MismatchError(f"data.store={data.store} holds imported tokens", changed)
 
 
 def _has_tokenizer(manifest: store.Manifest, cfg: Config) -> bool:

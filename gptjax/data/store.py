@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ class Reader:
         """Opens the files, and checks some of a local store. Raises DataError for damage."""
         split = manifest.splits[name]
         self._length, self._per_file = split.tokens, manifest.file_tokens
-        self._vocab_size = manifest.vocab_size
+        self.vocab_size = manifest.vocab_size
         self._folder = folder = epath.Path(store) / name
         self._dtype = np.dtype(manifest.dtype)
         ranges = -(-self._length // _RANGE_TOKENS)
@@ -147,11 +147,18 @@ class Reader:
         """
         out = np.zeros((len(starts), length), np.int32)
         self.read_into(out, starts)
+        if out.size and out.max() >= self.vocab_size:
+            row, place = np.argwhere(out >= self.vocab_size)[0].tolist()
+            raise DataError(
+                f"{self._folder}: token {starts[row] + place} has the id {out[row, place]}, and "
+                f"the vocabulary {self.vocab_size} ids; {_AGAIN}"
+            )
         return out
 
-    def read_into(self, out: np.ndarray, starts: np.ndarray) -> None:
-        """As `windows`, into zeros of int32 [B, length]."""
-        length = out.shape[1]
+    def read_into(self, out: Iterable[np.ndarray], starts: np.ndarray) -> None:
+        """As `windows`, into rows of zeros of equal length, int32; does not look at the ids."""
+        out = list(out)
+        length = len(out[0]) if out else 0
         rows = zip(out, starts.tolist(), strict=True)
         if self._remote is not None:
             self._read_remote(rows, length)
@@ -162,12 +169,6 @@ class Reader:
                 for part in self._local(start, length):
                     row[done : done + len(part)] = part
                     done += len(part)
-        if out.size and out.max() >= self._vocab_size:
-            row, place = np.argwhere(out >= self._vocab_size)[0].tolist()
-            raise DataError(
-                f"{self._folder}: token {starts[row] + place} has the id {out[row, place]}, and "
-                f"the vocabulary {self._vocab_size} ids; {_AGAIN}"
-            )
 
     def document_at(self, place: int, start_id: int) -> tuple[int, int]:
         """The number of the document that a token is in, from 0 on, and its place within it.

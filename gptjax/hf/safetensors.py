@@ -18,15 +18,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
 
-from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint.checkpointer import leaves_by_path
-from gptjax.config import ModelConfig, TokenizerConfig
+from gptjax.config import ModelConfig
 from gptjax.config.limits import unusable
 from gptjax.errors import DataError, MismatchError
 from gptjax.hf import families
@@ -49,10 +48,8 @@ _ALIGNMENT = 64  # bytes
 _READ_THREADS = 2
 _SHOWN = 20  # problems that a message lists
 _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "consolidated*.pth")
-_TOKENIZER_FILES: dict[Literal["huggingface", "sentencepiece"], str] = {
-    "huggingface": "tokenizer.json",
-    "sentencepiece": "tokenizer.model",
-}
+
+
 # --- opening -----------------------------------------------------------------------------------
 
 
@@ -445,55 +442,3 @@ class _TensorWriter:
         save_tensors(self._pending, self._folder / name)
         self._files.append((name, list(self._pending)))
         self._pending, self._size = {}, 0
-
-
-# --- the tokenizer -----------------------------------------------------------------------------
-
-
-def _declared_elsewhere(folder: Path, tokenizer: tokenizers.Tokenizer) -> list[str]:
-    """Tokens that JSON files beside tokenizer.model declare, and that it does not have so."""
-    if tokenizer.kind != "sentencepiece":
-        return []
-    pieces = {tokenizer.piece(i): i for i in range(tokenizer.vocab_size)}
-    declared: dict[str, int | None] = {}
-    file = folder / "tokenizer_config.json"
-    try:
-        if file.exists():
-            config = json.loads(file.read_text())
-            for number, token in (config.get("added_tokens_decoder") or {}).items():
-                declared[token["content"]] = int(number)
-            if eos := config.get("eos_token"):
-                declared[eos if isinstance(eos, str) else eos["content"]] = tokenizer.eos_id
-        file = folder / "added_tokens.json"
-        if file.exists():
-            declared |= json.loads(file.read_text())
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{file}: cannot be read: {error!r}") from None
-    return [repr(content) for content, number in declared.items() if pieces.get(content) != number]
-
-
-def tokenizer_of(source: Source, say: Callable[[str], None]) -> tokenizers.Tokenizer | None:
-    """The folder's tokenizer; None if it has none that can be used, and `say` is told why."""
-    folder = source.folder
-    why = f"no {' and no '.join(_TOKENIZER_FILES.values())}"
-    for kind, file in _TOKENIZER_FILES.items():
-        if (folder / file).exists():
-            try:
-                tokenizer = tokenizers.make(TokenizerConfig(kind, str(folder / file)), ())
-            except DataError as error:
-                why = str(error)
-                continue
-            if unknown := _declared_elsewhere(folder, tokenizer):
-                why = (
-                    f"{file} lacks {', '.join(unknown[:5])}, which other files declare; make a "
-                    "tokenizer.json of them: python -c 'from transformers import AutoTokenizer as "
-                    f'T; T.from_pretrained("{folder}").save_pretrained("{folder}")\''
-                )
-                continue
-            if tokenizer.vocab_size <= source.model.vocab_size:
-                for note in tokenizer.notes:
-                    say(f"{folder}/{note}")
-                return tokenizer
-            why = f"{file} has {tokenizer.vocab_size} tokens, the model {source.model.vocab_size}"
-    say(f"{folder}: {why}; so the run cannot read text")
-    return None

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from gptjax.config import TokenizerConfig
+from gptjax.config import TokenizerConfig, TokenizerKind
 from gptjax.errors import DataError
+from gptjax.tokenizer import bpe_files
 from gptjax.tokenizer.huggingface import HuggingFaceTokenizer, read_files, train_huggingface
 from gptjax.tokenizer.interface import FILES, SLICE, ByteTokenizer, Tokenizer
 from gptjax.tokenizer.sentencepiece import SentencePieceTokenizer, train_sentencepiece
@@ -22,6 +23,7 @@ __all__ = [
     "HuggingFaceTokenizer",
     "SentencePieceTokenizer",
     "Tokenizer",
+    "config_of",
     "load",
     "make",
     "train",
@@ -58,17 +60,37 @@ def make(cfg: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
         return ByteTokenizer()
     if not cfg.path:
         return train(texts, cfg)
-    path = Path(cfg.path).expanduser()
-    if path.is_dir():
-        path /= FILES[cfg.kind]
-    if not path.is_file():
-        raise DataError(
-            f"tokenizer.path={cfg.path}: no such file, and no folder with {FILES[cfg.kind]}"
-        )
     try:
-        return _read(cfg.kind, path)
+        return _of_path(cfg.kind, Path(cfg.path).expanduser())
     except DataError as error:
         raise DataError(f"tokenizer.path={cfg.path}: {error}") from None
+
+
+def _of_path(kind: TokenizerKind, path: Path) -> Tokenizer:
+    """The tokenizer in a file or a folder. Raises DataError."""
+    plain = path / FILES[kind] if path.is_dir() else path
+    if kind == "huggingface" and (path.is_file() or not plain.is_file()):
+        if file := bpe_files.find(path):
+            return HuggingFaceTokenizer(read_files(file, bpe_files.read(file)))
+    elif bpe_files.is_ranks(plain):
+        raise DataError("is a rank file of byte-level BPE; give --tokenizer.kind huggingface")
+    if not plain.is_file():
+        raise DataError(f"no such file, and no folder with {FILES[kind]}")
+    return _read(kind, plain)
+
+
+def config_of(path: str) -> TokenizerConfig:
+    """The configuration of the tokenizer in a file or a folder, or of "bytes". Raises DataError."""
+    if path == "bytes":
+        return TokenizerConfig(kind="bytes")
+    place = Path(path).expanduser()
+    is_json = place.suffix == ".json" or (place / FILES["huggingface"]).is_file()
+    kind: TokenizerKind = "sentencepiece"
+    if is_json or bpe_files.find(place):
+        kind = "huggingface"
+    elif (place / FILES["bytes"]).is_file():
+        kind = "bytes"
+    return TokenizerConfig(kind=kind, path=path)
 
 
 def train(texts: Iterable[str], cfg: TokenizerConfig) -> Tokenizer:

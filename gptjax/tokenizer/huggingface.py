@@ -209,8 +209,11 @@ _TOKEN_IDS = "token_ids.json"  # special token ids of config.json, which is anot
 _ID_FILES = ("generation_config.json", _TOKEN_IDS)
 
 
-def read_files(file: Any) -> dict[str, bytes]:
-    """Contents by name of a tokenizer.json (`file`, of any name) and of the files beside it."""
+def read_files(file: Any, made: Mapping[str, bytes] | None = None) -> dict[str, bytes]:
+    """Contents by name of a tokenizer.json (`file`, of any name) and of the files beside it.
+
+    `made` are the contents that stand for a file of another format.
+    """
     found = {}
     beside = ("tokenizer_config.json", "special_tokens_map.json", _TEMPLATE, _ADDED, *_ID_FILES)
     for name in beside:
@@ -221,7 +224,11 @@ def read_files(file: Any) -> dict[str, bytes]:
         ids = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
         if ids:
             found[_TOKEN_IDS] = json.dumps(ids).encode()
-    return {**found, FILES["huggingface"]: file.read_bytes()}
+    if made is None:
+        return {**found, FILES["huggingface"]: file.read_bytes()}
+    name = "tokenizer_config.json"
+    declared = _parsed(made, name) | _parsed(found, name)
+    return {**found, **made, name: json.dumps(declared, indent=2).encode()}
 
 
 def _parsed(files: Mapping[str, bytes], name: str) -> dict[str, Any]:

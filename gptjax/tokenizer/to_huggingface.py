@@ -62,7 +62,7 @@ def _added(token: int, content: str, *, special: bool = True) -> Json:
 
 def _bytes(tokenizer: ByteTokenizer) -> Json:
     """Byte-level BPE without merges."""
-    shown = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    shown = {letter: byte for byte, letter in enumerate(byte_letters())}
     special = [(token, tokenizer.piece(token)) for token in range(256, tokenizer.vocab_size)]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     return {
@@ -85,7 +85,7 @@ def _bytes(tokenizer: ByteTokenizer) -> Json:
     }
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """The character that byte-level BPE writes for each byte (Radford et al. 2019).
 
     Printable bytes of Latin-1 stand for themselves, the others for characters from U+0100 on.

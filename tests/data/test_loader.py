@@ -146,6 +146,7 @@ class Broken:
 
     reader: Reader
     bad: int
+    vocab_size: int = 1 << 16
 
     def read_into(self, out: np.ndarray, starts: np.ndarray) -> None:
         if self.bad in starts:

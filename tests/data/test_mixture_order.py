@@ -120,9 +120,9 @@ def test_several_steps_at_once_are_each_of_them() -> None:
 
 def test_the_cost_of_a_batch_does_not_grow_with_the_step(monkeypatch) -> None:
     mixed = []
-    endless = mixture_order.endless
-    note = lambda places, *rest: mixed.append(places.size) or endless(places, *rest)
-    monkeypatch.setattr(mixture_order, "endless", note)
+    permute = mixture_order.permute_groups
+    note = lambda places, *rest: mixed.append(places.size) or permute(places, *rest)
+    monkeypatch.setattr(mixture_order, "permute_groups", note)
     order = MixtureOrder(parts_of([0.7, 0.3], [1000, 70], [0, 700]), 16, 0)
     for step in (0, 10**12):
         order.places(step, np.arange(4, 8))

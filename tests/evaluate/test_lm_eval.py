@@ -18,7 +18,7 @@ from gptjax import load_model  # noqa: E402
 from gptjax.config import Config, EvalConfig, TokenizerConfig  # noqa: E402
 from gptjax.errors import ConfigError  # noqa: E402
 from gptjax.evaluate import LMEvalAdapter, TaskEvaluator, read_tasks  # noqa: E402
-from gptjax.hf import safetensors  # noqa: E402
+from gptjax.hf import read_tokenizer, safetensors  # noqa: E402
 from gptjax.runtime.progress import Progress  # noqa: E402
 from gptjax.tokenizer import ByteTokenizer, train  # noqa: E402
 
@@ -201,7 +201,7 @@ def test_adapter_agrees_with_the_hf_model_of_lm_eval(harness, on_mesh, hugging_f
     folder = hugging_face_folder
     theirs = harness(HFLM(str(folder), dtype="float32", batch_size=4, max_length=256, device="cpu"))
     source = safetensors.open_source(folder)
-    tokenizer = safetensors.tokenizer_of(source, print)
+    tokenizer = read_tokenizer.tokenizer_of(source, print)
     cfg = load_model.config_of(source.model, tokenizer, str(folder))
     with on_mesh():
         params = safetensors.read_params(source)

@@ -11,11 +11,14 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from gptjax import load_model
+from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint.checkpointer import leaves_by_path
 from gptjax.config import ModelConfig, MoeConfig, RopeConfig, TokenizerConfig
 from gptjax.errors import DataError, MismatchError
-from gptjax.hf import families, safetensors
+from gptjax.hf import families, read_tokenizer, safetensors
 from gptjax.tokenizer import train_sentencepiece
+from gptjax.tokenizer.to_huggingface import byte_letters
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -392,7 +395,20 @@ def test_a_sentencepiece_model_that_lacks_declared_tokens_is_refused(tmp_path, b
         (tmp_path / name).write_text(json.dumps(values))
     said = []
     source = SimpleNamespace(folder=tmp_path, model=replace(LLAMA, vocab_size=300))
-    tokenizer = safetensors.tokenizer_of(source, said.append)
+    tokenizer = read_tokenizer.tokenizer_of(source, said.append)
     assert (tokenizer is None) == (lacks is not None)
     if lacks:
         assert f"tokenizer.model lacks {lacks}, which other files declare" in said[0]
+
+
+def test_a_folder_with_gpt2s_files_alone_has_its_tokenizer(tmp_path: Path) -> None:
+    vocab = {letter: i for i, letter in enumerate(byte_letters())} | {"ab": 256}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab | {"<|endoftext|>": 257}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    source = SimpleNamespace(folder=tmp_path, model=ModelConfig(vocab_size=258))
+    tokenizer = read_tokenizer.tokenizer_of(source, print)
+    assert tokenizer is not None
+    assert tokenizer.encode("abc") == [256, vocab["c"]]
+    assert tokenizer.eos_id == 257
+    made = load_model.tokenizer_config(tokenizer, str(tmp_path))
+    assert tokenizers.make(made, ()).fingerprint == tokenizer.fingerprint
