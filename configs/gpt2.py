@@ -5,7 +5,8 @@
 Shapes are those of the released models. OpenAI never published the learning rate; the recipe is the
 usual one for training these shapes from scratch: AdamW with betas 0.9 and 0.95, decay 0.1, clipping
 at 1, half a million tokens a step, a cosine to a tenth of the peak. Peak rates for the larger sizes
-follow GPT-3's table (Brown et al. 2020, table 2.1) for the nearest size.
+follow GPT-3's table (Brown et al. 2020, table 2.1) for the nearest size. Byte-level BPE of 50257
+pieces is trained on your text, as GPT-2's was on its own; --tokenizer.path takes GPT-2's files.
 """
 
 from gptjax.config import (
@@ -46,7 +47,9 @@ def _gpt2(size: str, *, layers: int, embed: int, heads: int, lr: float) -> Confi
         run=f"runs/gpt2-{size}",
         model=ModelConfig(vocab_size=50257, context=1024, layers=layers, embed=embed, heads=heads),
         compute=ComputeConfig(dtype="bfloat16", remat="dots", loss_chunks=8),
-        tokenizer=TokenizerConfig(vocab_size=50257, sample_bytes=200_000_000),
+        tokenizer=TokenizerConfig(
+            kind="huggingface", algorithm="byte_bpe", vocab_size=50257, sample_bytes=200_000_000
+        ),
         data=DataConfig(store="data/corpus", valid_fraction=0.001),
         optim=OptimConfig(lr=lr, warmup_tokens=375_000_000),
         train=TrainConfig(tokens=10_000_000_000, batch_tokens=524_288, seq_len=1024),
