@@ -60,15 +60,23 @@ def import_files(args: argparse.Namespace, _: Sequence[str]) -> None:
     if not 0 < args.valid_fraction < 1:
         problem = f"--valid-fraction={args.valid_fraction}: must be above 0 and below 1"
         raise ConfigError([problem])
+    if "://" in args.store:
+        raise ConfigError([f"--store={args.store}: must be a local folder"])
     tokenizer = tokenizers.make(tokenizers.config_of(args.tokenizer), ())
-    files, valid = (
+    found, valid = (
         token_files.find(paths, tokenizer.vocab_size, args.dtype)
         for paths in (args.files, args.valid or [])
     )
+    held_out = {file.path.resolve() for file in valid}
+    files = [file for file in found if file.path.resolve() not in held_out]
+    if not files:
+        raise DataError("all of the files are those of --valid; nothing is left to train on")
+    if len(files) < len(found):
+        print(f"{len(found) - len(files)} of the files are those of --valid: not trained on")
     began = time.monotonic()
     with prepare.shown(Progress()) as tell:
         manifest = import_tokens.import_tokens(
-            Path(args.store), tokenizer, files, valid, args.valid_fraction, tell
+            Path(args.store).absolute(), tokenizer, files, valid, args.valid_fraction, tell
         )
     took = time.monotonic() - began
     print(json.dumps({"store": args.store, "tokenizer": manifest.tokenizer}))

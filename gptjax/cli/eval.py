@@ -149,8 +149,13 @@ def evaluate(path: str, options: Options, progress: Progress, say: Callable[[str
         if manifests is not None:
             validation = ValidationLoss(cfg, manifests, progress)
             statistics, tokens = validation.measure(model.params)
-            over = f"batches: {len(statistics[0].numerators)}"
-            measured = _with_intervals(statistics, over, options.seed)
+            measured = [
+                Measurement(name, value)
+                for name, value in validation.mixed({s.name: s.value for s in statistics}).items()
+            ]
+            for one in statistics:
+                over = f"batches: {len(one.numerators)}"
+                measured += _with_intervals([one], over, options.seed)
             measured += [
                 Measurement(name, value) for name, value in validation.lost_bits_per_byte().items()
             ]

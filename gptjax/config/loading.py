@@ -309,8 +309,11 @@ def override(preset: Config, overrides: Sequence[str], prog: str, description: s
 
 def _with_named_parts(preset: Config, overrides: Sequence[str]) -> Config:
     """The configuration with an empty part for each new one that the overrides name."""
-    names = [word.split(".")[2] for word in overrides if re.match(r"--data\.mixture\.\w+\.", word)]
-    parts = {name: MixturePart() for name in names} | dict(preset.data.mixture)
+    names = [
+        word.split(".")[2] for word in overrides if re.match(r"--data\.mixture\.[\w-]+\.", word)
+    ]
+    parts = dict(preset.data.mixture)
+    parts |= {name: MixturePart() for name in names if name not in parts}
     return dataclasses.replace(preset, data=dataclasses.replace(preset.data, mixture=parts))
 
 
@@ -337,8 +340,10 @@ def provenance(cfg: Config, argument: str, overrides: Sequence[str]) -> dict[str
     return {
         name: "command line"
         if name in given
+        else "default"
+        if name not in preset
         else cfg.start.base  # its model and tokenizer, which the preset does not have
-        if name not in preset or value != preset[name]
+        if value != preset[name]
         else argument
         if name not in defaults or preset[name] != defaults[name]
         else "default"

@@ -95,22 +95,11 @@ class _Stream:
                 f"{self._tokenizer.vocab_size} pieces: it is another tokenizer's, or of another "
                 "type than --dtype says"
             )
-        tokens = self._with_ends(tokens)
         self.documents += int(np.count_nonzero(tokens == self._tokenizer.eos_id))
         if self._tokenizer.unk_id is not None:
             self.unknown += int(np.count_nonzero(tokens == self._tokenizer.unk_id))
         self._writer.append(tokens)
         self._last = int(tokens[-1])
-
-    def _with_ends(self, tokens: np.ndarray) -> np.ndarray:
-        """The tokens with an EOS before each BOS that has none."""
-        eos_id = self._tokenizer.eos_id
-        if self._start_id == eos_id:
-            return tokens
-        begins = np.flatnonzero(tokens == self._start_id)
-        before = np.where(begins > 0, tokens[begins - 1], self._last)
-        lacking = begins[before != eos_id]
-        return np.insert(tokens, lacking, eos_id) if len(lacking) else tokens
 
     def close(self, text_bytes: Callable[[int], int]) -> Split:
         """Ends the last document and the split; `text_bytes` of its number of tokens."""
@@ -149,20 +138,24 @@ def _write(
     splits = {name: _Stream(folder / name, tokenizer, start_id) for name in ("train", "valid")}
     done, total = 0, sum(file.count for file in [*files, *valid_files])
     for name, given in (("train", files), ("valid", valid_files)):
-        rest = np.zeros(0, np.uint16)  # of a document that goes on in the next chunk
-        for file in given:
-            for chunk in file.chunks(tokenizer.eos_id):
-                done += len(chunk)
-                if valid_files:
-                    splits[name].append(chunk, file.path)
-                else:
-                    whole, rest = _whole(rest, chunk, tokenizer.eos_id)
-                    held_out = _held_out(whole, tokenizer.eos_id, valid_fraction)
-                    splits["valid"].append(whole[held_out], file.path)
-                    splits["train"].append(whole[~held_out], file.path)
-                tell("import", done, max(done, total))
-        if len(rest):
-            splits["train"].append(rest, given[-1].path)
+        rest: list[np.ndarray] = []  # of a document that goes on in the next chunk
+        for path, chunk in _with_ends(given, tokenizer.eos_id, start_id):
+            done += len(chunk)
+            tell("import", done, max(done, total))
+            if valid_files:
+                splits[name].append(chunk, path)
+                continue
+            ends = np.flatnonzero(chunk == tokenizer.eos_id)
+            last = int(ends[-1]) + 1 if len(ends) else 0
+            if last:
+                whole = np.concatenate([*rest, chunk[:last]])
+                held_out = _held_out(whole, tokenizer.eos_id, valid_fraction)
+                splits["valid"].append(whole[held_out], path)
+                splits["train"].append(whole[~held_out], path)
+                rest = []
+            rest.append(chunk[last:])
+        for chunk in rest:
+            splits["train"].append(chunk, given[-1].path)
     valid = splits["valid"].close(lambda tokens: _text_bytes(folder, tokenizer, tokens))
     # The text of the training tokens is not at hand: its size is that of as many tokens of the
     # validation split, whose text is decoded and counted.
@@ -190,12 +183,23 @@ def _start_id(files: Sequence[TokenFile], tokenizer: Tokenizer) -> int:
     return first if first is not None and first == tokenizer.bos_id else tokenizer.eos_id
 
 
-def _whole(rest: np.ndarray, chunk: np.ndarray, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """The whole documents of what was left and a chunk, and what is left of it."""
-    tokens = np.concatenate([rest, chunk]) if len(rest) else chunk
-    ends = np.flatnonzero(tokens == eos_id)
-    last = int(ends[-1]) + 1 if len(ends) else 0
-    return tokens[:last], tokens[last:]
+def _with_ends(
+    files: Sequence[TokenFile], eos_id: int, start_id: int
+) -> Iterator[tuple[Path, np.ndarray]]:
+    """The tokens of files in order, each with its path, with an EOS before each BOS that has none
+    where documents begin with BOS."""
+    last = start_id if start_id != eos_id else eos_id
+    for file in files:
+        for chunk in file.chunks(eos_id):
+            if start_id != eos_id and len(chunk):
+                begins = np.flatnonzero(chunk == start_id)
+                before = np.where(begins > 0, chunk[begins - 1], last)
+                lacking = begins[(before != eos_id) & ((begins > 0) | (last != start_id))]
+                last = int(chunk[-1])
+                if len(lacking):
+                    wide = np.result_type(chunk.dtype, np.min_scalar_type(eos_id))
+                    chunk = np.insert(chunk.astype(wide), lacking, eos_id)
+            yield file.path, chunk
 
 
 def _held_out(tokens: np.ndarray, eos_id: int, fraction: float) -> np.ndarray:

@@ -9,26 +9,30 @@ Data without a mixture are one part, which has no name.
 
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from gptjax import tokenizer as tokenizers
 from gptjax.config import Config
 from gptjax.data import prepare, sources, store
-from gptjax.data.journal import LOCK, check_same
+from gptjax.data.journal import JOURNAL, LOCK, check_same
 from gptjax.data.mixture_order import MixtureOrder, PartWindows, rows_of
 from gptjax.data.split import Split
 from gptjax.data.store import Manifest
 from gptjax.errors import DataError, MismatchError, OutputError
 from gptjax.runtime import file_lock
+from gptjax.tokenizer import FILES, Tokenizer
 
 MIXTURE = "mixture.json"
 
 
 def part_configs(cfg: Config) -> dict[str, Config]:
-    """The configuration of each part's store, by the part's name."""
+    """The configuration of each part's store, by the part's name; in the order of the names, which
+    no change of a configuration's order changes."""
     data, tokenizer = cfg.data, cfg.tokenizer
     if not data.mixture:
         return {"": cfg}
@@ -48,7 +52,7 @@ def part_configs(cfg: Config) -> dict[str, Config]:
                 exhausted="renormalize",
             ),
         )
-        for name, part in data.mixture.items()
+        for name, part in sorted(data.mixture.items())
     }
 
 
@@ -111,18 +115,17 @@ def prepare_parts(
 ) -> Manifests:
     """Prepares the store of each part that is not finished; the manifests of all.
 
-    Trains the tokenizer of a mixture first, on text of all parts by their weights. `begun_with` has
-    the fingerprints of the stores that a run was begun with. Raises what `prepare.prepare` raises,
-    and MismatchError for stores of different tokenizers.
+    The tokenizer of a mixture is that of the stores that are there; without any, it is trained
+    first, on text of all parts by their weights. `begun_with` has the fingerprints of the stores
+    that a run was begun with. Raises what `prepare.prepare` raises, and MismatchError for stores of
+    different tokenizers.
     """
     parts, begun = part_configs(cfg), begun_with or {}
-    unmade = [
-        c
-        for c in parts.values()
-        if "://" not in c.data.store and not (Path(c.data.store) / store.MANIFEST).exists()
-    ]
-    if unmade and cfg.data.mixture and unmade[0].tokenizer.path == cfg.data.store:
-        _train_tokenizer(cfg, parts, tell, say)
+    is_made = lambda c: "://" in c.data.store or (Path(c.data.store) / store.MANIFEST).exists()
+    made_before = [c.data.store for c in parts.values() if is_made(c)]
+    own = cfg.tokenizer.kind != "bytes" and not cfg.tokenizer.path
+    if cfg.data.mixture and own and len(made_before) < len(parts):
+        _make_tokenizer(cfg, parts, made_before, tell, say)
     made: dict[str, Manifest] = {}
     for name, part in parts.items():
         told = (lambda phase, *done, name=name: tell(f"{phase} {name}", *done)) if name else tell
@@ -137,10 +140,17 @@ def prepare_parts(
     return Manifests(made)
 
 
-def _train_tokenizer(
-    cfg: Config, parts: Mapping[str, Config], tell: prepare.Tell, say: Callable[[str], None]
+def _make_tokenizer(
+    cfg: Config,
+    parts: Mapping[str, Config],
+    made_before: Sequence[str],
+    tell: prepare.Tell,
+    say: Callable[[str], None],
 ) -> None:
-    """Trains a tokenizer on all parts, each by its weight, unless it is there already."""
+    """Puts the tokenizer of a mixture into data.store, unless it is there already.
+
+    Raises MismatchError where the folder holds another store or tokenizer.
+    """
     folder, made = Path(cfg.data.store), Path(cfg.data.store) / MIXTURE
     mixture = {name: prepare.identity(part) for name, part in parts.items()}
     weights = {name: part.weight for name, part in cfg.data.mixture.items()}
@@ -151,24 +161,43 @@ def _train_tokenizer(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with file_lock.held(folder / LOCK, f"data.store={folder}", say):
+            others = [
+                n for n in (store.MANIFEST, JOURNAL, *FILES.values()) if (folder / n).exists()
+            ]
             if made.exists():
                 check_same(folder, json.loads(made.read_text()), settings)
-                return
-            total, samples = sum(weights.values()), []
-            for name, part in parts.items():
-                size = max(1, round(cfg.tokenizer.sample_bytes * weights[name] / total))
-                sampled = replace(part, tokenizer=replace(cfg.tokenizer, sample_bytes=size))
-                held_out = sources.resolve(part.data.valid_sources, f"data.mixture.{name}")
-                found = sources.resolve(part.data.sources, f"data.mixture.{name}")
-                found = sources.without(found, held_out)
-                split = Split.of(part, found, held_out)
-                told = lambda phase, *done, name=name: tell(f"{phase} {name}", *done)
-                samples.append(prepare.tokenizer_sample(sampled, found, split, told))
-            tokenizer = tokenizers.train(itertools.chain.from_iterable(samples), cfg.tokenizer)
-            tokenizer.save(folder)
+                if any(name in others for name in FILES.values()):
+                    return
+            elif others:
+                raise MismatchError(
+                    f"data.store={folder}: has a {others[0]} that is no mixture's; give another "
+                    "--data.store"
+                )
             store.replace_file(made, json.dumps(settings, indent=2))
+            if made_before:
+                tokenizer = tokenizers.load(epath.Path(made_before[0]))
+                say(f"data.mixture: the tokenizer is that of {made_before[0]}")
+            else:
+                tokenizer = _trained(cfg, parts, tell)
+            tokenizer.save(folder)
     except OSError as error:
         raise OutputError(f"data.store={folder}: cannot be written: {error}") from None
+
+
+def _trained(cfg: Config, parts: Mapping[str, Config], tell: prepare.Tell) -> Tokenizer:
+    """A tokenizer that is trained on text of all parts, of each by its weight."""
+    samples, total = [], sum(part.weight for part in cfg.data.mixture.values())
+    for name, part in parts.items():
+        share = cfg.data.mixture[name].weight / total
+        size = max(1, round(cfg.tokenizer.sample_bytes * share))
+        sampled = replace(part, tokenizer=replace(cfg.tokenizer, sample_bytes=size))
+        held_out = sources.resolve(part.data.valid_sources, f"data.mixture.{name}.valid_sources")
+        found = sources.resolve(part.data.sources, f"data.mixture.{name}.sources")
+        found = sources.without(found, held_out)
+        split = Split.of(part, found, held_out)
+        told = lambda phase, *done, name=name: tell(f"{phase} {name}", *done)
+        samples.append(prepare.tokenizer_sample(sampled, found, split, told))
+    return tokenizers.train(itertools.chain.from_iterable(samples), cfg.tokenizer)
 
 
 def order(cfg: Config, windows: Mapping[str, int]) -> MixtureOrder:
@@ -193,7 +222,10 @@ def order(cfg: Config, windows: Mapping[str, int]) -> MixtureOrder:
 
 
 def limited(cfg: Config, made: MixtureOrder, say: Callable[[str], None]) -> Config:
-    """The configuration with as many tokens as the mixture has; tells what it does and when."""
+    """The configuration with as many tokens as the mixture has; tells what it does and when.
+
+    Raises ConfigError where the schedule does not fit into these tokens.
+    """
     if not cfg.data.mixture:
         return cfg
     steps = cfg.train.steps if made.steps is None else min(cfg.train.steps, made.steps)
@@ -214,4 +246,6 @@ def limited(cfg: Config, made: MixtureOrder, say: Callable[[str], None]) -> Conf
         f"{cfg.train.steps:,}: the run ends there, and so does its learning-rate schedule "
         f"({tokens:,} tokens)"
     )
-    return replace(cfg, train=replace(cfg.train, tokens=tokens))
+    shorter = replace(cfg, train=replace(cfg.train, tokens=tokens))
+    shorter.check()  # for one, that the schedule's warm-up and decay still find room
+    return shorter

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from gptjax import tokenizer as tokenizers
 from gptjax.config import Config, DataConfig
@@ -205,14 +206,15 @@ def _check_imported(cfg: Config, manifest: store.Manifest, begun_with: str | Non
 
 def _has_tokenizer(manifest: store.Manifest, cfg: Config) -> bool:
     """Whether a store has the configured tokenizer, which is not to be trained."""
-    given = cfg.tokenizer
-    readable = given.path and Path(given.path).expanduser().exists()
+    given, remote = cfg.tokenizer, "://" in cfg.tokenizer.path
+    readable = given.path and (remote or Path(given.path).expanduser().exists())
     if given.kind != "bytes" and not readable:
         return False
     try:
-        return tokenizers.make(given, ()).fingerprint == manifest.tokenizer["sha256"]
+        found = tokenizers.load(epath.Path(given.path)) if remote else tokenizers.make(given, ())
     except DataError:
         return False
+    return found.fingerprint == manifest.tokenizer["sha256"]
 
 
 def _tokenizer(preparation: _Preparation, tell: Tell) -> tokenizers.Tokenizer:

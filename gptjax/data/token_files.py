@@ -63,7 +63,10 @@ class TokenFile:
             chunk, places = tokens[first : ends[last - 1]], ends[done:last] - first
             filled = places[np.diff(places, prepend=0) > 0]  # an empty document is none
             lacking = filled[chunk[filled - 1] != eos_id]
-            yield np.insert(chunk, lacking, eos_id) if len(lacking) else chunk
+            if len(lacking):
+                wide = np.result_type(chunk.dtype, np.min_scalar_type(eos_id))
+                chunk = np.insert(chunk.astype(wide), lacking, eos_id)
+            yield chunk
             first, done = int(ends[last - 1]), last
 
 

@@ -42,12 +42,13 @@ class ValidationLoss:
         give back all of the text, valid_lost_bits_per_byte too."""
         statistics, tokens = self.measure(params)
         values = {one.name: one.value for one in statistics} | self.lost_bits_per_byte()
-        if self._weights:
-            values = self._mixed(values) | values
-        return values | {"valid_tokens": tokens}
+        return self.mixed(values) | values | {"valid_tokens": tokens}
 
-    def _mixed(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The loss, perplexity and bits per byte of text that has the weights of the mixture."""
+    def mixed(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The loss, perplexity and bits per byte of text that has the weights of the mixture, from
+        those of its parts; empty without a mixture."""
+        if not self._weights:
+            return {}
         total = sum(self._weights.values())
         shares = {name: weight / total for name, weight in self._weights.items()}
         loss = sum(shares[name] * values[f"valid_loss/{name}"] for name in shares)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gptjax import config
-from gptjax.config import Config, FinetuneConfig, ModelConfig
+from gptjax.config import Config, FinetuneConfig, ModelConfig, StartConfig
 from gptjax.errors import ConfigError
 from gptjax.finetune import conversations, packing, tokenize
 from gptjax.finetune.base_model import BaseModel, tokenizer_of
@@ -59,6 +59,7 @@ def begun(base: BaseModel, task: str, data: str, valid: str) -> Config:
             z_loss=0.0,
             ema_decay=0.0,
         ),
+        start=StartConfig(),
         finetune=FinetuneConfig(task=task, base=base.path, data=data, valid=valid),  # type: ignore
         eval=replace(cfg.eval, every=-1, tasks=(), sample_every=0),
         checkpoint=replace(cfg.checkpoint, every=-1),

@@ -85,6 +85,8 @@ def pretrain(
     distributed.agree({"the stores' tokens": repr(manifests.fingerprints()), **run_dir.facts(cfg)})
     run_dir.record(cfg, tokenizer, manifests)
     cfg = mixture.limited(cfg, data.order, progress.say)
+    if start is not None:
+        start.check_steps(cfg)
     task = PretrainTask(cfg, data, manifests, start, progress.say)
     backends = objective.attention_backends(cfg)
     progress.say(f"attention: {', '.join(dict.fromkeys(backends))}")

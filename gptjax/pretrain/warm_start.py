@@ -6,7 +6,7 @@ RUN/start.json   what the run was started from: base, step, the fingerprint of i
 A run that has a checkpoint needs its base no more.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -132,12 +132,24 @@ class WarmStart:
                 raise DataError(f"{cfg.run}: its {run_dir.START} is missing; put it back")
             return None
         base = find_base(cfg.start.base)
+        begun = run_dir.start_of(cfg.run)
+        if begun is not None and base.step is None and begun["base"].startswith(f"{base.path}@"):
+            base = find_base(begun["base"])  # it may have gone on since
         problems = [*_model_problems(cfg, base), *_optimizer_problems(cfg, base)]
         if problems:
             raise ConfigError(problems)
         for change in _changes(base.cfg.model, cfg.model):
             say(f"model.{change}")
         return cls(cfg, base, *_pieces(cfg, base, say))
+
+    def check_steps(self, cfg: Config) -> None:
+        """Raises DataError where a mixture's text ends before steps that go on from the base's."""
+        if not cfg.start.keep_step or cfg.train.steps > (step := first_step(self.base)):
+            return
+        raise DataError(
+            f"data.mixture: has text for {cfg.train.steps} steps, and {self.base.path} has done "
+            f"{step}, which count with start.keep_step; raise the parts' epochs"
+        )
 
     def state(
         self, order: Sequence[int] | None, place: Callable[[Tree], Tree], say: Callable[[str], None]
@@ -148,20 +160,31 @@ class WarmStart:
         model's parameters into it. Raises MismatchError where the base is no longer the one that
         the run was begun with, and CheckpointError.
         """
+        shards, rows = sharding.axis_size("vocab"), self.base.cfg.model.table
+        if rows % shards:
+            raise ConfigError(
+                [
+                    f"mesh.tensor={shards}: does not divide the {rows} rows of the base's table of "
+                    "embeddings, which is read as it is; begin with mesh.tensor=1 (a resume may "
+                    "have another mesh)"
+                ]
+            )
         if self.cfg.start.optimizer:
             return self._state_of_base(order, say)
         params, step = self.base.read_params(say)
         params = {name: leaves for name, leaves in params.items() if name != heads.NAME}
-        self._record(params, step, say)
+        self._record(fingerprints(leaves_by_path(params)), step, say)
         params = place(jax.jit(self._with_rows, donate_argnums=0)(params))
         return state_of(self.cfg, params)
 
-    def _record(self, params: Tree, step: int | None, say: Callable[[str], None]) -> None:
-        """Tells and records what the run is started from."""
+    def _record(
+        self, parameters: Mapping[str, Any], step: int | None, say: Callable[[str], None]
+    ) -> None:
+        """Tells and records what the run is started from; `parameters` are their fingerprints."""
         name = self.base.path + ("" if step is None else f"@{step}")
         facts = {
             "base": name,
-            "parameters_sha256": sha256_of(fingerprints(leaves_by_path(params))),
+            "parameters_sha256": sha256_of(parameters),
         }
         run_dir.record_start(self.cfg.run, facts)
         what = ", with its optimizer state" if self.cfg.start.optimizer else ""
@@ -170,25 +193,29 @@ class WarmStart:
     def _with_rows(self, params: Tree) -> Tree:
         """The base's parameters, with rows for all of this model's vocabulary.
 
-        The row of an added piece is the mean of the others (Hewitt 2021), so that none of them is
-        likely from the beginning.
+        A row that is new is the mean of the others (Hewitt 2021), so that it is not likely from the
+        beginning: those of added pieces, and those beyond the base's vocabulary.
         """
-        known = self.pieces - self.added
+        model, theirs = self.cfg.model, self.base.cfg.model
+        known = self.pieces - self.added if self.added else theirs.vocab_size
 
         def grown(old_VD: jax.Array) -> jax.Array:
             axes = jax.typeof(old_VD).sharding.spec
             by_column = jax.P(None, axes[1])
-            rows_VD = jax.sharding.reshard(old_VD, by_column)[: self.cfg.model.table]
-            shape = self.cfg.model.table - len(rows_VD), old_VD.shape[1]
+            rows_VD = jax.sharding.reshard(old_VD, by_column)[: model.table]
+            shape = model.table - len(rows_VD), old_VD.shape[1]
             more_VD = jnp.zeros(shape, old_VD.dtype, out_sharding=by_column)
             mean_1D = rows_VD[:known].mean(0, keepdims=True)
-            ids_V1 = jnp.arange(self.cfg.model.table)[:, None]
+            ids_V1 = jnp.arange(model.table)[:, None]
             added_V1 = (ids_V1 >= known) & (ids_V1 < self.pieces)
+            beyond_V1 = (ids_V1 >= theirs.vocab_size) & (ids_V1 < model.vocab_size)
             whole_VD = jnp.concatenate([rows_VD, more_VD])
-            return jax.sharding.reshard(jnp.where(added_V1, mean_1D, whole_VD), axes)
+            new_V1 = beyond_V1 | added_V1 if self.added else beyond_V1
+            return jax.sharding.reshard(jnp.where(new_V1, mean_1D, whole_VD), axes)
 
         tables = {name: params[name] for name in ("embed", "head") if name in params}
-        if not self.added and all(len(x) == self.cfg.model.table for x in tables.values()):
+        sizes = lambda m: (m.vocab_size, m.table)
+        if not self.added and sizes(model) == sizes(theirs):
             return params
         return params | {name: grown(table_VD) for name, table_VD in tables.items()}
 
@@ -207,7 +234,9 @@ class WarmStart:
             restored = checkpoints.restore_newest(wanted, partial=True)
         else:
             restored = checkpoints.restore(self.base.step, wanted, partial=True)
-        self._record(restored["params"], int(restored["step"]), say)
+        saved = checkpoints.meta(int(restored["step"]))["fingerprints"]  # in any layers' order
+        own = {path: value for path, value in saved.items() if path.startswith("params/")}
+        self._record(own, int(restored["step"]), say)
         if not cfg.start.keep_step:
             # The schedule begins anew; the moments go on, and so does their bias correction.
             zero = lambda tree: jax.tree.map(jnp.zeros_like, tree)
@@ -250,6 +279,11 @@ def _model_problems(cfg: Config, base: BaseModel) -> Iterator[str]:
         )
 
 
+def first_step(base: BaseModel) -> int:
+    """The step of the base's checkpoint."""
+    return base.step or Checkpointer(Path(base.path) / run_dir.CHECKPOINTS).steps()[-1]
+
+
 def _optimizer_problems(cfg: Config, base: BaseModel) -> Iterator[str]:
     """Problems of a base whose optimizer state is to be taken."""
     if not cfg.start.optimizer:
@@ -269,7 +303,7 @@ def _optimizer_problems(cfg: Config, base: BaseModel) -> Iterator[str]:
             f"{begun.train.batch_tokens}, and steps go on only in batches of the same size"
         )
         return
-    step = base.step or Checkpointer(Path(base.path) / run_dir.CHECKPOINTS).steps()[-1]
+    step = first_step(base)
     if cfg.train.steps <= step:
         yield (
             f"train.tokens={cfg.train.tokens}: {base.path} has been trained on "

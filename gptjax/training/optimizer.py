@@ -41,7 +41,8 @@ def learning_rate(cfg: Config) -> optax.Schedule:
         progress = optax.linear_schedule(0.0, 1.0, decay, transition_begin=rest - decay)
         after = lambda step: o.lr + (last - o.lr) * jnp.sqrt(progress(step))
     elif o.lr_schedule == "inverse_sqrt":
-        after = lambda step: o.lr * jnp.sqrt(warmup / (warmup + step))
+        from_step = max(1, warmup)
+        after = lambda step: o.lr * jnp.sqrt(from_step / (from_step + step))
     else:
         after = optax.constant_schedule(o.lr)
     # Step 0 already learns: the ramp reaches 1/warmup there and the peak at its end.

@@ -45,7 +45,7 @@ def llmc(file: Path, tokens: list[int], magic: int = 20240520, version: int = 1)
 
 def megatron(file: Path, documents: list[list[list[int]]], code: int = 8) -> Path:
     """Documents of sequences of tokens."""
-    letter = {8: "H", 4: "i", 5: "q"}[code]
+    letter = {1: "B", 8: "H", 4: "i", 5: "q"}[code]
     sequences = [sequence for document in documents for sequence in document]
     lengths = [len(sequence) for sequence in sequences]
     width = struct.calcsize(letter)
@@ -156,6 +156,29 @@ def test_documents_that_begin_with_bos_keep_it_and_get_the_eos_they_lack(
     assert tokens_of(tmp_path / "store", "train") == [1, 65, 66, EOS, 1, 67, EOS, 1, 68, EOS, 1]
 
 
+@pytest.mark.parametrize("chunk", [3, 1 << 24])
+def test_documents_that_only_begin_with_bos_can_be_held_out(
+    tmp_path: Path, monkeypatch, chunk: int
+) -> None:
+    monkeypatch.setattr(token_files, "CHUNK", chunk)
+    file = raw(tmp_path / "train.bin", [t for document in DOCUMENTS for t in (1, *document)])
+    manifest = imported(tmp_path / "store", [file], tokenizer=WithBos())
+    found = []
+    for split in ("train", "valid"):
+        tokens = tokens_of(tmp_path / "store", split)
+        assert tokens[0] == tokens[-1] == 1
+        text = bytes(10 if t == EOS else t for t in tokens if t != 1).decode()
+        found += text.split("\n")[:-1]
+        assert manifest.splits[split].documents == text.count("\n")
+    assert sorted(found) == sorted(bytes(document).decode() for document in DOCUMENTS)
+
+
+def test_bytes_of_megatrons_files_take_an_eos_that_no_byte_is(tmp_path: Path, valid: Path) -> None:
+    file = megatron(tmp_path / "text", [[d] for d in DOCUMENTS], 1)
+    imported(tmp_path / "store", [file], [valid])
+    assert tokens_of(tmp_path / "store", "train") == [EOS, *STREAM]
+
+
 # --- what is refused -------------------------------------------------------------------------
 
 
@@ -261,6 +284,16 @@ def test_the_command_says_what_was_imported(tmp_path: Path, valid: Path, command
     code, _, err = command_line(*words, "--store", tmp_path / "store")
     assert code == 73
     assert "exists already" in err
+    code, out, _ = command_line(
+        *("data", "import", tmp_path, "--valid", valid, "--tokenizer", "bytes"),
+        *("--store", tmp_path / "whole"),
+    )
+    assert code == 0
+    assert "1 of the files are those of --valid: not trained on" in out
+    assert tokens_of(tmp_path / "whole", "train") == [EOS, *STREAM]
+    code, _, err = command_line(*words, "--store", "gs://bucket/store")
+    assert code == 2
+    assert "--store=gs://bucket/store: must be a local folder" in err
     code, _, err = command_line(*words, "--store", tmp_path / "other", "--valid-fraction", "1")
     assert code == 2
     assert "--valid-fraction=1.0: must be above 0 and below 1" in err

@@ -100,6 +100,39 @@ def test_a_tokenizer_is_trained_on_all_parts_by_their_weights(cfg: Config) -> No
         mixture.prepare_parts(replace(cfg, tokenizer=replace(settings, vocab_size=260)))
 
 
+def test_a_store_of_one_source_is_never_overwritten_by_a_mixture(cfg: Config) -> None:
+    settings = TokenizerConfig(kind="huggingface", algorithm="byte_bpe", vocab_size=259)
+    alone = DataConfig(sources=cfg.data.mixture["a"].sources, store=cfg.data.store)
+    prepare.prepare(replace(cfg, tokenizer=settings, data=alone))
+    before = tokenizers.load(Path(cfg.data.store)).fingerprint
+    with pytest.raises(MismatchError, match=r"has a manifest.json that is no mixture's"):
+        mixture.prepare_parts(replace(cfg, tokenizer=replace(settings, vocab_size=261)))
+    assert tokenizers.load(Path(cfg.data.store)).fingerprint == before
+
+
+def test_a_part_without_text_gives_its_tokenizer_to_the_others(cfg: Config, tmp_path: Path) -> None:
+    settings = TokenizerConfig(kind="huggingface", algorithm="byte_bpe", vocab_size=259)
+    made = str(tmp_path / "made")
+    alone = DataConfig(sources=cfg.data.mixture["a"].sources, store=made)
+    known = prepare.prepare(replace(cfg, tokenizer=settings, data=alone))
+    mixed = changed(replace(cfg, tokenizer=settings), "a", store=made)
+    parts = mixture.prepare_parts(mixed).parts
+    assert parts["a"] == known
+    assert parts["b"].tokenizer == known.tokenizer
+
+
+def test_the_order_in_which_parts_are_named_changes_no_batch(cfg: Config) -> None:
+    turned = dict(reversed(cfg.data.mixture.items()))
+    other = replace(cfg, data=replace(cfg.data, mixture=turned))
+    assert list(turned) != list(cfg.data.mixture)
+    manifests = mixture.prepare_parts(cfg)
+    batches = [loader.TrainData.open(c, manifests).read(range(3)) for c in (cfg, other)]
+    np.testing.assert_array_equal(*batches)
+    words = ["--data.mixture.c-d.sources", "x", "--data.mixture.a.weight", "2"]
+    named = config.override(cfg, words, "gptjax train").data.mixture
+    assert list(named) == ["a", "b", "c-d"]
+
+
 def test_stores_of_different_tokenizers_are_refused(cfg: Config, tmp_path: Path) -> None:
     settings = TokenizerConfig(kind="huggingface", algorithm="byte_bpe", vocab_size=259)
     stores = {}
@@ -121,6 +154,17 @@ def test_a_part_too_small_for_its_limit_is_named(cfg: Config) -> None:
     cfg = changed(cfg, "a", epochs=0.01)
     with pytest.raises(DataError, match=r"data.mixture.a.epochs=0.01: its \d+ windows are fewer"):
         loader.TrainData.open(cfg, mixture.prepare_parts(cfg))
+
+
+def test_a_schedule_that_does_not_fit_into_a_shorter_run_is_refused(cfg: Config) -> None:
+    cfg = changed(cfg, "a", epochs=1.0)
+    cfg = replace(cfg, data=replace(cfg.data, exhausted="stop"))
+    order = loader.TrainData.open(cfg, mixture.prepare_parts(cfg)).order
+    tokens = order.leaves["a"] * BATCH * SEQ
+    longer = replace(cfg, train=replace(cfg.train, tokens=10 * tokens))
+    late = replace(longer, optim=replace(cfg.optim, warmup_tokens=2 * tokens))
+    with pytest.raises(ConfigError, match=f"optim.warmup_tokens={2 * tokens}: above train.tokens"):
+        mixture.limited(late, order, print)
 
 
 @pytest.mark.parametrize("exhausted", ["renormalize", "stop"])

@@ -20,6 +20,7 @@ from gptjax.config import (
     TokenizerConfig,
     TrainConfig,
 )
+from gptjax.data import mixture
 from gptjax.errors import MismatchError
 from gptjax.pretrain.train import train
 
@@ -61,7 +62,10 @@ def lines_of(cfg: Config) -> list[dict]:
     return list(map(json.loads, (Path(cfg.run) / "metrics.jsonl").read_text().splitlines()))
 
 
-def test_a_resumed_run_on_a_mixture_ends_with_the_same_bits(cfg: Config, capsys) -> None:
+@pytest.mark.slow
+def test_a_resumed_run_on_a_mixture_ends_with_the_same_bits(
+    cfg: Config, capsys, command_line
+) -> None:
     results = train(cfg)
     told = capsys.readouterr().err
     assert "data.mixture.small: 0.2500 of the tokens" in told
@@ -70,10 +74,23 @@ def test_a_resumed_run_on_a_mixture_ends_with_the_same_bits(cfg: Config, capsys)
         assert {f"valid_{name}/{part}" for name in ("loss", "bits_per_byte")} <= set(results)
     loss = 0.75 * results["valid_loss/large"] + 0.25 * results["valid_loss/small"]
     assert results["valid_loss"] == pytest.approx(loss)
+    splits = {
+        name: part.splits["valid"] for name, part in mixture.read_manifests(cfg).parts.items()
+    }
+    weights = {"large": 0.75, "small": 0.25}
+    size = {name: weights[name] * split.bytes / split.tokens for name, split in splits.items()}
+    bits = sum(size[name] * results[f"valid_bits_per_byte/{name}"] for name in size)
+    assert results["valid_bits_per_byte"] == pytest.approx(bits / sum(size.values()), rel=1e-9)
+    assert abs(size["large"] / size["small"] - 3) > 1e-4
     epochs = [line["epochs/small"] for line in lines_of(cfg) if "loss" in line]
     assert epochs[:5] == sorted(set(epochs[:5]))
     assert len(set(epochs[4:])) == 1  # it has left
     assert epochs[-1] <= 0.35
+    code, out, _ = command_line("eval", cfg.run, "--json")
+    assert code == 0
+    measured = json.loads(out)
+    for name in ("valid_loss", "valid_bits_per_byte", "valid_loss/small"):
+        assert measured[name] == pytest.approx(results[name], rel=1e-5)
     halted = replace(cfg, run=f"{cfg.run}-halted")
     for steps in (3, STEPS):
         train(replace(halted, train=replace(cfg.train, tokens=steps * 512)))

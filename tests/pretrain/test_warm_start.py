@@ -31,7 +31,10 @@ from gptjax.config import (
     TokenizerConfig,
     TrainConfig,
 )
+from gptjax.data.mixture import Manifests
+from gptjax.data.store import Manifest, Split
 from gptjax.errors import DataError, MismatchError
+from gptjax.finetune import defaults
 from gptjax.model import decoder
 from gptjax.parallel import mesh
 from gptjax.param_tree import leaves_by_path
@@ -39,6 +42,7 @@ from gptjax.pretrain import train as pretraining
 from gptjax.pretrain.train import train
 from gptjax.pretrain.warm_start import WarmStart, find_base, with_base
 from gptjax.tokenizer import ByteTokenizer, HuggingFaceTokenizer, train_huggingface
+from gptjax.training.step import create_state
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -55,7 +59,8 @@ def _text(folder: Path, line: str) -> str:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Config:
-    """A run with a moving average, and its checkpoints after half of its steps and at the end."""
+    """A run with a moving average, with checkpoints after half of its steps and at the end, as
+    training would leave it; nothing is trained."""
     folder = tmp_path_factory.mktemp("base")
     cfg = Config(
         run=str(folder / "base"),
@@ -73,6 +78,24 @@ def base(tmp_path_factory) -> Config:
         checkpoint=CheckpointConfig(every=HALF),
         log=LogConfig(every=1, tensorboard=False, compile_cache=""),
     )
+    split = Split(1, 100, 98, ("00" * 32,))
+    known = {"kind": "bytes", "sha256": ByteTokenizer().fingerprint, "vocab_size": 258}
+    manifest = Manifest(known | {"eos_id": 256}, {}, {}, "<u2", {"train": split, "valid": split})
+    with run_dir.claim(cfg), on(cfg):
+        run_dir.record(cfg, ByteTokenizer(), Manifests({"": manifest}))
+        state = jax.jit(lambda: create_state(cfg, lambda key: decoder.init(cfg.model, key)))()
+        with Checkpointer(folder / "base" / run_dir.CHECKPOINTS, cfg.checkpoint) as saver:
+            for step in (HALF, STEPS):
+                counted = jax.tree.map(lambda x: x + step if x.ndim == 0 else x, state)  # noqa: B023
+                saver.save(step, replace(counted, nonfinite=state.nonfinite))
+            saver.finish()
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def trained(base: Config) -> Config:
+    """The same run, really trained."""
+    cfg = replace(base, run=f"{base.run}-trained")
     train(cfg)
     return cfg
 
@@ -112,9 +135,11 @@ def started(cfg: Config, *words: str, folder: Path) -> Config:
 # --- what is taken -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_branch_with_optimizer_and_step_that_changes_nothing_is_the_same_run(
-    base: Config, tmp_path: Path
+    trained: Config, tmp_path: Path
 ) -> None:
+    base = trained
     words = ["--start", f"{base.run}@{HALF}", "--start.optimizer", "--start.keep-step"]
     words += ["--run", str(tmp_path / "branch"), "--data.store", base.data.store]
     branch = with_base(config.resolve(base.run, words), base.run, words)
@@ -124,10 +149,11 @@ def test_a_branch_with_optimizer_and_step_that_changes_nothing_is_the_same_run(
     assert meta(branch, STEPS)["fingerprints"] == meta(base, STEPS)["fingerprints"]
 
 
+@pytest.mark.slow
 def test_a_run_on_other_text_starts_from_the_average_and_needs_the_base_no_more(
-    base: Config, other: Config, tmp_path: Path, monkeypatch
+    trained: Config, other: Config, tmp_path: Path, monkeypatch
 ) -> None:
-    copy = tmp_path / "copy"
+    base, copy = trained, tmp_path / "copy"
     shutil.copytree(base.run, copy)
     cfg = started(other, "--start", str(copy), folder=tmp_path)
     assert cfg.model == base.model
@@ -176,7 +202,12 @@ def test_an_optimizer_state_is_taken_and_the_schedule_begins_anew(
 def test_a_hugging_face_folder_gives_the_same_parameters_as_its_run(
     base: Config, other: Config, tmp_path: Path, command_line: Run
 ) -> None:
-    plain = replace(base, run=str(tmp_path / "plain"), train=replace(base.train, ema_decay=0.0))
+    plain = replace(
+        base,
+        run=str(tmp_path / "plain"),
+        model=replace(base.model, vocab_multiple=8),  # no rows that the export leaves out
+        train=replace(base.train, ema_decay=0.0),
+    )
     train(plain)
     folder = tmp_path / "exported"
     assert command_line("convert", "--no-compare", plain.run, f"hf:{folder}")[0] == 0
@@ -216,7 +247,7 @@ def test_layers_come_in_the_order_of_a_pipeline_with_rounds(
 def folders(tmp_path_factory) -> dict[str, Path]:
     """Folders of a tokenizer, of one with further pieces, and of one with other pieces."""
     root = tmp_path_factory.mktemp("tokenizers")
-    settings = TokenizerConfig(kind="huggingface", algorithm="byte_bpe", vocab_size=280)
+    settings = TokenizerConfig(kind="huggingface", algorithm="byte_bpe", vocab_size=277)
     made = {name: root / name for name in ("known", "more", "another")}
     for folder in made.values():
         folder.mkdir()
@@ -257,8 +288,9 @@ def imported(folder: Path, cfg: Config, tokenizer: Any) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("axes", [MeshConfig(fsdp=2, tensor=2, data=2), MeshConfig(fsdp=8)])
+@pytest.mark.parametrize(
+    ("tied", "axes"), [(False, MeshConfig(fsdp=2, tensor=2, data=2)), (True, MeshConfig(fsdp=8))]
+)
 def test_added_pieces_get_the_mean_of_the_others_and_these_keep_their_bits(
     base: Config, other: Config, folders, tmp_path: Path, tied, axes
 ) -> None:
@@ -287,6 +319,29 @@ def test_added_pieces_get_the_mean_of_the_others_and_these_keep_their_bits(
             np.testing.assert_allclose(rows[0], old[: known.vocab_size].mean(0), atol=1e-6)
             np.testing.assert_array_equal(rows[0], rows[1])
             assert after[path].sharding.spec == before[path].sharding.spec
+
+
+@pytest.mark.parametrize("multiple", [8, 16])
+def test_rows_beyond_the_bases_vocabulary_are_the_mean_too(
+    base: Config, other: Config, folders, tmp_path: Path, multiple: int
+) -> None:
+    known = tokenizers.load(folders["known"])
+    model = replace(base.model, vocab_size=known.vocab_size + 2, vocab_multiple=8)
+    cfg = replace(base, model=model, train=replace(base.train, ema_decay=0.0))
+    name = imported(tmp_path / "imported", cfg, known)
+    words = "--start", name, "--model.vocab-size", "300", "--model.vocab-multiple", str(multiple)
+    grown = started(other, *words, folder=tmp_path)
+    start = WarmStart.find(grown, lambda line: None)
+    assert start is not None
+    with on(grown):
+        before, _ = run_dir.restore_params(name, cfg)
+        old = np.asarray(before["embed"])
+        new = np.asarray(jax.jit(start._with_rows)(before)["embed"])
+    size = model.vocab_size  # with rows of the base that no piece has, and that are its own
+    np.testing.assert_array_equal(new[:size], old[:size])
+    np.testing.assert_allclose(
+        new[size:300], np.tile(old[:size].mean(0), (300 - size, 1)), atol=1e-6
+    )
 
 
 def test_another_tokenizer_is_refused_before_any_text_is_prepared(
@@ -372,6 +427,34 @@ def test_a_base_that_has_changed_since_the_run_was_begun_is_refused(
     run_dir.record_start(cfg.run, {"base": f"{base.run}@8", "parameters_sha256": "another"})
     with pytest.raises(MismatchError, match="parameters were others than those of"):
         train(cfg)
+
+
+def test_a_base_that_has_gone_on_is_read_where_the_run_was_begun(
+    base: Config, other: Config, tmp_path: Path
+) -> None:
+    cfg = started(other, "--start", base.run, folder=tmp_path)
+    Path(cfg.run).mkdir()
+    run_dir.record_start(cfg.run, {"base": f"{base.run}@{HALF}", "parameters_sha256": "known"})
+    start = WarmStart.find(cfg, print)
+    assert start is not None
+    assert start.base.step == HALF
+
+
+def test_steps_that_go_on_need_a_mixture_that_does(base: Config, tmp_path: Path) -> None:
+    given = config.StartConfig(base.run, optimizer=True, keep_step=True)
+    longer = replace(base.train, tokens=2 * STEPS * 512)
+    cfg = replace(base, run=str(tmp_path / "run"), start=given, train=longer)
+    start = WarmStart.find(cfg, print)
+    assert start is not None
+    start.check_steps(cfg)
+    with pytest.raises(DataError, match=f"text for {STEPS} steps, and {base.run} has done {STEPS}"):
+        start.check_steps(replace(cfg, train=base.train))
+
+
+def test_a_run_that_was_started_from_a_model_can_be_fine_tuned(base: Config) -> None:
+    found = find_base(base.run)
+    started_run = replace(found, cfg=replace(base, start=config.StartConfig("somewhere")))
+    assert defaults.begun(started_run, "answer", "a", "b").start == config.StartConfig()
 
 
 def test_a_resumed_run_without_its_record_is_refused(base: Config, other, tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """A real pretrained model, SmolLM2-135M: its certificate, and its decoded tokens."""
 
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fetch_manpages import fetch as fetch_manpages
 from fetch_smollm2 import fetch
 
 from gptjax.checkpoint import run_dir
@@ -53,6 +55,39 @@ def test_certificate(folder, tmp_path):
     assert compared["argmax_agreement"] == 1.0
     assert compared["kl_nats_per_token"] < 1e-6
     assert compared["largest_difference"] < 5e-3  # of logits up to 36, at position 8191
+
+
+STEPS, TOKENS = 4, 2048
+
+
+def test_it_goes_on_training_on_text_that_it_does_not_know(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        fetch_manpages("manpages-de", tmp_path / "german")
+    except (subprocess.CalledProcessError, FileNotFoundError) as error:
+        pytest.skip(f"the text cannot be fetched here: {error}")
+    pages = sorted((tmp_path / "german").iterdir())
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("".join(page.read_text() for page in pages[::90])[:4000])
+    for page in pages[::90]:
+        page.unlink()
+
+    def bits_per_byte(model: str) -> float:
+        capsys.readouterr()
+        words = ["--text", str(held_out), "--length", "512", "--batch", "1", "--json"]
+        assert main.main(["eval", model, *words]) == 0
+        return json.loads(capsys.readouterr().out)["text_bits_per_byte"]
+
+    before = bits_per_byte(f"hf:{folder}")
+    words = ["--data.sources", "german", "--data.store", "store", "--run", "run"]
+    words += ["--data.valid-fraction", "0.0005", "--eval.sample-tokens", "8", "--eval.batch", "8"]
+    words += ["--train.tokens", str(STEPS * TOKENS), "--train.batch-tokens", str(TOKENS)]
+    words += ["--train.seq-len", "256", "--optim.lr", "3e-4", "--optim.warmup-tokens", "1024"]
+    words += ["--compute.dtype", "float32", "--mesh.data", "1", "--mesh.fsdp", "-1"]
+    assert main.main(["train", "continued", "--start", f"hf:{folder}", *words]) == 0
+    assert bits_per_byte("run") < before - 0.1
+    assert main.main(["convert", "--no-compare", "run", "hf:exported"]) == 0
+    assert "round trip: byte-equal" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

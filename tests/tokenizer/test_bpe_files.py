@@ -134,6 +134,19 @@ def test_ranks_are_merged_by_tiktokens_rule(tmp_path: Path, monkeypatch) -> None
     assert [read.encode(word) for word in words] == [merged(w.encode(), ranks) for w in words]
 
 
+def test_a_word_that_is_a_piece_is_that_piece_though_no_merges_lead_to_it(
+    tmp_path: Path, monkeypatch
+) -> None:
+    pieces = [bytes([byte]) for byte in range(256)] + [b"bc", b"ab", b"cd", b"abcd"]
+    ranks = {piece: rank for rank, piece in enumerate(pieces)}
+    encoding = bpe_files.Encoding(None, {END: len(ranks)})
+    monkeypatch.setattr(bpe_files, "_encodings", lambda: {len(ranks): encoding})
+    read = make(rank_file(tmp_path / "some.tiktoken", ranks))
+    assert read.encode("abcd") == [ranks[b"abcd"]] == merged(b"abcd", ranks)
+    assert read.encode("xabcd") == merged(b"xabcd", ranks)
+    assert len(read.encode("xabcd")) == 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["gpt2", "cl100k"])
 def test_rank_files_give_the_ids_of_tiktoken(trained, tmp_path, monkeypatch, pattern) -> None:

@@ -90,6 +90,11 @@ def test_inverse_square_root_falls_from_the_end_of_the_warmup(tiny_config):
         assert rate(tiny_config, step, **fields) == pytest.approx(expected, rel=1e-5)
 
 
+def test_inverse_square_root_of_a_warmup_shorter_than_a_step(tiny_config):
+    fields = {"lr_schedule": "inverse_sqrt", "warmup_tokens": 1}
+    assert [rate(tiny_config, step, **fields) for step in (0, 3)] == pytest.approx([PEAK, PEAK / 2])
+
+
 def test_a_decay_by_one_minus_the_square_root(tiny_config):
     fields = {"lr_schedule": "wsd", "decay_tokens": 20 * BATCH, "decay_shape": "1-sqrt"}
     fields |= {"final_lr_ratio": 0.0}
