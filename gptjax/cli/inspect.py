@@ -19,6 +19,8 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
     parameters = ModelCost(cfg.model).parameters
     print(f"{args.run}: {parameters.total:,} parameters, {parameters.active:,} active")
     print(f"checkpoints: {', '.join(map(str, steps)) or 'none'}")
+    if start := run_dir.start_of(args.run):
+        print(f"started from {start['base']} (parameters {start['parameters_sha256'][:12]})")
     if source := run_dir.source_of(args.run):
         print(f"imported from {source['folder']}")
     if certificate := run_dir.certificate_of(args.run):
