@@ -319,11 +319,13 @@ def _with_named_parts(preset: Config, overrides: Sequence[str]) -> Config:
 
 def in_full(overrides: Sequence[str]) -> list[str]:
     """Overrides with what may be left out: `--start BASE` is `--start.base BASE`, and a field that
-    is true or false is made true by its name alone.
+    is true or false is made true by its name alone. Raises ConfigError for an empty --start.
     """
     classes, words = flatten(Config()), []
     for word, following in itertools.pairwise([*overrides, "--"]):
         name, equals, value = word.partition("=")
+        if name == "--start" and not (value if equals else following):
+            raise ConfigError(["--start is empty; give RUN, RUN@STEP or hf:FOLDER"])
         words.append(f"--start.base{equals}{value}" if name == "--start" else word)
         named = isinstance(classes.get(name[2:].replace("-", "_")), bool) and not equals
         if name.startswith("--") and named and following.startswith("--"):

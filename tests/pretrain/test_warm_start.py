@@ -395,6 +395,13 @@ def test_what_does_not_suit_the_base_is_refused_in_a_sentence(
     assert not (run / run_dir.START).exists()
 
 
+def test_an_empty_base_is_no_fresh_run(base: Config, command_line: Run) -> None:
+    for words in (["--start="], ["--start", ""]):
+        code, _, err = command_line("train", base.run, *words)
+        assert code == 2
+        assert "--start is empty; give RUN, RUN@STEP or hf:FOLDER" in err
+
+
 def test_a_base_that_is_not_one_is_named(base: Config, tmp_path: Path, command_line: Run) -> None:
     adapters = tmp_path / "adapters"
     adapters.mkdir()
