@@ -140,7 +140,15 @@ class WarmStart:
             raise ConfigError(problems)
         for change in _changes(base.cfg.model, cfg.model):
             say(f"model.{change}")
-        return cls(cfg, base, *_pieces(cfg, base, say))
+        pieces, added = _pieces(cfg, base, say)
+        if cfg.start.optimizer and added:
+            raise ConfigError(
+                [
+                    f"start.optimizer=True: the {added} pieces that are new have no optimizer "
+                    "state; set it to False"
+                ]
+            )
+        return cls(cfg, base, pieces, added)
 
     def check_steps(self, cfg: Config) -> None:
         """Raises DataError where a mixture's text ends before steps that go on from the base's."""
@@ -182,10 +190,7 @@ class WarmStart:
     ) -> None:
         """Tells and records what the run is started from; `parameters` are their fingerprints."""
         name = self.base.path + ("" if step is None else f"@{step}")
-        facts = {
-            "base": name,
-            "parameters_sha256": sha256_of(parameters),
-        }
+        facts = {"base": name, "parameters_sha256": sha256_of(parameters)}
         run_dir.record_start(self.cfg.run, facts)
         what = ", with its optimizer state" if self.cfg.start.optimizer else ""
         say(f"starts from {name}{what} (parameters {facts['parameters_sha256'][:12]})")
@@ -293,7 +298,7 @@ def _optimizer_problems(cfg: Config, base: BaseModel) -> Iterator[str]:
         yield f"{name} is no pre-trained run of gptjax, so it has no such state; set it to False"
     elif begun.optim.name != cfg.optim.name:
         yield f"{name} has optim.name={begun.optim.name}, and {cfg.optim.name} is given"
-    elif begun.model.table != cfg.model.table:
+    elif (begun.model.vocab_size, begun.model.table) != (cfg.model.vocab_size, cfg.model.table):
         yield f"{name} has another vocabulary, so its state has other shapes; set it to False"
     if not cfg.start.keep_step:
         return

@@ -377,7 +377,7 @@ REFUSED = {
     ),
     "step alone": (["--start.keep-step"], "start.keep_step=True: requires start.optimizer=True"),
     "vocabulary": (
-        ["--start.optimizer", "--model.vocab-size", "1000"],
+        ["--start.optimizer", "--model.vocab-size", "265"],  # within the padding of the table
         "has another vocabulary, so its state has other shapes",
     ),
 }
