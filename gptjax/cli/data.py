@@ -16,22 +16,22 @@ _LONGEST_BENCH = 86400
 
 def manifests_of(cfg: config.Config, progress: Progress) -> Any:
     """The manifests of the configured stores, which are made now if they are not there."""
-    from gptjax.data import mixture, prepare
+    from gptjax.data import prepare, prepare_mixture
 
     with prepare.shown(progress) as tell:
-        return mixture.prepare_parts(cfg, tell, progress.say)
+        return prepare_mixture.prepare_parts(cfg, tell, progress.say)
 
 
 def prepare(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Runs the command."""
     cfg, progress, rates = resolve(args, overrides), Progress(), []
-    from gptjax.data import mixture, prepare
+    from gptjax.data import mixture, prepare, prepare_mixture
     from gptjax.runtime import preemption
 
     what = "the text was prepared; what is done is kept, and the same command goes on"
     with preemption.preemptible(what), prepare.shown(progress) as tell:
         clock = lambda *done: rates.append(done)
-        manifests = mixture.prepare_parts(cfg, tell, progress.say, clock)
+        manifests = prepare_mixture.prepare_parts(cfg, tell, progress.say, clock)
     for part, c in mixture.part_configs(cfg).items():
         manifest = manifests.parts[part]
         named = {"part": part} if part else {}

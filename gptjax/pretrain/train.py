@@ -13,7 +13,7 @@ from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import Checkpointer, sha256_of
 from gptjax.config import Config
-from gptjax.data import loader, mixture, prepare
+from gptjax.data import loader, mixture, prepare, prepare_mixture
 from gptjax.data.mixture import Manifests
 from gptjax.errors import ConfigError, DataError
 from gptjax.evaluate import Scorer, TaskEvaluator, ValidationLoss, read_tasks, task_names
@@ -58,7 +58,9 @@ def train(cfg: Config | str, overrides: Sequence[str] = ()) -> dict[str, float]:
             prepare.shown(progress) as tell,
         ):
             begun_with = run_dir.begun_with(cfg)
-            manifests = mixture.prepare_parts(cfg, tell, progress.say, begun_with=begun_with)
+            manifests = prepare_mixture.prepare_parts(
+                cfg, tell, progress.say, begun_with=begun_with
+            )
         watchdog.at("restore", 0)
         with mesh.entered_mesh(cfg):
             return pretrain(cfg, manifests, watchdog, progress, start)

@@ -15,7 +15,7 @@ import time
 from dataclasses import replace
 
 from gptjax.config import Config, DataConfig, MixturePart, TokenizerConfig, TrainConfig
-from gptjax.data import loader, mixture
+from gptjax.data import loader, prepare_mixture
 
 STEPS = 16
 
@@ -45,7 +45,7 @@ def main() -> None:
             opened, times = {}, {}
             for name, cfg in configs(folder).items():
                 cfg = replace(cfg, train=replace(cfg.train, batch_tokens=batch * 1024))
-                opened[name] = loader.TrainData.open(cfg, mixture.prepare_parts(cfg))
+                opened[name] = loader.TrainData.open(cfg, prepare_mixture.prepare_parts(cfg))
                 opened[name].read(range(STEPS))
                 times[name] = []
             for turn in range(rounds):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import Config, DataConfig, MixturePart, TokenizerConfig, TrainConfig
-from gptjax.data import import_tokens, loader, mixture, prepare, store, token_files
+from gptjax.data import import_tokens, loader, prepare, prepare_mixture, store, token_files
 from gptjax.data.store import Manifest
 from gptjax.errors import DataError, MismatchError, OutputError
 from gptjax.tokenizer import ByteTokenizer
@@ -253,13 +253,13 @@ def test_an_imported_store_is_trained_on_alone_and_in_a_mixture(
         data=DataConfig(store=str(tmp_path / "store")),
         train=TrainConfig(seq_len=8, batch_tokens=64),
     )
-    manifests = mixture.prepare_parts(cfg)
+    manifests = prepare_mixture.prepare_parts(cfg)
     data = loader.TrainData.open(cfg, manifests)
     _, ids = data.order.places(0)
     assert data.read(range(1))[0, 0].tolist() == [EOS, *STREAM][ids[0] * 8 : ids[0] * 8 + 9]
     part = MixturePart(store=cfg.data.store)
     mixed = replace(cfg, data=DataConfig(store=str(tmp_path / "mix"), mixture={"a": part}))
-    assert mixture.prepare_parts(mixed).parts["a"] == manifests.parts[""]
+    assert prepare_mixture.prepare_parts(mixed).parts["a"] == manifests.parts[""]
     for field in ("sources", "valid_sources"):
         given = replace(cfg, data=replace(cfg.data, **{field: ("texts",)}))
         with pytest.raises(MismatchError, match=f"data.{field}=.*would not be read"):

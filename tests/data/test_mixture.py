@@ -18,7 +18,7 @@ from gptjax.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from gptjax.data import loader, mixture, prepare, store
+from gptjax.data import loader, mixture, prepare, prepare_mixture, store
 from gptjax.errors import ConfigError, DataError, MismatchError
 
 BATCH, SEQ = 10, 16
@@ -59,7 +59,7 @@ def letters_of(windows_BW: np.ndarray) -> list[str]:
 
 
 def test_rows_come_from_their_parts_stores(cfg: Config) -> None:
-    data = loader.TrainData.open(cfg, mixture.prepare_parts(cfg))
+    data = loader.TrainData.open(cfg, prepare_mixture.prepare_parts(cfg))
     for rows in (None, np.arange(1, BATCH, 3)):
         windows_NBW = data.read(range(2, 5), rows)
         for step, windows_BW in zip(range(2, 5), windows_NBW, strict=True):
@@ -73,7 +73,7 @@ def test_rows_come_from_their_parts_stores(cfg: Config) -> None:
 
 
 def test_stores_are_made_once_and_shared(cfg: Config, tmp_path: Path, monkeypatch) -> None:
-    made = mixture.prepare_parts(cfg)
+    made = prepare_mixture.prepare_parts(cfg)
     assert set(made.parts) == {"a", "b"}
     alone = replace(
         cfg, data=DataConfig(sources=cfg.data.mixture["a"].sources, store=f"{cfg.data.store}/a")
@@ -83,21 +83,21 @@ def test_stores_are_made_once_and_shared(cfg: Config, tmp_path: Path, monkeypatc
     other = changed(cfg, "a", store=f"{cfg.data.store}/a", weight=1.0)
     other = changed(other, "b", store=f"{cfg.data.store}/b")
     other = replace(other, data=replace(other.data, store=str(tmp_path / "elsewhere")))
-    assert mixture.prepare_parts(other) == made == mixture.read_manifests(other)
+    assert prepare_mixture.prepare_parts(other) == made == mixture.read_manifests(other)
 
 
 def test_a_tokenizer_is_trained_on_all_parts_by_their_weights(cfg: Config) -> None:
     settings = TokenizerConfig(kind="huggingface", algorithm="byte_bpe", vocab_size=261)
     cfg = replace(cfg, tokenizer=settings)
-    made = mixture.prepare_parts(cfg)
+    made = prepare_mixture.prepare_parts(cfg)
     shared = tokenizers.load(Path(cfg.data.store))
     assert {part.tokenizer["sha256"] for part in made.parts.values()} == {shared.fingerprint}
     for text in ("aa aa", "bb bb"):  # pieces of both parts
         assert len(shared.encode(text)) < len(text)
-    assert mixture.prepare_parts(cfg) == made
+    assert prepare_mixture.prepare_parts(cfg) == made
     (Path(cfg.data.store) / "b" / store.MANIFEST).unlink()
     with pytest.raises(MismatchError, match="holds a store of other data"):
-        mixture.prepare_parts(replace(cfg, tokenizer=replace(settings, vocab_size=260)))
+        prepare_mixture.prepare_parts(replace(cfg, tokenizer=replace(settings, vocab_size=260)))
 
 
 def test_a_store_of_one_source_is_never_overwritten_by_a_mixture(cfg: Config) -> None:
@@ -106,7 +106,7 @@ def test_a_store_of_one_source_is_never_overwritten_by_a_mixture(cfg: Config) ->
     prepare.prepare(replace(cfg, tokenizer=settings, data=alone))
     before = tokenizers.load(Path(cfg.data.store)).fingerprint
     with pytest.raises(MismatchError, match=r"has a manifest.json that is no mixture's"):
-        mixture.prepare_parts(replace(cfg, tokenizer=replace(settings, vocab_size=261)))
+        prepare_mixture.prepare_parts(replace(cfg, tokenizer=replace(settings, vocab_size=261)))
     assert tokenizers.load(Path(cfg.data.store)).fingerprint == before
 
 
@@ -116,7 +116,7 @@ def test_a_part_without_text_gives_its_tokenizer_to_the_others(cfg: Config, tmp_
     alone = DataConfig(sources=cfg.data.mixture["a"].sources, store=made)
     known = prepare.prepare(replace(cfg, tokenizer=settings, data=alone))
     mixed = changed(replace(cfg, tokenizer=settings), "a", store=made)
-    parts = mixture.prepare_parts(mixed).parts
+    parts = prepare_mixture.prepare_parts(mixed).parts
     assert parts["a"] == known
     assert parts["b"].tokenizer == known.tokenizer
 
@@ -125,7 +125,7 @@ def test_the_order_in_which_parts_are_named_changes_no_batch(cfg: Config) -> Non
     turned = dict(reversed(cfg.data.mixture.items()))
     other = replace(cfg, data=replace(cfg.data, mixture=turned))
     assert list(turned) != list(cfg.data.mixture)
-    manifests = mixture.prepare_parts(cfg)
+    manifests = prepare_mixture.prepare_parts(cfg)
     batches = [loader.TrainData.open(c, manifests).read(range(3)) for c in (cfg, other)]
     np.testing.assert_array_equal(*batches)
     words = ["--data.mixture.c-d.sources", "x", "--data.mixture.a.weight", "2"]
@@ -147,19 +147,19 @@ def test_stores_of_different_tokenizers_are_refused(cfg: Config, tmp_path: Path)
     given = replace(settings, path=str(tmp_path))
     mixed = replace(changed(changed(cfg, "a", store=stores["a"]), "b", store=stores["b"]))
     with pytest.raises(MismatchError, match=r"store b holds a store of other data"):
-        mixture.prepare_parts(replace(mixed, tokenizer=given))
+        prepare_mixture.prepare_parts(replace(mixed, tokenizer=given))
 
 
 def test_a_part_too_small_for_its_limit_is_named(cfg: Config) -> None:
     cfg = changed(cfg, "a", epochs=0.01)
     with pytest.raises(DataError, match=r"data.mixture.a.epochs=0.01: its \d+ windows are fewer"):
-        loader.TrainData.open(cfg, mixture.prepare_parts(cfg))
+        loader.TrainData.open(cfg, prepare_mixture.prepare_parts(cfg))
 
 
 def test_a_schedule_that_does_not_fit_into_a_shorter_run_is_refused(cfg: Config) -> None:
     cfg = changed(cfg, "a", epochs=1.0)
     cfg = replace(cfg, data=replace(cfg.data, exhausted="stop"))
-    order = loader.TrainData.open(cfg, mixture.prepare_parts(cfg)).order
+    order = loader.TrainData.open(cfg, prepare_mixture.prepare_parts(cfg)).order
     tokens = order.leaves["a"] * BATCH * SEQ
     longer = replace(cfg, train=replace(cfg.train, tokens=10 * tokens))
     late = replace(longer, optim=replace(cfg.optim, warmup_tokens=2 * tokens))
@@ -171,7 +171,7 @@ def test_a_schedule_that_does_not_fit_into_a_shorter_run_is_refused(cfg: Config)
 def test_what_a_limit_does_is_told_at_the_start(cfg: Config, exhausted) -> None:
     cfg = changed(cfg, "a", epochs=1.0)
     cfg = replace(cfg, data=replace(cfg.data, exhausted=exhausted))
-    order = loader.TrainData.open(cfg, mixture.prepare_parts(cfg)).order
+    order = loader.TrainData.open(cfg, prepare_mixture.prepare_parts(cfg)).order
     assert order.leaves.keys() == {"a"}
     step = order.leaves["a"]
     longer = replace(cfg, train=replace(cfg.train, tokens=(step + 20) * BATCH * SEQ))
@@ -191,7 +191,7 @@ def test_what_a_limit_does_is_told_at_the_start(cfg: Config, exhausted) -> None:
 
 
 def test_manifests_of_a_run_are_read_back(cfg: Config) -> None:
-    made = mixture.prepare_parts(cfg)
+    made = prepare_mixture.prepare_parts(cfg)
     read = mixture.parse(json.dumps(made.as_json()).encode(), "data.json", "remedy")
     assert read == made
     alone = mixture.Manifests({"": made.parts["a"]})
