@@ -18,7 +18,7 @@ from typing import Any
 
 from gptjax.errors import DataError
 from gptjax.tokenizer.interface import FILES
-from gptjax.tokenizer.to_huggingface import byte_letters
+from gptjax.tokenizer.to_huggingface import BYTE_LEVEL, added_token, bpe_model, byte_letters
 
 PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 _CL100K_SPLIT = (
@@ -167,39 +167,23 @@ def vocabulary_of(ranks: Mapping[bytes, int]) -> tuple[dict[str, int], list[list
 def _files(
     vocab: Mapping[str, int], merges: list[list[str]], encoding: Encoding, *, whole_words: bool
 ) -> dict[str, bytes]:
-    """The files; with `whole_words`, a word that is a piece is that piece, whatever its merges."""
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    level: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    words: Any = level | {"use_regex": True}
+    """The files; `whole_words` as `bpe_model` takes it."""
+    words: Any = BYTE_LEVEL | {"use_regex": True}
     if encoding.split:
         split = {"type": "Split", "pattern": {"Regex": encoding.split}, "behavior": "Isolated"}
-        parts = [split | {"invert": False}, level | {"use_regex": False}]
+        parts = [split | {"invert": False}, BYTE_LEVEL | {"use_regex": False}]
         words = {"type": "Sequence", "pretokenizers": parts}
     made = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {"id": token, "content": content, **flags, "special": True}
-            for content, token in encoding.special.items()
-        ],
+        "added_tokens": [added_token(i, text) for text, i in encoding.special.items()],
         "normalizer": None,
         "pre_tokenizer": words,
         "post_processor": None,
-        "decoder": level | {"use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": whole_words,
-            # Special tokens too, or the library would number them without gaps.
-            "vocab": dict(vocab) | dict(encoding.special),
-            "merges": merges,
-        },
+        "decoder": BYTE_LEVEL | {"use_regex": True},
+        # Special tokens too, or the library would number them without gaps.
+        "model": bpe_model(dict(vocab) | dict(encoding.special), merges, whole_words=whole_words),
     }
     declared = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": encoding.eos}
     if encoding.bos:

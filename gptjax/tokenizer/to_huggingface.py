@@ -55,7 +55,8 @@ def _template(content: str, token: int) -> Json:
     }
 
 
-def _added(token: int, content: str, *, special: bool = True) -> Json:
+def added_token(token: int, content: str, *, special: bool = True) -> Json:
+    """An entry of added_tokens."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": token, "content": content, **flags, "special": special}
 
@@ -64,24 +65,32 @@ def _bytes(tokenizer: ByteTokenizer) -> Json:
     """Byte-level BPE without merges."""
     shown = {letter: byte for byte, letter in enumerate(byte_letters())}
     special = [(token, tokenizer.piece(token)) for token in range(256, tokenizer.vocab_size)]
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     return {
-        "added_tokens": [_added(token, content) for token, content in special],
+        "added_tokens": [added_token(token, content) for token, content in special],
         "normalizer": None,
-        "pre_tokenizer": level | {"use_regex": False},
-        "decoder": level | {"use_regex": False},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": shown | {content: token for token, content in special},
-            "merges": [],
-        },
+        "pre_tokenizer": BYTE_LEVEL | {"use_regex": False},
+        "decoder": BYTE_LEVEL | {"use_regex": False},
+        "model": bpe_model(shown | {content: token for token, content in special}, []),
+    }
+
+
+BYTE_LEVEL: Json = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+"""The pre-tokenizer, or decoder, of byte-level BPE."""
+
+
+def bpe_model(vocab: Json, merges: list[list[str]], *, whole_words: bool = False) -> Json:
+    """A BPE model; with `whole_words`, a word that is a piece is it, whatever its merges."""
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": whole_words,
+        "vocab": vocab,
+        "merges": merges,
     }
 
 
@@ -100,7 +109,7 @@ def _sentencepiece(proto: Any) -> Json:
     kind, spec, trainer = type(proto).SentencePiece, proto.normalizer_spec, proto.trainer_spec
     beside = (kind.CONTROL, kind.UNKNOWN, kind.USER_DEFINED)
     added = [
-        _added(i, p.piece, special=p.type != kind.USER_DEFINED)
+        added_token(i, p.piece, special=p.type != kind.USER_DEFINED)
         for i, p in enumerate(proto.pieces)
         if p.type in beside
     ]
