@@ -76,7 +76,7 @@ class TrainData:
         if windows_NW.size and windows_NW.max() >= self.readers[0].vocab_size:
             for part, start in zip(parts_N.tolist(), starts_N, strict=True):
                 self.readers[part].windows(start[None], self.seq_len + 1)  # raises, at the wrong id
-        return windows_NW.reshape(*ids_NB.shape, -1)
+        return windows_NW.reshape(*ids_NB.shape, self.seq_len + 1)
 
     def epochs(self, step: int) -> dict[str, float]:
         """Epochs completed after so many steps, by the names of metrics: epochs, or epochs/PART."""
