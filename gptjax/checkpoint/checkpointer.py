@@ -28,7 +28,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,7 @@ class Checkpointer:
 
     `order`: the order of the layers in the blocks' stacked arrays, where a pipeline has another
     than the model's. It is saved, and restored arrays are put into the order given here.
+    `milestones` are steps whose checkpoints are kept permanently.
     """
 
     def __init__(
@@ -146,10 +147,12 @@ class Checkpointer:
         describe: Callable[[int], Mapping[str, Any]] = lambda step: {},
         say: Callable[[str], None] = lambda line: None,
         order: Sequence[int] | None = None,
+        milestones: Collection[int] = (),
     ) -> None:
         """With `cfg`, for saving: removes the remains of an interrupted save."""
         self.folder, self._cfg, self._describe, self._say = folder.absolute(), cfg, describe, say
         self._order = None if order is None else list(order)
+        self._milestones = milestones
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
         self.last_step: int | None = None  # the step that was handed to `save` last
@@ -228,7 +231,7 @@ class Checkpointer:
             store.replace_file(self._saved_file, json.dumps({"saved": step}) + "\n")
         forever = self._cfg.keep_every
         for old in self.steps()[: -self._cfg.keep]:
-            if not (forever and old % forever == 0):
+            if old not in self._milestones and not (forever and old % forever == 0):
                 gone = self.folder / f"{old}{_REMOVED}"
                 (self.folder / str(old)).rename(gone)  # no longer a checkpoint
                 shutil.rmtree(gone, ignore_errors=True)

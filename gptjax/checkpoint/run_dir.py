@@ -72,9 +72,11 @@ def claim(cfg: Config, say: Callable[[str], None] = lambda line: None) -> Iterat
                 f"{folder} holds an imported model; to go on training it, give --start {folder} "
                 "and another --run"
             )
+        steps = Checkpointer(folder / CHECKPOINTS).steps()
         if (folder / CONFIG_FILE).exists():
-            changes = config.resume_changes(config.read_json(folder / CONFIG_FILE), cfg)
-        elif Checkpointer(folder / CHECKPOINTS).steps():
+            saved = config.read_json(folder / CONFIG_FILE)
+            changes = config.resume_changes(saved, cfg, steps[-1] if steps else 0)
+        elif steps:
             raise MismatchError(f"{folder} has checkpoints but no {CONFIG_FILE}; use another --run")
         yield changes
 

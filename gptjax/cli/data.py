@@ -7,6 +7,7 @@ from typing import Any
 
 from gptjax import config
 from gptjax.cli.arguments import resolve
+from gptjax.config import phases
 from gptjax.errors import ConfigError, DataError
 from gptjax.runtime.progress import Progress
 
@@ -120,11 +121,12 @@ def show(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     last = data.order.steps
     if last is not None and args.step > last:
         raise ConfigError([f"--step={args.step}: the mixture has text for {last} steps"])
+    seq_len = phases.phase_at(data.phases, args.step - 1).seq_len
     parts, windows = data.order.places(args.step - 1)
     (batch,) = data.read(range(args.step - 1, args.step))
     for part, window, tokens in zip(parts, windows, batch, strict=True):
-        name = data.order.parts[part].name
-        document, place = data.readers[part].document_at(window * data.seq_len, manifests.start_id)
+        name = data.order.names[part]
+        document, place = data.readers[part].document_at(window * seq_len, manifests.start_id)
         begins = int((tokens[1:-1] == manifests.start_id).sum())
         print(
             f"{f'part {name}, ' if name else ''}window {window}: document {document} from its "
@@ -142,7 +144,8 @@ def bench(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         problem = f"--seconds={args.seconds}: must be above 0, and at most {_LONGEST_BENCH}"
         raise ConfigError([problem])
     rates = loader.bench(cfg, manifests_of(cfg, Progress()), args.seconds)
+    first = phases.phases(cfg)[0]
     print(
-        f"{cfg.train.batch} x {cfg.train.seq_len} tokens a batch: median {rates[1] / 1e6:.1f} "
+        f"{first.batch} x {first.seq_len} tokens a batch: median {rates[1] / 1e6:.1f} "
         f"million tokens/s through tf.data (from {rates[0] / 1e6:.1f} to {rates[2] / 1e6:.1f})"
     )

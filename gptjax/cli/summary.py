@@ -5,7 +5,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from gptjax.config import Config
+from gptjax.config import Config, phases
 
 _BEGAN = time.monotonic()
 
@@ -17,6 +17,7 @@ def write(cfg: Config) -> None:
 
     run = cfg.run
     steps = Checkpointer(Path(run) / CHECKPOINTS).steps()[-1]  # a mixture may have ended earlier
+    tokens = phases.tokens_at(cfg, steps)
     took = timedelta(seconds=round(time.monotonic() - _BEGAN))
     if cfg.finetune.task in ("classify", "choose"):
         use = [f"gptjax predict {run} --file JSONL --output JSONL"]
@@ -24,7 +25,7 @@ def write(cfg: Config) -> None:
         use = [f"gptjax sample {run} --prompt TEXT", f"gptjax eval {run}", f"gptjax serve {run}"]
     use.append(f"gptjax convert {run} hf:FOLDER")
     print(
-        f"gptjax: {run} is trained: {steps:,} steps of {cfg.train.batch_tokens:,} tokens; this "
+        f"gptjax: {run} is trained: {steps:,} steps, {tokens:,} tokens; this "
         f"command took {took}\ngptjax: next: {'; '.join(use)}",
         file=sys.stderr,
     )

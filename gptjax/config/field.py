@@ -25,6 +25,11 @@ def schedule(default: Any) -> Any:
     return _field("schedule", default)
 
 
+def stage(default: Any) -> Any:
+    """A field of a stage of training: it may change at a resume while the stage is to come."""
+    return _field("stage", default)
+
+
 def free(default: Any) -> Any:
     """A field that may change at a resume without changing the mathematics."""
     return _field("free", default)

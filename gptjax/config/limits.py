@@ -12,13 +12,11 @@ _WIDEST = 2**24  # of every other size of a model
 
 def out_of_range(section: Any, prefix: str = "") -> Iterator[str]:
     """Problems of numbers that are too large or not finite, and of texts that no file can hold."""
-    for name, value in vars(section).items():
+    values = section if isinstance(section, Mapping) else vars(section)
+    for name, value in values.items():
         dotted = f"{prefix}{name}"
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) or isinstance(value, Mapping):
             yield from out_of_range(value, f"{dotted}.")
-        elif isinstance(value, Mapping):
-            for key, part in value.items():
-                yield from out_of_range(part, f"{dotted}.{key}.")
         for one in value if isinstance(value, tuple) else (value,):
             if isinstance(one, float) and not math.isfinite(one):
                 yield f"{dotted}={one}: must be finite"

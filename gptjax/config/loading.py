@@ -12,7 +12,6 @@ import difflib
 import importlib.util
 import itertools
 import json
-import re
 import sys
 import types
 import typing
@@ -22,7 +21,7 @@ from typing import Any, Literal
 
 from gptjax.config.mesh import MeshConfig
 from gptjax.config.presets import find_preset
-from gptjax.config.schema import Config, MixturePart
+from gptjax.config.schema import Config, MixturePart, StageConfig
 from gptjax.errors import ConfigError
 
 CONFIG_FILE = "config.json"
@@ -42,7 +41,9 @@ def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
             leaves |= flatten(value, f"{prefix}{f.name}.")
         elif isinstance(value, Mapping):
             for name, part in value.items():
-                leaves |= flatten(part, f"{prefix}{f.name}.{name}.")
+                dotted = f"{prefix}{f.name}.{name}"
+                deeper = dataclasses.is_dataclass(part)
+                leaves |= flatten(part, f"{dotted}.") if deeper else {dotted: part}
         else:
             leaves[prefix + f.name] = value
     return leaves
@@ -157,11 +158,13 @@ def _coerce(value: Any, hint: Any, prefix: str) -> Any:
             return None
         return _coerce(value, next(a for a in args if a is not types.NoneType), prefix)
     if origin is Mapping:
+        deeper = dataclasses.is_dataclass(args[1])
         if not isinstance(value, Mapping):
-            raise TypeError("must be an object of objects")
-        return {
-            str(key): from_dict(part, args[1], f"{prefix}.{key}.") for key, part in value.items()
-        }
+            raise TypeError(f"must be an object of {'objects' if deeper else 'numbers'}")
+        coerce = lambda part, name: (
+            from_dict(part, args[1], f"{name}.") if deeper else _coerce(part, args[1], name)
+        )
+        return {str(key): coerce(part, f"{prefix}.{key}") for key, part in value.items()}
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise TypeError("must be a list")
@@ -308,13 +311,21 @@ def override(preset: Config, overrides: Sequence[str], prog: str, description: s
 
 
 def _with_named_parts(preset: Config, overrides: Sequence[str]) -> Config:
-    """The configuration with an empty part for each new one that the overrides name."""
-    names = [
-        word.split(".")[2] for word in overrides if re.match(r"--data\.mixture\.[\w-]+\.", word)
-    ]
-    parts = dict(preset.data.mixture)
-    parts |= {name: MixturePart() for name in names if name not in parts}
-    return dataclasses.replace(preset, data=dataclasses.replace(preset.data, mixture=parts))
+    """The configuration with an entry of each mapping for each new name that the overrides give:
+    an empty part or stage, and in a stage a weight of 0."""
+    given = [word[2:].partition("=")[0].split(".") for word in overrides if word[:2] == "--"]
+    parts, stages = dict(preset.data.mixture), dict(preset.stages)
+    for words in given:
+        match words:
+            case ["data", "mixture", name, _]:
+                parts.setdefault(name, MixturePart())
+            case ["stages", name, _]:
+                stages.setdefault(name, StageConfig())
+            case ["stages", name, "weights", part]:
+                one = stages.setdefault(name, StageConfig())
+                stages[name] = dataclasses.replace(one, weights={part: 0.0, **one.weights})
+    data = dataclasses.replace(preset.data, mixture=parts)
+    return dataclasses.replace(preset, data=data, stages=stages)
 
 
 def in_full(overrides: Sequence[str]) -> list[str]:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from gptjax.config import validation
-from gptjax.config.field import free, identity, schedule
+from gptjax.config import phases, validation
+from gptjax.config.field import free, identity, schedule, stage
 from gptjax.config.mesh import MeshConfig
 from gptjax.config.model import ModelConfig
 from gptjax.errors import ConfigError
@@ -209,11 +209,20 @@ class TrainConfig:
     batch_tokens: int = identity(524_288)
     """Global batch of an optimizer step, in tokens, over all devices and accumulation steps; a
     multiple of seq_len."""
+    batch_ramp_tokens: int = identity(0)
+    """The batch grows to batch_tokens over the first tokens, so many (Brown et al. 2020): in equal
+    steps, each as long as the others in tokens. 0: it has its full size from the first step."""
+    batch_start_tokens: int = identity(0)
+    """With batch_ramp_tokens: the first batch, in tokens; a multiple of seq_len."""
+    batch_increment_tokens: int = identity(0)
+    """With batch_ramp_tokens: what each step of the growth adds, in tokens; a multiple of seq_len.
+    Each size of a batch is compiled by itself, so few are better."""
     seq_len: int = identity(1024)
     """Length of a training window, in tokens; at most model.context."""
     accumulation: int = free(1)
-    """Gradient accumulation: number of sequential steps into which each batch is split to save
-    memory; divides the sequences of a batch."""
+    """Gradient accumulation: number of sequential steps into which each batch of batch_tokens is
+    split to save memory; divides its sequences. Other batches, of a growing batch or of a stage,
+    are split so that no more tokens are on a device at a time."""
     z_loss: float = schedule(0.0)
     """Weight of the z-loss, the squared log-partition (PaLM, section 5)."""
     ema_decay: float = identity(0.0)
@@ -230,10 +239,36 @@ class TrainConfig:
         """Sequences in an optimizer step."""
         return self.batch_tokens // self.seq_len
 
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the whole budget."""
-        return -(-self.tokens // self.batch_tokens)
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A stage of training; what it does not give is as the other sections have it."""
+
+    tokens: int = stage(0)
+    """Length of the stage, in tokens; together the stages have train.tokens. 0, in one stage only:
+    what the others leave of train.tokens."""
+    weights: Mapping[str, float] = stage(dict)
+    """Weights of the mixture's parts in the stage, by their names; a part that is not named is not
+    used. Empty: those of data.mixture."""
+    seq_len: int = stage(0)
+    """Length of a training window, in tokens. 0: train.seq_len."""
+    batch_tokens: int = stage(0)
+    """Global batch of an optimizer step, in tokens. 0: train.batch_tokens."""
+    lr_schedule: Literal["optim", "constant", "linear", "cosine", "1-sqrt"] = stage("optim")
+    """Learning rate in the stage: as the section optim has it at these tokens (optim), or constant,
+    or a straight line, a cosine or one minus the square root of the progress, from lr_ratio to
+    final_lr_ratio."""
+    lr_ratio: float | None = stage(None)
+    """Learning rate at the beginning of the stage, as a fraction of optim.lr. None: that at which
+    the stage before ends, or optim.lr in the first one."""
+    final_lr_ratio: float = stage(0.0)
+    """Learning rate at the end of the stage, as a fraction of optim.lr, unless it is constant."""
+    rope_theta: float = stage(0.0)
+    """Base of the rotation frequencies in the stage. 0: model.rope.theta."""
+    rope_scaling: Literal["model", "none", "linear", "low_frequency", "yarn"] = stage("model")
+    """Scaling of the rotary positions in the stage. model: model.rope.scaling."""
+    rope_factor: float = stage(0.0)
+    """Ratio of the scaled context to the original one in the stage. 0: model.rope.factor."""
 
 
 @dataclass(frozen=True)
@@ -377,12 +412,19 @@ class Config:
     data: DataConfig = free(DataConfig)
     optim: OptimConfig = free(OptimConfig)
     train: TrainConfig = free(TrainConfig)
+    stages: Mapping[str, StageConfig] = stage(dict)
+    """Stages of pre-training, by their names and in this order: `--stages.NAME.tokens 1000000`."""
     start: StartConfig = free(StartConfig)
     finetune: FinetuneConfig = free(FinetuneConfig)
     eval: EvalConfig = free(EvalConfig)
     checkpoint: CheckpointConfig = free(CheckpointConfig)
     log: LogConfig = free(LogConfig)
     watch: WatchConfig = free(WatchConfig)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole budget."""
+        return phases.phases(self)[-1].last
 
     @property
     def drops(self) -> bool:

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Literal
 
+from gptjax.config import phases
 from gptjax.config.base_validation import finetune_problems, start_problems
 from gptjax.config.limits import out_of_range, place_problems, too_large
 from gptjax.config.registry import ATTENTION_BACKENDS, METRIC_WRITERS, OPTIMIZERS
+from gptjax.config.stage_validation import phase_problems, ramp_problems, stage_problems
 
 TASK_KINDS = ("arc", "hellaswag", "lambada", "squad")
 ALGORITHMS: dict[Literal["sentencepiece", "huggingface"], tuple[str, ...]] = {
@@ -38,7 +40,7 @@ _AT_LEAST_0 = (
     *("eval.temperature", "checkpoint.keep_every", "log.peak_tflops", "log.profile_start"),
     *("watch.lost", "watch.restore", "watch.compile", "watch.data", "watch.step", "watch.save"),
     "watch.eval",
-    "train.check_replicas",
+    *("train.check_replicas", "train.batch_ramp_tokens"),
 )
 _FROM_0_BELOW_1 = (
     *("train.ema_decay", "finetune.dropout", "optim.b1", "optim.b2", "data.valid_fraction"),
@@ -101,6 +103,8 @@ def value_problems(cfg: Any) -> Iterator[str]:
         yield from general
         return  # what follows divides and multiplies
     particular = list(_particular_problems(cfg))
+    if not particular and not general:  # with sizes that divide each other
+        particular = [*ramp_problems(cfg.train), *stage_problems(cfg), *_stretched_problems(cfg)]
     told = {problem.partition("=")[0] for problem in particular}
     yield from (problem for problem in general if problem.partition("=")[0] not in told)
     yield from particular
@@ -120,6 +124,14 @@ def _particular_problems(cfg: Any) -> Iterator[str]:
     yield from _eval_problems(cfg)
     yield from _data_problems(cfg)
     yield from place_problems(cfg)
+
+
+def _stretched_problems(cfg: Any) -> Iterator[str]:
+    """Problems of the rotary positions that a stage has."""
+    for name in cfg.stages:
+        model = phases.model_of(cfg, name)
+        if model != cfg.model and (problems := list(_rope_problems(model))):
+            yield f"stages.{name}: of its rotary positions, {problems[0]}"
 
 
 def _name_problems(cfg: Any) -> Iterator[str]:
@@ -220,7 +232,8 @@ def _data_problems(cfg: Any) -> Iterator[str]:
     """Problems of data sources, validation split and tokenizer."""
     tokenizer, vocab_size = cfg.tokenizer, cfg.model.vocab_size
     if cfg.data.mixture:
-        yield from _mixture_problems(cfg.data)
+        weighted = {part for one in cfg.stages.values() for part in one.weights}
+        yield from _mixture_problems(cfg.data, weighted)
     else:
         if not cfg.data.sources:
             yield "data.sources=(): give at least one source"
@@ -240,8 +253,8 @@ def _data_problems(cfg: Any) -> Iterator[str]:
         )
 
 
-def _mixture_problems(data: Any) -> Iterator[str]:
-    """Problems of the parts of a mixture."""
+def _mixture_problems(data: Any, weighted: set[str]) -> Iterator[str]:
+    """Problems of the parts of a mixture; to those of `weighted`, stages give weights."""
     default = type(data)()
     for name in ("sources", "valid_sources"):
         if getattr(data, name) != getattr(default, name):
@@ -254,7 +267,7 @@ def _mixture_problems(data: Any) -> Iterator[str]:
         prefix = f"data.mixture.{name}"
         if not re.fullmatch(r"\w[\w-]*", name):
             yield f"{prefix}: the name of a part has letters, digits, _ and - only"
-        if not part.weight > 0:
+        if not part.weight >= 0 or (part.weight == 0 and name not in weighted):
             yield f"{prefix}.weight={part.weight}: must be above 0; leave the part out instead"
         if not part.epochs >= 0:
             yield f"{prefix}.epochs={part.epochs}: must not be negative"
@@ -396,6 +409,8 @@ def mesh_problems(cfg: Any, sizes: Mapping[str, int], processes: int) -> Iterato
     yield from _split_problems(cfg, sizes)
     yield from _pipeline_problems(cfg, sizes["stage"])
     yield from _batch_problems(cfg, sizes, processes)
+    if not list(value_problems(cfg)):  # which a phase relies on
+        yield from phase_problems(cfg, sizes)
     moe = cfg.model.moe
     if (context := sizes["context"]) > 1 and moe.experts and moe.capacity:
         yield (
@@ -467,10 +482,9 @@ def _pipeline_problems(cfg: Any, stages: int) -> Iterator[str]:
 def _batch_problems(cfg: Any, sizes: Mapping[str, int], processes: int) -> Iterator[str]:
     """Problems of a batch that devices, microbatches or processes do not divide."""
     t, stages = cfg.train, sizes["stage"]
+    unit, axes = phases.rows_unit(cfg, sizes), "mesh axes stage x data x fsdp x expert"
     replicas = sizes["data"] * sizes["fsdp"] * sizes["expert"]
-    microbatches = cfg.compute.microbatches or stages
-    unit, axes = replicas * microbatches, "mesh axes stage x data x fsdp x expert"
-    if microbatches != stages:
+    if (cfg.compute.microbatches or stages) != stages:
         axes = "mesh axes data x fsdp x expert, times compute.microbatches"
     if min(t.seq_len, t.accumulation) >= 1 and (step := t.batch // t.accumulation) % unit:
         yield (

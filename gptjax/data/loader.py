@@ -8,19 +8,19 @@ Shapes: N steps, B sequences of this process, T sequence length, W = T + 1 windo
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from gptjax.config import Config
+from gptjax.config import Config, phases
+from gptjax.config.phases import Phase
 from gptjax.data import mixture
 from gptjax.data.mixture import Manifests
 from gptjax.data.mixture_order import MixtureOrder
 from gptjax.data.store import Reader
 from gptjax.data.tf_import import import_tensorflow
-from gptjax.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -34,61 +34,59 @@ class Batch:
     lengths_B: np.ndarray
 
 
-def training_windows(tokens: int, seq_len: int) -> int:
-    """The number of complete training windows, each of which shares one token with the next."""
-    return (tokens - 1) // seq_len
-
-
 @dataclass(frozen=True)
 class TrainData:
     """The training windows of one store or of a mixture's, in their order."""
 
     readers: tuple[Reader, ...]
     order: MixtureOrder
-    seq_len: int
+    phases: tuple[Phase, ...]
 
     @classmethod
     def open(cls, cfg: Config, manifests: Manifests) -> "TrainData":
         """The configured training data. Raises DataError for a store without a whole window."""
-        readers, windows = [], {}
-        for name, part in mixture.part_configs(cfg).items():
-            reader = Reader(part.data.store, "train", manifests.parts[name])
-            windows[name] = training_windows(len(reader), cfg.train.seq_len)
-            if windows[name] < 1:
-                raise DataError(
-                    f"data.store={part.data.store}: {len(reader)} training tokens, too few for a "
-                    f"window of train.seq_len={cfg.train.seq_len}; give more text"
-                )
-            readers.append(reader)
-        return cls(tuple(readers), mixture.order(cfg, windows), cfg.train.seq_len)
+        readers = {
+            name: Reader(part.data.store, "train", manifests.parts[name])
+            for name, part in mixture.part_configs(cfg).items()
+        }
+        order = mixture.order(cfg, {name: len(reader) for name, reader in readers.items()})
+        return cls(tuple(readers.values()), order, phases.phases(cfg))
 
     def read(self, steps: range, rows: np.ndarray | None = None) -> np.ndarray:
         """The windows of the given rows (default: all) of the batches of steps, int32 [N, B, W].
 
-        Steps count from 0. Raises DataError as `Reader.windows` does.
+        Steps count from 0, and all are of one phase. Raises DataError as `Reader.windows` does.
         """
+        seq_len = phases.phase_at(self.phases, steps.start).seq_len
         parts_NB, ids_NB = self.order.places_of(steps, rows)
-        parts_N, starts_N = parts_NB.ravel(), ids_NB.ravel() * self.seq_len
-        windows_NW = np.zeros((len(starts_N), self.seq_len + 1), np.int32)
+        parts_N, starts_N = parts_NB.ravel(), ids_NB.ravel() * seq_len
+        windows_NW = np.zeros((len(starts_N), seq_len + 1), np.int32)
         for part, reader in enumerate(self.readers):
             here = np.flatnonzero(parts_N == part)
             reader.read_into(map(windows_NW.__getitem__, here.tolist()), starts_N[here])
         if windows_NW.size and windows_NW.max() >= self.readers[0].vocab_size:
             for part, start in zip(parts_N.tolist(), starts_N, strict=True):
-                self.readers[part].windows(start[None], self.seq_len + 1)  # raises, at the wrong id
-        return windows_NW.reshape(*ids_NB.shape, self.seq_len + 1)
+                self.readers[part].windows(start[None], seq_len + 1)  # raises, at the wrong id
+        return windows_NW.reshape(*ids_NB.shape, seq_len + 1)
 
     def epochs(self, step: int) -> dict[str, float]:
         """Epochs completed after so many steps, by the names of metrics: epochs, or epochs/PART."""
-        done = self.order.epochs(step).items()
+        done = self.order.epochs_at(step).items()
         return {f"epochs/{name}" if name else "epochs": epochs for name, epochs in done}
 
-    def batches(self, first: int, last: int, rows: np.ndarray, prefetch: int) -> Iterator[Batch]:
-        """Yields the given rows of the batches of steps first..last-1, prefetched by tf.data."""
-        full_B = np.full(len(rows), self.seq_len, np.int32)
-        read = lambda steps: self.read(steps, rows)
-        for windows_BW in _stream(read, first, last, prefetch):
-            yield Batch(windows_BW, full_B)
+    def batches(
+        self, first: int, last: int, rows_of: Mapping[int, np.ndarray], prefetch: int
+    ) -> Iterator[Batch]:
+        """Yields rows of the batches of steps first..last-1, prefetched by tf.data.
+
+        `rows_of` has them by the size of a batch: this process's rows.
+        """
+        for phase in phases.between(self.phases, first, last):
+            rows = rows_of[phase.batch]
+            full_B = np.full(len(rows), phase.seq_len, np.int32)
+            read = lambda steps, rows=rows: self.read(steps, rows)
+            for windows_BW in _stream(read, phase.first, phase.last, prefetch):
+                yield Batch(windows_BW, full_B)
 
 
 def eval_batches(
@@ -112,8 +110,9 @@ def eval_batches(
 
 def bench(cfg: Config, manifests: Manifests, seconds: float) -> tuple[float, float, float]:
     """Lowest, median and highest tokens per second of training batches, of nine measurements."""
-    rows = np.arange(cfg.train.batch)
-    stream = TrainData.open(cfg, manifests).batches(0, 1 << 40, rows, cfg.data.prefetch)
+    data = TrainData.open(cfg, manifests)
+    rows_of = {phase.batch: np.arange(phase.batch) for phase in data.phases}
+    stream = data.batches(0, 1 << 40, rows_of, cfg.data.prefetch)
     rates = []
     for measurement in range(10):
         began, tokens = time.perf_counter(), 0

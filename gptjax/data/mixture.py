@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from gptjax.config import Config
+from gptjax.config import Config, phases
 from gptjax.data import store
-from gptjax.data.mixture_order import MixtureOrder, PartWindows, rows_of
+from gptjax.data.mixture_order import MixtureOrder, Stretch
 from gptjax.data.store import Manifest
 from gptjax.errors import DataError
 
@@ -91,25 +91,43 @@ def read_manifests(cfg: Config) -> Manifests:
     return Manifests({name: store.read_manifest(c.data.store) for name, c in parts.items()})
 
 
-def order(cfg: Config, windows: Mapping[str, int]) -> MixtureOrder:
-    """The configured order of parts with so many training windows.
+def order(cfg: Config, tokens: Mapping[str, int]) -> MixtureOrder:
+    """The configured order of parts with so many training tokens.
 
-    Raises DataError for a part that its limit leaves less than its share of one batch.
+    Raises DataError for a part without a whole window, or that its limit leaves less than its share
+    of one batch.
     """
-    parts = []
-    for name, count in windows.items():
-        part = cfg.data.mixture.get(name)
-        weight, epochs = (1.0, 0.0) if part is None else (part.weight, part.epochs)
-        parts.append(PartWindows(name, count, weight, rows_of(epochs, count)))
-    made = MixtureOrder(tuple(parts), cfg.train.batch, cfg.train.seed, cfg.data.exhausted == "stop")
+    parts, stretches = part_configs(cfg), []
+    for phase in phases.phases(cfg):
+        stretch = Stretch(
+            batch=phase.batch,
+            windows=tuple(training_windows(tokens[name], phase.seq_len) for name in parts),
+            weights=tuple(phases.weights_of(cfg, phase.stage).get(name, 0.0) for name in parts),
+            first=phase.first,
+            seq_len=phase.seq_len,
+        )
+        for name, windows, weight in zip(parts, stretch.windows, stretch.weights, strict=True):
+            if weight and windows < 1:
+                raise DataError(
+                    f"data.store={parts[name].data.store}: {tokens[name]} training tokens, too few "
+                    f"for a window of train.seq_len={phase.seq_len}; give more text"
+                )
+        stretches.append(stretch)
+    epochs = tuple(part.epochs for _, part in sorted(cfg.data.mixture.items())) or (0.0,)
+    stops = cfg.data.exhausted == "stop"
+    made = MixtureOrder(tuple(parts), tuple(stretches), cfg.train.seed, epochs, stops)
     for name, step in made.leaves.items():
-        if step == 0:
+        if made.epochs_at(step)[name] == 0:
             raise DataError(
-                f"data.mixture.{name}.epochs={cfg.data.mixture[name].epochs}: its {windows[name]} "
-                f"windows are fewer than its share of a single batch; raise it, or lower "
-                f"data.mixture.{name}.weight"
+                f"data.mixture.{name}.epochs={cfg.data.mixture[name].epochs}: its {tokens[name]:,} "
+                f"tokens are fewer than its share of a single batch; raise it, or lower its weight"
             )
     return made
+
+
+def training_windows(tokens: int, seq_len: int) -> int:
+    """The number of complete training windows, each of which shares one token with the next."""
+    return (tokens - 1) // seq_len
 
 
 def limited(cfg: Config, made: MixtureOrder, say: Callable[[str], None]) -> Config:
@@ -119,24 +137,22 @@ def limited(cfg: Config, made: MixtureOrder, say: Callable[[str], None]) -> Conf
     """
     if not cfg.data.mixture:
         return cfg
-    steps = cfg.train.steps if made.steps is None else min(cfg.train.steps, made.steps)
-    total = sum(part.weight for part in made.parts)
-    for part in made.parts:
-        epochs = made.epochs(steps)[part.name]
-        leaves = made.leaves.get(part.name)
+    steps = cfg.steps if made.steps is None else min(cfg.steps, made.steps)
+    total = sum(part.weight for part in cfg.data.mixture.values())
+    for name, epochs in made.epochs_at(steps).items():
+        leaves, share = made.leaves.get(name), cfg.data.mixture[name].weight / (total or 1)
+        of_all = "" if cfg.stages else f"{share:.4f} of the tokens, "
         say(
-            f"data.mixture.{part.name}: {part.weight / total:.4f} of the tokens, {part.windows:,} "
-            f"windows, {epochs:.2f} epochs in {steps:,} steps"
+            f"data.mixture.{name}: {of_all}{epochs:.2f} epochs in {steps:,} steps"
             + (f"; leaves the mixture after step {leaves:,}" if leaves and leaves < steps else "")
         )
-    if steps == cfg.train.steps:
+    if steps == cfg.steps:
         return cfg
-    tokens = steps * cfg.train.batch_tokens
+    shorter = phases.shortened(cfg, steps)
     say(
         f"data.mixture: its parts have no more text by their epochs after step {steps:,} of "
-        f"{cfg.train.steps:,}: the run ends there, and so does its learning-rate schedule "
-        f"({tokens:,} tokens)"
+        f"{cfg.steps:,}: the run ends there, and so does its learning-rate schedule "
+        f"({shorter.train.tokens:,} tokens)"
     )
-    shorter = replace(cfg, train=replace(cfg.train, tokens=tokens))
     shorter.check()  # for one, that the schedule's warm-up and decay still find room
     return shorter

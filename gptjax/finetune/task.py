@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import Config
+from gptjax.config.phases import Phase
 from gptjax.data.permutation import Order
 from gptjax.finetune import params as base_params
 from gptjax.finetune.base_model import BaseModel
@@ -18,7 +19,7 @@ from gptjax.parallel import arrays, sharding
 from gptjax.param_tree import Tree
 from gptjax.runtime.progress import Progress
 from gptjax.training.callbacks import Evaluator
-from gptjax.training.step import LossFn, Sums, TrainState, state_of
+from gptjax.training.step import LossFn, TrainState, state_of
 
 
 class Rows(Protocol):
@@ -67,11 +68,11 @@ class FinetuneTask(ABC, Generic[RowsT]):
         tree = base_params.starting_tree(self.cfg, self.base, self._say)
         return state_of(self.cfg, tree, self.lr_multipliers)
 
-    def loss(self, params: Tree, batch: Any, keys_B2: jax.Array | None) -> tuple[jax.Array, Sums]:
-        return self._loss(self.to_model_params(params), batch, keys_B2)
+    def loss_fn(self, phase: Phase) -> LossFn:
+        return lambda params, *rest: self._loss(self.to_model_params(params), *rest)
 
-    def abstract_batch(self) -> Any:
-        mesh, batch = jax.sharding.get_mesh(), self.cfg.train.batch
+    def abstract_batch(self, phase: Phase) -> Any:
+        mesh, batch = jax.sharding.get_mesh(), phase.batch
 
         def abstract(row: np.ndarray) -> jax.ShapeDtypeStruct:
             axes = sharding.spec("batch", *[None] * (row.ndim - 1))

@@ -58,9 +58,9 @@ def finetune(
         base_params.abstract_tree(cfg), task.lr_multipliers
     )
     _record(cfg, base, examples, rows, progress)
-    if cfg.train.steps < FEW_STEPS:
+    if cfg.steps < FEW_STEPS:
         progress.say(
-            f"only {cfg.train.steps} optimizer steps in all, which seldom teach anything: raise "
+            f"only {cfg.steps} optimizer steps in all, which seldom teach anything: raise "
             f"finetune.epochs={cfg.finetune.epochs}, or lower "
             f"train.batch_tokens={cfg.train.batch_tokens}"
         )
@@ -69,7 +69,8 @@ def finetune(
     progress.say(f"trains {trainable:,} of {total:,} parameters, {trainable / total:.2%}")
     checkpointer = _checkpointer(task, backends, progress)
     writers = metrics.metric_writers(cfg)
-    evaluate = callbacks.Evaluate(task.evaluators(progress), writers, watchdog, progress)
+    evaluators = task.evaluators(progress)
+    evaluate = callbacks.Evaluate(lambda step: evaluators, writers, watchdog, progress)
     todo = callbacks.standard_callbacks(cfg, checkpointer, evaluate, watchdog, progress)
     Trainer(cfg, task, checkpointer, todo, watchdog=watchdog, progress=progress).fit()
     report = task.report(progress)

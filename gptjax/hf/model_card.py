@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from gptjax.config import Config
+from gptjax.config import Config, phases
 from gptjax.version import __version__
 
 
@@ -27,7 +27,7 @@ def model_card(cfg: Config, name: str, parameters: int, step: int | None) -> str
     if step:
         facts["Steps"] = f"{step:,}"
         if task == "none":
-            facts["Tokens seen"] = f"{step * cfg.train.batch_tokens:,}"
+            facts["Tokens seen"] = f"{phases.tokens_at(cfg, step):,}"
     table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     return f"""---
 library_name: transformers

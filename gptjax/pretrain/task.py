@@ -1,12 +1,14 @@
 """The pre-training task: what the training loop has to know of it (training/task.py)."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 
-from gptjax.config import Config
+from gptjax.config import Config, phases
+from gptjax.config.phases import Phase
 from gptjax.data import loader
 from gptjax.data.mixture import Manifests
 from gptjax.model import decoder
@@ -16,7 +18,7 @@ from gptjax.param_tree import Tree
 from gptjax.pretrain.warm_start import WarmStart
 from gptjax.training import objective
 from gptjax.training.param_groups import LrMultipliers
-from gptjax.training.step import Sums, TrainState
+from gptjax.training.step import LossFn, TrainState
 
 
 class PretrainTask:
@@ -37,8 +39,7 @@ class PretrainTask:
     ) -> None:
         """With `start`, of a run that begins with parameters of another."""
         self._start, self._say = start, say
-        self._cfg, self._data = cfg, data
-        self._loss = objective.training_loss(cfg, manifests.eos_id, manifests.start_id)
+        self._cfg, self._data, self._manifests = cfg, data, manifests
         periods = cfg.model.layers // len(cfg.model.pattern)
         self._order: list[int] = pipeline.order(periods, cfg.compute.rounds).tolist()
 
@@ -56,15 +57,17 @@ class PretrainTask:
         place = lambda params: self._reordered(params, self._order)
         return self._start.state(self.layer_order, place, self._say)
 
-    def loss(self, params: Tree, batch: Any, keys_B2: jax.Array | None) -> tuple[jax.Array, Sums]:
-        return self._loss(params, batch, keys_B2)
+    def loss_fn(self, phase: Phase) -> LossFn:
+        cfg = replace(self._cfg, model=phases.model_of(self._cfg, phase.stage))
+        return objective.training_loss(cfg, self._manifests.eos_id, self._manifests.start_id)
 
-    def abstract_batch(self) -> Any:
-        return objective.abstract_batch(self._cfg)
+    def abstract_batch(self, phase: Phase) -> Any:
+        return objective.abstract_batch(self._cfg, phase)
 
     def batches(self, first: int, last: int) -> Iterator[Any]:
-        rows = arrays.host_rows(self._cfg.train.batch)
-        batches = self._data.batches(first, last, rows, self._cfg.data.prefetch)
+        sizes = {phase.batch for phase in self._data.phases}
+        rows_of = {size: arrays.host_rows(size) for size in sizes}
+        batches = self._data.batches(first, last, rows_of, self._cfg.data.prefetch)
         return (vars(batch) for batch in batches)
 
     def to_model_params(self, params: Tree) -> Params:

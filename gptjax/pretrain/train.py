@@ -1,6 +1,7 @@
 """Pre-training: next-token prediction on a token store, handed to the training loop."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from gptjax import config, sample
 from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import Checkpointer, sha256_of
-from gptjax.config import Config
+from gptjax.config import Config, ModelConfig, phases
 from gptjax.data import loader, mixture, prepare, prepare_mixture
 from gptjax.data.mixture import Manifests
 from gptjax.errors import ConfigError, DataError
@@ -25,7 +26,7 @@ from gptjax.runtime import distributed, preemption
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
 from gptjax.tokenizer import Tokenizer
-from gptjax.training import callbacks, metrics, objective
+from gptjax.training import callbacks, metrics, objective, stage_table
 from gptjax.training.trainer import Trainer
 
 SAMPLES = "samples"
@@ -80,7 +81,6 @@ def pretrain(
     The run folder is claimed already (`run_dir.claim`). Raises what `Trainer.fit` raises, DataError
     for a store that does not suit, MismatchError where the run was begun with another store.
     """
-    files = read_tasks(cfg.eval.tasks, cfg.eval.task_limit)
     data = loader.TrainData.open(cfg, manifests)
     tokenizer = _tokenizer(cfg, manifests)
     samples = WriteSamples(cfg, tokenizer, watchdog, progress)
@@ -89,25 +89,24 @@ def pretrain(
     cfg = mixture.limited(cfg, data.order, progress.say)
     if start is not None:
         start.check_steps(cfg)
+    for line in stage_table.lines(cfg, data.order.epochs_at):
+        progress.say(line)
     task = PretrainTask(cfg, data, manifests, start, progress.say)
-    backends = objective.attention_backends(cfg)
-    progress.say(f"attention: {', '.join(dict.fromkeys(backends))}")
+    found = phases.phases(cfg)
+    lengths = {phase.seq_len for phase in found}
+    backends = {length: objective.attention_backends(cfg, length) for length in lengths}
+    chosen = [name for length in sorted(lengths) for name in backends[length]]
+    progress.say(f"attention: {', '.join(dict.fromkeys(chosen))}")
     checkpointer = Checkpointer(
         Path(cfg.run) / run_dir.CHECKPOINTS,
         cfg.checkpoint,
         lambda step: _metadata(cfg, manifests, backends, step),
         progress.say,
         task.layer_order,
+        phases.borders(cfg),
     )
-    # Evaluation sees the layers in the model's order, which is that of a schedule of one round.
-    eval_cfg = replace(cfg, compute=replace(cfg.compute, rounds=1, microbatches=0))
-    scorer = Scorer(cfg.model, eval_cfg.compute, cfg.eval.batch, progress)
-    evaluators: list[tuple[int, callbacks.Evaluator]] = [
-        (cfg.eval.every, ValidationLoss(eval_cfg, manifests, progress))
-    ]
-    for file, name in zip(files, task_names(files), strict=True):
-        evaluators.append((cfg.eval.tasks_every, TaskEvaluator(file, tokenizer, scorer, name)))
     writers = metrics.metric_writers(cfg)
+    evaluators = _evaluators(cfg, manifests, tokenizer, progress)
     evaluate = callbacks.Evaluate(evaluators, writers, watchdog, progress)
     todo = callbacks.standard_callbacks(
         cfg, checkpointer, evaluate, watchdog, progress, data.epochs
@@ -115,6 +114,28 @@ def pretrain(
     todo.append(callbacks.Every(cfg.eval.sample_every, samples))
     Trainer(cfg, task, checkpointer, todo, watchdog=watchdog, progress=progress).fit()
     return evaluate.results
+
+
+def _evaluators(
+    cfg: Config, manifests: Manifests, tokenizer: Tokenizer, progress: Progress
+) -> Callable[[int], list[tuple[int, callbacks.Evaluator]]]:
+    """The evaluators of a step, with their periods: made anew where a stage changes the model."""
+    files = read_tasks(cfg.eval.tasks, cfg.eval.task_limit)
+    # Evaluation sees the layers in the model's order, which is that of a schedule of one round.
+    eval_cfg = replace(cfg, compute=replace(cfg.compute, rounds=1, microbatches=0))
+
+    @functools.cache
+    def of_model(model: ModelConfig) -> list[tuple[int, callbacks.Evaluator]]:
+        scorer = Scorer(model, eval_cfg.compute, cfg.eval.batch, progress)
+        loss = ValidationLoss(replace(eval_cfg, model=model), manifests, progress)
+        tasks = [
+            (cfg.eval.tasks_every, TaskEvaluator(file, tokenizer, scorer, name))
+            for file, name in zip(files, task_names(files), strict=True)
+        ]
+        return [(cfg.eval.every, loss), *tasks]
+
+    of_model(phases.trained(cfg, 0).model)  # whose problems are told before anything is trained
+    return lambda step: of_model(phases.trained(cfg, step).model)
 
 
 def _tokenizer(cfg: Config, manifests: Manifests) -> Tokenizer:
@@ -130,11 +151,12 @@ def _tokenizer(cfg: Config, manifests: Manifests) -> Tokenizer:
 
 
 def _metadata(
-    cfg: Config, manifests: Manifests, backends: tuple[str, ...], step: int
+    cfg: Config, manifests: Manifests, backends: Mapping[int, tuple[str, ...]], step: int
 ) -> dict[str, Any]:
     """The run's part of a checkpoint's metadata."""
+    phase = phases.phase_at(phases.phases(cfg), max(0, step - 1))
     return {
-        "tokens_seen": step * cfg.train.batch_tokens,
+        "tokens_seen": phase.tokens_at(step),
         "config": config.to_dict(cfg),
         "config_sha256": sha256_of(config.to_dict(cfg)),
         "tokenizer": manifests.tokenizer,
@@ -142,12 +164,13 @@ def _metadata(
             "fingerprints": manifests.fingerprints(),
             "seed": cfg.train.seed,
             "cursor": step,
-            "batch": cfg.train.batch,
-            "seq_len": cfg.train.seq_len,
+            "batch": phase.batch,
+            "seq_len": phase.seq_len,
         },
         "rng": {"impl": str(jax.config.jax_default_prng_impl), "seed": cfg.train.seed},
         "mesh": dict(jax.sharding.get_mesh().shape),
-        "attention": backends,
+        "attention": backends[phase.seq_len],
+        **({"stage": phase.stage} if phase.stage else {}),
         **({"start": run_dir.start_of(cfg.run)} if cfg.start.base else {}),
     }
 
@@ -173,7 +196,8 @@ class WriteSamples:
     def __call__(self, snapshot: callbacks.Snapshot) -> None:
         self._watchdog.at("eval", snapshot.step)
         cfg = self._cfg
-        sampler = sample.Sampler(snapshot.model_params, cfg.model, cfg.compute, self._tokenizer)
+        model = phases.trained(cfg, snapshot.step).model
+        sampler = sample.Sampler(snapshot.model_params, model, cfg.compute, self._tokenizer)
         completions = sampler.generate(cfg.eval.prompts, self._params)
         pairs = zip(cfg.eval.prompts, completions, strict=True)
         shown = [f"--- prompt {prompt!r}\n{prompt}{one.text}\n" for prompt, one in pairs]

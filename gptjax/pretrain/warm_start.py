@@ -18,7 +18,7 @@ from gptjax import config, load_model
 from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import Checkpointer, fingerprints, sha256_of
-from gptjax.config import CONFIG_FILE, Config, ModelConfig
+from gptjax.config import CONFIG_FILE, Config, ModelConfig, phases
 from gptjax.data import store
 from gptjax.errors import CheckpointError, ConfigError, DataError, MismatchError
 from gptjax.finetune.base_model import BaseModel
@@ -152,10 +152,10 @@ class WarmStart:
 
     def check_steps(self, cfg: Config) -> None:
         """Raises DataError where a mixture's text ends before steps that go on from the base's."""
-        if not cfg.start.keep_step or cfg.train.steps > (step := first_step(self.base)):
+        if not cfg.start.keep_step or cfg.steps > (step := first_step(self.base)):
             return
         raise DataError(
-            f"data.mixture: has text for {cfg.train.steps} steps, and {self.base.path} has done "
+            f"data.mixture: has text for {cfg.steps} steps, and {self.base.path} has done "
             f"{step}, which count with start.keep_step; raise the parts' epochs"
         )
 
@@ -302,18 +302,18 @@ def _optimizer_problems(cfg: Config, base: BaseModel) -> Iterator[str]:
         yield f"{name} has another vocabulary, so its state has other shapes; set it to False"
     if not cfg.start.keep_step:
         return
-    if begun.train.batch_tokens != cfg.train.batch_tokens:
-        yield (
-            f"start.keep_step=True: {base.path} has train.batch_tokens="
-            f"{begun.train.batch_tokens}, and steps go on only in batches of the same size"
-        )
-        return
     step = first_step(base)
-    if cfg.train.steps <= step:
+    done, here = phases.tokens_at(begun, step), phases.tokens_at(cfg, step)
+    if cfg.steps <= step and cfg.train.tokens <= done:
         yield (
-            f"train.tokens={cfg.train.tokens}: {base.path} has been trained on "
-            f"{step * cfg.train.batch_tokens} by its step {step}, which count with "
-            "start.keep_step; give more"
+            f"train.tokens={cfg.train.tokens}: {base.path} has been trained on {done} by its step "
+            f"{step}, which count with start.keep_step; give more"
+        )
+    elif done != here:
+        yield (
+            f"start.keep_step=True: {base.path} has had {done} tokens by its step {step}, and this "
+            f"run would have had {here}; give the same train.batch_tokens, train.batch_ramp_tokens "
+            "and stages as far as that step"
         )
 
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,13 +13,13 @@ import jax
 
 from gptjax.checkpoint import replicas
 from gptjax.checkpoint.checkpointer import Checkpointer
-from gptjax.config import Config, LogConfig
+from gptjax.config import Config, LogConfig, phases
 from gptjax.errors import NumericError
 from gptjax.model.decoder import Params
 from gptjax.param_tree import leaves_by_path
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
-from gptjax.training.metrics import Throughput, Writers, perplexity, throughput
+from gptjax.training.metrics import Writers, perplexity, throughput
 from gptjax.training.step import TrainState
 from gptjax.training.task import Task
 
@@ -41,20 +41,18 @@ class Snapshot:
 class StepTimer:
     """Tokens per second, and the share of time spent waiting for data, since the last report."""
 
-    def __init__(self, tokens: int) -> None:
-        """`tokens` of a step."""
-        self._tokens = tokens
+    def __init__(self) -> None:
         self.rate = 0.0
         self.reset()
 
     def reset(self) -> None:
         """Begins a new interval."""
-        self._began, self._steps, self._waited = time.monotonic(), 0, 0.0
+        self._began, self._tokens, self._waited = time.monotonic(), 0, 0.0
 
-    def step_done(self) -> None:
-        """Counts a step."""
-        self._steps += 1
-        self.rate = self._steps * self._tokens / (time.monotonic() - self._began)
+    def step_done(self, tokens: int) -> None:
+        """Counts a step of so many tokens."""
+        self._tokens += tokens
+        self.rate = self._tokens / (time.monotonic() - self._began)
 
     def report(self) -> dict[str, float]:
         """The share of waiting; begins the next interval."""
@@ -130,17 +128,27 @@ def is_due(period: int, step: int, last: int) -> bool:
 
 
 class Save(Every):
-    """Saves the state every so many steps, and after the last one, which it waits for."""
+    """Saves the state every so many steps, after the last one, which it waits for, and where a
+    stage ends: a run may go on from there in several ways."""
 
     def __init__(
-        self, steps: int, checkpointer: Checkpointer, watchdog: Watchdog, progress: Progress
+        self,
+        steps: int,
+        checkpointer: Checkpointer,
+        watchdog: Watchdog,
+        progress: Progress,
+        borders: Collection[int] = (),
     ) -> None:
         super().__init__(steps, self._save, repeats_on_resume=False)
+        self._borders = borders
         self._checkpointer, self._watchdog, self._progress = checkpointer, watchdog, progress
 
     def dispatched(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         for problem in self._checkpointer.failures():
             self._progress.say(f"{problem}; training goes on")
+
+    def due(self, step: int) -> bool:
+        return step in self._borders or super().due(step)
 
     def _save(self, snapshot: Snapshot) -> None:
         self._watchdog.at("save", snapshot.step)
@@ -159,14 +167,15 @@ class Evaluator(Protocol):
 class Evaluate(Callback):
     """Runs evaluators, each with a period of its own in steps, and writes what they measure.
 
-    `results` holds the newest value of each metric.
+    Those of a step are `evaluators(step)`, as a stage may change the model. `results` holds the
+    newest value of each metric.
     """
 
     repeats_on_resume = True
 
     def __init__(
         self,
-        evaluators: Sequence[tuple[int, Evaluator]],
+        evaluators: Callable[[int], Sequence[tuple[int, Evaluator]]],
         writers: Writers,
         watchdog: Watchdog,
         progress: Progress,
@@ -176,10 +185,11 @@ class Evaluate(Callback):
         self.results: dict[str, float] = {}
 
     def _due(self, step: int) -> list[Evaluator]:
-        return [one for period, one in self._evaluators if is_due(period, step, self._last)]
+        return [one for period, one in self._evaluators(step) if is_due(period, step, self._last)]
 
     def due(self, step: int) -> bool:
-        return bool(self._due(step))
+        periods = [period for period, _ in self._evaluators(step)]
+        return any(is_due(period, step, self._last) for period in periods)
 
     def run(self, snapshot: Snapshot) -> None:
         values: dict[str, float] = {}
@@ -197,14 +207,14 @@ class LogMetrics(Callback):
 
     def __init__(
         self,
-        cfg: LogConfig,
+        cfg: Config,
         writers: Writers,
-        throughput: Throughput,
         progress: Progress,
         facts: Callable[[int], Mapping[str, float]] = lambda step: {},
     ) -> None:
-        self._every, self._writers, self._facts = cfg.every, writers, facts
-        self._throughput, self._progress = throughput, progress
+        self._every, self._writers, self._facts = cfg.log.every, writers, facts
+        self._throughput, self._progress = throughput(cfg), progress
+        self._phases = phases.phases(cfg)
 
     def begin(self, first: int, last: int) -> None:
         super().begin(first, last)
@@ -214,8 +224,10 @@ class LogMetrics(Callback):
 
     def on_metrics(self, step: int, metrics: dict[str, float], timer: StepTimer) -> None:
         if step % self._every == 0 or step == self._last:
-            rates = self._throughput.of(timer.rate) | timer.report()
-            known = {"perplexity": perplexity(metrics["loss"])} | rates | dict(self._facts(step))
+            phase = phases.phase_at(self._phases, step - 1)
+            known = {"perplexity": perplexity(metrics["loss"]), "tokens": phase.tokens_at(step)}
+            known |= self._throughput.of(timer.rate, phase.seq_len) | timer.report()
+            known |= self._facts(step)
             self._writers.write(step, metrics | known)
 
     def close(self) -> None:
@@ -327,8 +339,8 @@ def standard_callbacks(
         Profile(cfg.log, checkpointer.folder.parent / "profile"),
         ShowProgress(progress),
         NonfiniteGuard(cfg.train.nonfinite_limit, progress),
-        LogMetrics(cfg.log, evaluate.writers, throughput(cfg), progress, facts),
+        LogMetrics(cfg, evaluate.writers, progress, facts),
         CheckReplicas(cfg.train.check_replicas, cfg.checkpoint.every, watchdog),
-        Save(cfg.checkpoint.every, checkpointer, watchdog, progress),
+        Save(cfg.checkpoint.every, checkpointer, watchdog, progress, phases.borders(cfg)),
         evaluate,
     ]

@@ -29,8 +29,13 @@ class Throughput:
     (`flops.ModelCost.flops_per_token`): of causal attention the causal half, no recomputation.
     """
 
-    def __init__(self, flops_per_token: float, dtype: str, peak_tflops: float) -> None:
-        """`peak_tflops` of one device; 0 looks it up, for bfloat16, in runtime/hardware.py."""
+    def __init__(
+        self, flops_per_token: Callable[[int], float], dtype: str, peak_tflops: float, seq_len: int
+    ) -> None:
+        """`flops_per_token` of a length of sequences; `seq_len` is that which the description has.
+
+        `peak_tflops` of one device; 0 looks it up, for bfloat16, in runtime/hardware.py.
+        """
         self._flops = flops_per_token
         kind = jax.devices()[0].device_kind
         peak = peak_tflops
@@ -38,24 +43,24 @@ class Throughput:
             peak = device.tflops
         self._peak = peak * 1e12 * jax.device_count()
         self.description = (
-            f"MFU = tokens/s x {self._flops:.4g} FLOPs/token / "
+            f"MFU = tokens/s x {flops_per_token(seq_len):.4g} FLOPs/token / "
             f"({jax.device_count()} x {peak:g} TFLOP/s)"
             if peak
             else f"no peak known for {dtype} on {kind}, so no MFU; log.peak_tflops sets one"
         )
 
-    def of(self, tokens_per_second: float) -> dict[str, float]:
-        """The metrics of a rate."""
+    def of(self, tokens_per_second: float, seq_len: int) -> dict[str, float]:
+        """The metrics of a rate in sequences of this length."""
         metrics = {"tokens_per_second": tokens_per_second}
         if self._peak:
-            metrics["mfu"] = tokens_per_second * self._flops / self._peak
+            metrics["mfu"] = tokens_per_second * self._flops(seq_len) / self._peak
         return metrics
 
 
 def throughput(cfg: Config) -> Throughput:
     """The throughput of a configured run."""
-    flops = ModelCost(cfg.model).flops_per_token(cfg.train.seq_len)
-    return Throughput(flops, cfg.compute.dtype, cfg.log.peak_tflops)
+    flops_of = ModelCost(cfg.model).flops_per_token
+    return Throughput(flops_of, cfg.compute.dtype, cfg.log.peak_tflops, cfg.train.seq_len)
 
 
 def perplexity(loss: float) -> float:

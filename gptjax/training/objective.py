@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gptjax.config import Config
+from gptjax.config.phases import Phase
 from gptjax.model import decoder
 from gptjax.model.decoder import Params
 from gptjax.model.moe import Routing
@@ -39,9 +40,10 @@ def segment_documents(tokens_BT: jax.Array, start_id: int) -> tuple[jax.Array, j
     return segments_BT, index_BT - starts_BT
 
 
-def abstract_batch(cfg: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and layouts of a training batch on the ambient mesh."""
-    b, t = cfg.train.batch, cfg.train.seq_len
+def abstract_batch(cfg: Config, phase: Phase | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and layouts of a training batch on the ambient mesh: of a phase, by default a batch of
+    train.batch_tokens."""
+    b, t = (phase.batch, phase.seq_len) if phase else (cfg.train.batch, cfg.train.seq_len)
     mesh = jax.sharding.get_mesh()
     abstract = lambda *shape: jax.ShapeDtypeStruct(
         shape,
@@ -51,8 +53,9 @@ def abstract_batch(cfg: Config) -> dict[str, jax.ShapeDtypeStruct]:
     return {"windows_BW": abstract(b, t + 1), "lengths_B": abstract(b)}
 
 
-def attention_backends(cfg: Config) -> tuple[str, ...]:
-    """The attention backend of each layer of a period in training on the ambient mesh.
+def attention_backends(cfg: Config, seq_len: int | None = None) -> tuple[str, ...]:
+    """The attention backend of each layer of a period in training on the ambient mesh, in sequences
+    of this length, by default train.seq_len.
 
     Raises ConfigError.
     """
@@ -60,7 +63,7 @@ def attention_backends(cfg: Config) -> tuple[str, ...]:
         cfg.model,
         cfg.compute,
         sharding.platform(),
-        cfg.train.seq_len,
+        seq_len or cfg.train.seq_len,
         segments=cfg.data.documents == "mask",
         training=True,
     )

@@ -1,4 +1,4 @@
-"""Optimizers, each a registered class, and learning-rate schedules; from optax."""
+"""Optimizers, each a registered class; from optax."""
 
 from typing import Any, ClassVar, Protocol
 
@@ -11,43 +11,8 @@ from gptjax.config import Config
 from gptjax.config.registry import OPTIMIZERS
 from gptjax.errors import ConfigError
 from gptjax.training import param_groups
+from gptjax.training.lr_schedule import learning_rate
 from gptjax.training.param_groups import LrMultipliers
-
-
-def learning_rate(cfg: Config) -> optax.Schedule:
-    """The schedule by optimizer step. Lengths are configured in tokens.
-
-    Linear warm-up from zero, then one of
-      * cosine, linear: over decay_tokens, or all that is left, to final_lr_ratio of the peak, and
-        constant from there (Brown et al. 2020, appendix B);
-      * wsd: constant, and a decay over the last decay_tokens (Hu et al. 2024), linear or by
-        1 - sqrt of its progress (Hägele et al. 2024);
-      * inverse_sqrt: lr sqrt(warm-up / step) (Vaswani et al. 2017);
-      * constant.
-    """
-    o, batch = cfg.optim, cfg.train.batch_tokens
-    warmup = round(o.warmup_tokens / batch)
-    rest = max(1, cfg.train.steps - warmup)
-    decay = max(1, round(o.decay_tokens / batch)) if o.decay_tokens else rest
-    last = o.lr * o.final_lr_ratio
-    after: optax.Schedule
-    if o.lr_schedule == "cosine":
-        after = optax.cosine_decay_schedule(o.lr, decay, alpha=o.final_lr_ratio)
-    elif o.lr_schedule == "linear":
-        after = optax.linear_schedule(o.lr, last, decay)
-    elif o.lr_schedule == "wsd" and o.decay_shape == "linear":
-        after = optax.linear_schedule(o.lr, last, decay, transition_begin=rest - decay)
-    elif o.lr_schedule == "wsd":
-        progress = optax.linear_schedule(0.0, 1.0, decay, transition_begin=rest - decay)
-        after = lambda step: o.lr + (last - o.lr) * jnp.sqrt(progress(step))
-    elif o.lr_schedule == "inverse_sqrt":
-        from_step = max(1, warmup)
-        after = lambda step: o.lr * jnp.sqrt(from_step / (from_step + step))
-    else:
-        after = optax.constant_schedule(o.lr)
-    # Step 0 already learns: the ramp reaches 1/warmup there and the peak at its end.
-    ramp = lambda step: o.lr * (step + 1) / warmup
-    return optax.join_schedules([ramp, after], [warmup]) if warmup else after
 
 
 def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:

@@ -17,7 +17,7 @@ from gptjax.config import Config
 from gptjax.parallel import sharding
 from gptjax.param_tree import Tree
 from gptjax.runtime import xla_options
-from gptjax.training import optimizer, param_groups
+from gptjax.training import lr_schedule, optimizer, param_groups
 from gptjax.training.param_groups import LrMultipliers
 
 Sums = dict[str, jax.Array]
@@ -58,10 +58,10 @@ def init_and_dropout_keys(cfg: Config) -> jax.Array:
     return jax.random.split(jax.random.key(cfg.train.seed))
 
 
-def dropout_keys(cfg: Config, step: jax.Array) -> jax.Array:
+def dropout_keys(cfg: Config, step: jax.Array, batch: int) -> jax.Array:
     """Key data [B, 2], one for each sequence of a step's batch, however the batch is split."""
     key = jax.random.fold_in(init_and_dropout_keys(cfg)[1], step)
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(cfg.train.batch))
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     return jax.sharding.reshard(jax.random.key_data(keys_B), sharding.spec("batch", None))
 
 
@@ -96,23 +96,23 @@ def state_of(cfg: Config, params: Tree, lr_multipliers: LrMultipliers | None = N
 
 
 def gradients(
-    cfg: Config, loss_fn: LossFn, params: Tree, batch: Any, keys_B2: jax.Array | None
+    loss_fn: LossFn, params: Tree, batch: Any, keys_B2: jax.Array | None, accumulation: int
 ) -> tuple[Tree, Sums]:
     """The gradient of the mean loss over the batch's targets, and the batch's sums.
 
-    With accumulation, sums and gradients of sums are added up over the microbatches and divided
-    once, so every target has the same weight whichever microbatch it is in.
+    With accumulation, in so many sequential steps, sums and gradients of sums are added up over the
+    microbatches and divided once, so every target has the same weight whichever microbatch it is
+    in.
     """
     grad_fn = jax.grad(loss_fn, has_aux=True)
-    count = cfg.train.accumulation
-    if count == 1:
+    if accumulation == 1:
         grads, sums = grad_fn(params, batch, keys_B2)
     else:
 
         def add(total: Any, microbatch: tuple[Any, jax.Array | None]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, grad_fn(params, *microbatch)), None
 
-        microbatches = jax.tree.map(lambda a: _microbatches(a, count), (batch, keys_B2))
+        microbatches = jax.tree.map(lambda a: _microbatches(a, accumulation), (batch, keys_B2))
         shapes = jax.eval_shape(grad_fn, params, *jax.tree.map(lambda a: a[0], microbatches))
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding.spec), shapes
@@ -136,17 +136,22 @@ def train_step(
     state: TrainState,
     batch: Any,
     lr_multipliers: LrMultipliers | None = None,
+    accumulation: int | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step, and its metrics; `lr_multipliers` as the state was created with.
 
-    Where loss or gradient is not finite, parameters and optimizer stay as they are. Frozen leaves
-    and layers keep their bits and count in no norm.
+    The batch is split into `accumulation` sequential steps, by default train.accumulation. Where
+    loss or gradient is not finite, parameters and optimizer stay as they are. Frozen leaves and
+    layers keep their bits and count in no norm.
     """
-    keys_B2 = dropout_keys(cfg, state.step) if cfg.drops else None
+    rows = len(jax.tree.leaves(batch)[0])
+    keys_B2 = dropout_keys(cfg, state.step, rows) if cfg.drops else None
     trainable, frozen = param_groups.partition(state.params, lr_multipliers)
     where_trainable = lambda new, old: param_groups.where_trainable(new, old, lr_multipliers)
     loss_of = lambda tree, *rest: loss_fn(param_groups.combine(frozen, tree), *rest)
-    grads, sums = gradients(cfg, loss_of, trainable, batch, keys_B2)
+    grads, sums = gradients(
+        loss_of, trainable, batch, keys_B2, accumulation or cfg.train.accumulation
+    )
     grads = where_trainable(grads, jax.tree.map(jnp.zeros_like, grads))
     grad_norm = optimizer.global_norm(grads)
     rule = optimizer.make_optimizer(cfg, lr_multipliers)
@@ -173,7 +178,7 @@ def train_step(
     metrics = {
         "grad_norm": grad_norm,
         "param_norm": optimizer.global_norm(params),
-        "lr": jnp.float32(optimizer.learning_rate(cfg)(state.step)),
+        "lr": jnp.float32(lr_schedule.learning_rate(cfg)(state.step)),
         "nonfinite": new.nonfinite,
     }
     return new, metrics | _scalars(means)
@@ -196,9 +201,11 @@ def compile_step(
     state: Any,
     batch: Any,
     lr_multipliers: LrMultipliers | None = None,
+    accumulation: int | None = None,
 ) -> Any:
     """The train step compiled for the ambient mesh; `state` and `batch` may be abstract."""
-    step = jax.jit(lambda s, b: train_step(cfg, loss_fn, s, b, lr_multipliers), donate_argnums=0)
+    whole = lambda s, b: train_step(cfg, loss_fn, s, b, lr_multipliers, accumulation)
+    step = jax.jit(whole, donate_argnums=0)
     kind = jax.sharding.get_mesh().devices.flat[0].device_kind
     options = xla_options.for_device(kind, deterministic=cfg.compute.deterministic)
     return step.lower(state, batch).compile(compiler_options=options)

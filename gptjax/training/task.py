@@ -5,10 +5,11 @@ from typing import Any, Protocol
 
 import jax
 
+from gptjax.config.phases import Phase
 from gptjax.model.decoder import Params
 from gptjax.param_tree import Tree
 from gptjax.training.param_groups import LrMultipliers
-from gptjax.training.step import Sums, TrainState
+from gptjax.training.step import LossFn, TrainState
 
 
 class Task(Protocol):
@@ -27,11 +28,11 @@ class Task(Protocol):
     def starting_state(self) -> TrainState | None:
         """The state to start from, read from elsewhere; None: the one that `init` draws."""
 
-    def loss(self, params: Tree, batch: Any, keys_B2: jax.Array | None) -> tuple[jax.Array, Sums]:
-        """The loss to differentiate and the batch's sums, as `step.LossFn` describes them."""
+    def loss_fn(self, phase: Phase) -> LossFn:
+        """The loss of a phase of the run (config/phases.py)."""
 
-    def abstract_batch(self) -> Any:
-        """Shapes and layouts of a whole batch on the ambient mesh."""
+    def abstract_batch(self, phase: Phase) -> Any:
+        """Shapes and layouts of a whole batch of a phase on the ambient mesh."""
 
     def batches(self, first: int, last: int) -> Iterator[Any]:
         """This process's rows, as host arrays, of the batches of steps first..last-1, from 0 on."""

@@ -5,7 +5,6 @@ never wait for the host. All else that happens during training is a callback (ca
 """
 
 import contextlib
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,15 +13,17 @@ import jax
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from gptjax.checkpoint.checkpointer import Checkpointer
-from gptjax.config import Config
+from gptjax.config import Config, phases
+from gptjax.config.phases import Phase
 from gptjax.errors import Preempted
 from gptjax.parallel import arrays, sharding
-from gptjax.runtime import compilation_cache, distributed
+from gptjax.runtime import distributed
 from gptjax.runtime.preemption import Interrupted, PreemptionHandler
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
 from gptjax.training.callbacks import Callback, Snapshot, StepTimer
-from gptjax.training.step import TrainState, compile_step, create_state
+from gptjax.training.programs import StepPrograms
+from gptjax.training.step import TrainState, create_state
 from gptjax.training.task import Task
 
 
@@ -45,7 +46,8 @@ class Trainer:
     ) -> None:
         self._cfg, self._task, self._checkpointer = cfg, task, checkpointer
         self._callbacks, self._watchdog, self._progress = callbacks, watchdog, progress
-        self._timer = StepTimer(cfg.train.batch_tokens)
+        self._timer = StepTimer()
+        self._phases = phases.phases(cfg)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
 
     def fit(self) -> TrainState:
@@ -60,6 +62,8 @@ class Trainer:
             self._preemption = stack.enter_context(PreemptionHandler(agreed))
             for callback in self._callbacks:
                 stack.callback(callback.close)
+            self._programs = StepPrograms(self._cfg, self._task, self._progress)
+            stack.callback(self._programs.close)
             state = self._start()
             repeated = [callback for callback in self._callbacks if callback.repeats_on_resume]
             self._run_due(repeated, self._first, state)
@@ -79,7 +83,7 @@ class Trainer:
                 self._watchdog.at("restore", 0)
                 state, resumed = self._restore()
                 self._first = int(state.step)
-                self._last = max(self._first, self._cfg.train.steps)
+                self._last = max(self._first, self._phases[-1].last)
                 if resumed:
                     self._progress.say(f"resumed after step {self._first} of {self._last}")
                 for callback in self._callbacks:
@@ -103,17 +107,10 @@ class Trainer:
 
     def _compile(self, state: TrainState) -> None:
         """Compiles the step, and reads the first batch meanwhile."""
-        began = time.monotonic()
-        with ThreadPoolExecutor(1) as reader, compilation_cache.cache_report() as cached:
+        self._phase = phases.phase_at(self._phases, self._first)
+        with ThreadPoolExecutor(1) as reader:
             reading = reader.submit(next, self._batches)
-            self._step_fn = compile_step(
-                self._cfg,
-                self._task.loss,
-                state,
-                self._task.abstract_batch(),
-                self._task.lr_multipliers,
-            )
-            self._progress.say(f"compiled in {time.monotonic() - began:.1f} s ({cached()})")
+            self._step_fn = self._programs.of(self._phase, state)
             self._batch = reading.result()
         self._timer.reset()
 
@@ -123,8 +120,10 @@ class Trainer:
         """Dispatches a step, reports the one before it, and runs what is due."""
         for callback in self._callbacks:
             callback.before_step(step)
+        if (phase := phases.phase_at(self._phases, step - 1)) != self._phase:
+            self._begin_phase(phase, step, state)
         self._watchdog.at("step", step)
-        batch = arrays.global_batch(self._batch, self._cfg.train.batch)
+        batch = arrays.global_batch(self._batch, phase.batch)
         state, metrics = self._step_fn(state, batch)
         if step < self._last:
             self._read_batch(step)
@@ -137,6 +136,15 @@ class Trainer:
         if self._preemption.signal and step < self._last:
             self._stop(step, state)
         return state
+
+    def _begin_phase(self, phase: Phase, step: int, state: TrainState) -> None:
+        """Tells of a stage that begins with a step, and takes the step's program."""
+        self._report()
+        if phase.stage != self._phase.stage:
+            self._progress.say(f"stage {phase.stage} begins with step {step:,}")
+        self._watchdog.at("compile", step)
+        with self._timer.paused():
+            self._phase, self._step_fn = phase, self._programs.of(phase, state)
 
     def _read_batch(self, step: int) -> None:
         """Reads the batch of the next step while the devices compute this one."""
@@ -151,7 +159,7 @@ class Trainer:
             return
         (step, on_device), self._pending = self._pending, None
         metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
-        self._timer.step_done()
+        self._timer.step_done(phases.phase_at(self._phases, step - 1).batch_tokens)
         for callback in self._callbacks:
             callback.on_metrics(step, metrics, self._timer)
 
