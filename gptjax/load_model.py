@@ -6,7 +6,7 @@ conversion and the base of a fine-tuned run all go through these two.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from gptjax.config import (
     ModelConfig,
     TokenizerConfig,
     TrainConfig,
+    phases,
 )
 from gptjax.data.mixture import Manifests
 from gptjax.errors import CheckpointError, ConfigError
@@ -81,7 +82,8 @@ class RunModel:
 
     def at_step(self, step: int | None) -> "RunModel":
         """The run at a checkpoint; None: at its newest. Raises CheckpointError if it has none."""
-        return replace(self, step=_steps(self.path)[-1] if step is None else step)
+        step = _steps(self.path)[-1] if step is None else step
+        return replace(self, cfg=_trained(run_dir.open_run(self.path)[0], [step]), step=step)
 
     def read_params(self, say: Say = _silent) -> tuple[Params, int | None]:
         """The parameters, averaged where the run keeps a moving average, and their step."""
@@ -177,8 +179,14 @@ def find_model(path: str, say: Say = _silent) -> RunModel | HuggingFaceModel:
             say(note)
         return HuggingFaceModel(f"hf:{folder}", source, read_tokenizer.tokenizer_of(source, say))
     cfg, tokenizer, manifests = run_dir.open_run(path)
+    cfg = _trained(cfg, Checkpointer(Path(path) / run_dir.CHECKPOINTS).steps())
     kind = AdapterRun if cfg.finetune.lora.rank else RunModel
     return kind(path, cfg, tokenizer, manifests)
+
+
+def _trained(cfg: Config, steps: Sequence[int]) -> Config:
+    """The configuration of a run with its model as a stage has it at its newest step."""
+    return phases.trained(cfg, steps[-1]) if cfg.stages and steps else cfg
 
 
 def check_exists(path: str) -> None:

@@ -305,7 +305,7 @@ def tokenizer_train(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--algorithm",
-        choices=[name for names in configs.validation.ALGORITHMS.values() for name in names],
+        choices=[name for names in configs.ALGORITHMS.values() for name in names],
         default="bpe",
         help="bpe and unigram are SentencePiece's, the others Hugging Face's (bpe)",
     )

@@ -199,7 +199,7 @@ def import_adapters(folder: str, base: str, target: str, progress: Progress) -> 
         if settings:
             carry(beside, path / _CARRIED)
         train = replace(model.cfg.train, ema_decay=0.0)
-        cfg = replace(model.cfg, run=target, train=train)
+        cfg = replace(model.cfg, run=target, train=train, stages={})
         source = {"folder": folder, "base": base, "config": settings, "dtypes": {}}
         run_dir.record_imported(cfg, model.tokenizer, source)
     return {"source": folder, "base": base, "rank": lora_cfg.rank, "scale": lora_cfg.scale}

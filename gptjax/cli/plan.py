@@ -2,12 +2,12 @@
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from gptjax.cli.arguments import resolve
-from gptjax.config import Config, MeshConfig
+from gptjax.config import Config, MeshConfig, phases
 from gptjax.errors import ConfigError, OutputError
 from gptjax.plan import aot, estimate, html, report, search
 from gptjax.plan.estimate import Plan
@@ -40,13 +40,51 @@ def run(cfg: Config, options: Options, tell: Callable[[str], None]) -> None:
         raise ConfigError([f"--price={options.price:g}: must be a number, not negative"])
     if options.compile or options.sampling:
         aot.devices(machine)  # raises now if there is no compiler
+    if not cfg.stages:
+        _run(cfg, machine, options, tell, "")
+        return
+    cfg = _with_mesh(cfg, machine)
+    estimate.check(cfg, machine)
+    sizes, found = cfg.mesh.shape(machine.devices), {}
+    for stage in cfg.stages:
+        if not options.json:
+            tell(f"--- stage {stage}")
+        html_file = options.html and f"{Path(options.html).with_suffix('')}-{stage}.html"
+        mine = replace(options, html=html_file)
+        found[stage] = _run(phases.of_stage(cfg, stage, sizes), machine, mine, tell, stage)
+        if not options.json:
+            tell("")
+    if not options.json:
+        for line in _of_stages(found):
+            tell(line)
+
+
+def _of_stages(plans: Mapping[str, Plan]) -> Iterator[str]:
+    """The stages in a line each, with what does not fit."""
+    for stage, plan in plans.items():
+        limit = plan.machine.device.memory
+        fits = (
+            "fits" if plan.fits else f"does not fit, {(plan.total - limit) / GIB:.1f} GiB too much"
+        )
+        yield (
+            f"stage {stage}: {plan.total / GIB:.1f} of {limit / GIB:.1f} GiB, {fits}; "
+            f"{plan.tokens_per_second:,.0f} tokens/s, {report.duration(plan.days)}"
+        )
+    yield f"all stages: {report.duration(sum(plan.days for plan in plans.values()))}"
+
+
+def _run(
+    cfg: Config, machine: Machine, options: Options, tell: Callable[[str], None], stage: str
+) -> Plan:
+    """Plans a run, or a stage of it, and tells the result; returns the plan."""
     choices = search.pareto_front(cfg, machine) if options.search else []
     plan = choices[0].plan if choices else estimate.plan(_with_mesh(cfg, machine), machine)
     if options.html:
         _write_html(html.render(plan, choices, options.price), options.html)
     if options.json:
-        tell(json.dumps(_as_dict(plan, choices, options)))
-        return
+        named = {"stage": stage} if stage else {}
+        tell(json.dumps(named | _as_dict(plan, choices, options)))
+        return plan
     for line in report.lines(plan, options.price):
         tell(line)
     if not choices and plan.cfg.mesh != cfg.mesh and not _has_mesh(cfg):
@@ -61,6 +99,7 @@ def run(cfg: Config, options: Options, tell: Callable[[str], None]) -> None:
         for line in report.pareto_front(choices):
             tell(line)
     _compile(plan, choices, options, tell)
+    return plan
 
 
 def _write_html(page: str, file: str) -> None:

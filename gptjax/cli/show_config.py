@@ -1,11 +1,14 @@
 """`gptjax config`: the resolved configuration, its origins, and the size of its model."""
 
 import argparse
+import contextlib
 import json
+import os
 from collections.abc import Sequence
 
 from gptjax import config
 from gptjax.cli.arguments import resolve
+from gptjax.errors import DataError
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -20,6 +23,27 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     origins = config.provenance(cfg, args.config, overrides)
     for name, value in config.flatten(cfg).items():
         print(f"{name:28} {value!r:32} {origins[name]}")
+    if cfg.stages or cfg.train.batch_ramp_tokens:
+        _print_stages(cfg)
+
+
+def _print_stages(cfg: config.Config) -> None:
+    """The plan of the stages, with the epochs of what has been prepared."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # a few numbers, for which no accelerator is taken
+    cfg.check()
+    from gptjax.data import mixture
+    from gptjax.training import stage_table
+
+    epochs = None
+    with contextlib.suppress(DataError):  # no text has been prepared
+        tokens = {
+            name: one.splits["train"].tokens
+            for name, one in mixture.read_manifests(cfg).parts.items()
+        }
+        epochs = mixture.order(cfg, tokens).epochs_at
+    print()
+    for line in stage_table.lines(cfg, epochs):
+        print(line)
 
 
 def _print_counts(cfg: config.Config) -> None:

@@ -12,7 +12,7 @@ from gptjax.runtime.progress import Progress
 def train(args: argparse.Namespace, _: Sequence[str]) -> None:
     """Runs the command."""
     kind = next(
-        kind for kind, names in config.validation.ALGORITHMS.items() if args.algorithm in names
+        kind for kind, names in config.ALGORITHMS.items() if args.algorithm in names
     )
     cfg = config.Config(
         model=config.ModelConfig(vocab_size=max(args.vocab_size, 1)),

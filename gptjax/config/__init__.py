@@ -8,6 +8,7 @@ Nothing here imports JAX or TensorFlow, so a wrong flag is reported in milliseco
 """
 
 from gptjax.config.base_validation import lora_problems, tune_problems
+from gptjax.config.data_validation import ALGORITHMS
 from gptjax.config.loading import (
     CONFIG_FILE,
     flatten,
@@ -48,6 +49,7 @@ from gptjax.config.schema import (
 from gptjax.config.validation import model_problems
 
 __all__ = [
+    "ALGORITHMS",
     "CONFIG_FILE",
     "CheckpointConfig",
     "ComputeConfig",

@@ -137,7 +137,7 @@ def trained(cfg: Any, step: int) -> Any:
 # --- accumulation --------------------------------------------------------------------------------
 
 
-def rows_unit(cfg: Any, sizes: Any) -> int:
+def rows_unit(cfg: Any, sizes: Mapping[str, int]) -> int:
     """What the sequences of an accumulation step are a multiple of, on a mesh of these sizes."""
     replicas = sizes["data"] * sizes["fsdp"] * sizes["expert"]
     return int(replicas * (cfg.compute.microbatches or sizes["stage"]))
@@ -161,8 +161,11 @@ def accumulation_of(cfg: Any, phase: Phase, unit: int = 1) -> int:
 # --- one stage by itself -------------------------------------------------------------------------
 
 
-def of_stage(cfg: Any, stage: str, sizes: Any) -> Any:
-    """A configuration that trains as a stage does when its batch has grown, and has no stages."""
+def of_stage(cfg: Any, stage: str, sizes: Mapping[str, int]) -> Any:
+    """A configuration that trains as a stage does when its batch has grown, and has no stages.
+
+    On a mesh of these sizes; the learning rate is left out.
+    """
     phase = next(phase for phase in reversed(phases(cfg)) if phase.stage == stage)
     train = replace(
         cfg.train,
@@ -174,7 +177,9 @@ def of_stage(cfg: Any, stage: str, sizes: Any) -> Any:
         batch_start_tokens=0,
         batch_increment_tokens=0,
     )
-    return replace(cfg, model=model_of(cfg, stage), train=train, stages={})
+    plain = type(cfg.optim)()
+    optim = replace(plain, name=cfg.optim.name, lr_schedule="constant")
+    return replace(cfg, model=model_of(cfg, stage), train=train, optim=optim, stages={})
 
 
 def begin(cfg: Any, stage: str) -> int:

@@ -47,7 +47,7 @@ def resume_changes(saved: Config, given: Config, step: int = 0) -> list[str]:
         for name in changed
         if classes[_generic(name)] == "identity"
     ]
-    refused += _stage_changes(saved, given, step)
+    refused = refused or list(_stage_changes(saved, given, step))
     if refused:
         raise MismatchError(
             f"{given.run} contains another run; use its values, or give another --run", refused

@@ -79,7 +79,9 @@ def test_a_difference_ends_the_run_before_it_is_saved(tmp_path) -> None:
                     check.run(snapshot)
 
     checkpointer = Checkpointer(tmp_path / "checkpoints", cfg.checkpoint)
-    evaluate = callbacks.Evaluate([], metrics.Writers([], tmp_path), watchdog, progress)
+    evaluate = callbacks.Evaluate(
+        lambda step: [], metrics.Writers([], tmp_path), watchdog, progress
+    )
     kinds = [
         type(one)
         for one in callbacks.standard_callbacks(cfg, checkpointer, evaluate, watchdog, progress)

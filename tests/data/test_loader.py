@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptjax.config import Config, DataConfig, TrainConfig
-from gptjax.data import loader, store
+from gptjax.data import loader, mixture, store
 from gptjax.data.loader import Batch, TrainData
 from gptjax.data.mixture import Manifests
 from gptjax.data.permutation import Order
@@ -69,7 +69,7 @@ def train(
     data: TrainData, first: int, last: int, rows: np.ndarray | None = None, prefetch: int = 8
 ) -> list[Batch]:
     rows = np.arange(BATCH) if rows is None else rows
-    return list(data.batches(first, last, rows, prefetch))
+    return list(data.batches(first, last, {BATCH: rows}, prefetch))
 
 
 def windows(batches: list[Batch]) -> list[list]:
@@ -83,7 +83,7 @@ def windows(batches: list[Batch]) -> list[list]:
     ("tokens", "wanted"), [(1, 0), (SEQ, 0), (SEQ + 1, 1), (2 * SEQ, 1), (2 * SEQ + 1, 2)]
 )
 def test_training_windows_are_complete_and_overlap_by_one_token(tokens, wanted) -> None:
-    assert loader.training_windows(tokens, SEQ) == wanted
+    assert mixture.training_windows(tokens, SEQ) == wanted
 
 
 def test_batches_hold_the_windows_that_the_order_gives(data: TrainData) -> None:
@@ -157,7 +157,7 @@ class Broken:
 def test_read_error_ends_the_stream_with_its_reason(data: TrainData) -> None:
     bad = int(data.order.places(9)[1][4]) * LONG
     broken = dataclasses.replace(data, readers=(Broken(data.readers[0], bad),))
-    stream = broken.batches(0, 17, np.arange(BATCH), prefetch=4)
+    stream = broken.batches(0, 17, {BATCH: np.arange(BATCH)}, prefetch=4)
     got: list[Batch] = []
     with pytest.raises(OSError, match=f"the disk has lost window {bad}"):
         got.extend(stream)
@@ -175,7 +175,7 @@ def test_a_damaged_window_ends_the_stream_with_a_sentence(tmp_path: Path) -> Non
         stream.write(bytes([stream.peek(1)[0] ^ 1]))
     got: list[Batch] = []
     with pytest.raises(DataError, match=r"train: tokens 4096 to 8191 differ from their checksum"):
-        got.extend(data.batches(0, 17, np.arange(BATCH), prefetch=4))
+        got.extend(data.batches(0, 17, {BATCH: np.arange(BATCH)}, prefetch=4))
     assert windows(got) == windows(train(data, 0, len(got)))
 
 

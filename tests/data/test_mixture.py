@@ -152,7 +152,7 @@ def test_stores_of_different_tokenizers_are_refused(cfg: Config, tmp_path: Path)
 
 def test_a_part_too_small_for_its_limit_is_named(cfg: Config) -> None:
     cfg = changed(cfg, "a", epochs=0.01)
-    with pytest.raises(DataError, match=r"data.mixture.a.epochs=0.01: its \d+ windows are fewer"):
+    with pytest.raises(DataError, match=r"data.mixture.a.epochs=0.01: its [\d,]+ tokens are fewer"):
         loader.TrainData.open(cfg, prepare_mixture.prepare_parts(cfg))
 
 
@@ -179,7 +179,7 @@ def test_what_a_limit_does_is_told_at_the_start(cfg: Config, exhausted) -> None:
     limited = mixture.limited(longer, order, told.append)
     assert told[0].startswith("data.mixture.a: 0.3000 of the tokens, ")
     if exhausted == "stop":
-        assert limited.train.steps == step
+        assert limited.steps == step
         assert f"after step {step} of {step + 20}: the run ends there" in told[-1]
     else:
         assert limited == longer

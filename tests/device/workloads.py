@@ -15,6 +15,7 @@ import numpy as np
 
 from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.config import Config, MoeConfig, load
+from gptjax.config.phases import Phase
 from gptjax.model import decoder
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
@@ -104,11 +105,11 @@ class MemoryTask:
     def starting_state(self) -> None:
         return None
 
-    def loss(self, params: Any, batch: Any, keys_B2: jax.Array | None) -> Any:
-        return self._loss(params, batch, keys_B2)
+    def loss_fn(self, phase: Phase) -> Any:
+        return self._loss
 
-    def abstract_batch(self) -> Any:
-        return objective.abstract_batch(self._cfg)
+    def abstract_batch(self, phase: Phase) -> Any:
+        return objective.abstract_batch(self._cfg, phase)
 
     def batches(self, first: int, last: int) -> Iterator[Any]:
         return (windows(self._cfg, step) for step in range(first, last))

@@ -57,7 +57,7 @@ def test_labels_are_learnt_told_and_predicted(finetune, command_line, write, tmp
     assert "begins from" in err
     assert "only 18 optimizer steps in all" in err
     folder = tmp_path / "out"
-    assert f"{folder} is trained: 18 steps of" in err
+    assert f"{folder} is trained: 18 steps, " in err
     assert f"next: gptjax predict {folder} --file JSONL --output JSONL" in err
     report = json.loads((tmp_path / "out/classification.json").read_text())
     assert report["confusion"] == [[10, 0], [0, 10]]
@@ -66,7 +66,7 @@ def test_labels_are_learnt_told_and_predicted(finetune, command_line, write, tmp
     assert cfg.finetune.labels == ("high", "low")
     assert (cfg.model.vocab_size, cfg.model.table) == (261, 384)
     assert cfg.optim.lr_schedule == "linear"
-    assert cfg.train.steps == 12 * 48 // 32
+    assert cfg.steps == 12 * 48 // 32
 
     valid = labelled(20, 1)
     write("new.jsonl", [one | {"label": "nonsense"} for one in valid[:10]] + valid[10:])

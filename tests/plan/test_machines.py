@@ -122,9 +122,9 @@ def test_planner_mfu_and_compiler_options_read_one_table(name, monkeypatch) -> N
         assert hardware.find(kind) is device
         present = SimpleNamespace(device_kind=kind)
         monkeypatch.setattr(jax, "devices", lambda present=present: [present])
-        assert Throughput(1.0, "bfloat16", 0.0).of(1.0)["mfu"] == pytest.approx(
-            1 / (device.tflops * 1e12 * jax.device_count())
-        )
+        assert Throughput(lambda seq_len: 1.0, "bfloat16", 0.0, 8).of(1.0, 8)[
+            "mfu"
+        ] == pytest.approx(1 / (device.tflops * 1e12 * jax.device_count()))
         has_options = device.sparse_core or device.platform == "gpu"
         assert bool(xla_options.for_device(kind)) is has_options
     kinds = [kind for one in DEVICES.values() for kind in one.kinds]

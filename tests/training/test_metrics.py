@@ -175,17 +175,17 @@ def test_tensorboard_writes_event_files_into_the_run_folder(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_unknown_device_has_no_peak_and_no_mfu(dtype):
-    throughput = Throughput(1e6, dtype, 0.0)
-    assert throughput.of(1000.0) == {"tokens_per_second": 1000.0}
+    throughput = Throughput(lambda seq_len: 1e6, dtype, 0.0, 8)
+    assert throughput.of(1000.0, 8) == {"tokens_per_second": 1000.0}
     assert throughput.description.startswith("no peak known")
     assert "log.peak_tflops" in throughput.description
 
 
 def test_mfu_is_model_flops_over_peak_of_all_devices():
-    throughput = Throughput(2e9, "float32", 0.5)
+    throughput = Throughput(lambda seq_len: 2e9, "float32", 0.5, 8)
     rate = 100.0
     expected = rate * 2e9 / (jax.device_count() * 0.5e12)
-    assert throughput.of(rate)["mfu"] == pytest.approx(expected, rel=1e-12)
+    assert throughput.of(rate, 8)["mfu"] == pytest.approx(expected, rel=1e-12)
     assert f"{jax.device_count()} x 0.5 TFLOP/s" in throughput.description
 
 
@@ -195,9 +195,11 @@ def test_peaks_of_the_hardware_table_are_for_bfloat16_only(monkeypatch):
     monkeypatch.setitem(hardware.DEVICES, "v7x", device)
     rate = 1000.0
     expected = rate * 1e9 / (jax.device_count() * 2e12)
-    assert Throughput(1e9, "bfloat16", 0.0).of(rate)["mfu"] == pytest.approx(expected)
-    assert "mfu" not in Throughput(1e9, "float32", 0.0).of(rate)
-    given = Throughput(1e9, "bfloat16", 4.0).of(rate)["mfu"]
+    assert Throughput(lambda seq_len: 1e9, "bfloat16", 0.0, 8).of(rate, 8)["mfu"] == pytest.approx(
+        expected
+    )
+    assert "mfu" not in Throughput(lambda seq_len: 1e9, "float32", 0.0, 8).of(rate, 8)
+    given = Throughput(lambda seq_len: 1e9, "bfloat16", 4.0, 8).of(rate, 8)["mfu"]
     assert given == pytest.approx(expected / 2)  # the configured peak goes before the table
 
 

@@ -14,6 +14,7 @@ from gptjax.model import decoder
 from gptjax.parallel import sharding
 from gptjax.training import optimizer as optim
 from gptjax.training import param_groups
+from gptjax.training.lr_schedule import learning_rate
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -24,8 +25,8 @@ PEAK, STEPS, BATCH = 1e-2, 100, 512
 def rate(tiny_config, step, **fields):
     fields = {"lr": PEAK, "final_lr_ratio": 0.1} | fields
     cfg = tiny_config(optim=fields, train={"tokens": STEPS * BATCH})
-    assert cfg.train.steps == STEPS
-    return float(optim.learning_rate(cfg)(jnp.int32(step)))
+    assert cfg.steps == STEPS
+    return float(learning_rate(cfg)(jnp.int32(step)))
 
 
 # --- schedules ---------------------------------------------------------------------------------

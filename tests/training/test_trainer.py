@@ -78,9 +78,9 @@ def test_accumulated_gradients_weigh_targets_not_microbatches() -> None:
         cfg = tiny(accumulation=parts)
         with one_device():
             params = fresh(cfg).params
-            grads, sums = jax.jit(lambda p, b, cfg=cfg: gradients(cfg, loss_fn(cfg), p, b, None))(
-                params, batch_of(cfg, 0, lengths)
-            )
+            grads, sums = jax.jit(
+                lambda p, b, cfg=cfg: gradients(loss_fn(cfg), p, b, None, cfg.train.accumulation)
+            )(params, batch_of(cfg, 0, lengths))
             assert sums["targets"] == lengths.sum()
             results[parts] = jax.device_get(grads)
     for parts in (2, 4):
@@ -152,8 +152,11 @@ class ToyTask:
     def starting_state(self):
         return None
 
-    def abstract_batch(self):
-        return objective.abstract_batch(self.cfg)
+    def loss_fn(self, phase):
+        return self.loss
+
+    def abstract_batch(self, phase):
+        return objective.abstract_batch(self.cfg, phase)
 
     def batches(self, first, last):
         if self.read:
@@ -172,7 +175,7 @@ def fit(cfg: Config, folder, *, loss=None, batches=None, evaluators=(), tasks=()
     checkpointer = Checkpointer(folder / "checkpoints", cfg.checkpoint)
     due = [(cfg.eval.every, one) for one in evaluators]
     due += [(cfg.eval.tasks_every, one) for one in tasks]
-    evaluate = callbacks.Evaluate(due, writers, watchdog, quiet)
+    evaluate = callbacks.Evaluate(lambda step: due, writers, watchdog, quiet)
     with one_device():
         todo = callbacks.standard_callbacks(cfg, checkpointer, evaluate, watchdog, quiet)
         todo.append(callbacks.Every(cfg.eval.sample_every, sampler or (lambda snapshot: None)))
