@@ -6,9 +6,10 @@
 key heads and a normalisation for each branch. RW-1B: sequential, with biases and ALiBi. 2-11B: 8
 key heads and one shared normalisation. 3: Llama's architecture with heads of width 256.
 
-Peak rates, batches and tokens of 7B, 40B and 180B are those of the paper and the model cards; here
-the batch is full from the start, whereas the released models' grew. The recipes of RW-1B, 2-11B and
-3 were not published in full: their rates and batches are those of the nearest Falcon. Some Falcon 3
+Peak and last rates, batches, tokens, z-loss and the tokens over which the batch grows (30 billion
+for 7B, 100 billion for 40B and 180B) are those of the paper and the model cards. With how many
+sequences it begins was not published: here 128, growing by 128. The recipes of RW-1B, 2-11B and 3
+were not published in full: their rates and batches are those of the nearest Falcon. Some Falcon 3
 models were made from others by pruning and growing.
 """
 
@@ -41,19 +42,19 @@ _SHAPE = ModelConfig(
 def falcon_7b() -> Config:
     """6.9 billion parameters, one key head, one shared normalisation."""
     model = replace(_SHAPE, layers=32, embed=4544, heads=71, kv_heads=1, shared_norm=True)
-    return _falcon("7b", model, lr=6e-4, batch=2304, tokens=1.5)
+    return _falcon("7b", model, lr=6e-4, batch=2304, tokens=1.5, ramp=30, final=0.02)
 
 
 def falcon_40b() -> Config:
     """41.3 billion parameters, 8 key heads, a normalisation for each branch."""
     model = replace(_SHAPE, layers=60, embed=8192, heads=128, kv_heads=8)
-    return _falcon("40b", model, lr=1.85e-4, batch=1152, tokens=1.0)
+    return _falcon("40b", model, lr=1.85e-4, batch=1152, tokens=1.0, ramp=100)
 
 
 def falcon_180b() -> Config:
     """178.6 billion parameters, 8 key heads."""
     model = replace(_SHAPE, layers=80, embed=14848, heads=232, kv_heads=8)
-    return _falcon("180b", model, lr=1.25e-4, batch=2048, tokens=3.5)
+    return _falcon("180b", model, lr=1.25e-4, batch=2048, tokens=3.5, ramp=100)
 
 
 def falcon_rw_1b() -> Config:
@@ -132,9 +133,19 @@ def _falcon3(
     return _falcon(f"3-{size}", model, lr=3.7e-4, batch=2048, tokens=14.0)
 
 
-def _falcon(size: str, model: ModelConfig, *, lr: float, batch: int, tokens: float) -> Config:
-    """The common recipe; `batch` in sequences of 2048 tokens, `tokens` in trillions."""
-    batch_tokens = batch * 2048
+def _falcon(
+    size: str,
+    model: ModelConfig,
+    *,
+    lr: float,
+    batch: int,
+    tokens: float,
+    ramp: int = 0,
+    final: float = 0.1,
+) -> Config:
+    """The common recipe; `batch` in sequences of 2048 tokens, `tokens` in trillions, `ramp`, over
+    which the batch grows, in billions; `final` is the last rate as a fraction of the peak."""
+    batch_tokens, least = batch * 2048, 128 * 2048 if ramp else 0
     return Config(
         run=f"runs/falcon-{size}",
         model=model,
@@ -146,10 +157,13 @@ def _falcon(size: str, model: ModelConfig, *, lr: float, batch: int, tokens: flo
             sample_bytes=200_000_000,
         ),
         data=DataConfig(store="data/corpus", valid_fraction=0.001),
-        optim=OptimConfig(lr=lr, warmup_tokens=4_000_000_000, b2=0.999),
+        optim=OptimConfig(lr=lr, warmup_tokens=4_000_000_000, b2=0.999, final_lr_ratio=final),
         train=TrainConfig(
             tokens=round(tokens * 1e12),
             batch_tokens=batch_tokens,
+            batch_ramp_tokens=ramp * 1_000_000_000,
+            batch_start_tokens=least,
+            batch_increment_tokens=least,
             seq_len=min(model.context, 2048),
             z_loss=1e-4,
         ),

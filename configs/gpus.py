@@ -3,9 +3,10 @@
     gptjax plan gpus:llama3_8b_h100_8 --compile
     gptjax train gpus:llama3_8b_h100_8 --data.sources 'corpus/*.jsonl.zst'
 
-fsdp alone where a batch allows it; tensor parallelism stays within a node. The recipes are those
-of the models' own presets; GPT-3's batch of 3.2 million tokens is rounded to 1536 sequences.
-docs/gpu.md has each preset's memory and communication, by arithmetic and by XLA's compiler.
+fsdp alone where a batch allows it; tensor parallelism stays within a node. The recipes are those of
+the models' own presets; GPT-3's batch of 3.2 million tokens is rounded to 1536 sequences, and
+begins with 128. docs/gpu.md has each preset's memory and communication, by arithmetic and by XLA's
+compiler.
 """
 
 from gptjax.config import Config, MeshConfig, on_machine
@@ -48,7 +49,10 @@ def mixtral_8x7b_h100_16() -> Config:
 
 def gpt3_175b_h100_512() -> Config:
     """GPT-3 175B on 64 nodes of eight H100: each sequence on a node by tensor parallelism."""
-    return _on("h100:512", "gpt3:gpt3_175b", fsdp=64, tensor=8, batch_tokens=1536 * 2048)
+    batch = {"batch_tokens": 1536 * 2048, "batch_start_tokens": 128 * 2048}
+    return _on(
+        "h100:512", "gpt3:gpt3_175b", fsdp=64, tensor=8, batch_increment_tokens=128 * 2048, **batch
+    )
 
 
 def _on(

@@ -4,10 +4,17 @@
 
 Shapes are those of the released configurations. Llama 1 and 2: AdamW with betas 0.9 and 0.95, decay
 0.1, clipping at 1, 2000 steps of warm-up, a cosine to a tenth, 4 million tokens a step. Of Llama 3
-the peak rates, the number of tokens, the 8000 steps of warm-up and the largest batch are published;
-the batch grows during training (405B: 4, 8, 16 million tokens), which is not reproduced here. 3.1
-scales 3's rotary positions from 8k to 128k tokens in further training at long context, 3.2 was
-distilled, and 3.3 is 3.1 trained further; these presets have 3's recipe.
+the peak rates, the number of tokens and the 8000 steps of warm-up are published, and of 405B the
+stages: batches of 4 million tokens in sequences of 4096, after 252 million tokens 8 million in
+sequences of 8192, after 2.87 trillion 16 million; then 800 billion tokens in six lengths up to
+128k, and at last a linear decay to zero over 40 million. `llama31_405b` has them. Not published are
+the lengths between (here four, each twice the one before, of 200 billion tokens each), the data of
+each stage, and when the rotary positions were scaled (here from the first long stage on). The
+paper's cosine ends after 1.2 million steps, which with these batches are more than 15.6 trillion
+tokens: here it ends with the last long stage, and goes by tokens as the warm-up does. The average
+of the last checkpoints is not reproduced. Of 8B and 70B nothing is published but that their recipes
+are similar: their batch is 4 million tokens throughout. 3.2 was distilled, and 3.3 is 3.1 trained
+further; these presets have 3's recipe.
 """
 
 from dataclasses import replace
@@ -22,6 +29,7 @@ from gptjax.config import (
     ModelConfig,
     OptimConfig,
     RopeConfig,
+    StageConfig,
     TokenizerConfig,
     TrainConfig,
 )
@@ -87,7 +95,24 @@ def llama31_70b() -> Config:
 def llama31_405b() -> Config:
     """405.9 billion parameters."""
     shape = {"layers": 126, "embed": 16384, "mlp": 53248, "heads": 128, "kv_heads": 8}
-    return _llama3("3.1-405b", **shape, rope_factor=8.0, lr=8e-5, tokens=15.6)
+    cfg = _llama3("3.1-405b", **shape, rope_factor=8.0, lr=8e-5, tokens=15.6)
+    first, batch = _BATCH, 4 * _BATCH
+    short = StageConfig(rope_scaling="none")
+    stages = {
+        "start": replace(short, tokens=252_000_000, seq_len=4096, batch_tokens=first),
+        "doubled": replace(short, tokens=2_870_000_000_000 - 252_000_000, batch_tokens=2 * first),
+        "main": short,
+    }
+    for length in (16_384, 32_768, 65_536, 131_072):
+        stages[f"{length // 1024}k"] = StageConfig(tokens=200_000_000_000, seq_len=length)
+    stages["anneal"] = StageConfig(tokens=40_000_000, seq_len=131_072, lr_schedule="linear")
+    warmup = 61 * first + 7939 * 2 * first  # 8000 steps, of which the first stage has 61
+    return replace(
+        cfg,
+        optim=replace(cfg.optim, warmup_tokens=warmup, final_lr_ratio=0.01),
+        train=replace(cfg.train, batch_tokens=batch, accumulation=4),
+        stages=stages,
+    )
 
 
 def llama32_1b() -> Config:
@@ -107,6 +132,7 @@ def llama33_70b() -> Config:
     return _llama3("3.3-70b", **_70B, rope_factor=8.0, lr=1.5e-4)
 
 
+_BATCH = 4_194_304  # tokens of a step
 _7B = {"layers": 32, "embed": 4096, "mlp": 11008, "heads": 32}
 _13B = {"layers": 40, "embed": 5120, "mlp": 13824, "heads": 40}
 _8B = {"layers": 32, "embed": 4096, "mlp": 14336, "heads": 32, "kv_heads": 8}
@@ -148,7 +174,6 @@ def _llama(
 ) -> Config:
     """The common recipe; `tokens` in trillions, `model` are further fields of ModelConfig."""
     tokenizer = tokenizer or TokenizerConfig(vocab_size=32_000, sample_bytes=200_000_000)
-    batch = 4_194_304
     cfg = ModelConfig(
         vocab_size=tokenizer.vocab_size,
         activation="swiglu",
@@ -163,9 +188,9 @@ def _llama(
         compute=ComputeConfig(dtype="bfloat16", remat="block", loss_chunks=8),
         tokenizer=tokenizer,
         data=DataConfig(store="data/corpus", valid_fraction=0.001),
-        optim=OptimConfig(lr=lr, warmup_tokens=warmup_steps * batch),
+        optim=OptimConfig(lr=lr, warmup_tokens=warmup_steps * _BATCH),
         train=TrainConfig(
-            tokens=round(tokens * 1e12), batch_tokens=batch, seq_len=seq_len or cfg.context
+            tokens=round(tokens * 1e12), batch_tokens=_BATCH, seq_len=seq_len or cfg.context
         ),
         eval=EvalConfig(every=2000, batch=64),
         checkpoint=CheckpointConfig(every=1000, keep_every=10_000),

@@ -6,8 +6,9 @@
 Of the meshes that `--search` finds about equally fast, these are the simplest: fsdp alone where
 each device then has a whole sequence, and another axis only where batch, memory or experts need it.
 The recipes are those of the models' own presets; GPT-3's batch of 3.2 million tokens is rounded to
-1536 sequences, which these meshes divide. The README has each preset's predicted memory and time,
-by arithmetic and by the TPU's compiler.
+1536 sequences, which these meshes divide, and begins with 512. Llama 3.1 405B has one stage here,
+of its first batch: each stage has the mesh that suits its lengths. The README has each preset's
+predicted memory and time, by arithmetic and by the TPU's compiler.
 """
 
 from dataclasses import replace
@@ -22,12 +23,12 @@ def gpt2_small_v5e_4() -> Config:
 
 def gpt3_175b_v5p_512() -> Config:
     """GPT-3 175B on 8x8x8 of v5p: fsdp alone."""
-    return _on("v5p:8x8x8", "gpt3:gpt3_175b", fsdp=512, batch_tokens=_GPT3)
+    return _on("v5p:8x8x8", "gpt3:gpt3_175b", fsdp=512, **_GPT3)
 
 
 def gpt3_175b_v5p_2048() -> Config:
     """GPT-3 175B on 8x16x16 of v5p: each sequence on four devices by tensor parallelism."""
-    return _on("v5p:8x16x16", "gpt3:gpt3_175b", fsdp=512, tensor=4, batch_tokens=_GPT3)
+    return _on("v5p:8x16x16", "gpt3:gpt3_175b", fsdp=512, tensor=4, **_GPT3)
 
 
 def llama3_8b_v5e_256() -> Config:
@@ -47,7 +48,8 @@ def llama3_70b_v5p_512() -> Config:
 
 def llama31_405b_v5p_128() -> Config:
     """Llama 3.1 405B on 4x4x8 of v5p, the smallest slice that its training fits."""
-    return _on("v5p:4x4x8", "llama:llama31_405b", fsdp=32, tensor=4, accumulation=16)
+    mesh = {"fsdp": 32, "tensor": 4, "accumulation": 16, "batch_tokens": 4_194_304}
+    return replace(_on("v5p:4x4x8", "llama:llama31_405b", **mesh), stages={})
 
 
 def llama31_8b_128k_v5p_512() -> Config:
@@ -62,7 +64,11 @@ def mixtral_8x7b_v5p_128() -> Config:
     return replace(cfg, model=replace(cfg.model, moe=moe))
 
 
-_GPT3 = 1536 * 2048  # tokens of a step
+_GPT3 = {
+    "batch_tokens": 1536 * 2048,
+    "batch_start_tokens": 512 * 2048,
+    "batch_increment_tokens": 512 * 2048,
+}
 
 
 def _on(machine: str, preset: str, *, data=1, fsdp=1, expert=1, context=1, tensor=1, **train):

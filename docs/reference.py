@@ -40,6 +40,8 @@ The column *resume* says how a run that resumes treats a change of the field:
 
 - **identity**: the field decides which run this is. A resume with another value is refused.
 - **schedule**: the field may change, and training changes with it. The change is reported.
+- **stage**: the field belongs to a stage of training. It may change while its stage is to come, and
+  the change is reported; of a stage that is over it is refused.
 - **free**: the field may change and leaves the mathematics as it is.
 """
 
@@ -67,7 +69,9 @@ def sections(cls: type = config.Config, prefix: str = "") -> Iterator[tuple[str,
         if dataclasses.is_dataclass(hint):
             yield from sections(hint, name)
         elif typing.get_origin(hint) is Mapping:
-            yield from sections(typing.get_args(hint)[1], f"{name}.NAME")
+            inner = typing.get_args(hint)[1]
+            if dataclasses.is_dataclass(inner):
+                yield from sections(inner, f"{name}.NAME")
 
 
 def config_page() -> str:
@@ -113,7 +117,7 @@ def _type(hint: Any) -> str:
     if origin is tuple:
         return f"list of {_type(args[0])}"
     if origin is Mapping:
-        return "sections by name"
+        return f"{'sections' if dataclasses.is_dataclass(args[1]) else 'numbers'} by name"
     if args:
         return " or ".join(_type(arg) for arg in args)
     return {type(None): "None", str: "text", int: "integer", float: "number", bool: "boolean"}.get(

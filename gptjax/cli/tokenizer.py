@@ -11,9 +11,7 @@ from gptjax.runtime.progress import Progress
 
 def train(args: argparse.Namespace, _: Sequence[str]) -> None:
     """Runs the command."""
-    kind = next(
-        kind for kind, names in config.ALGORITHMS.items() if args.algorithm in names
-    )
+    kind = next(kind for kind, names in config.ALGORITHMS.items() if args.algorithm in names)
     cfg = config.Config(
         model=config.ModelConfig(vocab_size=max(args.vocab_size, 1)),
         tokenizer=config.TokenizerConfig(

@@ -19,7 +19,7 @@ def ramp_problems(t: Any) -> Iterator[str]:
     if t.batch_ramp_tokens == 0:
         for name in ("batch_start_tokens", "batch_increment_tokens"):
             if value := getattr(t, name):
-                yield f"train.{name}={value}: requires train.batch_ramp_tokens, its length"
+                yield f"train.{name}={value}: requires train.batch_ramp_tokens; set it to 0"
         return
     for name, value in (("batch_start_tokens", start), ("batch_increment_tokens", increment)):
         if value < 1 or value % t.seq_len:
@@ -175,24 +175,40 @@ def _continuity_problems(cfg: Any) -> Iterator[str]:
 def phase_problems(cfg: Any, sizes: Any) -> Iterator[str]:
     """Problems of batches on a mesh: those of a growing batch, and those of stages."""
     unit, context = phases.rows_unit(cfg, sizes), sizes["context"]
-    told: set[tuple[str, Any]] = set()
+    told: set[str] = set()
     for phase in phases.phases(cfg):
         if (phase.batch_tokens, phase.seq_len) == (cfg.train.batch_tokens, cfg.train.seq_len):
             continue  # told as train.batch_tokens
-        growing = phase.batch_tokens < phases.batch_tokens_of(cfg, phase.stage)
         prefix = f"stages.{phase.stage}" if phase.stage else "train"
-        if phase.batch % unit and (prefix, growing) not in told:
-            told.add((prefix, growing))
-            name = "train.batch_start_tokens" if growing else f"{prefix}.batch_tokens"
-            yield (
-                f"{name}: a batch of {phase.batch} sequences ({phase.batch_tokens} tokens) is not "
-                f"divisible by the mesh's {unit}; use "
-                f"{-(-phase.batch // unit) * unit * phase.seq_len}"
-                + (", and such a batch_increment_tokens" if growing else "")
-            )
-        if phase.seq_len % (2 * context) and context > 1 and (prefix, "length") not in told:
-            told.add((prefix, "length"))
+        what = f"a batch of {phase.batch} sequences is not divisible by the mesh's {unit}"
+        if phase.batch_tokens < phases.batch_tokens_of(cfg, phase.stage):
+            if phase.batch % unit and "ramp" not in told:
+                told.add("ramp")
+                yield (
+                    f"train.batch_start_tokens={cfg.train.batch_start_tokens}: {what}; use "
+                    f"{_ramp_on(cfg.train, unit * phase.seq_len)}"
+                )
+            continue
+        if phase.batch % unit:
+            rows = -(-phase.batch // unit) * unit
+            yield f"{prefix}.batch_tokens={phase.batch_tokens}: {what}; use {rows * phase.seq_len}"
+        if context > 1 and phase.seq_len % (2 * context):
             yield (
                 f"{prefix}.seq_len={phase.seq_len}: mesh axis 2 x context={2 * context} does not "
                 "divide it"
             )
+
+
+def _ramp_on(t: Any, unit: int) -> str:
+    """The options of a growing batch whose sizes are multiples of `unit` tokens, near those given;
+    to be pasted."""
+    if t.batch_tokens % unit:
+        return f"a train.batch_tokens that is a multiple of {unit}"
+    start = -(-t.batch_start_tokens // unit) * unit
+    if start >= t.batch_tokens:
+        off = ("batch-ramp-tokens", "batch-start-tokens", "batch-increment-tokens")
+        return f"no growth: {' '.join(f'--train.{name} 0' for name in off)}"
+    left = t.batch_tokens - start
+    increments = range(-(-t.batch_increment_tokens // unit) * unit, left + 1, unit)
+    increment = next(n for n in increments if left % n == 0)
+    return f"--train.batch-start-tokens {start} --train.batch-increment-tokens {increment}"

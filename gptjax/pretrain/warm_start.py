@@ -304,16 +304,16 @@ def _optimizer_problems(cfg: Config, base: BaseModel) -> Iterator[str]:
         return
     step = first_step(base)
     done, here = phases.tokens_at(begun, step), phases.tokens_at(cfg, step)
-    if cfg.steps <= step and cfg.train.tokens <= done:
+    if done != here:
+        yield (
+            f"start.keep_step=True: {base.path} has had {done} tokens by its step {step}, and this "
+            f"run would have had {here}; give the same train.batch_tokens, growth of the batch and "
+            "stages as far as that step"
+        )
+    elif cfg.steps <= step:
         yield (
             f"train.tokens={cfg.train.tokens}: {base.path} has been trained on {done} by its step "
             f"{step}, which count with start.keep_step; give more"
-        )
-    elif done != here:
-        yield (
-            f"start.keep_step=True: {base.path} has had {done} tokens by its step {step}, and this "
-            f"run would have had {here}; give the same train.batch_tokens, train.batch_ramp_tokens "
-            "and stages as far as that step"
         )
 
 

@@ -87,6 +87,45 @@ def test_machine_defaults_to_the_configured_one(run) -> None:
     assert json.loads(out)["machine"] == "v5e:4x4"
 
 
+STAGED = (
+    *(SMALL, *FITS, "--model.context", "8192", "--stages.main.tokens", "9000000000"),
+    *("--stages.long.seq-len", "8192", "--stages.long.batch-tokens", "1048576"),
+)
+
+
+def test_each_stage_is_planned_and_what_does_not_fit_is_named(run) -> None:
+    code, out, err = run(*STAGED)
+    assert (code, err) == (0, "")
+    main, long = out.split("--- stage ")[1:]
+    assert main.startswith("main\n")
+    assert "524,288 tokens" in main
+    assert "9,000,452,096 tokens" in main  # with the whole of its last batch
+    assert "1,048,576 tokens" in long
+    assert re.search(r"^stage main: .* of 15.8 GiB, fits; .* tokens/s, ", long, re.M)
+    assert re.search(r"^stage long: .* of 15.8 GiB, fits; ", long, re.M)
+    assert re.search(r"^all stages: [\d.]+ minutes", long, re.M)
+    longer = ("--model.context", "131072", "--stages.long.seq-len", "131072")
+    _, out, _ = run(*STAGED, *longer, "--stages.long.batch-tokens", "2097152")
+    assert re.search(r"^stage main: .*, fits;", out, re.M)
+    assert re.search(r"^stage long: .* does not fit, [\d.]+ GiB too much;", out, re.M)
+
+
+def test_stages_have_a_page_and_a_json_object_each(run, tmp_path) -> None:
+    page = tmp_path / "plan.html"
+    code, out, _ = run(*STAGED, "--json", "--html", str(page))
+    assert code == 0
+    plans = [json.loads(line) for line in out.splitlines()]
+    assert [plan["stage"] for plan in plans] == ["main", "long"]
+    assert (tmp_path / "plan-main.html").exists()
+    assert (tmp_path / "plan-long.html").exists()
+
+
+def test_a_stage_that_the_mesh_does_not_divide_is_named(run) -> None:
+    code, _, err = run(*STAGED, "--stages.long.batch-tokens", "65536")
+    assert code == 2
+    assert "stages.long.batch_tokens=65536: a batch of 8 sequences is not divisible" in err
+
+
 def test_json_has_the_printed_figures(run) -> None:
     code, out, err = run(SMALL, *FITS, "--json")
     assert (code, err) == (0, "")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gptjax import config
+from gptjax.errors import ConfigError
 from gptjax.model.flops import ModelCost
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -78,7 +79,15 @@ def test_presets_without_exact_figure_are_near_their_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*TOTALS, *NEAR])
 def test_presets_are_valid_on_64_devices(name: str) -> None:
-    config.load(f"{CONFIGS}/{name}").check(devices=64)
+    """GPT-3's first batch of 16 sequences is not: the error says which one is."""
+    argument = f"{CONFIGS}/{name}"
+    words: list[str] = []
+    if name.startswith("gpt3"):
+        with pytest.raises(ConfigError) as caught:
+            config.load(argument).check(devices=64)
+        (problem,) = caught.value.problems
+        words = problem.split("; use ")[1].split()
+    config.resolve(argument, words).check(devices=64)
 
 
 def test_config_count_prints_every_part_and_needs_no_device() -> None:

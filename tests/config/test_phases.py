@@ -235,10 +235,21 @@ def test_bad_stages_and_batches_are_refused_by_name(case: str) -> None:
 def test_every_size_of_a_batch_is_checked_on_the_mesh() -> None:
     cfg = run_of(**RAMP)
     cfg.check(1)
-    with pytest.raises(ConfigError, match=r"train.batch_start_tokens: a batch of 1 sequences \(16"):
+    cfg.check(1)
+    with pytest.raises(
+        ConfigError, match=r"start_tokens=16: a batch of 1 .* use no growth: --train"
+    ):
         cfg.check(4)
+    cfg = run_of(**RAMP | {"batch_tokens": 768})
+    with pytest.raises(ConfigError) as caught:
+        cfg.check(4)
+    (problem,) = caught.value.problems
+    start, increment = map(int, re.findall(r"-tokens (\d+)", problem))
+    assert (start, increment) == (64, 64)
+    of_mesh = {"batch_start_tokens": start, "batch_increment_tokens": increment}
+    replace(cfg, train=replace(cfg.train, **of_mesh)).check(4)
     cfg = run_of({"a": StageConfig(tokens=5000), "b": StageConfig(batch_tokens=96)})
-    with pytest.raises(ConfigError, match=r"stages.b.batch_tokens: a batch of 6 .* use 128"):
+    with pytest.raises(ConfigError, match=r"stages.b.batch_tokens=96: a batch of 6 .* use 128"):
         cfg.check(4)
     mesh = replace(cfg.mesh, context=2)
     cfg = replace(run_of({"a": StageConfig(seq_len=2, batch_tokens=64)}), mesh=mesh)

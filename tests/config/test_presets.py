@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from forked import Forked
 
 from gptjax import config
 from gptjax.cli import arguments, main
+from gptjax.config import phases
 from gptjax.plan import machines
 from gptjax.pretrain import warm_start
 
@@ -48,6 +50,52 @@ def test_preset_is_valid_on_its_machine_or_on_one_and_eight_devices(preset: str)
     else:
         cfg.check(1)
         cfg.check(8)
+
+
+def test_recipes_have_their_published_batches_and_rates() -> None:
+    """Of GPT-3 Brown et al. 2020, table 2.1 and appendix B; of Llama Dubey et al. 2024, section
+    3.4; of Falcon the model cards."""
+    gpt3 = config.load("gpt3:gpt3_175b")
+    sizes = [phase.batch_tokens for phase in phases.phases(gpt3)]
+    assert (sizes[0], sizes[-1]) == (32_768, 3_276_800)
+    assert len(set(np.diff(sizes))) == 1  # linear
+    growth = phases.phases(gpt3)[-1].tokens
+    assert growth == pytest.approx(12e9, rel=1e-3)
+    assert gpt3.optim.warmup_tokens == 375_000_000
+    assert gpt3.optim.warmup_tokens + gpt3.optim.decay_tokens == 260_000_000_000
+
+    llama = config.load("llama:llama31_405b")
+    found = phases.phases(llama)
+    grown = {name: next(p for p in found if p.stage == name) for name in llama.stages}
+    shapes = [
+        (grown[name].batch_tokens, grown[name].seq_len) for name in ("start", "doubled", "main")
+    ]
+    assert shapes == [(2**22, 4096), (2**23, 8192), (2**24, 8192)]
+    begins = [grown[name].tokens for name in ("doubled", "main", "16k", "anneal")]
+    wanted = [252e6, 2.87e12, 15.6e12 - 8e11 - 4e7, 15.6e12 - 4e7]
+    for begin, value in zip(begins, wanted, strict=True):
+        assert 0 <= begin - value < 2**24
+    assert grown["128k"].seq_len == llama.model.context == 131_072
+    assert phases.tokens_at(llama, 8000) == llama.optim.warmup_tokens
+    scaled = {name: phases.model_of(llama, name).rope.scaling for name in llama.stages}
+    assert scaled["main"] == "none"
+    assert scaled["16k"] == scaled["anneal"] == "low_frequency"
+
+    for name, billions, last in (("7b", 30, 1.2e-5), ("40b", 100, 1.85e-5), ("180b", 100, 1.25e-5)):
+        falcon = config.load(f"falcon:falcon_{name}")
+        assert falcon.train.batch_ramp_tokens == billions * 10**9
+        assert falcon.optim.lr * falcon.optim.final_lr_ratio == pytest.approx(last)
+        assert falcon.train.z_loss == 1e-4
+
+
+def test_config_prints_the_plan_of_stages(command_line) -> None:
+    code, out, _ = command_line("config", "llama:llama31_405b")
+    assert code == 0
+    rows = out.split("\n\n")[1].splitlines()
+    assert [row.split()[0] for row in rows[1:]] == list(config.load("llama:llama31_405b").stages)
+    assert "4,194,304    4,096" in rows[1]
+    code, out, _ = command_line("config", "gpt2:small")
+    assert "ends at token" not in out
 
 
 @pytest.mark.parametrize("line", SHOWN)

@@ -369,7 +369,7 @@ REFUSED = {
     ),
     "batch": (
         ["--start.optimizer", "--start.keep-step", "--train.batch-tokens", "1024"],
-        "train.batch_tokens=512, and steps go on only in batches of the same size",
+        "has had 4096 tokens by its step 8, and this run would have had 8192; give the same",
     ),
     "budget": (
         ["--start.optimizer", "--start.keep-step", "--train.tokens", "4096"],
