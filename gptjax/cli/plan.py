@@ -43,20 +43,32 @@ def run(cfg: Config, options: Options, tell: Callable[[str], None]) -> None:
     if not cfg.stages:
         _run(cfg, machine, options, tell, "")
         return
-    cfg = _with_mesh(cfg, machine)
-    estimate.check(cfg, machine)
-    sizes, found = cfg.mesh.shape(machine.devices), {}
+    _run_stages(_with_mesh(cfg, machine), machine, options, tell)
+
+
+def _run_stages(
+    cfg: Config, machine: Machine, options: Options, tell: Callable[[str], None]
+) -> None:
+    """Plans each stage of a run. Raises ConfigError where a search finds nothing for a stage."""
+    if not options.search:
+        estimate.check(cfg, machine)
+    sizes, found, problems = cfg.mesh.shape(machine.devices), {}, []
     for stage in cfg.stages:
+        page = f"{Path(options.html).with_suffix('')}-{stage}.html" if options.html else None
         if not options.json:
             tell(f"--- stage {stage}")
-        html_file = options.html and f"{Path(options.html).with_suffix('')}-{stage}.html"
-        mine = replace(options, html=html_file)
-        found[stage] = _run(phases.of_stage(cfg, stage, sizes), machine, mine, tell, stage)
+        try:
+            alone, mine = phases.of_stage(cfg, stage, sizes), replace(options, html=page)
+            found[stage] = _run(alone, machine, mine, tell, stage)
+        except ConfigError as error:
+            problems += [f"stages.{stage}: {problem}" for problem in error.problems]
         if not options.json:
             tell("")
     if not options.json:
         for line in _of_stages(found):
             tell(line)
+    if problems:
+        raise ConfigError(problems)
 
 
 def _of_stages(plans: Mapping[str, Plan]) -> Iterator[str]:
