@@ -81,6 +81,22 @@ def test_several_processes_fine_tune_with_the_losses_of_one(start, alone, worksp
     assert "trains" not in jobs[1].stderr(1)
 
 
+def test_several_processes_train_a_growing_batch_and_stages(start) -> None:
+    words = (
+        *("--train.batch-ramp-tokens", "2048", "--train.batch-start-tokens", "512"),
+        *("--train.batch-increment-tokens", "256", "--train.tokens", "8192"),
+        *("--stages.main.tokens", "5000", "--stages.long.seq-len", "32"),
+        *("--stages.long.batch-tokens", "512", "--stages.long.lr-schedule", "linear"),
+    )
+    jobs = [start(f"staged.{count}", count, *words, devices=3 - count) for count in (1, 2)]
+    assert [job.wait() for job in jobs] == [[0], [0, 0]], jobs[1].stderr(0)
+    one, two = (losses(job.folder) for job in jobs)
+    assert sorted(one) == sorted(two)
+    assert close(one, two)
+    assert "stage long begins" in jobs[1].stderr(0)
+    assert "stage long begins" not in jobs[1].stderr(1)
+
+
 def ids_by_step(folder: Path) -> dict[int, list[list[int]]]:
     """Window ids by step and process, from the logs in a folder."""
     read: dict[int, list[list[int]]] = {}
