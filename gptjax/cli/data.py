@@ -123,16 +123,20 @@ def show(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         raise ConfigError([f"--step={args.step}: the mixture has text for {last} steps"])
     seq_len = phases.phase_at(data.phases, args.step - 1).seq_len
     parts, windows = data.order.places(args.step - 1)
-    (batch,) = data.read(range(args.step - 1, args.step))
-    for part, window, tokens in zip(parts, windows, batch, strict=True):
-        name = data.order.names[part]
-        document, place = data.readers[part].document_at(window * seq_len, manifests.start_id)
-        begins = int((tokens[1:-1] == manifests.start_id).sum())
-        print(
-            f"{f'part {name}, ' if name else ''}window {window}: document {document} from its "
-            f"token {place}{f' and {begins} more' if begins else ''}: "
-            f"{tokenizer.decode(tokens.tolist())!r}"
-        )
+    batches, targets = data.read(range(args.step - 1, args.step))
+    for part, window, tokens, count in zip(parts, windows, batches[0], targets[0], strict=True):
+        name, own = data.order.names[part], tokens[: count + 1]
+        if data.packings:
+            documents = data.packings[seq_len][part].row(window)[2]
+            what = f"row {window}: documents {', '.join(map(str, documents.tolist()))}"
+            what += f", {seq_len - count} tokens of padding" if count < seq_len else ""
+        else:
+            document, place = data.readers[part].document_at(window * seq_len, manifests.start_id)
+            begins = int((tokens[1:-1] == manifests.start_id).sum())
+            what = f"window {window}: document {document} from its token {place}"
+            what += f" and {begins} more" if begins else ""
+        prefix = f"part {name}, " if name else ""
+        print(f"{prefix}{what}: {tokenizer.decode(own.tolist())!r}")
 
 
 def bench(args: argparse.Namespace, overrides: Sequence[str]) -> None:

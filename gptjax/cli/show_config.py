@@ -31,16 +31,12 @@ def _print_stages(cfg: config.Config) -> None:
     """The plan of the stages, with the epochs of what has been prepared."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # a few numbers, for which no accelerator is taken
     cfg.check()
-    from gptjax.data import mixture
+    from gptjax.data import loader, mixture
     from gptjax.training import stage_table
 
     epochs = None
     with contextlib.suppress(DataError):  # no text has been prepared
-        tokens = {
-            name: one.splits["train"].tokens
-            for name, one in mixture.read_manifests(cfg).parts.items()
-        }
-        epochs = mixture.order(cfg, tokens).epochs_at
+        epochs = loader.TrainData.open(cfg, mixture.read_manifests(cfg)).order.epochs_at
     print()
     for line in stage_table.lines(cfg, epochs):
         print(line)

@@ -28,6 +28,11 @@ def data_problems(cfg: Any) -> Iterator[str]:
             )
         if cfg.data.exhausted != type(cfg.data)().exhausted:
             yield f"data.exhausted={cfg.data.exhausted}: requires data.mixture"
+    if cfg.data.packing == "documents" and cfg.data.documents != "mask":
+        yield (
+            f"data.packing={cfg.data.packing}: requires data.documents=mask, as the documents of a "
+            "row have nothing to do with each other"
+        )
     if tokenizer.kind != "bytes" and not tokenizer.path:
         yield from _tokenizer_problems(tokenizer)
     needed = 258 if tokenizer.kind == "bytes" else tokenizer.vocab_size

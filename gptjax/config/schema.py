@@ -115,6 +115,10 @@ class DataConfig:
     documents: Literal["ignore", "mask"] = identity("ignore")
     """Document boundaries within a window: ignore lets attention cross them; mask does not, and
     restarts positions at each document."""
+    packing: Literal["windows", "documents"] = identity("windows")
+    """What a row of a batch holds: a window of the stream of all documents, or whole documents by
+    best fit (documents), where a row ends in padding if no document fits, and only documents longer
+    than a row are cut. The latter requires documents=mask."""
     max_document_bytes: int = identity(64_000_000)
     """Longest document, in bytes. A longer text file is tokenized in parts, cut at line ends; a
     longer record is an error."""

@@ -19,8 +19,10 @@ from gptjax.config.phases import Phase
 from gptjax.data import mixture
 from gptjax.data.mixture import Manifests
 from gptjax.data.mixture_order import MixtureOrder
+from gptjax.data.packing import Packing, open_packing
 from gptjax.data.store import Reader
 from gptjax.data.tf_import import import_tensorflow
+from gptjax.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -36,38 +38,88 @@ class Batch:
 
 @dataclass(frozen=True)
 class TrainData:
-    """The training windows of one store or of a mixture's, in their order."""
+    """The training windows of one store or of a mixture's, in their order.
+
+    `packings` has the rows of each part by their length, where rows hold whole documents.
+    """
 
     readers: tuple[Reader, ...]
     order: MixtureOrder
     phases: tuple[Phase, ...]
+    packings: Mapping[int, tuple[Packing, ...]]
 
     @classmethod
     def open(cls, cfg: Config, manifests: Manifests) -> "TrainData":
         """The configured training data. Raises DataError for a store without a whole window."""
+        parts, found = mixture.part_configs(cfg), phases.phases(cfg)
         readers = {
             name: Reader(part.data.store, "train", manifests.parts[name])
-            for name, part in mixture.part_configs(cfg).items()
+            for name, part in parts.items()
         }
-        order = mixture.order(cfg, {name: len(reader) for name, reader in readers.items()})
-        return cls(tuple(readers.values()), order, phases.phases(cfg))
+        packings = {}
+        if cfg.data.packing == "documents":
+            packings = {
+                length: {
+                    name: open_packing(part.data.store, manifests.parts[name], length)
+                    for name, part in parts.items()
+                }
+                for length in {phase.seq_len for phase in found}
+            }
 
-    def read(self, steps: range, rows: np.ndarray | None = None) -> np.ndarray:
-        """The windows of the given rows (default: all) of the batches of steps, int32 [N, B, W].
+        def windows(name: str, seq_len: int) -> int:
+            tokens = len(readers[name])
+            rows = packings[seq_len][name] if packings else None
+            count = mixture.training_windows(tokens, seq_len) if rows is None else len(rows)
+            if count < 1:
+                raise DataError(
+                    f"data.store={parts[name].data.store}: {tokens} training tokens, too few for a "
+                    f"window of train.seq_len={seq_len}; give more text"
+                )
+            return count
+
+        order = mixture.order(cfg, windows)
+        by_length = {length: tuple(rows.values()) for length, rows in packings.items()}
+        return cls(tuple(readers.values()), order, found, by_length)
+
+    def read(self, steps: range, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The windows of the given rows (default: all) of the batches of steps, int32 [N, B, W],
+        and the number of targets in each, int32 [N, B].
 
         Steps count from 0, and all are of one phase. Raises DataError as `Reader.windows` does.
         """
+        both_NBX = self._read(steps, rows)
+        return both_NBX[..., :-1], both_NBX[..., -1]
+
+    def _read(self, steps: range, rows: np.ndarray | None) -> np.ndarray:
+        """As `read`, with the number of targets after each window, int32 [N, B, W + 1]."""
         seq_len = phases.phase_at(self.phases, steps.start).seq_len
         parts_NB, ids_NB = self.order.places_of(steps, rows)
-        parts_N, starts_N = parts_NB.ravel(), ids_NB.ravel() * seq_len
-        windows_NW = np.zeros((len(starts_N), seq_len + 1), np.int32)
+        parts_N, ids_N = parts_NB.ravel(), ids_NB.ravel()
+        both_NX = np.zeros((len(ids_N), seq_len + 2), np.int32)
+        windows_NW, targets_N = both_NX[:, :-1], both_NX[:, -1]
+        targets_N[:] = seq_len
         for part, reader in enumerate(self.readers):
             here = np.flatnonzero(parts_N == part)
-            reader.read_into(map(windows_NW.__getitem__, here.tolist()), starts_N[here])
+            if self.packings:
+                packing = self.packings[seq_len][part]
+                targets_N[here] = packing.read_into(windows_NW, here, ids_N[here], reader)
+            else:
+                starts = ids_N[here] * seq_len
+                reader.read_into(map(windows_NW.__getitem__, here.tolist()), starts)
         if windows_NW.size and windows_NW.max() >= self.readers[0].vocab_size:
-            for part, start in zip(parts_N.tolist(), starts_N, strict=True):
-                self.readers[part].windows(start[None], seq_len + 1)  # raises, at the wrong id
-        return windows_NW.reshape(*ids_NB.shape, seq_len + 1)
+            self._raise_at_the_wrong_id(windows_NW, parts_N, ids_N, seq_len)
+        return both_NX.reshape(*ids_NB.shape, seq_len + 2)
+
+    def _raise_at_the_wrong_id(
+        self, windows_NW: np.ndarray, parts_N: np.ndarray, ids_N: np.ndarray, seq_len: int
+    ) -> None:
+        for part, number, window_W in zip(parts_N.tolist(), ids_N, windows_NW, strict=True):
+            if window_W.max() < self.readers[part].vocab_size:
+                continue
+            if not self.packings:
+                self.readers[part].windows(number[None] * seq_len, seq_len + 1)
+            for start, length, _ in zip(*self.packings[seq_len][part].row(number), strict=True):
+                self.readers[part].windows(start[None], int(length))
 
     def epochs(self, step: int) -> dict[str, float]:
         """Epochs completed after so many steps, by the names of metrics: epochs, or epochs/PART."""
@@ -83,10 +135,9 @@ class TrainData:
         """
         for phase in phases.between(self.phases, first, last):
             rows = rows_of[phase.batch]
-            full_B = np.full(len(rows), phase.seq_len, np.int32)
-            read = lambda steps, rows=rows: self.read(steps, rows)
-            for windows_BW in _stream(read, phase.first, phase.last, prefetch):
-                yield Batch(windows_BW, full_B)
+            read = lambda steps, rows=rows: self._read(steps, rows)
+            for both_BX in _stream(read, phase.first, phase.last, prefetch):
+                yield Batch(both_BX[:, :-1], both_BX[:, -1])
 
 
 def eval_batches(

@@ -91,36 +91,35 @@ def read_manifests(cfg: Config) -> Manifests:
     return Manifests({name: store.read_manifest(c.data.store) for name, c in parts.items()})
 
 
-def order(cfg: Config, tokens: Mapping[str, int]) -> MixtureOrder:
-    """The configured order of parts with so many training tokens.
+def order(cfg: Config, windows: Callable[[str, int], int]) -> MixtureOrder:
+    """The configured order of parts that have so many windows, by the part's name and their length.
 
-    Raises DataError for a part without a whole window, or that its limit leaves less than its share
-    of one batch.
+    Raises DataError for a part that its limit leaves less than its share of one batch.
     """
-    parts, stretches = part_configs(cfg), []
-    for phase in phases.phases(cfg):
-        stretch = Stretch(
+    names, found = tuple(part_configs(cfg)), phases.phases(cfg)
+    shares = {phase: phases.weights_of(cfg, phase.stage) for phase in found}
+    used = {(name, phase.seq_len) for phase in found for name in names if shares[phase].get(name)}
+    count = lambda name, length: windows(name, length) if (name, length) in used else 1
+    stretches = tuple(
+        Stretch(
             batch=phase.batch,
-            windows=tuple(training_windows(tokens[name], phase.seq_len) for name in parts),
-            weights=tuple(phases.weights_of(cfg, phase.stage).get(name, 0.0) for name in parts),
+            windows=tuple(count(name, phase.seq_len) for name in names),
+            weights=tuple(shares[phase].get(name, 0.0) for name in names),
             first=phase.first,
             seq_len=phase.seq_len,
         )
-        for name, windows, weight in zip(parts, stretch.windows, stretch.weights, strict=True):
-            if weight and windows < 1:
-                raise DataError(
-                    f"data.store={parts[name].data.store}: {tokens[name]} training tokens, too few "
-                    f"for a window of train.seq_len={phase.seq_len}; give more text"
-                )
-        stretches.append(stretch)
+        for phase in found
+    )
     epochs = tuple(part.epochs for _, part in sorted(cfg.data.mixture.items())) or (0.0,)
     stops = cfg.data.exhausted == "stop"
-    made = MixtureOrder(tuple(parts), tuple(stretches), cfg.train.seed, epochs, stops)
+    made = MixtureOrder(names, stretches, cfg.train.seed, epochs, stops)
     for name, step in made.leaves.items():
         if made.epochs_at(step)[name] == 0:
+            length = phases.phase_at(found, step).seq_len
             raise DataError(
-                f"data.mixture.{name}.epochs={cfg.data.mixture[name].epochs}: its {tokens[name]:,} "
-                f"tokens are fewer than its share of a single batch; raise it, or lower its weight"
+                f"data.mixture.{name}.epochs={cfg.data.mixture[name].epochs}: its "
+                f"{windows(name, length)} windows are fewer than its share of a single batch; "
+                f"raise it, or lower data.mixture.{name}.weight"
             )
     return made
 

@@ -112,7 +112,7 @@ class MixtureOrder:
         """The segments, the number of steps (None: endless), and the step at which parts leave."""
         parts = range(len(self.names))
         rows = {stretch.seq_len: np.zeros(len(parts), np.int64) for stretch in self.stretches}
-        windows = {stretch.seq_len: np.array(stretch.windows).clip(1) for stretch in self.stretches}
+        windows = {stretch.seq_len: np.array(stretch.windows) for stretch in self.stretches}
         segments: list[_Segment] = []
         leaves: dict[str, int] = {}
         for stretch, following in itertools.pairwise([*self.stretches, None]):
@@ -182,7 +182,7 @@ class MixtureOrder:
     def epochs_at(self, step: int) -> dict[str, float]:
         """Epochs of each part completed when a step begins, as fractions, by name."""
         segment = self._segments(step)[0]
-        epochs_K = self.used(step) / np.array(segment.stretch.windows).clip(1) + segment.others_K
+        epochs_K = self.used(step) / segment.stretch.windows + segment.others_K
         return dict(zip(self.names, epochs_K.tolist(), strict=True))
 
     def places(self, step: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -14,8 +14,8 @@ from pathlib import Path
 from etils import epath
 
 from gptjax import tokenizer as tokenizers
-from gptjax.config import Config
-from gptjax.data import prepare, sources, store
+from gptjax.config import Config, phases
+from gptjax.data import packing, prepare, sources, store
 from gptjax.data.journal import JOURNAL, LOCK, check_same
 from gptjax.data.mixture import Manifests, part_configs
 from gptjax.data.split import Split
@@ -58,6 +58,10 @@ def prepare_parts(
                 f"data.mixture.{name}: its store has another tokenizer than that of "
                 f"data.mixture.{first}; give both --tokenizer.path, or another store"
             )
+    if cfg.data.packing == "documents":
+        for name, part in parts.items():
+            for length in {phase.seq_len for phase in phases.phases(cfg)}:
+                packing.prepare(part.data.store, made[name], length, say)
     return Manifests(made)
 
 

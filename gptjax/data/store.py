@@ -156,17 +156,15 @@ class Reader:
         return out
 
     def read_into(self, out: Iterable[np.ndarray], starts: np.ndarray) -> None:
-        """As `windows`, into rows of zeros of equal length, int32; does not look at the ids."""
-        out = list(out)
-        length = len(out[0]) if out else 0
+        """As `windows`, into rows of zeros of any lengths, int32; does not look at the ids."""
         rows = zip(out, starts.tolist(), strict=True)
         if self._remote is not None:
-            self._read_remote(rows, length)
+            self._read_remote(rows)
         else:
             for row, start in rows:
-                self._check_local(start, length)
+                self._check_local(start, len(row))
                 done = 0
-                for part in self._local(start, length):
+                for part in self._local(start, len(row)):
                     row[done : done + len(part)] = part
                     done += len(part)
 
@@ -198,19 +196,19 @@ class Reader:
             for number in range(first, min(last, len(self._checked))):
                 self._check(number, *self._local(number * _RANGE_TOKENS, _RANGE_TOKENS))
 
-    def _read_remote(self, rows: Iterator[tuple[np.ndarray, int]], length: int) -> None:
+    def _read_remote(self, rows: Iterator[tuple[np.ndarray, int]]) -> None:
         """Reads whole ranges, which are fetched whole anyway, and checks them."""
         reads = []
         for row, start in rows:
             first = start // _RANGE_TOKENS
-            last = min(-(-(start + length) // _RANGE_TOKENS) * _RANGE_TOKENS, self._length)
+            last = min(-(-(start + len(row)) // _RANGE_TOKENS) * _RANGE_TOKENS, self._length)
             tokens = self._remote[min(first * _RANGE_TOKENS, last) : last].read()
             reads.append((row, start, first, tokens))
         for row, start, first, read in reads:
             tokens = read.result()
             for i in range(0, len(tokens), _RANGE_TOKENS):
                 self._check(first + i // _RANGE_TOKENS, tokens[i : i + _RANGE_TOKENS])
-            part = tokens[start - first * _RANGE_TOKENS :][:length]
+            part = tokens[start - first * _RANGE_TOKENS :][: len(row)]
             row[: len(part)] = part
 
     def _check(self, number: int, *parts: np.ndarray) -> None:

@@ -256,7 +256,7 @@ def test_an_imported_store_is_trained_on_alone_and_in_a_mixture(
     manifests = prepare_mixture.prepare_parts(cfg)
     data = loader.TrainData.open(cfg, manifests)
     _, ids = data.order.places(0)
-    assert data.read(range(1))[0, 0].tolist() == [EOS, *STREAM][ids[0] * 8 : ids[0] * 8 + 9]
+    assert data.read(range(1))[0][0, 0].tolist() == [EOS, *STREAM][ids[0] * 8 : ids[0] * 8 + 9]
     part = MixturePart(store=cfg.data.store)
     mixed = replace(cfg, data=DataConfig(store=str(tmp_path / "mix"), mixture={"a": part}))
     assert prepare_mixture.prepare_parts(mixed).parts["a"] == manifests.parts[""]

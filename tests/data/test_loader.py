@@ -97,7 +97,7 @@ def test_batches_hold_the_windows_that_the_order_gives(data: TrainData) -> None:
         assert batch.windows_BW.dtype == batch.lengths_B.dtype == np.int32
         assert batch.lengths_B.tolist() == [LONG] * BATCH
         np.testing.assert_array_equal(data.order.places(step)[1], ids)
-        np.testing.assert_array_equal(data.read(range(step, step + 1))[0], wanted)
+        np.testing.assert_array_equal(data.read(range(step, step + 1))[0][0], wanted)
 
 
 @pytest.mark.parametrize("prefetch", [1, 2, 7, 32])

@@ -61,14 +61,14 @@ def letters_of(windows_BW: np.ndarray) -> list[str]:
 def test_rows_come_from_their_parts_stores(cfg: Config) -> None:
     data = loader.TrainData.open(cfg, prepare_mixture.prepare_parts(cfg))
     for rows in (None, np.arange(1, BATCH, 3), np.arange(0)):
-        windows_NBW = data.read(range(2, 5), rows)
+        windows_NBW, _ = data.read(range(2, 5), rows)
         for step, windows_BW in zip(range(2, 5), windows_NBW, strict=True):
             parts_B, ids_B = data.order.places(step, rows)
             assert letters_of(windows_BW) == ["ab"[part] for part in parts_B]
             for row, part, start in zip(windows_BW, parts_B, ids_B * SEQ, strict=True):
                 alone = data.readers[part].windows(np.array([start]), SEQ + 1)
                 np.testing.assert_array_equal(row, alone[0])
-    assert letters_of(data.read(range(1))[0]) == ["a"] * 3 + ["b"] * 7
+    assert letters_of(data.read(range(1))[0][0]) == ["a"] * 3 + ["b"] * 7
     assert set(data.epochs(5)) == {"epochs/a", "epochs/b"}
 
 
@@ -126,7 +126,7 @@ def test_the_order_in_which_parts_are_named_changes_no_batch(cfg: Config) -> Non
     other = replace(cfg, data=replace(cfg.data, mixture=turned))
     assert list(turned) != list(cfg.data.mixture)
     manifests = prepare_mixture.prepare_parts(cfg)
-    batches = [loader.TrainData.open(c, manifests).read(range(3)) for c in (cfg, other)]
+    batches = [loader.TrainData.open(c, manifests).read(range(3))[0] for c in (cfg, other)]
     np.testing.assert_array_equal(*batches)
     words = ["--data.mixture.c-d.sources", "x", "--data.mixture.a.weight", "2"]
     named = config.override(cfg, words, "gptjax train").data.mixture
@@ -152,7 +152,7 @@ def test_stores_of_different_tokenizers_are_refused(cfg: Config, tmp_path: Path)
 
 def test_a_part_too_small_for_its_limit_is_named(cfg: Config) -> None:
     cfg = changed(cfg, "a", epochs=0.01)
-    with pytest.raises(DataError, match=r"data.mixture.a.epochs=0.01: its [\d,]+ tokens are fewer"):
+    with pytest.raises(DataError, match=r"data.mixture.a.epochs=0.01: its \d+ windows are fewer"):
         loader.TrainData.open(cfg, prepare_mixture.prepare_parts(cfg))
 
 
