@@ -38,6 +38,7 @@ FORMAT = 1
 INDEX = "packed.json"
 BLOCK = 1 << 22  # documents that are packed together
 _SCANNED = 1 << 22  # tokens that are looked at at once
+_NONE = np.zeros(0, np.int64)
 _DTYPES = {"pieces": "<i8", "lengths": "<i4", "rows": "<i8"}
 
 
@@ -104,7 +105,7 @@ class Packing:
 # --- rows of a block -----------------------------------------------------------------------------
 
 
-def best_fit(costs_D: np.ndarray, capacity: int, room_R: np.ndarray) -> np.ndarray:
+def best_fit(costs_D: np.ndarray, capacity: int, room_R: np.ndarray = _NONE) -> np.ndarray:
     """The row of each item by best-fit decreasing, int64 [D].
 
     The first rows have the room of `room_R`, and further ones that of `capacity`. All items of one

@@ -1,16 +1,16 @@
 """Packing: several conversations in one row, where none attends to another.
 
-Best-fit decreasing: the longest first, each into the row with the least room that still holds it,
-the first of equals. So the rows depend on nothing but the examples and the length.
+By best fit, as data/packing.py packs documents: the rows depend on nothing but the examples and the
+length.
 
 Shapes: R rows, T tokens.
 """
 
-import bisect
 from dataclasses import dataclass
 
 import numpy as np
 
+from gptjax.data.packing import best_fit
 from gptjax.finetune.conversations import Conversations
 from gptjax.finetune.examples import raise_problems
 
@@ -44,22 +44,6 @@ class PackedRows:
         }
 
 
-def best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
-    """For each row the indices of its items, the sum of whose lengths is at most `capacity`."""
-    rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # room left in a row, and the row; ascending
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        at = bisect.bisect_left(free, (lengths[i], -1))
-        if at == len(free):
-            left, row = capacity, len(rows)
-            rows.append([])
-        else:
-            left, row = free.pop(at)
-        rows[row].append(i)
-        bisect.insort(free, (left - lengths[i], row))
-    return rows
-
-
 def pack(given: Conversations, length: int, fill: int) -> PackedRows:
     """Rows of `length` tokens, padded with the token `fill`.
 
@@ -77,7 +61,9 @@ def pack(given: Conversations, length: int, fill: int) -> PackedRows:
         ids.append(one.ids[over:])
         loss_masks.append(one.loss_mask[over:])
     raise_problems(problems)
-    rows = best_fit_decreasing([len(one) - 1 for one in ids], length)
+    row_D = best_fit(np.array([len(one) - 1 for one in ids]), length)
+    ends = np.cumsum(np.bincount(row_D))
+    rows = np.split(np.argsort(row_D, kind="stable"), ends[:-1])
     shape = len(rows), length
     tokens, targets = np.full(shape, fill, np.int32), np.full(shape, fill, np.int32)
     segments, positions, counts = (np.zeros(shape, np.int32) for _ in range(3))

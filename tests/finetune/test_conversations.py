@@ -186,19 +186,6 @@ def test_squad_file_has_all_reference_answers(tmp_path) -> None:
     assert two.answers == ("",)
 
 
-def test_packing_is_best_fit_decreasing() -> None:
-    assert packing.best_fit_decreasing([3, 7, 5, 3, 2], 10) == [[1, 0], [2, 3, 4]]
-    assert packing.best_fit_decreasing([4, 4, 4], 4) == [[0], [1], [2]]
-    # the least room that holds it, not the first row with room
-    assert packing.best_fit_decreasing([6, 8, 2, 4], 10) == [[1, 2], [0, 3]]
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(1, 50, 200).tolist()
-    rows = packing.best_fit_decreasing(lengths, 64)
-    assert sorted(i for row in rows for i in row) == list(range(200))
-    assert all(sum(lengths[i] for i in row) <= 64 for row in rows)
-    assert len(rows) <= 1.1 * sum(lengths) / 64
-
-
 def conversation(prompt: int, answer: int, first: int = 1) -> Conversation:
     ids = list(range(first, first + prompt + answer))
     return Conversation(ids, [False] * prompt + [True] * answer, ids[:prompt], ("",), "f.jsonl:3")
