@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -30,6 +31,7 @@ from gptjax.config import (
     TrainConfig,
     phases,
 )
+from gptjax.data import prepare_mixture
 from gptjax.errors import MismatchError
 from gptjax.pretrain.train import train
 from gptjax.training.trainer import Trainer
@@ -41,12 +43,13 @@ FIRST, SECOND = 10, 14  # the steps after which a stage ends
 
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory) -> Config:
-    """A batch that grows from 8 to 16 rows, long windows of another mixture, then a decay."""
+    """A batch that grows from 8 to 16 rows, long rows of another mixture, then a decay; all of
+    whole documents."""
     folder = tmp_path_factory.mktemp("stages")
     for name in ("web", "books"):
         (folder / name).mkdir()
-        for number in range(4):
-            text = f"a line of the {name} part {number}\n" * 90
+        for number in range(100):
+            text = f"{number} is in {name}\n" * (1 + number % 5)
             (folder / name / f"{number}.txt").write_text(text)
     cfg = Config(
         run=str(folder / "run"),
@@ -57,6 +60,8 @@ def cfg(tmp_path_factory) -> Config:
         data=DataConfig(
             store=str(folder / "store"),
             workers=1,
+            documents="mask",
+            packing="documents",
             mixture={
                 "web": MixturePart(1.0, (str(folder / "web"),)),
                 "books": MixturePart(0.0, (str(folder / "books"),)),
@@ -92,6 +97,17 @@ def cfg(tmp_path_factory) -> Config:
 def whole(cfg: Config) -> dict:
     """The last evaluation of the run that was never interrupted."""
     return train(cfg)
+
+
+def test_rows_of_both_lengths_are_told_with_their_padding(cfg: Config, capsys) -> None:
+    stores = replace(cfg, data=replace(cfg.data, store=f"{cfg.data.store}-told"))
+    told: list[str] = []
+    prepare_mixture.prepare_parts(stores, say=told.append)
+    rows = [line for line in told if " rows of " in line]
+    assert len(rows) == 4  # two parts, two lengths
+    assert re.search(
+        r"store-told/books: 9\d documents in \d+ rows of 32 tokens, \d.*padding; \d+", rows[0]
+    )
 
 
 def metrics_of(cfg: Config) -> list[dict]:
