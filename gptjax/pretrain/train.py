@@ -82,15 +82,16 @@ def pretrain(
     for a store that does not suit, MismatchError where the run was begun with another store.
     """
     data = loader.TrainData.open(cfg, manifests)
+    limited = mixture.limited(cfg, data.order, progress.say)
+    for line in stage_table.lines(limited, data.order.epochs_at):
+        progress.say(line)
     tokenizer = _tokenizer(cfg, manifests)
     samples = WriteSamples(cfg, tokenizer, watchdog, progress)
     distributed.agree({"the stores' tokens": repr(manifests.fingerprints()), **run_dir.facts(cfg)})
     run_dir.record(cfg, tokenizer, manifests)
-    cfg = mixture.limited(cfg, data.order, progress.say)
+    cfg = limited
     if start is not None:
         start.check_steps(cfg)
-    for line in stage_table.lines(cfg, data.order.epochs_at):
-        progress.say(line)
     task = PretrainTask(cfg, data, manifests, start, progress.say)
     found = phases.phases(cfg)
     lengths = {phase.seq_len for phase in found}

@@ -72,7 +72,7 @@ class StepPrograms:
         def tell(done: Future[Any]) -> None:
             if not done.cancelled() and (error := done.exception()):
                 self._progress.say(
-                    f"the step of batches from step {following.first:,} on was not compiled, and "
+                    f"the program of step {following.first + 1:,} was not compiled, and "
                     f"training will end there: {str(error).splitlines()[0][:300]}"
                 )
 

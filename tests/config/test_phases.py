@@ -52,6 +52,9 @@ def test_a_batch_grows_in_equal_stretches_of_tokens() -> None:
         ("", 29, 35, 624, 3, 16),
         ("", 35, 177, 912, 4, 16),
     ]
+    # A third of 961 tokens is more than 20 steps of 16.
+    cfg = run_of(batch_ramp_tokens=961, batch_start_tokens=16, batch_increment_tokens=16)
+    assert shapes(cfg)[0] == ("", 0, 21, 0, 1, 16)
 
 
 def test_stages_end_where_their_tokens_together_do() -> None:

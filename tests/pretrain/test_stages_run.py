@@ -154,24 +154,24 @@ def _killed_after(step: int) -> None:
 def test_a_run_killed_at_a_border_ends_with_the_same_bits(
     cfg: Config, tmp_path: Path, whole: dict
 ) -> None:
-    """One step before it, exactly at it, and one step after it."""
+    """One run, killed one step before it, exactly at it, and one step after it."""
     (tmp_path / "cfg.json").write_text(json.dumps(config.to_dict(cfg)))
-    unbroken = tmp_path / "unbroken"  # in a process as the others are
     words = lambda run: ["train", str(tmp_path / "cfg.json"), "--run", str(run)]
     start = lambda run, *prepare: Forked(
         words(run), tmp_path, Path(os.devnull), tmp_path / f"{run.name}.err", *prepare
     )
+    bits = lambda run: fingerprints(replace(cfg, run=str(run)), 18)
+    unbroken, run = tmp_path / "unbroken", tmp_path / "killed"  # both in processes of their own
     assert start(unbroken).wait(300) == 0
-    bits = fingerprints(replace(cfg, run=str(unbroken)), 18)
     for step in (FIRST - 1, FIRST, FIRST + 1):
-        run = tmp_path / f"killed-{step}"
         killed = start(run, functools.partial(_killed_after, step))
         assert killed.wait(300) == -signal.SIGKILL, killed.read()
         assert Checkpointer(run / "checkpoints").steps()[-1] == step
-        again = start(run)
-        assert again.wait(300) == 0, again.read()
-        assert f"resumed after step {step} of 18" in again.read()
-        assert fingerprints(replace(cfg, run=str(run)), 18) == bits
+    last = start(run)
+    assert last.wait(300) == 0, last.read()
+    for step in (FIRST - 1, FIRST, FIRST + 1):
+        assert f"resumed after step {step} of 18" in last.read()
+    assert bits(run) == bits(unbroken)
 
 
 @pytest.mark.slow
