@@ -180,18 +180,21 @@ def phase_problems(cfg: Any, sizes: Any) -> Iterator[str]:
         if (phase.batch_tokens, phase.seq_len) == (cfg.train.batch_tokens, cfg.train.seq_len):
             continue  # told as train.batch_tokens
         prefix = f"stages.{phase.stage}" if phase.stage else "train"
-        what = f"a batch of {phase.batch} sequences is not divisible by the mesh's {unit}"
         if phase.batch_tokens < phases.batch_tokens_of(cfg, phase.stage):
             if phase.batch % unit and "ramp" not in told:
                 told.add("ramp")
                 yield (
-                    f"train.batch_start_tokens={cfg.train.batch_start_tokens}: {what}; use "
+                    f"train.batch_start_tokens={cfg.train.batch_start_tokens}: a batch of "
+                    f"{phase.batch} sequences is not divisible by the mesh's {unit}; use "
                     f"{_ramp_on(cfg.train, unit * phase.seq_len)}"
                 )
             continue
         if phase.batch % unit:
             rows = -(-phase.batch // unit) * unit
-            yield f"{prefix}.batch_tokens={phase.batch_tokens}: {what}; use {rows * phase.seq_len}"
+            yield (
+                f"{prefix}.batch_tokens={phase.batch_tokens}: a batch of {phase.batch} sequences is "
+                f"not divisible by the mesh's {unit}; use {rows * phase.seq_len}"
+            )
         if context > 1 and phase.seq_len % (2 * context):
             yield (
                 f"{prefix}.seq_len={phase.seq_len}: mesh axis 2 x context={2 * context} does not "
