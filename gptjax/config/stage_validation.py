@@ -192,8 +192,8 @@ def phase_problems(cfg: Any, sizes: Any) -> Iterator[str]:
         if phase.batch % unit:
             rows = -(-phase.batch // unit) * unit
             yield (
-                f"{prefix}.batch_tokens={phase.batch_tokens}: a batch of {phase.batch} sequences is "
-                f"not divisible by the mesh's {unit}; use {rows * phase.seq_len}"
+                f"{prefix}.batch_tokens={phase.batch_tokens}: a batch of {phase.batch} "
+                f"sequences is not divisible by the mesh's {unit}; use {rows * phase.seq_len}"
             )
         if context > 1 and phase.seq_len % (2 * context):
             yield (
