@@ -277,3 +277,11 @@ def test_rows_add_up_over_stretches_and_any_process_has_the_same(
         np.testing.assert_array_equal(
             order.places(step, odd), np.stack([parts_B, windows_B])[:, odd]
         )
+
+
+def test_what_is_left_of_a_part_may_be_enough_for_the_smaller_batches_of_a_stretch() -> None:
+    """Two rows are left where the first stretch would take four, and the second takes one."""
+    first = Stretch(8, (10, 100), (1.0, 1.0))
+    order = stretched(first, replace(first, batch=2, first=2), limits=(1.0, 0))
+    assert order.leaves == {"p0": 4}
+    assert order.epochs_at(4)["p0"] == 1.0
