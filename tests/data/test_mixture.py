@@ -15,6 +15,7 @@ from gptjax.config import (
     EvalConfig,
     MixturePart,
     ModelConfig,
+    StageConfig,
     TokenizerConfig,
     TrainConfig,
 )
@@ -253,3 +254,15 @@ def test_what_a_mixture_replaces_is_refused_beside_it(cfg: Config) -> None:
     values = {"data": {"mixture": {"a": {"wieght": 1}}}}
     with pytest.raises(ConfigError, match=r"data.mixture.a.wieght: unknown field; did you mean"):
         config.from_dict(values)
+
+
+def test_a_part_may_be_too_short_for_a_stage_that_does_not_use_it(cfg: Config, tmp_path) -> None:
+    for number in range(3):  # one of which may be held out
+        (tmp_path / "a" / f"more{number}.txt").write_text("aa " * (2000 + number))
+    long = StageConfig(seq_len=4096, batch_tokens=8192, weights={"a": 1.0})
+    staged = replace(cfg, stages={"main": StageConfig(tokens=1600), "long": long})
+    data = loader.TrainData.open(staged, prepare_mixture.prepare_parts(staged))
+    assert letters_of(data.read(range(10, 11))[0][0]) == ["a", "a"]
+    both = replace(staged, stages=staged.stages | {"long": replace(long, weights={})})
+    with pytest.raises(DataError, match=r"store/b: \d+ training tokens, too few for a window of"):
+        loader.TrainData.open(both, prepare_mixture.prepare_parts(both))
