@@ -292,6 +292,20 @@ def plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--price", type=float, default=0.0, help="of a chip for an hour, your figure"
     )
+    parser.add_argument(
+        "--storage",
+        type=float,
+        default=0.0,
+        metavar="GB/S",
+        help="what the storage of checkpoints takes from all processes together, your figure",
+    )
+    parser.add_argument(
+        "--failures",
+        type=float,
+        default=0.0,
+        metavar="N",
+        help="failures of the job a day, your figure: how often to save (with --storage)",
+    )
 
 
 def tokenizer_train(parser: argparse.ArgumentParser) -> None:

@@ -3,13 +3,13 @@
 import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from gptjax.cli.arguments import resolve
 from gptjax.config import Config, MeshConfig, phases
 from gptjax.errors import ConfigError, OutputError
-from gptjax.plan import aot, estimate, html, report, search
+from gptjax.plan import aot, checkpoints, estimate, html, report, search
 from gptjax.plan.estimate import Plan
 from gptjax.plan.machines import Machine, parse
 from gptjax.runtime.hardware import GIB
@@ -28,6 +28,8 @@ class Options:
     html: str | None = None
     json: bool = False
     price: float = 0.0
+    storage: float = 0.0
+    failures: float = 0.0
 
 
 def run(cfg: Config, options: Options, tell: Callable[[str], None]) -> None:
@@ -36,8 +38,11 @@ def run(cfg: Config, options: Options, tell: Callable[[str], None]) -> None:
     Raises ConfigError where there can be no plan, OutputError where the page cannot be written.
     """
     machine = _machine(cfg, options)
-    if not 0 <= options.price < float("inf"):
-        raise ConfigError([f"--price={options.price:g}: must be a number, not negative"])
+    for name in ("price", "storage", "failures"):
+        if not 0 <= (value := getattr(options, name)) < float("inf"):
+            raise ConfigError([f"--{name}={value:g}: must be a number, not negative"])
+    if options.failures and not options.storage:
+        raise ConfigError([f"--failures={options.failures:g}: requires --storage"])
     if options.compile or options.sampling:
         aot.devices(machine)  # raises now if there is no compiler
     if not cfg.stages:
@@ -97,7 +102,7 @@ def _run(
         named = {"stage": stage} if stage else {}
         tell(json.dumps(named | _as_dict(plan, choices, options)))
         return plan
-    for line in report.lines(plan, options.price):
+    for line in report.lines(plan, options.price, _saving(plan, options)):
         tell(line)
     if not choices and plan.cfg.mesh != cfg.mesh and not _has_mesh(cfg):
         tell(
@@ -151,7 +156,7 @@ def _to_compile(plan: Plan, choices: list[search.Choice]) -> list[Plan]:
 
 def _as_dict(plan: Plan, choices: list[search.Choice], options: Options) -> dict[str, object]:
     """The plan, the search and the compiled programs, as JSON values."""
-    result = report.as_dict(plan, options.price)
+    result = report.as_dict(plan, options.price) | {"checkpoint": asdict(_saving(plan, options))}
     if choices:
         result["front"] = [
             {
@@ -172,6 +177,10 @@ def _as_dict(plan: Plan, choices: list[search.Choice], options: Options) -> dict
         programs = aot.sampling(plan.cfg, plan.machine)
         result["sampling"] = {name: report.compiled_dict(found) for name, found in programs}
     return result
+
+
+def _saving(plan: Plan, options: Options) -> checkpoints.Saving:
+    return checkpoints.saving(plan, options.storage * 1e9, options.failures)
 
 
 def _compile(

@@ -8,6 +8,7 @@ from gptjax.model.flops import ModelCost
 from gptjax.parallel.mesh import FSDP
 from gptjax.plan import roofline, search
 from gptjax.plan.aot import Compiled, requested_gib
+from gptjax.plan.checkpoints import DAY, Saving
 from gptjax.plan.collectives import Collective, by_axes, pipeline_schedule
 from gptjax.plan.estimate import Plan
 from gptjax.plan.search import Choice
@@ -24,7 +25,7 @@ def duration(days: float) -> str:
     return f"{days * 86400:.1f} seconds"
 
 
-def lines(plan: Plan, price: float) -> Iterator[str]:
+def lines(plan: Plan, price: float, saving: Saving) -> Iterator[str]:
     """The plan, line by line. `price` is that of a chip-hour, in the user's currency; 0: none."""
     cfg, machine, device = plan.cfg, plan.machine, plan.machine.device
     parameters = ModelCost(cfg.model).parameters
@@ -41,6 +42,7 @@ def lines(plan: Plan, price: float) -> Iterator[str]:
     yield from _memory(plan)
     yield ""
     yield from _step(plan, price)
+    yield from _checkpoints(plan, saving)
     yield ""
     yield from _communication(plan.collectives)
     yield ""
@@ -99,6 +101,20 @@ def _step(plan: Plan, price: float) -> Iterator[str]:
         f"budget    {cfg.train.tokens:,} tokens in {duration(plan.days)}, "
         f"{plan.chip_hours:,.0f} chip-hours{cost}"
     )
+
+
+def _checkpoints(plan: Plan, saving: Saving) -> Iterator[str]:
+    processes = plan.machine.processes
+    each = f", {saving.total / processes / 1e9:,.2f} from each process" if processes > 1 else ""
+    written = f", {duration(saving.seconds / DAY)} to write" if saving.seconds else ""
+    yield f"checkpoint {saving.total / 1e9:,.2f} GB{each}{written}"
+    if saving.interval:
+        steps = max(1, round(saving.interval / plan.times.expected))
+        yield (
+            f"  --checkpoint.every {steps} ({duration(saving.interval / DAY)}) loses the least "
+            f"time, {saving.lost:.1%} of it, if steps wait for all of a save; they wait only for "
+            "its copy to host memory"
+        )
 
 
 def _communication(found: Sequence[Collective]) -> Iterator[str]:

@@ -65,6 +65,25 @@ def test_plan_prints_memory_step_and_budget_as_predictions(run) -> None:
     assert re.search(r"^embed +50304x768 +50304x48 ", out, re.MULTILINE)
 
 
+def test_checkpoints_have_a_size_a_time_and_an_interval(run) -> None:
+    _, out, _ = run(SMALL, *FITS)
+    assert re.search(r"^checkpoint 1\.49 GB, 0\.37 from each process$", out, re.M)
+    assert "--checkpoint.every" not in out
+    _, out, _ = run(SMALL, *FITS, "--storage", "0.1", "--failures", "12")
+    assert re.search(
+        r"^checkpoint 1\.49 GB, 0\.37 from each process, 14\.9 seconds to write$", out, re.M
+    )
+    every, minutes, lost = re.search(
+        r"--checkpoint.every (\d+) \(([\d.]+) minutes\) loses the least time, ([\d.]+)%", out
+    ).groups()
+    assert float(minutes) == pytest.approx((2 * 14.9 * 7200) ** 0.5 / 60, rel=0.05)
+    assert float(lost) == pytest.approx(6.5, abs=0.3)
+    assert int(every) > 1000
+    code, _, err = run(SMALL, *FITS, "--failures", "2")
+    assert code == 2
+    assert "--failures=2: requires --storage" in sentence(err)
+
+
 def test_no_cost_without_price(run) -> None:
     _, out, _ = run(SMALL, *FITS)
     assert "chip-hours" in out
