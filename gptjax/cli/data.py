@@ -106,10 +106,9 @@ def verify(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 def show(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Runs the command."""
-    from etils import epath
-
     from gptjax import tokenizer as tokenizers
     from gptjax.data import loader, mixture
+    from gptjax.runtime import bucket
 
     cfg = resolve(args, overrides)
     if not 1 <= args.step <= _LAST_STEP:
@@ -117,7 +116,7 @@ def show(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     manifests = mixture.read_manifests(cfg)
     data = loader.TrainData.open(cfg, manifests)
     stores = [part.data.store for part in mixture.part_configs(cfg).values()]
-    tokenizer = tokenizers.load(epath.Path(stores[0]))
+    tokenizer = tokenizers.load(bucket.path_of(stores[0]))
     last = data.order.steps
     if last is not None and args.step > last:
         raise ConfigError([f"--step={args.step}: the mixture has text for {last} steps"])

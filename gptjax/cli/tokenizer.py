@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Sequence
 
 from gptjax import config
+from gptjax.config.limits import unknown_scheme
 from gptjax.errors import ConfigError
 from gptjax.runtime.progress import Progress
 
@@ -36,14 +37,12 @@ def train(args: argparse.Namespace, _: Sequence[str]) -> None:
 
 def show(args: argparse.Namespace, _: Sequence[str]) -> None:
     """Runs the command."""
-    from etils import epath
-
     from gptjax import tokenizer as tokenizers
+    from gptjax.runtime import bucket
 
-    scheme, address, _ = args.folder.partition("://")
-    if address and scheme != "gs":
-        raise ConfigError([f"{args.folder}: gptjax reads local files and gs://, no {scheme}://"])
-    tokenizer = tokenizers.load(epath.Path(args.folder))
+    if why := unknown_scheme(args.folder):
+        raise ConfigError([f"{args.folder}: {why}"])
+    tokenizer = tokenizers.load(bucket.path_of(args.folder))
     special = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
     named = ", ".join(
         f"{name} {token} {tokenizer.piece(token)!r}"

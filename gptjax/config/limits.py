@@ -7,6 +7,7 @@ from typing import Any
 
 _LARGEST = 2**53  # of an integer: beyond it, a float cannot tell it from the next
 _MODEL_LIMITS = {"layers": 2**17, "vocab_size": 2**31, "context": 2**31}
+_SCHEMES = ("gs", "s3")
 _WIDEST = 2**24  # of every other size of a model
 
 
@@ -37,6 +38,14 @@ def unusable(text: str) -> str:
     return ""
 
 
+def unknown_scheme(place: str) -> str:
+    """Why a place is no file that gptjax reads; empty for a path and a bucket that it does."""
+    scheme, address, _ = place.partition("://")
+    if not address or scheme in _SCHEMES:
+        return ""
+    return f"gptjax reads local files, gs:// and s3://, no {scheme}://"
+
+
 def too_large(model: Any) -> Iterator[str]:
     """Problems of a model's sizes that no machine has memory for."""
     for name, value in vars(model).items():
@@ -60,8 +69,7 @@ def place_problems(cfg: Any) -> Iterator[str]:
         sources[f"data.mixture.{name}.valid_sources"] = part.valid_sources
     for name, patterns in {**sources, "data.store": (cfg.data.store,)}.items():
         for pattern in patterns:
-            scheme, address, _ = pattern.partition("://")
-            if address and scheme != "gs":
-                yield f"{name}={pattern}: gptjax reads local files and gs://, no {scheme}://"
+            if why := unknown_scheme(pattern):
+                yield f"{name}={pattern}: {why}"
             elif not pattern and name != "data.store":
                 yield f"{name}={pattern!r}: is empty; give a file, a folder or a pattern"

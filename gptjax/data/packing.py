@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from gptjax.data import store
 from gptjax.data.store import Manifest, Reader
 from gptjax.errors import DataError, OutputError
+from gptjax.runtime import bucket
 
 FORMAT = 1
 INDEX = "packed.json"
@@ -222,7 +222,7 @@ def prepare(
 
     Raises DataError for a damaged store, OutputError where the folder cannot be written.
     """
-    place = epath.Path(folder) / f"packed-{seq_len}"
+    place = bucket.path_of(folder) / f"packed-{seq_len}"
     if "://" in folder or (place / INDEX).exists():
         return
     try:
@@ -279,7 +279,7 @@ def open_packing(folder: str, manifest: Manifest, seq_len: int) -> Packing:
 
     Raises DataError where it is missing, damaged, or of other tokens.
     """
-    place = epath.Path(folder) / f"packed-{seq_len}"
+    place = bucket.path_of(folder) / f"packed-{seq_len}"
     again = f"delete {place}, and make it with `gptjax data prepare CONFIG`"
     if not (place / INDEX).exists():
         raise DataError(
@@ -304,7 +304,7 @@ def open_packing(folder: str, manifest: Manifest, seq_len: int) -> Packing:
 def _read(path: Any, name: str, sha256: str, again: str) -> np.ndarray:
     """The numbers in a file of the index, mapped where it is local."""
     values = np.zeros(0, _DTYPES[name])
-    if path.exists() and path.stat().length:
+    if path.exists() and bucket.size_of(path):
         remote = "://" in str(path)
         values = (
             np.frombuffer(path.read_bytes(), _DTYPES[name])

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from gptjax import tokenizer as tokenizers
 from gptjax.config import Config, DataConfig
@@ -42,7 +41,7 @@ from gptjax.data.sources import Source
 from gptjax.data.split import Split
 from gptjax.data.tokenizer_sample import sample
 from gptjax.errors import DataError, MismatchError, OutputError
-from gptjax.runtime import file_lock
+from gptjax.runtime import bucket, file_lock
 from gptjax.runtime.progress import Bar, Progress
 
 _BATCH_BYTES = 1 << 20  # text that a worker process tokenizes at once
@@ -211,7 +210,9 @@ def _has_tokenizer(manifest: store.Manifest, cfg: Config) -> bool:
     if given.kind != "bytes" and not readable:
         return False
     try:
-        found = tokenizers.load(epath.Path(given.path)) if remote else tokenizers.make(given, ())
+        found = (
+            tokenizers.load(bucket.path_of(given.path)) if remote else tokenizers.make(given, ())
+        )
     except DataError:
         return False
     return found.fingerprint == manifest.tokenizer["sha256"]

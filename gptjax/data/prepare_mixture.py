@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from etils import epath
-
 from gptjax import tokenizer as tokenizers
 from gptjax.config import Config, phases
 from gptjax.data import packing, prepare, sources, store
@@ -21,7 +19,7 @@ from gptjax.data.mixture import Manifests, part_configs
 from gptjax.data.split import Split
 from gptjax.data.store import Manifest
 from gptjax.errors import MismatchError, OutputError
-from gptjax.runtime import file_lock
+from gptjax.runtime import bucket, file_lock
 from gptjax.tokenizer import FILES, Tokenizer
 
 MIXTURE = "mixture.json"
@@ -100,7 +98,7 @@ def _make_tokenizer(
                 )
             store.replace_file(made, json.dumps(settings, indent=2))
             if made_before:
-                tokenizer = tokenizers.load(epath.Path(made_before[0]))
+                tokenizer = tokenizers.load(bucket.path_of(made_before[0]))
                 say(f"data.mixture: the tokenizer is that of {made_before[0]}")
             else:
                 tokenizer = _trained(cfg, parts, tell)

@@ -24,11 +24,12 @@ from typing import Any, Protocol
 from etils import epath
 
 from gptjax.config import DataConfig
+from gptjax.config.limits import unknown_scheme
 from gptjax.config.registry import DATA_SOURCES
 from gptjax.data.files import Counts, Decoder, Document, TextFile, record
 from gptjax.data.tf_import import import_tensorflow
 from gptjax.errors import DataError
-from gptjax.runtime import regular_file
+from gptjax.runtime import bucket, regular_file
 
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -196,21 +197,20 @@ def _python_library() -> list[TextFile]:
 
 def _glob(pattern: str, counts: Counts) -> list[TextFile]:
     """The files of a path, a folder or a glob, sorted; none where there is no such file."""
-    scheme, address, _ = pattern.partition("://")
-    if address and scheme != "gs":
-        raise DataError(f"{pattern}: gptjax reads local files and gs://, no {scheme}://")
-    path = epath.Path(pattern).expanduser()
+    if why := unknown_scheme(pattern):
+        raise DataError(f"{pattern}: {why}")
+    path = bucket.path_of(pattern).expanduser()
     if path.is_dir():
         return _below(path, "**/*", counts)
     if path.exists():  # before the glob, for names that contain one of its characters
         if "://" not in pattern:
             regular_file.check(Path(path), f"data.sources={pattern}")
         return [TextFile(path, path.name)]
-    parts = path.parts
+    parts = str(path).split("/")
     first = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), None)
     if first is None:
         return []
-    root = epath.Path(*parts[:first]) if first else epath.Path(".")
+    root = bucket.path_of("/".join(parts[:first]) or ("/" if first else "."))
     return _below(root, "/".join(parts[first:]), counts) if root.exists() else []
 
 
@@ -224,9 +224,9 @@ def _below(root: Any, pattern: str, counts: Counts) -> list[TextFile]:
                 f"data.sources={root}/{pattern}: remote folders are not searched; name the files, "
                 "or give a glob without **"
             )
-        above = len(root.parts)
+        above = len(str(root).rstrip("/")) + 1
         paths = [p for p in root.glob(pattern) if not p.is_dir()]
-        names = [path.parts[above:] for path in paths]
+        names = [tuple(str(path)[above:].split("/")) for path in paths]
     elif "**" in parts:
         names = [name for name in _walk(Path(root)) if _matches(name, parts)]
     else:
@@ -238,7 +238,7 @@ def _below(root: Any, pattern: str, counts: Counts) -> list[TextFile]:
     else:
         shown = [n for n in names if not any(part.startswith(".") for part in n)]
     counts.hidden_files += len(names) - len(shown)
-    return [TextFile(epath.Path(root, *name), "/".join(name)) for name in shown]
+    return [TextFile(root.joinpath(*name), "/".join(name)) for name in shown]
 
 
 def _walk(root: Path) -> Iterator[tuple[str, ...]]:

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from gptjax.errors import DataError, OutputError
+from gptjax.runtime import bucket
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -108,7 +108,7 @@ class Reader:
         split = manifest.splits[name]
         self._length, self._per_file = split.tokens, manifest.file_tokens
         self.vocab_size = manifest.vocab_size
-        self._folder = folder = epath.Path(store) / name
+        self._folder = folder = bucket.path_of(store) / name
         self._dtype = np.dtype(manifest.dtype)
         ranges = -(-self._length // _RANGE_TOKENS)
         self._checksums = _read_checksums(folder, split, ranges)
@@ -120,7 +120,7 @@ class Reader:
             self._remote = tensorstore.open(
                 {
                     "driver": "zarr3",
-                    "kvstore": f"{folder}/",
+                    "kvstore": bucket.kvstore(str(folder)),
                     "recheck_cached_data": "open",
                     "recheck_cached_metadata": "open",
                     "context": {"cache_pool": {"total_bytes_limit": 256 << 20}},
@@ -378,7 +378,7 @@ def _sha256(path: Any) -> str:
 
 def read_manifest(store: str) -> Manifest:
     """The manifest of a store. Raises DataError where a file's size disagrees with it."""
-    folder = epath.Path(store)
+    folder = bucket.path_of(store)
     file = folder / MANIFEST
     if not file.exists():
         raise DataError(
@@ -392,7 +392,7 @@ def read_manifest(store: str) -> Manifest:
             tokens = min(manifest.file_tokens, split.tokens - i * manifest.file_tokens)
             expected = -(-tokens // _RANGE_TOKENS) * _RANGE_TOKENS * itemsize + index
             path = folder / name / "c" / str(i)
-            size = path.stat().length if path.exists() else 0
+            size = bucket.size_of(path) if path.exists() else 0
             if size != expected:
                 raise DataError(
                     f"{path}: {size} bytes where the manifest says {expected}; {_AGAIN}"
@@ -435,11 +435,11 @@ def verify(store: str) -> Iterator[str]:
     manifest = read_manifest(store)
     for name, split in manifest.splits.items():
         try:
-            _read_checksums(epath.Path(store) / name, split, 0)
+            _read_checksums(bucket.path_of(store) / name, split, 0)
         except DataError as error:
             yield str(error)
         for i, expected in enumerate(split.files_sha256):
-            path = epath.Path(store) / name / "c" / str(i)
+            path = bucket.path_of(store) / name / "c" / str(i)
             if _sha256(path) != expected:
                 yield f"{path}: its SHA-256 differs from the manifest's; {_AGAIN}"
             elif wrong := _ids_outside(path, manifest, split.tokens - i * manifest.file_tokens):

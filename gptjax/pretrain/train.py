@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from etils import epath
 
 from gptjax import config, sample
 from gptjax import tokenizer as tokenizers
@@ -22,7 +21,7 @@ from gptjax.parallel import mesh
 from gptjax.pretrain import warm_start
 from gptjax.pretrain.task import PretrainTask
 from gptjax.pretrain.warm_start import WarmStart
-from gptjax.runtime import distributed, preemption
+from gptjax.runtime import bucket, distributed, preemption
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
 from gptjax.tokenizer import Tokenizer
@@ -142,7 +141,7 @@ def _evaluators(
 def _tokenizer(cfg: Config, manifests: Manifests) -> Tokenizer:
     """The stores' tokenizer. Raises DataError where the model's vocabulary has no room for it."""
     first = next(iter(mixture.part_configs(cfg).values())).data.store
-    tokenizer = tokenizers.load(epath.Path(first), manifests.start_id)
+    tokenizer = tokenizers.load(bucket.path_of(first), manifests.start_id)
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise DataError(
             f"model.vocab_size={cfg.model.vocab_size}: the tokenizer of {first} has "
