@@ -147,8 +147,8 @@ def bench(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         problem = f"--seconds={args.seconds}: must be above 0, and at most {_LONGEST_BENCH}"
         raise ConfigError([problem])
     rates = loader.bench(cfg, manifests_of(cfg, Progress()), args.seconds)
-    first = phases.phases(cfg)[0]
+    last = phases.phases(cfg)[-1]
     print(
-        f"{first.batch} x {first.seq_len} tokens a batch: median {rates[1] / 1e6:.1f} "
+        f"{last.batch} x {last.seq_len} tokens a batch: median {rates[1] / 1e6:.1f} "
         f"million tokens/s through tf.data (from {rates[0] / 1e6:.1f} to {rates[2] / 1e6:.1f})"
     )

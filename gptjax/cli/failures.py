@@ -48,8 +48,9 @@ def as_gptjax_error(
     given = list(words)
     if cfg:
         given += [*cfg.data.sources, *cfg.data.valid_sources, cfg.data.store, cfg.run]
-    addresses = [word for word in given if "://" in word]
-    if addresses and any(kind.__name__ == "OpError" for kind in type(error).__mro__):  # of gs://
+    addresses = list(dict.fromkeys(word for word in given if "://" in word))
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if addresses and kinds & {"OpError", "BotoCoreError", "ClientError"}:  # of gs://, of s3://
         return DataError(f"{' '.join(addresses)}: {first}")
     if isinstance(error, MemoryError):
         return OutOfMemoryError(f"this machine has too little memory: {first or 'MemoryError'}")

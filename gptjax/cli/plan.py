@@ -47,6 +47,11 @@ def run(cfg: Config, options: Options, tell: Callable[[str], None]) -> None:
         aot.devices(machine)  # raises now if there is no compiler
     if not cfg.stages:
         _run(cfg, machine, options, tell, "")
+        if cfg.train.batch_ramp_tokens and not options.json:
+            tell(
+                f"\nplanned with the whole batch, to which it grows over the first "
+                f"{cfg.train.batch_ramp_tokens:,} tokens"
+            )
         return
     _run_stages(_with_mesh(cfg, machine), machine, options, tell)
 

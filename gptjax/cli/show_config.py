@@ -1,14 +1,12 @@
 """`gptjax config`: the resolved configuration, its origins, and the size of its model."""
 
 import argparse
-import contextlib
 import json
 import os
 from collections.abc import Sequence
 
 from gptjax import config
 from gptjax.cli.arguments import resolve
-from gptjax.errors import DataError
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -34,12 +32,13 @@ def _print_stages(cfg: config.Config) -> None:
     from gptjax.data import loader, mixture
     from gptjax.training import stage_table
 
-    epochs = None
-    with contextlib.suppress(DataError):  # no text has been prepared
-        epochs = loader.TrainData.open(cfg, mixture.read_manifests(cfg)).order.epochs_at
     print()
-    for line in stage_table.lines(cfg, epochs):
-        print(line)
+    if not loader.is_prepared(cfg):
+        print("\n".join(stage_table.lines(cfg)))
+        return
+    order = loader.TrainData.open(cfg, mixture.read_manifests(cfg)).order
+    limited = mixture.limited(cfg, order, print)
+    print("\n".join(stage_table.lines(limited, order.epochs_at)))
 
 
 def _print_counts(cfg: config.Config) -> None:

@@ -52,6 +52,11 @@ def _mixture_problems(data: Any, weighted: set[str]) -> Iterator[str]:
                 f"data.{name}={getattr(data, name)}: not used beside data.mixture; give "
                 f"data.mixture.NAME.{name}"
             )
+    if not any(part.weight for part in data.mixture.values()):
+        yield (
+            "data.mixture: all weights are 0; give those that validation text and a trained "
+            "tokenizer are to have (weights of the stages go before them in training)"
+        )
     stores: dict[str, str] = {}
     for name, part in data.mixture.items():
         prefix = f"data.mixture.{name}"

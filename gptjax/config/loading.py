@@ -289,6 +289,10 @@ def override(preset: Config, overrides: Sequence[str], prog: str, description: s
     if not overrides:
         return preset
     overrides = in_full(overrides)
+    if "--stages" in overrides and overrides[overrides.index("--stages") + 1 :][:1] == ["none"]:
+        at = overrides.index("--stages")
+        overrides = [*overrides[:at], *overrides[at + 2 :]]
+        preset = dataclasses.replace(preset, stages={})
     preset = _with_named_parts(preset, overrides)
     known = flatten(preset)
     given = [word[2:].partition("=")[0].replace("-", "_") for word in overrides if word[:2] == "--"]

@@ -116,6 +116,19 @@ def weights_of(cfg: Any, stage: str) -> Mapping[str, float]:
     return given or {name: part.weight for name, part in cfg.data.mixture.items()} or {"": 1.0}
 
 
+def shares_of(cfg: Any) -> dict[str, float]:
+    """The share of each part of the mixture in the tokens of the whole run, by name."""
+    shares = dict.fromkeys(weights_of(cfg, ""), 0.0)
+    found = phases(cfg)
+    for phase in found:
+        weights = weights_of(cfg, phase.stage)
+        tokens = phase.tokens_at(phase.last) - phase.tokens
+        for name, weight in weights.items():
+            shares[name] += weight / sum(weights.values()) * tokens
+    total = found[-1].tokens_at(found[-1].last)
+    return {name: tokens / total for name, tokens in shares.items()}
+
+
 def model_of(cfg: Any, stage: str) -> Any:
     """The model of a stage, with the stage's rotary positions."""
     if not stage:
@@ -168,18 +181,21 @@ def of_stage(cfg: Any, stage: str, sizes: Mapping[str, int]) -> Any:
     """
     phase = next(phase for phase in reversed(phases(cfg)) if phase.stage == stage)
     train = replace(
-        cfg.train,
+        grown(cfg).train,
         tokens=phase.tokens_at(phase.last) - begin(cfg, stage),
         batch_tokens=phase.batch_tokens,
         seq_len=phase.seq_len,
         accumulation=accumulation_of(cfg, phase, rows_unit(cfg, sizes)),
-        batch_ramp_tokens=0,
-        batch_start_tokens=0,
-        batch_increment_tokens=0,
     )
     plain = type(cfg.optim)()
     optim = replace(plain, name=cfg.optim.name, lr_schedule="constant")
     return replace(cfg, model=model_of(cfg, stage), train=train, optim=optim, stages={})
+
+
+def grown(cfg: Any) -> Any:
+    """The configuration with the whole batch from its first step."""
+    sizes = ("batch_ramp_tokens", "batch_start_tokens", "batch_increment_tokens")
+    return replace(cfg, train=replace(cfg.train, **dict.fromkeys(sizes, 0)))
 
 
 def begin(cfg: Any, stage: str) -> int:
@@ -190,8 +206,10 @@ def begin(cfg: Any, stage: str) -> int:
 def shortened(cfg: Any, steps: int) -> Any:
     """The configuration with so many steps, fewer than it has: later stages are left out."""
     tokens, kept, before = tokens_at(cfg, steps), {}, 0
+    begun = [phase.stage for phase in phases(cfg) if phase.first < steps]
     for name, end in ends(cfg).items():
-        if name and before < tokens:
-            kept[name] = replace(cfg.stages[name], tokens=min(end, tokens) - before)
-        before = end
+        if name in begun and name:
+            until = tokens if name == begun[-1] else end
+            kept[name] = replace(cfg.stages[name], tokens=until - before)
+            before = until
     return replace(cfg, train=replace(cfg.train, tokens=tokens), stages=kept)

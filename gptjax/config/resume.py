@@ -52,10 +52,14 @@ def resume_changes(saved: Config, given: Config, step: int = 0) -> list[str]:
         raise MismatchError(
             f"{given.run} contains another run; use its values, or give another --run", refused
         )
-    return [
+    told = [
         f"{name}: {old.get(name)!r} -> {new.get(name)!r} ({classes[_generic(name)]})"
         for name in changed
     ]
+    before, now = list(saved.stages), list(given.stages)
+    if sorted(before) == sorted(now) and before != now:
+        told.append(f"stages: {', '.join(before)} -> {', '.join(now)} (stage)")
+    return told
 
 
 def _generic(name: str) -> str:
@@ -88,7 +92,10 @@ def _stage_changes(saved: Config, given: Config, step: int) -> Iterator[str]:
     for stage, last in ended.items():
         if any(phase.stage == stage and phase.last > last for phase in old):
             continue  # a smaller batch of a stage that goes on
-        if stage in given.stages and saved.stages[stage] != given.stages[stage]:
+        ends = [phase.last for phase in new if phase.stage == stage]
+        if stage in given.stages and (
+            saved.stages[stage] != given.stages[stage] or ends[-1:] != [last]
+        ):
             yield f"stages.{stage}: is over since step {last}, and cannot change"
 
 

@@ -417,7 +417,8 @@ class Config:
     optim: OptimConfig = free(OptimConfig)
     train: TrainConfig = free(TrainConfig)
     stages: Mapping[str, StageConfig] = stage(dict)
-    """Stages of pre-training, by their names and in this order: `--stages.NAME.tokens 1000000`."""
+    """Stages of pre-training, by their names and in this order: `--stages.NAME.tokens 1000000`.
+    `--stages none` leaves out those of a preset."""
     start: StartConfig = free(StartConfig)
     finetune: FinetuneConfig = free(FinetuneConfig)
     eval: EvalConfig = free(EvalConfig)

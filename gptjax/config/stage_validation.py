@@ -55,6 +55,24 @@ def _near_divisors(n: int, value: int, unit: int) -> str:
     return " or ".join(map(str, below + above)) or str(unit)
 
 
+def growth_problems(cfg: Any) -> Iterator[str]:
+    """Problems of a growing batch that no step has."""
+    t = cfg.train
+    if not t.batch_ramp_tokens:
+        return
+    if cfg.finetune.task != "none":
+        yield (
+            f"train.batch_ramp_tokens={t.batch_ramp_tokens}: only used by `gptjax train`; leave it "
+            "out"
+        )
+    found = phases.phases(cfg)
+    if all(p.batch_tokens == phases.batch_tokens_of(cfg, p.stage) for p in found):
+        yield (
+            f"train.batch_ramp_tokens={t.batch_ramp_tokens}: not used, as no stage that has "
+            "train.batch_tokens begins within them; set it to 0"
+        )
+
+
 def stage_problems(cfg: Any) -> Iterator[str]:
     """Problems of the stages, alone and together; the model's and the mesh's aside."""
     if not cfg.stages:
@@ -122,6 +140,11 @@ def _rope_field_problems(cfg: Any, prefix: str, one: Any) -> Iterator[str]:
                 yield f"{prefix}.{field}={value}: requires model.positions=rope"
     elif one.rope_factor and not one.rope_factor >= 1:
         yield f"{prefix}.rope_factor={one.rope_factor}: must be at least 1"
+    elif (
+        one.rope_factor
+        and phases.model_of(cfg, prefix.removeprefix("stages.")).rope.scaling == "none"
+    ):
+        yield f"{prefix}.rope_factor={one.rope_factor}: requires {prefix}.rope_scaling"
 
 
 def _weight_problems(cfg: Any, prefix: str, one: Any) -> Iterator[str]:
@@ -159,34 +182,44 @@ def _length_problems(cfg: Any) -> Iterator[str]:
 
 
 def _continuity_problems(cfg: Any) -> Iterator[str]:
-    """Problems of stages that have no step, or nothing to train on."""
+    """Problems of stages that have no step, and of fields that none of them uses."""
     found = {phase.stage for phase in phases.phases(cfg)}
+    o, (first, *_) = cfg.optim, cfg.stages.values()
+    if o.warmup_tokens and first.lr_schedule != "optim":
+        yield (
+            f"optim.warmup_tokens={o.warmup_tokens}: not used, as the first stage has a learning "
+            "rate of its own; set it to 0"
+        )
     for name, one in cfg.stages.items():
         if name not in found:
             yield (
                 f"stages.{name}.tokens={one.tokens}: the last batch of the stage before is longer; "
                 "raise it"
             )
-        unweighted = cfg.data.mixture and not any(p.weight for p in cfg.data.mixture.values())
-        if unweighted and not one.weights:
-            yield f"stages.{name}.weights: no part has a weight; give some"
 
 
 def phase_problems(cfg: Any, sizes: Any) -> Iterator[str]:
     """Problems of batches on a mesh: those of a growing batch, and those of stages."""
     unit, context = phases.rows_unit(cfg, sizes), sizes["context"]
     told: set[str] = set()
+    lengths = {cfg.train.seq_len}  # which is told by itself
     for phase in phases.phases(cfg):
         if (phase.batch_tokens, phase.seq_len) == (cfg.train.batch_tokens, cfg.train.seq_len):
             continue  # told as train.batch_tokens
         prefix = f"stages.{phase.stage}" if phase.stage else "train"
+        if context > 1 and phase.seq_len % (2 * context) and phase.seq_len not in lengths:
+            lengths.add(phase.seq_len)
+            yield (
+                f"{prefix}.seq_len={phase.seq_len}: mesh axis 2 x context={2 * context} does not "
+                "divide it"
+            )
         if phase.batch_tokens < phases.batch_tokens_of(cfg, phase.stage):
             if phase.batch % unit and "ramp" not in told:
                 told.add("ramp")
                 yield (
                     f"train.batch_start_tokens={cfg.train.batch_start_tokens}: a batch of "
                     f"{phase.batch} sequences is not divisible by the mesh's {unit}; use "
-                    f"{_ramp_on(cfg.train, unit * phase.seq_len)}"
+                    f"{ramp_on(cfg.train, unit * phase.seq_len)}"
                 )
             continue
         if phase.batch % unit:
@@ -195,14 +228,9 @@ def phase_problems(cfg: Any, sizes: Any) -> Iterator[str]:
                 f"{prefix}.batch_tokens={phase.batch_tokens}: a batch of {phase.batch} "
                 f"sequences is not divisible by the mesh's {unit}; use {rows * phase.seq_len}"
             )
-        if context > 1 and phase.seq_len % (2 * context):
-            yield (
-                f"{prefix}.seq_len={phase.seq_len}: mesh axis 2 x context={2 * context} does not "
-                "divide it"
-            )
 
 
-def _ramp_on(t: Any, unit: int) -> str:
+def ramp_on(t: Any, unit: int) -> str:
     """The options of a growing batch whose sizes are multiples of `unit` tokens, near those given;
     to be pasted."""
     if t.batch_tokens % unit:
@@ -210,8 +238,8 @@ def _ramp_on(t: Any, unit: int) -> str:
     start = -(-t.batch_start_tokens // unit) * unit
     if start >= t.batch_tokens:
         off = ("batch-ramp-tokens", "batch-start-tokens", "batch-increment-tokens")
-        return f"no growth: {' '.join(f'--train.{name} 0' for name in off)}"
+        return " ".join(f"--train.{name} 0" for name in off)
     left = t.batch_tokens - start
     increments = range(-(-t.batch_increment_tokens // unit) * unit, left + 1, unit)
-    increment = next(n for n in increments if left % n == 0)
+    increment = next((n for n in increments if left % n == 0), left)
     return f"--train.batch-start-tokens {start} --train.batch-increment-tokens {increment}"

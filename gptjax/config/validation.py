@@ -13,7 +13,12 @@ from gptjax.config.base_validation import finetune_problems, start_problems
 from gptjax.config.data_validation import data_problems
 from gptjax.config.limits import out_of_range, place_problems, too_large
 from gptjax.config.registry import ATTENTION_BACKENDS, METRIC_WRITERS, OPTIMIZERS
-from gptjax.config.stage_validation import phase_problems, ramp_problems, stage_problems
+from gptjax.config.stage_validation import (
+    growth_problems,
+    phase_problems,
+    ramp_problems,
+    stage_problems,
+)
 
 TASK_KINDS = ("arc", "hellaswag", "lambada", "squad")
 
@@ -101,6 +106,7 @@ def value_problems(cfg: Any) -> Iterator[str]:
     particular = list(_particular_problems(cfg))
     if not particular and not general:  # with sizes that divide each other
         particular = [*ramp_problems(cfg.train), *stage_problems(cfg), *_stretched_problems(cfg)]
+        particular = particular or list(growth_problems(cfg))
     told = {problem.partition("=")[0] for problem in particular}
     yield from (problem for problem in general if problem.partition("=")[0] not in told)
     yield from particular
@@ -114,7 +120,7 @@ def _particular_problems(cfg: Any) -> Iterator[str]:
     yield from _not_a_fraction(_fields(cfg, _FROM_0_BELOW_1))
     yield from _name_problems(cfg)
     yield from _train_problems(cfg)
-    yield from _schedule_problems(cfg)
+    yield from schedule_problems(cfg)
     yield from start_problems(cfg)
     yield from finetune_problems(cfg)
     yield from _eval_problems(cfg)
@@ -163,7 +169,7 @@ def _train_problems(cfg: Any) -> Iterator[str]:
         )
 
 
-def _schedule_problems(cfg: Any) -> Iterator[str]:
+def schedule_problems(cfg: Any) -> Iterator[str]:
     """Problems of the optimizer and its learning-rate schedule."""
     t, o = cfg.train, cfg.optim
     if not o.eps > 0:

@@ -19,10 +19,11 @@ from gptjax.config.phases import Phase
 from gptjax.data import mixture
 from gptjax.data.mixture import Manifests
 from gptjax.data.mixture_order import MixtureOrder
-from gptjax.data.packing import Packing, open_packing
-from gptjax.data.store import Reader
+from gptjax.data.packing import INDEX, Packing, open_packing
+from gptjax.data.store import MANIFEST, Reader
 from gptjax.data.tf_import import import_tensorflow
 from gptjax.errors import DataError
+from gptjax.runtime import bucket
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,18 @@ class Batch:
 
     windows_BW: np.ndarray
     lengths_B: np.ndarray
+
+
+def is_prepared(cfg: Config) -> bool:
+    """Whether the stores are there, and the rows of whole documents where there are to be any."""
+    for part in mixture.part_configs(cfg).values():
+        folder = bucket.path_of(part.data.store)
+        wanted = [MANIFEST]
+        if cfg.data.packing == "documents":
+            wanted += [f"packed-{phase.seq_len}/{INDEX}" for phase in phases.phases(cfg)]
+        if not all((folder / name).exists() for name in wanted):
+            return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -71,9 +84,11 @@ class TrainData:
             rows = packings[seq_len][name] if packings else None
             count = mixture.training_windows(tokens, seq_len) if rows is None else len(rows)
             if count < 1:
+                stage = next(phase.stage for phase in found if phase.seq_len == seq_len)
+                field = f"stages.{stage}" if stage else "train"
                 raise DataError(
                     f"data.store={parts[name].data.store}: {tokens} training tokens, too few for a "
-                    f"window of train.seq_len={seq_len}; give more text"
+                    f"window of {field}.seq_len={seq_len}; give more text"
                 )
             return count
 
@@ -160,10 +175,13 @@ def eval_batches(
 
 
 def bench(cfg: Config, manifests: Manifests, seconds: float) -> tuple[float, float, float]:
-    """Lowest, median and highest tokens per second of training batches, of nine measurements."""
+    """Lowest, median and highest tokens per second of training batches, of nine measurements: of
+    the batches that the run ends with."""
     data = TrainData.open(cfg, manifests)
-    rows_of = {phase.batch: np.arange(phase.batch) for phase in data.phases}
-    stream = data.batches(0, 1 << 40, rows_of, cfg.data.prefetch)
+    last = data.phases[-1]
+    stream = data.batches(
+        last.first, 1 << 40, {last.batch: np.arange(last.batch)}, cfg.data.prefetch
+    )
     rates = []
     for measurement in range(10):
         began, tokens = time.perf_counter(), 0

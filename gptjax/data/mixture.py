@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from gptjax.config import Config, phases
+from gptjax.config import Config, phases, validation
 from gptjax.data import store
 from gptjax.data.mixture_order import MixtureOrder, Stretch
 from gptjax.data.store import Manifest
-from gptjax.errors import DataError
+from gptjax.errors import ConfigError, DataError
 
 
 def part_configs(cfg: Config) -> dict[str, Config]:
@@ -153,5 +153,6 @@ def limited(cfg: Config, made: MixtureOrder, say: Callable[[str], None]) -> Conf
         f"{cfg.steps:,}: the run ends there, and so does its learning-rate schedule "
         f"({shorter.train.tokens:,} tokens)"
     )
-    shorter.check()  # for one, that the schedule's warm-up and decay still find room
+    if problems := list(validation.schedule_problems(shorter)):  # of warm-up and decay, say
+        raise ConfigError(problems)
     return shorter

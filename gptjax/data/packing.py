@@ -20,8 +20,6 @@ import bisect
 import hashlib
 import itertools
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,9 +28,10 @@ from typing import Any
 import numpy as np
 
 from gptjax.data import store
+from gptjax.data.journal import LOCK
 from gptjax.data.store import Manifest, Reader
 from gptjax.errors import DataError, OutputError
-from gptjax.runtime import bucket
+from gptjax.runtime import bucket, file_lock
 
 FORMAT = 1
 INDEX = "packed.json"
@@ -106,7 +105,7 @@ class Packing:
 
 
 def best_fit(costs_D: np.ndarray, capacity: int, room_R: np.ndarray = _NONE) -> np.ndarray:
-    """The row of each item by best-fit decreasing, int64 [D].
+    """The row of each item by best-fit decreasing, int64 [D]; of rows with equal room the first.
 
     The first rows have the room of `room_R`, and further ones that of `capacity`. All items of one
     cost are placed together, so the time goes with the number of different costs.
@@ -119,7 +118,7 @@ def best_fit(costs_D: np.ndarray, capacity: int, room_R: np.ndarray = _NONE) -> 
         if room > 0 and len(rows):
             if room not in rooms:
                 bisect.insort(sizes, room)
-            rooms[room] = np.concatenate([rooms.get(room, rows[:0]), rows])
+            rooms[room] = np.sort(np.concatenate([rooms.get(room, rows[:0]), rows]), kind="stable")
 
     for room in np.unique(room_R).tolist():
         leave(np.flatnonzero(room_R == room), room)
@@ -226,14 +225,10 @@ def prepare(
     if "://" in folder or (place / INDEX).exists():
         return
     try:
-        made = Path(folder) / f".packed-{seq_len}.{os.getpid()}"
-        counts = _write(folder, manifest, seq_len, made)
-        try:
-            made.rename(place)
-        except OSError:  # another run has made it meanwhile
-            shutil.rmtree(made)
-            if not (place / INDEX).exists():
-                raise
+        with file_lock.held(Path(folder) / LOCK, f"data.store={folder}", say):
+            if (place / INDEX).exists():  # another run has made it meanwhile
+                return
+            counts = _write(folder, manifest, seq_len, Path(place))
     except OSError as error:
         raise OutputError(f"{place}: cannot be written: {error}") from None
     say(f"{folder}: {counts.told(seq_len)}")
@@ -241,8 +236,7 @@ def prepare(
 
 def _write(folder: str, manifest: Manifest, seq_len: int, place: Path) -> Counts:
     """Writes the index of a packing, with the file that makes it valid last."""
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
+    place.mkdir(exist_ok=True)  # of a run that was killed, perhaps
     digests = {name: hashlib.sha256() for name in _DTYPES}
     streams = {name: (place / name).open("wb") for name in _DTYPES}
 
@@ -288,13 +282,14 @@ def open_packing(folder: str, manifest: Manifest, seq_len: int) -> Packing:
         )
     try:
         facts = json.loads((place / INDEX).read_text())
+        if (known := facts["format"]) != FORMAT:
+            raise DataError(
+                f"{place}: format {known}; this version of gptjax reads format {FORMAT}"
+            )
         counts = Counts(**facts["counts"])
         of_store, hashes = facts["store"], {name: facts["sha256"][name] for name in _DTYPES}
-        known = facts["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{place / INDEX} is damaged ({str(error)[:200]}); {again}") from None
-    if known != FORMAT:
-        raise DataError(f"{place}: format {known}; this version of gptjax reads format {FORMAT}")
     if of_store != manifest.fingerprint():
         raise DataError(f"{place}: was made of other tokens than the store has; {again}")
     arrays = {name: _read(place / name, name, hashes[name], again) for name in _DTYPES}
@@ -303,14 +298,15 @@ def open_packing(folder: str, manifest: Manifest, seq_len: int) -> Packing:
 
 def _read(path: Any, name: str, sha256: str, again: str) -> np.ndarray:
     """The numbers in a file of the index, mapped where it is local."""
-    values = np.zeros(0, _DTYPES[name])
-    if path.exists() and bucket.size_of(path):
-        remote = "://" in str(path)
-        values = (
-            np.frombuffer(path.read_bytes(), _DTYPES[name])
-            if remote
-            else np.asarray(np.memmap(path, _DTYPES[name], "r"))
-        )
+    try:
+        if not path.exists() or not bucket.size_of(path):
+            values = np.zeros(0, _DTYPES[name])
+        elif "://" in str(path):
+            values = np.frombuffer(path.read_bytes(), _DTYPES[name])
+        else:
+            values = np.asarray(np.memmap(path, _DTYPES[name], "r"))
+    except ValueError:  # no whole number of them
+        raise DataError(f"{path}: is damaged or missing; {again}") from None
     if hashlib.sha256(values).hexdigest() != sha256:
         raise DataError(f"{path}: is damaged or missing; {again}")
     return values

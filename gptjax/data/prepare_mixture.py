@@ -108,11 +108,10 @@ def _make_tokenizer(
 
 
 def _trained(cfg: Config, parts: Mapping[str, Config], tell: prepare.Tell) -> Tokenizer:
-    """A tokenizer that is trained on text of all parts, of each by its weight."""
-    samples, total = [], sum(part.weight for part in cfg.data.mixture.values())
+    """A tokenizer that is trained on text of all parts, of each by its share of the run."""
+    samples, shares = [], phases.shares_of(cfg)
     for name, part in parts.items():
-        share = cfg.data.mixture[name].weight / total
-        size = max(1, round(cfg.tokenizer.sample_bytes * share))
+        size = max(1, round(cfg.tokenizer.sample_bytes * shares[name]))
         sampled = replace(part, tokenizer=replace(cfg.tokenizer, sample_bytes=size))
         held_out = sources.resolve(part.data.valid_sources, f"data.mixture.{name}.valid_sources")
         found = sources.resolve(part.data.sources, f"data.mixture.{name}.sources")

@@ -58,7 +58,11 @@ def begun(base: BaseModel, task: str, data: str, valid: str) -> Config:
             accumulation=1,
             z_loss=0.0,
             ema_decay=0.0,
+            batch_ramp_tokens=0,
+            batch_start_tokens=0,
+            batch_increment_tokens=0,
         ),
+        stages={},
         start=StartConfig(),
         finetune=FinetuneConfig(task=task, base=base.path, data=data, valid=valid),  # type: ignore
         eval=replace(cfg.eval, every=-1, tasks=(), sample_every=0),

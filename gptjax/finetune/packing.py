@@ -61,9 +61,10 @@ def pack(given: Conversations, length: int, fill: int) -> PackedRows:
         ids.append(one.ids[over:])
         loss_masks.append(one.loss_mask[over:])
     raise_problems(problems)
-    row_D = best_fit(np.array([len(one) - 1 for one in ids]), length)
-    ends = np.cumsum(np.bincount(row_D))
-    rows = np.split(np.argsort(row_D, kind="stable"), ends[:-1])
+    costs_D = np.array([len(one) - 1 for one in ids])
+    row_D = best_fit(costs_D, length)
+    by_row = np.lexsort((-costs_D, row_D))  # and the longest first
+    rows = np.split(by_row, np.cumsum(np.bincount(row_D))[:-1])
     shape = len(rows), length
     tokens, targets = np.full(shape, fill, np.int32), np.full(shape, fill, np.int32)
     segments, positions, counts = (np.zeros(shape, np.int32) for _ in range(3))

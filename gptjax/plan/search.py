@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from gptjax.config import Config
+from gptjax.config import Config, TrainConfig, phases
+from gptjax.config.stage_validation import ramp_on
 from gptjax.config.validation import divisors
 from gptjax.errors import ConfigError
 from gptjax.plan import memory
@@ -34,6 +35,7 @@ def pareto_front(cfg: Config, machine: Machine) -> list[Choice]:
     Raises ConfigError where nothing fits.
     """
     cfg, fixed = _without_stages(cfg)
+    growing, cfg = cfg.train, phases.grown(cfg)
     state = memory.tensors(cfg)
     found = [one for one in _all(cfg, machine, state, fixed) if one.plan.fits]
     if not found:
@@ -47,8 +49,17 @@ def pareto_front(cfg: Config, machine: Machine) -> list[Choice]:
     best: list[Choice] = []
     for one in found:
         if not best or one.plan.total < 0.95 * best[-1].plan.total:
-            best.append(one)
+            best.append(replace(one, overrides=one.overrides + _growth(growing, one.plan)))
     return best
+
+
+def _growth(growing: TrainConfig, planned: Plan) -> tuple[str, ...]:
+    """The overrides of a growing batch whose sizes the mesh of a plan divides."""
+    unit = phases.rows_unit(planned.cfg, planned.sizes) * growing.seq_len
+    sizes = (growing.batch_start_tokens, growing.batch_increment_tokens)
+    if not growing.batch_ramp_tokens or not any(size % unit for size in sizes):
+        return ()
+    return (ramp_on(growing, unit),)
 
 
 def remedies(planned: Plan, most: int = 3) -> list[Choice]:
@@ -57,7 +68,7 @@ def remedies(planned: Plan, most: int = 3) -> list[Choice]:
     The best of remat alone, of accumulation alone, of the mesh alone, and of several together.
     """
     found: dict[str, Choice] = {}
-    cfg, fixed = _without_stages(planned.cfg)
+    cfg, fixed = _without_stages(phases.grown(planned.cfg))
     state = memory.tensors(cfg) if fixed else planned.state
     for one in _all(cfg, planned.machine, state, fixed):
         changed = _changed(planned.cfg, one.plan.cfg)

@@ -60,6 +60,8 @@ def with_base(
     else:
         base = find_base(cfg.start.base)
         model, tokenizer = base.cfg.model, cfg.tokenizer
+        if cfg.stages and not base.path.startswith("hf:"):
+            model = run_dir.open_run(base.path)[0].model  # and each stage stretches its own
         if base.tokenizer is not None:
             folder = base.path.removeprefix("hf:")
             tokenizer = load_model.tokenizer_config(base.tokenizer, folder)
@@ -303,18 +305,29 @@ def _optimizer_problems(cfg: Config, base: BaseModel) -> Iterator[str]:
     if not cfg.start.keep_step:
         return
     step = first_step(base)
-    done, here = phases.tokens_at(begun, step), phases.tokens_at(cfg, step)
-    if done != here:
+    done, others = phases.tokens_at(begun, step), list(_other_batches(begun, cfg, step))
+    if others:
         yield (
-            f"start.keep_step=True: {base.path} has had {done} tokens by its step {step}, and this "
-            f"run would have had {here}; give the same train.batch_tokens, growth of the batch and "
-            "stages as far as that step"
+            f"start.keep_step=True: {base.path} had {others[0]}; give the same train.seq_len, "
+            f"train.batch_tokens, growth of the batch and stages as far as step {step}"
         )
     elif cfg.steps <= step:
         yield (
             f"train.tokens={cfg.train.tokens}: {base.path} has been trained on {done} by its step "
             f"{step}, which count with start.keep_step; give more"
         )
+
+
+def _other_batches(begun: Config, cfg: Config, step: int) -> Iterator[str]:
+    """The first batch, of those before a step, that one configuration has and the other has not."""
+    ours, theirs = phases.phases(cfg), phases.phases(begun)
+    for first in sorted({phase.first for phase in (*ours, *theirs) if phase.first < step}):
+        had, has = (phases.phase_at(found, first) for found in (theirs, ours))
+        if (had.batch, had.seq_len) != (has.batch, has.seq_len):
+            yield (
+                f"{had.batch} x {had.seq_len} tokens in step {first + 1}, and this run would have "
+                f"{has.batch} x {has.seq_len}"
+            )
 
 
 def _pieces(cfg: Config, base: BaseModel, say: Callable[[str], None]) -> tuple[int, int]:

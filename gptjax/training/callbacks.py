@@ -261,11 +261,16 @@ class NonfiniteGuard(Callback):
 class CheckReplicas(Callback):
     """Ends a run in which copies of an array differ, every so many steps and before each save."""
 
-    def __init__(self, steps: int, save_every: int, watchdog: Watchdog) -> None:
+    def __init__(
+        self, steps: int, save_every: int, watchdog: Watchdog, borders: Collection[int] = ()
+    ) -> None:
         self._periods, self._watchdog = (steps, save_every) if steps else (), watchdog
+        self._borders = borders if steps else ()
 
     def due(self, step: int) -> bool:
-        return any(is_due(period, step, self._last) for period in self._periods)
+        return step in self._borders or any(
+            is_due(period, step, self._last) for period in self._periods
+        )
 
     def run(self, snapshot: Snapshot) -> None:
         self._watchdog.at("save", snapshot.step)
@@ -335,12 +340,13 @@ def standard_callbacks(
 
     `facts` of a step are written with its metrics.
     """
+    borders = phases.borders(cfg)
     return [
         Profile(cfg.log, checkpointer.folder.parent / "profile"),
         ShowProgress(progress),
         NonfiniteGuard(cfg.train.nonfinite_limit, progress),
         LogMetrics(cfg, evaluate.writers, progress, facts),
-        CheckReplicas(cfg.train.check_replicas, cfg.checkpoint.every, watchdog),
-        Save(cfg.checkpoint.every, checkpointer, watchdog, progress, phases.borders(cfg)),
+        CheckReplicas(cfg.train.check_replicas, cfg.checkpoint.every, watchdog, borders),
+        Save(cfg.checkpoint.every, checkpointer, watchdog, progress, borders),
         evaluate,
     ]

@@ -1,6 +1,7 @@
 """The learning rate of each step, by the tokens seen; shapes of its curves from optax."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,15 @@ import optax
 from gptjax.config import Config, StageConfig, phases
 from gptjax.config.phases import Phase
 
-Rate = Callable[[jax.Array, jax.Array], jax.Array]
-"""The rate of a step, by the tokens before it and after it, in units of train.batch_tokens: of a
-run whose batches all have that size, by the number of steps."""
+Number = jax.Array | float
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """The rate of a stage: `at` a step, and where it ends, which the next stage may go on from."""
+
+    at: Callable[[jax.Array], Number]
+    end: Number
 
 
 def learning_rate(cfg: Config) -> optax.Schedule:
@@ -21,29 +28,35 @@ def learning_rate(cfg: Config) -> optax.Schedule:
     train.batch_tokens that it is. A stage has either its part of the whole run's curve (`optim`) or
     a curve of its own.
     """
-    found, whole = phases.phases(cfg), _of_run(cfg)
+    found, size = phases.phases(cfg), cfg.train.batch_tokens
     firsts = {phase.stage: phase.first for phase in reversed(found)}
-    rates: list[Rate] = []
+    alike = all(phase.batch_tokens == size for phase in found)
+    whole = _of_run(cfg, alike)
+    of_step = lambda step: whole(*((step, step + 1) if alike else _span(found, 0, size, step)))
+    curves: list[_Curve] = []
     begin = 0
     for stage, end in phases.ends(cfg).items():
         one = cfg.stages.get(stage)
-        own = one is not None and one.lr_schedule != "optim"
-        before = rates[-1] if rates else None
-        rates.append(_of_stage(cfg, one, begin, end, before) if own and one else whole)
+        if one is None or one.lr_schedule == "optim":
+            curves.append(_Curve(of_step, whole(jnp.float32(end / size), jnp.float32(end / size))))
+        else:
+            own = [phase for phase in found if phase.stage == stage]
+            start = curves[-1].end if curves else cfg.optim.lr
+            curves.append(_of_stage(cfg, one, own, (begin, end), start))
         begin = end
 
-    def schedule(step: jax.Array) -> jax.Array:
-        before, after = _batches_at(cfg, found, step)
-        rate = rates[0](before, after)
-        for stage, of_stage in zip([*cfg.stages][1:], rates[1:], strict=True):
-            rate = jnp.where(step >= firsts[stage], of_stage(before, after), rate)
+    def schedule(step: jax.Array) -> Number:
+        rate = curves[0].at(step)
+        for stage, curve in zip([*cfg.stages][1:], curves[1:], strict=True):
+            rate = jnp.where(step >= firsts[stage], curve.at(step), rate)
         return rate
 
     return schedule
 
 
-def _of_run(cfg: Config) -> Rate:
-    """Linear warm-up from zero, then one of
+def _of_run(cfg: Config, alike: bool) -> Callable[[Number, Number], Number]:
+    """The rate of a step by the tokens before it and after it, in units of train.batch_tokens: of
+    batches that are all `alike`, by the number of steps. Linear warm-up from zero, then one of
     * cosine, linear: over decay_tokens, or all that is left, to final_lr_ratio of the peak, and
       constant from there (Brown et al. 2020, appendix B);
     * wsd: constant, and a decay over the last decay_tokens (Hu et al. 2024), linear or by
@@ -52,9 +65,10 @@ def _of_run(cfg: Config) -> Rate:
     * constant.
     """
     o, batch = cfg.optim, cfg.train.batch_tokens
-    warmup = round(o.warmup_tokens / batch)
+    units = (lambda tokens: round(tokens / batch)) if alike else lambda tokens: tokens / batch
+    warmup = units(o.warmup_tokens)
     rest = max(1, -(-cfg.train.tokens // batch) - warmup)
-    decay = max(1, round(o.decay_tokens / batch)) if o.decay_tokens else rest
+    decay = max(1, units(o.decay_tokens)) if o.decay_tokens else rest
     last = o.lr * o.final_lr_ratio
     after: optax.Schedule
     if o.lr_schedule == "cosine":
@@ -67,53 +81,51 @@ def _of_run(cfg: Config) -> Rate:
         progress = optax.linear_schedule(0.0, 1.0, decay, transition_begin=rest - decay)
         after = lambda step: o.lr + (last - o.lr) * jnp.sqrt(progress(step))
     elif o.lr_schedule == "inverse_sqrt":
-        from_step = max(1, warmup)
+        from_step = max(1, warmup) if alike else warmup
         after = lambda step: o.lr * jnp.sqrt(from_step / (from_step + step))
     else:
         after = optax.constant_schedule(o.lr)
     if not warmup:
         return lambda begun, done: after(begun)
     # Step 0 already learns: the ramp reaches 1/warmup there and the peak at its end.
-    ramp = lambda done: o.lr * done / warmup
+    ramp = lambda done: o.lr * jnp.minimum(done, warmup) / warmup
     return lambda begun, done: jnp.where(begun < warmup, ramp(done), after(begun - warmup))
 
 
-def _of_stage(cfg: Config, one: StageConfig, begin: int, end: int, before: Rate | None) -> Rate:
-    """The curve of a stage's own, between the tokens at which it begins and ends; it goes on from
-    the rate at which the stage before ends."""
-    size, peak = cfg.train.batch_tokens, cfg.optim.lr
-    first, length = begin / size, (end - begin) / size
+def _of_stage(
+    cfg: Config,
+    one: StageConfig,
+    own: Sequence[Phase],
+    span: tuple[int, int],
+    before: Number,
+) -> _Curve:
+    """The curve of a stage's own phases, between the tokens at which it begins and ends; it goes on
+    from the rate at which the stage before ends."""
+    (begin, end), peak = span, cfg.optim.lr
+    start = before if one.lr_ratio is None else peak * one.lr_ratio
     last = peak * one.final_lr_ratio
+    if one.lr_schedule == "constant":
+        return _Curve(lambda step: jnp.float32(start), start)
 
-    def rate(begun: jax.Array, done: jax.Array) -> jax.Array:
-        if one.lr_ratio is not None:
-            start = jnp.float32(peak * one.lr_ratio)
-        elif before is None:
-            start = jnp.float32(peak)
-        else:
-            start = before(jnp.float32(first), jnp.float32(first))
-        progress = jnp.clip((begun - first) / length, 0.0, 1.0)
+    def at(step: jax.Array) -> Number:
+        progress = jnp.clip(_span(own, begin, end - begin, step)[0], 0.0, 1.0)
         left = {
-            "constant": jnp.ones_like(progress),
             "linear": 1 - progress,
             "cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress)),
             "1-sqrt": 1 - jnp.sqrt(progress),
         }[one.lr_schedule]
-        return start if one.lr_schedule == "constant" else last + (start - last) * left
+        return last + (start - last) * left
 
-    return rate
+    return _Curve(at, last)
 
 
-def _batches_at(
-    cfg: Config, found: Sequence[Phase], step: jax.Array
+def _span(
+    found: Sequence[Phase], begin: int, unit: int, step: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens before and after a step, in units of train.batch_tokens."""
-    size = cfg.train.batch_tokens
-    if all(phase.batch_tokens == size for phase in found):
-        return step, step + 1
+    """Tokens from `begin` to before a step of these phases and to after it, in units."""
     firsts = jnp.array([phase.first for phase in found])
-    tokens = jnp.array([phase.tokens / size for phase in found], jnp.float32)
-    grown = jnp.array([phase.batch_tokens / size for phase in found], jnp.float32)
-    at = jnp.searchsorted(firsts, step, side="right") - 1
+    tokens = jnp.array([(phase.tokens - begin) / unit for phase in found], jnp.float32)
+    grown = jnp.array([phase.batch_tokens / unit for phase in found], jnp.float32)
+    at = jnp.maximum(jnp.searchsorted(firsts, step, side="right") - 1, 0)
     begun = tokens[at] + (step - firsts[at]) * grown[at]
     return begun, begun + grown[at]

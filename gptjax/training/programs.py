@@ -1,7 +1,8 @@
 """The compiled train steps of a run, one for each shape of a batch and each model of a stage."""
 
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from threading import Thread
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from gptjax.runtime.progress import Progress
 from gptjax.training.step import compile_step
 from gptjax.training.task import Task
 
+THREAD = "compile ahead"
 Key = tuple[int, int, int, ModelConfig]
 
 
@@ -28,7 +30,7 @@ class StepPrograms:
         self._phases = phases.phases(cfg)
         self._unit = phases.rows_unit(cfg, dict(jax.sharding.get_mesh().shape))
         self._compiled: dict[Key, Future[Any]] = {}
-        self._thread = ThreadPoolExecutor(1, "compile")
+        self._current: Key | None = None
 
     def of(self, phase: Phase, state: Any) -> Any:
         """The step of a phase: a function of (state, batch), whose state is laid out as this one.
@@ -36,14 +38,18 @@ class StepPrograms:
         Tells how long it was waited for.
         """
         began, key = time.monotonic(), self._key(phase)
+        ahead = key in self._compiled
         with compilation_cache.cache_report() as cached:
-            if key not in self._compiled:
+            if not ahead:
                 self._submit(phase, state)
             step = self._compiled[key].result()
             took = time.monotonic() - began
+            how = f"compiled in {took:.1f} s ({cached()})"
+            how = f"compiled meanwhile, waited for {took:.1f} s" if ahead else how
             shape = f"batches of {phase.batch} x {phase.seq_len} tokens: " if self._several else ""
-            self._progress.say(f"{shape}compiled in {took:.1f} s ({cached()})")
-        self._compiled = {key: self._compiled[key]}
+            if key != self._current:
+                self._progress.say(f"{shape}{how}")
+        self._compiled, self._current = {key: self._compiled[key]}, key
         self._ahead(phase, state)
         return step
 
@@ -51,10 +57,6 @@ class StepPrograms:
     def _several(self) -> bool:
         """Whether the run has several programs."""
         return len({self._key(phase) for phase in self._phases}) > 1
-
-    def close(self) -> None:
-        """Does not compile what has not begun."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _key(self, phase: Phase) -> Key:
         model = phases.model_of(self._cfg, phase.stage)
@@ -70,10 +72,10 @@ class StepPrograms:
             return
 
         def tell(done: Future[Any]) -> None:
-            if not done.cancelled() and (error := done.exception()):
+            if error := done.exception():
                 self._progress.say(
                     f"the program of step {following.first + 1:,} was not compiled, and "
-                    f"training will end there: {str(error).splitlines()[0][:300]}"
+                    f"training will end there: {str(error).partition(chr(10))[0][:300]}"
                 )
 
         self._submit(following, state).add_done_callback(tell)
@@ -84,17 +86,25 @@ class StepPrograms:
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
         )
 
-        def go() -> Any:
-            with jax.set_mesh(mesh):
-                return compile_step(
-                    self._cfg,
-                    task.loss_fn(phase),
-                    abstract,
-                    task.abstract_batch(phase),
-                    task.lr_multipliers,
-                    self._accumulation(phase),
-                )
+        future: Future[Any] = Future()
 
-        future = self._thread.submit(go)
+        def go() -> None:
+            try:
+                with jax.set_mesh(mesh):
+                    step = compile_step(
+                        self._cfg,
+                        task.loss_fn(phase),
+                        abstract,
+                        task.abstract_batch(phase),
+                        task.lr_multipliers,
+                        self._accumulation(phase),
+                    )
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(step)
+
+        # No end of the process waits for it, as one of a pool's would.
+        Thread(target=go, name=THREAD, daemon=True).start()
         self._compiled[self._key(phase)] = future
         return future

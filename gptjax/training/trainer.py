@@ -63,7 +63,6 @@ class Trainer:
             for callback in self._callbacks:
                 stack.callback(callback.close)
             self._programs = StepPrograms(self._cfg, self._task, self._progress)
-            stack.callback(self._programs.close)
             state = self._start()
             repeated = [callback for callback in self._callbacks if callback.repeats_on_resume]
             self._run_due(repeated, self._first, state)
@@ -143,8 +142,13 @@ class Trainer:
         if phase.stage != self._phase.stage:
             self._progress.say(f"stage {phase.stage} begins with step {step:,}")
         self._watchdog.at("compile", step)
-        with self._timer.paused():
-            self._phase, self._step_fn = phase, self._programs.of(phase, state)
+        # Several processes have to agree before they stop, which they do after a step.
+        alone = contextlib.nullcontext() if distributed.several() else self._preemption.at_once()
+        try:
+            with self._timer.paused(), alone:
+                self._phase, self._step_fn = phase, self._programs.of(phase, state)
+        except Interrupted:
+            self._stop(step - 1, state)
 
     def _read_batch(self, step: int) -> None:
         """Reads the batch of the next step while the devices compute this one."""

@@ -59,6 +59,9 @@ def test_an_array_without_copies_has_none_to_compare() -> None:
 def test_a_difference_ends_the_run_before_it_is_saved(tmp_path) -> None:
     mesh, cfg = make_mesh(MeshConfig(data=8), jax.devices()), Config()
     watchdog, progress = Watchdog(cfg.watch), Progress(shown=False)
+    at_border = callbacks.CheckReplicas(4, 6, watchdog, {5})
+    at_border.begin(0, 100)
+    assert at_border.due(5)
     check = callbacks.CheckReplicas(4, 6, watchdog)
     check.begin(0, 19)
     assert [step for step in range(1, 20) if check.due(step)] == [4, 6, 8, 12, 16, 18, 19]

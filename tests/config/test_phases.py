@@ -15,6 +15,7 @@ from gptjax.config import (
     EvalConfig,
     MixturePart,
     ModelConfig,
+    OptimConfig,
     StageConfig,
     TrainConfig,
 )
@@ -154,6 +155,24 @@ def test_a_shorter_run_leaves_out_the_stages_that_it_does_not_reach() -> None:
     assert course.phases(short)[0] == course.phases(cfg)[0]
 
 
+def test_a_run_that_ends_near_a_border_has_no_stage_without_a_step() -> None:
+    """The last batch of a stage reaches into the next one, which is not begun."""
+    cfg = run_of({name: StageConfig(tokens=2490) for name in "abcd"}, tokens=9960)
+    at_border = course.phases(cfg)[0].last
+    short = course.shortened(cfg, at_border)
+    short.check()
+    assert (list(short.stages), short.steps) == (["a"], at_border)
+    growing = run_of(batch_ramp_tokens=900, batch_start_tokens=16, batch_increment_tokens=16)
+    assert course.phases(course.shortened(growing, 25))[0] == course.phases(growing)[0]
+
+
+def test_parts_have_the_shares_of_all_stages() -> None:
+    data = DataConfig(mixture={"web": MixturePart(3.0, ("x",)), "code": MixturePart(1.0, ("y",))})
+    stages = {"a": StageConfig(tokens=7500), "b": StageConfig(weights={"code": 2.0})}
+    cfg = replace(run_of(stages, tokens=10_000, batch_tokens=80), data=data)
+    assert course.shares_of(cfg) == pytest.approx({"web": 0.5625, "code": 0.4375}, rel=0.01)
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 MIXED = DataConfig(mixture={"web": MixturePart(1.0, ("x",)), "code": MixturePart(0.0, ("y",))})
@@ -181,6 +200,27 @@ REFUSED = {
     "no weight at all": (
         replace(run_of({"a": StageConfig(weights={"web": 0.0, "code": 0.0})}), data=MIXED),
         "stages.a.weights: are all 0",
+    ),
+    "no weight in the mixture": (
+        replace(
+            run_of({"a": StageConfig(weights={"code": 1.0})}),
+            data=DataConfig(mixture={"code": MixturePart(0.0, ("y",))}),
+        ),
+        "data.mixture: all weights are 0",
+    ),
+    "a factor of no scaling": (
+        run_of({"a": StageConfig(rope_factor=4.0)}),
+        "stages.a.rope_factor=4.0: requires stages.a.rope_scaling",
+    ),
+    "a ramp that no stage has": (
+        run_of({"a": StageConfig(batch_tokens=128)}, **RAMP),
+        "train.batch_ramp_tokens=900: not used, as no stage that has",
+    ),
+    "a warm-up that no stage has": (
+        replace(
+            run_of({"a": StageConfig(lr_schedule="linear")}), optim=OptimConfig(warmup_tokens=64)
+        ),
+        "optim.warmup_tokens=64: not used, as the first stage has",
     ),
     "a part that no stage uses": (replace(run_of(), data=MIXED), "data.mixture.code.weight=0.0"),
     "a rate that is not used": (
@@ -240,7 +280,7 @@ def test_every_size_of_a_batch_is_checked_on_the_mesh() -> None:
     cfg.check(1)
     cfg.check(1)
     with pytest.raises(
-        ConfigError, match=r"start_tokens=16: a batch of 1 .* use no growth: --train"
+        ConfigError, match=r"start_tokens=16: a batch of 1 .* use --train.batch-ramp"
     ):
         cfg.check(4)
     cfg = run_of(**RAMP | {"batch_tokens": 768})
@@ -258,6 +298,20 @@ def test_every_size_of_a_batch_is_checked_on_the_mesh() -> None:
     cfg = replace(run_of({"a": StageConfig(seq_len=2, batch_tokens=64)}), mesh=mesh)
     with pytest.raises(ConfigError, match=r"stages.a.seq_len=2: mesh axis 2 x context=4"):
         cfg.check(2)
+
+
+def test_a_mesh_that_leaves_no_room_for_steps_has_one_of_all_that_is_left() -> None:
+    ramp = {"batch_ramp_tokens": 900, "batch_start_tokens": 160, "batch_increment_tokens": 96}
+    cfg = run_of(batch_tokens=256, **ramp)
+    with pytest.raises(ConfigError, match=r"-start-tokens 192 --train.batch-increment-tokens 64"):
+        cfg.check(4)
+
+
+def test_stages_of_a_preset_are_left_out_by_name() -> None:
+    cfg = run_of({"a": StageConfig()})
+    assert config.override(cfg, ["--stages", "none"], "gptjax").stages == {}
+    words = ["--stages", "none", "--stages.b.seq-len", "8"]
+    assert config.override(cfg, words, "gptjax").stages == {"b": StageConfig(seq_len=8)}
 
 
 def test_stages_are_named_on_the_command_line() -> None:
@@ -315,6 +369,18 @@ def test_what_has_begun_is_named_where_it_is_refused() -> None:
     with pytest.raises(MismatchError) as caught:
         config.resume_changes(BEGUN, with_stage("one", lr_schedule="constant"), 15)
     assert caught.value.differences == ["stages.one: is over since step 10, and cannot change"]
+
+
+def test_the_order_and_the_end_of_stages_count() -> None:
+    swapped = {name: BEGUN.stages[name] for name in ("one", "three", "two")}
+    told = config.resume_changes(BEGUN, replace(BEGUN, stages=swapped), 10)
+    assert told == ["stages: one, two, three -> one, three, two (stage)"]
+    open_first = {"one": StageConfig(), "two": StageConfig(tokens=640)}
+    cfg = run_of(open_first, tokens=1280)
+    longer = replace(cfg, train=replace(cfg.train, tokens=1920))
+    assert len(config.resume_changes(cfg, longer, 9)) == 1
+    with pytest.raises(MismatchError):
+        config.resume_changes(cfg, longer, 10)
 
 
 def test_stages_can_be_added_to_a_run_that_has_none() -> None:

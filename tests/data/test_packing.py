@@ -106,6 +106,24 @@ def test_each_document_is_in_one_row_and_long_ones_go_through_several(
     assert packed.counts.tokens == sum(map(len, rows))
 
 
+def one_at_a_time(costs: list[int], capacity: int) -> list[int]:
+    """The definition of best-fit decreasing, the first of rows with equal room."""
+    left: list[int] = []
+    rows = [0] * len(costs)
+    for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        fits = [(room, row) for row, room in enumerate(left) if room >= costs[item]]
+        rows[item] = min(fits)[1] if fits else len(left)
+        left += [] if fits else [capacity]
+        left[rows[item]] -= costs[item]
+    return rows
+
+
+@settings(max_examples=200, deadline=None)
+@given(costs=st.lists(st.integers(1, 30), min_size=1, max_size=120))
+def test_rows_are_those_of_one_document_at_a_time(costs) -> None:
+    assert packing.best_fit(np.array(costs), 30).tolist() == one_at_a_time(costs, 30)
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     costs=st.lists(st.integers(1, 30), min_size=1, max_size=200),
@@ -191,6 +209,12 @@ def test_what_is_damaged_missing_or_of_other_tokens_is_refused(made, tmp_path: P
         with pytest.raises(DataError, match=rf"packed-16/{name}: is damaged or missing; delete"):
             opened(cfg, manifest)
         (folder / name).write_bytes(raw)
+    (folder / "pieces").write_bytes((folder / "pieces").read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"packed-16/pieces: is damaged or missing; delete"):
+        opened(cfg, manifest)
+    (folder / packing.INDEX).write_text(json.dumps({"format": 2}))
+    with pytest.raises(DataError, match=r"packed-16: format 2; this version of gptjax reads"):
+        opened(cfg, manifest)
     (folder / packing.INDEX).write_text(json.dumps(index | {"store": "other"}))
     with pytest.raises(DataError, match="was made of other tokens than the store has"):
         opened(cfg, manifest)
@@ -199,19 +223,17 @@ def test_what_is_damaged_missing_or_of_other_tokens_is_refused(made, tmp_path: P
         opened(cfg, manifest)
 
 
-def test_a_packing_that_another_run_made_meanwhile_is_taken(made, tmp_path, monkeypatch) -> None:
+def test_a_packing_that_was_begun_is_made_anew_and_a_finished_one_is_taken(made, tmp_path) -> None:
     cfg, manifest = made
-    write = packing._write
-
-    def beaten(folder, manifest, seq_len, place):
-        counts = write(folder, manifest, seq_len, place)
-        if not (tmp_path / "store/packed-16").exists():
-            write(folder, manifest, seq_len, tmp_path / "store/packed-16")
-        return counts
-
-    monkeypatch.setattr(packing, "_write", beaten)
+    folder = tmp_path / "store/packed-16"
+    folder.mkdir()
+    (folder / "pieces").write_bytes(b"half of them")
+    told: list[str] = []
+    packing.prepare(cfg.data.store, manifest, 16, told.append)
+    packing.prepare(cfg.data.store, manifest, 16, told.append)
+    assert len(told) == 1
+    assert "documents in" in told[0]
     opened(cfg, manifest)
-    assert [path.name for path in (tmp_path / "store").glob("*packed*")] == ["packed-16"]
 
 
 def test_packing_documents_requires_masks(made) -> None:

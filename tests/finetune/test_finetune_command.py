@@ -14,7 +14,7 @@ from gptjax import config, load_model
 from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import Checkpointer
-from gptjax.config import MoeConfig, TokenizerConfig
+from gptjax.config import MoeConfig, StageConfig, TokenizerConfig
 from gptjax.finetune import defaults
 from gptjax.parallel.mesh import entered_mesh
 
@@ -116,14 +116,18 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(finetune, write, tmp_path, t
 def test_the_recipe_takes_the_model_and_not_how_it_was_trained(base) -> None:
     begun_from = load_model.find_base(base)
     cfg = begun_from.cfg
-    trained = dataclasses.replace(cfg.train, ema_decay=0.99, z_loss=0.1, accumulation=4)
+    grows = {"batch_ramp_tokens": 64, "batch_start_tokens": 32, "batch_increment_tokens": 32}
+    trained = dataclasses.replace(cfg.train, ema_decay=0.99, z_loss=0.1, accumulation=4, **grows)
     optim = dataclasses.replace(cfg.optim, name="muon", lr=0.5, weight_decay=0.3)
     begun_from = dataclasses.replace(
-        begun_from, cfg=dataclasses.replace(cfg, train=trained, optim=optim)
+        begun_from,
+        cfg=dataclasses.replace(cfg, train=trained, optim=optim, stages={"a": StageConfig()}),
     )
     recipe_of = defaults.begun(begun_from, "classify", "a", "b")
     train, optim = recipe_of.train, recipe_of.optim
     assert (train.ema_decay, train.z_loss, train.accumulation) == (0, 0, 1)
+    assert recipe_of.stages == {}
+    assert {getattr(train, name) for name in grows} == {0}
     assert (optim.name, optim.weight_decay) == ("adamw", 0.01)
     assert recipe_of.model == cfg.model
     rate = lambda cfg: defaults.resolved(cfg, longest=10, rows=64).optim.lr

@@ -184,3 +184,15 @@ def test_no_remedies_where_no_change_fits() -> None:
     )
     assert not planned.fits
     assert search.remedies(planned) == []
+
+
+def test_a_growing_batch_narrows_no_search_and_gets_sizes_that_the_mesh_divides() -> None:
+    """The published recipe begins with 16 sequences, which few meshes divide."""
+    cfg = config.load("gpt3:gpt3_1_3b")
+    choices = search.pareto_front(cfg, parse("h100:64"))
+    assert max(one.plan.sizes["fsdp"] * one.plan.sizes["data"] for one in choices) > 16
+    for one in choices:
+        words = " ".join(one.overrides).split()
+        pasted = config.resolve("gpt3:gpt3_1_3b", words, "gptjax plan")
+        pasted.check(64, 8)
+        assert pasted.train.batch_ramp_tokens == cfg.train.batch_ramp_tokens

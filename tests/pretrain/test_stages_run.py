@@ -26,7 +26,6 @@ from gptjax.config import (
     ModelConfig,
     OptimConfig,
     StageConfig,
-    StartConfig,
     TokenizerConfig,
     TrainConfig,
     phases,
@@ -191,14 +190,20 @@ def test_a_model_is_opened_as_its_stage_trained_it(cfg: Config, whole: dict) -> 
 @pytest.mark.slow
 def test_a_branch_from_a_border_decays_on_its_own(cfg: Config, tmp_path: Path, whole: dict) -> None:
     """Two decays of one stable run, of which one is what the run did itself."""
-    base = StartConfig(f"{cfg.run}@{SECOND}", optimizer=True, keep_step=True)
-    same = replace(cfg, run=str(tmp_path / "same"), start=base)
-    assert train(same)["valid_loss"] == whole["valid_loss"]
-    path = lambda bits: {name: value for name, value in bits.items() if name.startswith("params/")}
-    assert path(fingerprints(same, 18)) == path(fingerprints(cfg, 18))
-    stages = cfg.stages | {"anneal": replace(cfg.stages["anneal"], lr_schedule="linear")}
-    other = replace(same, run=str(tmp_path / "other"), stages=stages)
-    train(other)
+    file = tmp_path / "cfg.json"
+    file.write_text(json.dumps(config.to_dict(cfg)))
+    start = ["--start", f"{cfg.run}@{SECOND}", "--start.optimizer", "--start.keep-step"]
+    results = train(str(file), [*start, "--run", str(tmp_path / "same")])
+    assert results["valid_loss"] == whole["valid_loss"]
+    same, other = (replace(cfg, run=str(tmp_path / name)) for name in ("same", "other"))
+    params = lambda one: {k: v for k, v in fingerprints(one, 18).items() if k.startswith("params/")}
+    assert params(same) == params(cfg)
+    # The base's positions were stretched at that step, and those of the stage to come are not.
+    recorded = config.read_json(tmp_path / "same/config.json")
+    assert recorded.model == cfg.model
+    assert load_model.find_model(f"{cfg.run}").at_step(SECOND).cfg.model != cfg.model
+    words = [*start, "--run", other.run, "--stages.anneal.lr-schedule", "linear"]
+    train(str(file), words)
     assert [line["lr"] for line in metrics_of(other)][1] == pytest.approx(0.75e-2)
 
 

@@ -369,7 +369,11 @@ REFUSED = {
     ),
     "batch": (
         ["--start.optimizer", "--start.keep-step", "--train.batch-tokens", "1024"],
-        "has had 4096 tokens by its step 8, and this run would have had 8192; give the same",
+        "had 16 x 32 tokens in step 1, and this run would have 32 x 32; give the same",
+    ),
+    "length": (
+        ["--start.optimizer", "--start.keep-step", "--train.seq-len", "16"],
+        "had 16 x 32 tokens in step 1, and this run would have 32 x 16; give the same",
     ),
     "budget": (
         ["--start.optimizer", "--start.keep-step", "--train.tokens", "4096"],

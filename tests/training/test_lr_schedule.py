@@ -84,6 +84,23 @@ def test_stages_begin_and_end_at_their_own_rates() -> None:
     assert found[109] == pytest.approx(PEAK * (0.25 + 0.125 * (1 + np.cos(np.pi * 0.95))), rel=1e-4)
 
 
+def test_a_late_short_stage_has_exact_progress() -> None:
+    """Its tokens are few among all that were seen before."""
+    stages = {"main": StageConfig(), "anneal": StageConfig(tokens=640, lr_schedule="linear")}
+    cfg = run_of(stages, train={"tokens": 64 * 10**8 + 640}, lr_schedule="constant")
+    firsts = jnp.arange(10**8, 10**8 + 10)
+    found = jax.vmap(learning_rate(cfg))(firsts)
+    np.testing.assert_allclose(found, PEAK * (1 - np.arange(10) / 10), rtol=1e-5)
+
+
+def test_a_warmup_shorter_than_a_whole_batch_is_there_while_the_batch_grows() -> None:
+    train = {"batch_ramp_tokens": 3200, "batch_start_tokens": 16, "batch_increment_tokens": 624}
+    cfg = run_of(train={"batch_tokens": 640} | train, warmup_tokens=160, lr_schedule="constant")
+    np.testing.assert_allclose(
+        rates(cfg)[:12], PEAK * np.minimum(1, np.arange(1, 13) / 10), rtol=1e-5
+    )
+
+
 def test_the_first_stage_begins_at_the_peak() -> None:
     found = rates(run_of({"all": StageConfig(lr_schedule="linear")}))
     np.testing.assert_allclose(found, PEAK * (1 - np.arange(100) / 100), rtol=1e-5)

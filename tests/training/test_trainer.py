@@ -1,7 +1,9 @@
 """The train step and the training loop, in this process, on a tiny model."""
 
 import dataclasses
+import os
 import signal
+import time
 from collections.abc import Callable
 
 import jax
@@ -19,6 +21,7 @@ from gptjax.config import (
     ModelConfig,
     OptimConfig,
     TrainConfig,
+    phases,
 )
 from gptjax.errors import NumericError, Preempted
 from gptjax.model import decoder
@@ -27,6 +30,7 @@ from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
 from gptjax.training import callbacks, objective, optimizer
 from gptjax.training.metrics import Writers
+from gptjax.training.programs import StepPrograms
 from gptjax.training.step import TrainState, create_state, gradients, train_step
 from gptjax.training.trainer import Trainer
 
@@ -407,3 +411,26 @@ def test_logged_metrics_belong_to_their_step(tmp_path) -> None:
     assert metrics["perplexity"] == pytest.approx(np.exp(metrics["loss"]))
     assert metrics["tokens_per_second"] > 0
     assert 0 <= metrics["data_wait"] < 1
+
+
+def test_a_signal_while_a_larger_batch_is_compiled_saves_the_step_before_it(
+    tmp_path, monkeypatch
+) -> None:
+    cfg = tiny(batch_start_tokens=256, batch_increment_tokens=256, batch_ramp_tokens=512)
+    of = StepPrograms.of
+
+    def told_to_stop(self, phase, state):
+        if phase.first:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return of(self, phase, state)
+
+    def grown(first, last):
+        for step in range(first, last):
+            batch = phases.phase_at(phases.phases(cfg), step).batch
+            yield {name: rows[:batch] for name, rows in rows_of(cfg, step).items()}
+
+    monkeypatch.setattr(StepPrograms, "of", told_to_stop)
+    with one_device(), pytest.raises(Preempted, match=r"told to stop by SIGTERM; saved step 2$"):
+        fit(cfg, tmp_path, batches=grown)
+    assert Checkpointer(tmp_path / "checkpoints").steps() == [2]
