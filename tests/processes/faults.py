@@ -24,12 +24,12 @@ def stuck_in_a_read() -> None:
 def install() -> None:
     """Puts them into this process."""
     restore_newest = Checkpointer.restore_newest
-    read = loader.TrainData.read
+    read = loader.TrainData._read
     tokenize = prepare._tokenize
     process = os.environ.get("JAX_PROCESS_ID", "0")
     kind, step_at, process_at = os.environ.get("FAULT", "none:0:0").split(":")
 
-    def logged_read(self, steps, rows=None):
+    def logged_read(self, steps, rows):
         for step in steps:
             if folder := os.environ.get("IDS_FOLDER"):
                 line = {"step": step + 1, "ids": self.order.places(step, rows)[1].tolist()}
@@ -56,5 +56,5 @@ def install() -> None:
         return tokenize(*args, **options)
 
     prepare._tokenize = slow_tokenize
-    loader.TrainData.read = logged_read
+    loader.TrainData._read = logged_read
     Checkpointer.restore_newest = slow_restore
