@@ -41,7 +41,9 @@ def kvstore(folder: str) -> dict[str, Any] | str:
     if scheme != "s3":
         return f"{folder.rstrip('/')}/"
     bucket, _, key = address.partition("/")
-    spec = {"driver": "s3", "bucket": bucket, "path": f"{key}/" if key else ""}
+    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": f"{key}/" if key else ""}
+    if os.environ.get("AWS_ACCESS_KEY_ID"):  # else it complains of files that need not be there
+        spec["aws_credentials"] = {"type": "environment"}
     given = {
         "endpoint": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
         "aws_region": os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"),

@@ -149,6 +149,18 @@ def test_a_tokenizer_and_a_store_are_read_by_the_command_line(cfg, command_line,
     assert "s3://bucket/cli: every chunk is what the manifest says" in out
 
 
+def test_batches_are_shown_without_complaints_of_the_libraries(cfg: Config) -> None:
+    """In a process of its own, whose standard error the libraries in C++ write to as well."""
+    prepare_mixture.prepare_parts(cfg)
+    upload(Path(cfg.data.store), "s3://bucket/shown")
+    words = ["data", "show", "debug", "--step", "3", "--data.store", "s3://bucket/shown"]
+    words += ["--train.seq-len", "16", "--train.batch-tokens", "64"]
+    run = [sys.executable, "-m", "gptjax", *words]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 4
+
+
 @pytest.mark.parametrize(
     ("place", "told"),
     [
