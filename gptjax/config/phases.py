@@ -40,7 +40,7 @@ def phases(cfg: Any) -> tuple[Phase, ...]:
     found: list[Phase] = []
     step = tokens = 0
     for name, end in ends(cfg).items():
-        seq_len = seq_len_of(cfg, name)
+        seq_len = _seq_len_of(cfg, name)
         for size, until in _batches(cfg, name):
             if tokens < (until := end if until is None else min(until, end)):
                 last = step - (tokens - until) // size  # rounded up
@@ -61,7 +61,7 @@ def ends(cfg: Any) -> dict[str, int]:
     return found
 
 
-def seq_len_of(cfg: Any, stage: str) -> int:
+def _seq_len_of(cfg: Any, stage: str) -> int:
     """Length of the sequences of a stage, in tokens."""
     return (stage and cfg.stages[stage].seq_len) or cfg.train.seq_len
 
@@ -182,7 +182,7 @@ def of_stage(cfg: Any, stage: str, sizes: Mapping[str, int]) -> Any:
     phase = next(phase for phase in reversed(phases(cfg)) if phase.stage == stage)
     train = replace(
         grown(cfg).train,
-        tokens=phase.tokens_at(phase.last) - begin(cfg, stage),
+        tokens=phase.tokens_at(phase.last) - _begin(cfg, stage),
         batch_tokens=phase.batch_tokens,
         seq_len=phase.seq_len,
         accumulation=accumulation_of(cfg, phase, rows_unit(cfg, sizes)),
@@ -198,7 +198,7 @@ def grown(cfg: Any) -> Any:
     return replace(cfg, train=replace(cfg.train, **dict.fromkeys(sizes, 0)))
 
 
-def begin(cfg: Any, stage: str) -> int:
+def _begin(cfg: Any, stage: str) -> int:
     """Tokens seen when a stage begins."""
     return next(phase.tokens for phase in phases(cfg) if phase.stage == stage)
 

@@ -14,7 +14,7 @@ from gptjax.errors import MismatchError
 
 
 def resume_classes(cls: Any = Config, prefix: str = "") -> dict[str, str]:
-    """The resume class of each field (identity, schedule or free) by dotted name.
+    """The resume class of each field (identity, schedule, stage or free) by dotted name.
 
     Where a name of the user's is part of the dotted name, * stands for it.
     """

@@ -37,6 +37,11 @@ class Batch:
     lengths_B: np.ndarray
 
 
+def training_windows(tokens: int, seq_len: int) -> int:
+    """The number of complete training windows, each of which shares one token with the next."""
+    return (tokens - 1) // seq_len
+
+
 def is_prepared(cfg: Config) -> bool:
     """Whether the stores are there, and the rows of whole documents where there are to be any."""
     for part in mixture.part_configs(cfg).values():
@@ -82,7 +87,7 @@ class TrainData:
         def windows(name: str, seq_len: int) -> int:
             tokens = len(readers[name])
             rows = packings[seq_len][name] if packings else None
-            count = mixture.training_windows(tokens, seq_len) if rows is None else len(rows)
+            count = training_windows(tokens, seq_len) if rows is None else len(rows)
             if count < 1:
                 stage = next(phase.stage for phase in found if phase.seq_len == seq_len)
                 field = f"stages.{stage}" if stage else "train"

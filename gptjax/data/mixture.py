@@ -124,11 +124,6 @@ def order(cfg: Config, windows: Callable[[str, int], int]) -> MixtureOrder:
     return made
 
 
-def training_windows(tokens: int, seq_len: int) -> int:
-    """The number of complete training windows, each of which shares one token with the next."""
-    return (tokens - 1) // seq_len
-
-
 def limited(cfg: Config, made: MixtureOrder, say: Callable[[str], None]) -> Config:
     """The configuration with as many tokens as the mixture has; tells what it does and when.
 

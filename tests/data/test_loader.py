@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptjax.config import Config, DataConfig, TrainConfig
-from gptjax.data import loader, mixture, store
+from gptjax.data import loader, store
 from gptjax.data.loader import Batch, TrainData
 from gptjax.data.mixture import Manifests
 from gptjax.data.permutation import Order
@@ -83,7 +83,7 @@ def windows(batches: list[Batch]) -> list[list]:
     ("tokens", "wanted"), [(1, 0), (SEQ, 0), (SEQ + 1, 1), (2 * SEQ, 1), (2 * SEQ + 1, 2)]
 )
 def test_training_windows_are_complete_and_overlap_by_one_token(tokens, wanted) -> None:
-    assert mixture.training_windows(tokens, SEQ) == wanted
+    assert loader.training_windows(tokens, SEQ) == wanted
 
 
 def test_batches_hold_the_windows_that_the_order_gives(data: TrainData) -> None:
