@@ -1,135 +1,89 @@
-"""Checkpoints: Orbax writes and reads the arrays; this module verifies them.
+"""Checkpoints of a run: what is saved, what is kept, and that what is restored is what was saved.
 
-    RUN/checkpoints/<step>/state    the arrays, by path, whatever the mesh
-    RUN/checkpoints/<step>/meta     JSON: the run's metadata, and a fingerprint of each array
-    RUN/checkpoints.json            the last step that was saved
+Where they lie and how is the store's concern: orbax_store.py for a folder, shard_store.py for a
+bucket.
 
-A checkpoint exists when Orbax has renamed its folder into place. Saving is asynchronous; a thread
-waits for each save and syncs it to disk, so its failure is known without blocking the loop and
-without waiting for the next one. Restoring checks the metadata against their checksum and every
-array against its fingerprint: a checkpoint that fails is set aside (`<step>.corrupt-<n>`) and the
-one before it is restored. One that is not kept is renamed (`<step>.removed`) and then removed.
+Saving is asynchronous; a thread waits for each save, so its failure is known without blocking the
+loop and without waiting for the next one. Restoring checks the metadata against their checksum and
+every array against its fingerprint: a checkpoint that fails is set aside and the one before it is
+restored.
 
-In a job of several processes each writes and reads its own shards of the arrays, in one folder.
-Process 0 alone renames and removes; all together agree on which checkpoint is valid. A run without
-checkpoints begins anew only where checkpoints.json knows of none.
+In a job of several processes each writes and reads its own shards of the arrays. Process 0 alone
+commits, sets aside and removes; all together agree on which checkpoint is valid. A run without
+checkpoints begins anew only where none was ever saved.
 """
 
 import concurrent.futures
-import contextlib
 import functools
-import hashlib
-import importlib
 import json
-import logging
-import math
-import os
 import platform
-import shutil
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
+from gptjax.checkpoint import head
+from gptjax.checkpoint.fingerprint import fingerprints, sha256_of
+from gptjax.checkpoint.orbax_store import OrbaxStore
+from gptjax.checkpoint.shard_store import ShardStore
 from gptjax.config import CheckpointConfig
-from gptjax.data import store
 from gptjax.errors import CheckpointError, MismatchError, OutputError
-from gptjax.param_tree import Leaves, leaves_by_path, nested
-from gptjax.runtime import distributed
+from gptjax.param_tree import Leaves, leaves_by_path
+from gptjax.runtime import bucket, distributed
 from gptjax.version import __version__
 
 FORMAT = 1
-_UNFINISHED = ".orbax-checkpoint-tmp"
-_COMMITTED = "_CHECKPOINT_METADATA"
-_REMOVED = ".removed"
 _CHECKSUM = "sha256"
 _FAILED_SAVES_LIMIT = 3
-_CLEAR_S = 5.0  # while threads of a failed save may still write
-_PATIENCE_S = 24 * 3600
-_BARRIERS = (
-    "orbax.checkpoint._src.multihost.multihost",
-    "orbax.checkpoint.experimental.v1._src.synchronization.multihost",
-)
-_SURGE_BYTES = 1 << 27  # memory of a save beyond the arrays, unless a single one is larger
+
+Say = Callable[[str], None]
 
 
-# --- fingerprints ------------------------------------------------------------------------------
+class Store(Protocol):
+    """A place of checkpoints. All but `save` and `load` are called by process 0 alone, or only
+    look."""
+
+    def place(self, step: int) -> str:
+        """Where the checkpoint of a step is, for messages."""
+
+    def clear(self, say: Say) -> None:
+        """Removes what a process left that was killed while it saved, or removed a checkpoint."""
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, ascending."""
+
+    def save(self, step: int, leaves: Leaves, meta: dict[str, Any]) -> Callable[[], None]:
+        """Begins to save; returns when the arrays may be overwritten. The result waits until the
+        checkpoint is safe. Both raise where it cannot be written, and leave nothing then."""
+
+    def remove(self, step: int) -> None:
+        """Removes a checkpoint, which at once is none any more."""
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The metadata that it was saved with. Raises whatever reading raises."""
+
+    def load(self, step: int, wanted: Leaves, *, partial: bool) -> Leaves:
+        """Its arrays, laid out as `wanted`, which has some of its subtrees where `partial`."""
+
+    def set_aside(self, step: int) -> str:
+        """Makes a damaged checkpoint none; returns its new name."""
+
+    def lost(self) -> str:
+        """Where there is no checkpoint: why a run must not begin anew; empty if it may."""
+
+    def ended(self) -> str:
+        """Why this job may no longer write here; empty while it may."""
 
 
-@jax.jit  # leaf by leaf: compiling all of a large tree at once takes many times as long
-def _fingerprint(x: jax.Array) -> jax.Array:
-    """Two 32-bit sums over all elements' bits, each weighted by an odd function of its index.
-
-    Integer sums do not depend on order, and so not on the sharding; an odd weight makes any single
-    flipped bit change the sum.
-    """
-    bits = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
-    width = bits.dtype.itemsize * 8
-    bits = lax.bitcast_convert_type(bits, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
-    strides = [math.prod(x.shape[d + 1 :]) % 2**32 for d in range(x.ndim)]
-    iota = functools.partial(
-        lax.broadcasted_iota, jnp.uint32, x.shape, out_sharding=jax.typeof(x).sharding
-    )
-    index = sum((iota(d) * jnp.uint32(s) for d, s in enumerate(strides)), jnp.uint32(0))
-    first = jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
-    second = jnp.sum(bits * ((index * jnp.uint32(2654435761)) | 1), dtype=jnp.uint32)
-    return jnp.stack([first, second])
-
-
-def fingerprints(leaves: Leaves) -> dict[str, list[int]]:
-    """Fingerprint of each leaf, the same on every mesh."""
-    sums = {path: _fingerprint(leaf) for path, leaf in leaves.items()}
-    return {path: value.tolist() for path, value in jax.device_get(sums).items()}
-
-
-# --- saving and restoring ----------------------------------------------------------------------
-
-
-def _orbax() -> Any:
-    """Orbax's module, imported when first needed, its logs silenced: failures are told here."""
-    from orbax.checkpoint import v1
-
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    _quiet_closed_loops()
-    # Slow processes are the watchdog's concern: Orbax's limit of 300 s at a barrier would make a
-    # valid checkpoint look damaged.
-    for module in _BARRIERS:
-        vars(importlib.import_module(module))["_DEFAULT_BARRIER_TIMEOUT"] = _PATIENCE_S
-    return v1
-
-
-@functools.cache  # once
-def _quiet_closed_loops() -> None:
-    """Drops the complaint of writes that end after the event loop of their failed save."""
-    others = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            others(unraisable)
-
-    sys.unraisablehook = hook
-
-
-def _context(*, partial: bool = False, write_bytes: int | None = None) -> Any:
-    ocp = _orbax()
-    registry = ocp.handlers.local_registry()
-    registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
-    context = ocp.Context()
-    context.checkpointables.registry = registry
-    context.pytree.loading.partial_load = partial
-    context.memory.write_concurrent_bytes = write_bytes
-    # Created in the background, a folder that cannot be made hangs the process at its end.
-    context.asynchronous.timeout_secs = _PATIENCE_S
-    context.asynchronous.create_directories_asynchronously = False
-    return context
+def store_of(folder: Any, say: Say) -> Store:
+    """The store of the checkpoints in a folder, local or in a bucket."""
+    if bucket.remote(folder) or (Path(folder).parent / head.HEAD).exists():  # or a copy of one
+        return ShardStore(str(folder), say)
+    return OrbaxStore(Path(folder))
 
 
 class Checkpointer:
@@ -142,15 +96,18 @@ class Checkpointer:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Any,
         cfg: CheckpointConfig | None = None,
         describe: Callable[[int], Mapping[str, Any]] = lambda step: {},
-        say: Callable[[str], None] = lambda line: None,
+        say: Say = lambda line: None,
         order: Sequence[int] | None = None,
         milestones: Collection[int] = (),
     ) -> None:
-        """With `cfg`, for saving: removes the remains of an interrupted save."""
-        self.folder, self._cfg, self._describe, self._say = folder.absolute(), cfg, describe, say
+        """`folder` is a path, local or in a bucket. With `cfg`, for saving: removes the remains of
+        an interrupted save."""
+        self.folder = folder.absolute() if isinstance(folder, Path) else folder
+        self._cfg, self._describe, self._say = cfg, describe, say
+        self.store = store_of(folder, say)
         self._order = None if order is None else list(order)
         self._milestones = milestones
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -158,26 +115,12 @@ class Checkpointer:
         self.last_step: int | None = None  # the step that was handed to `save` last
         self._failures: list[str] = []
         self._failed_in_a_row = 0
-        if cfg is not None and distributed.first() and self.folder.is_dir():
-            self._clear()
-
-    def _clear(self) -> None:
-        """Removes what a process left that was killed while it saved, or removed a checkpoint."""
-        left = {_UNFINISHED: "discarded unfinished checkpoint", _REMOVED: "removed the rest of"}
-        for mark, what in left.items():
-            for path in self.folder.glob(f"*{mark}*"):
-                self._say(f"{what} {path.name.split('.')[0]}")
-                shutil.rmtree(path, ignore_errors=True)
+        if cfg is not None and distributed.first():
+            self.store.clear(say)
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(
-            int(path.name)
-            for path in self.folder.iterdir()
-            if path.name.isdecimal() and (path / _COMMITTED).exists()
-        )
+        return self.store.steps()
 
     def save(self, step: int, state: Any) -> None:
         """Begins to save; returns when the arrays have been copied off the devices.
@@ -201,57 +144,30 @@ class Checkpointer:
         }
         meta[_CHECKSUM] = sha256_of(meta)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            surge = max(_SURGE_BYTES, *map(_own_bytes, leaves.values()))
-            with _context(write_bytes=surge):
-                response = _orbax().save_checkpointables_async(
-                    self.folder / str(step),
-                    {"state": nested(leaves), "meta": meta},
-                    overwrite=True,
-                )
+            wait = self.store.save(step, leaves, meta)
         except (OSError, ValueError) as error:
             self._failed(step, error)
             return
-        self._saving = step, self._thread.submit(self._finish, step, response)
+        self._saving = step, self._thread.submit(self._finish, step, wait)
 
-    def _finish(self, step: int, response: Any) -> None:
+    def _finish(self, step: int, wait: Callable[[], None]) -> None:
         """In the thread: waits for the commit, then removes old checkpoints."""
         assert self._cfg is not None
-        try:
-            response.result()
-        except BaseException:
-            if distributed.first():
-                self._give_back(step)
-            raise
+        wait()
         if not distributed.first():
             return
-        _sync_tree(self.folder / str(step))
-        store.sync(self.folder)
-        with contextlib.suppress(OSError):  # so that a loss of the folder is known
-            store.replace_file(self._saved_file, json.dumps({"saved": step}) + "\n")
         forever = self._cfg.keep_every
         for old in self.steps()[: -self._cfg.keep]:
             if old not in self._milestones and not (forever and old % forever == 0):
-                gone = self.folder / f"{old}{_REMOVED}"
-                (self.folder / str(old)).rename(gone)  # no longer a checkpoint
-                shutil.rmtree(gone, ignore_errors=True)
-
-    def _give_back(self, step: int) -> None:
-        """Removes what a failed save has written, also while its threads go on for a moment."""
-        deadline = time.monotonic() + _CLEAR_S
-        while left := list(self.folder.glob(f"{step}{_UNFINISHED}*")):
-            for path in left:
-                shutil.rmtree(path, ignore_errors=True)
-            if time.monotonic() > deadline:
-                return
-            time.sleep(0.1)
-
-    @property
-    def _saved_file(self) -> Path:
-        return self.folder.with_name(f"{self.folder.name}.json")
+                self.store.remove(old)
 
     def failures(self) -> list[str]:
-        """Messages about saves that have failed since the last call. Does not wait."""
+        """Messages about saves that have failed since the last call. Does not wait.
+
+        Raises OutputError where this job may no longer save here at all.
+        """
+        if ended := self.store.ended():
+            raise OutputError(ended)
         if self._saving is not None and self._saving[1].done():
             self._settle()
         told, self._failures = self._failures, []
@@ -295,8 +211,7 @@ class Checkpointer:
 
     def meta(self, step: int) -> dict[str, Any]:
         """A checkpoint's metadata. Raises whatever reading raises."""
-        with _context():
-            meta = _orbax().load_checkpointables(self.folder / str(step), {"meta": None})["meta"]
+        meta = self.store.meta(step)
         checksum = meta.pop(_CHECKSUM, None)  # absent in a checkpoint of before there were any
         if checksum not in (None, sha256_of(meta)):
             raise ValueError("its metadata differ from their checksum")
@@ -330,16 +245,10 @@ class Checkpointer:
                 f"{self.folder}: none of the checkpoints {', '.join(map(str, steps))} can be read; "
                 "nothing was changed. To begin anew, remove the folder"
             )
-        if self.folder.is_dir() and any(self.folder.glob("*.corrupt-*")):
+        if lost := self.store.lost():
+            whole = self.folder.parent
             raise CheckpointError(
-                f"{self.folder}: only checkpoints that were set aside as damaged are left; to "
-                "begin anew, remove the folder"
-            )
-        if self._saved_file.exists():
-            raise CheckpointError(
-                f"{self.folder}: has no checkpoint, though {self._saved_file} says that one was "
-                "saved; nothing was changed. Put the checkpoints back; to begin anew, remove the "
-                f"whole folder {self.folder.parent}"
+                f"{self.folder}: {lost}; to begin anew, remove the whole folder {whole}"
             )
         return None
 
@@ -364,7 +273,7 @@ class Checkpointer:
             raise CheckpointError(f"{self.folder}: checkpoint {step} not found; available: {have}")
         restored, reason = self._attempt(step, abstract, partial)
         if reason is not None:
-            raise CheckpointError(f"{self.folder / str(step)}: failed verification ({reason})")
+            raise CheckpointError(f"{self.store.place(step)}: failed verification ({reason})")
         return restored
 
     def _attempt(self, step: int, abstract: Any, partial: bool) -> tuple[Any, str | None]:
@@ -372,7 +281,7 @@ class Checkpointer:
         restored, reason = None, None
         try:
             restored = self._restore(step, abstract, partial)
-        except (MismatchError, MemoryError, jax.errors.JaxRuntimeError):
+        except (MismatchError, MemoryError, OutputError, jax.errors.JaxRuntimeError):
             raise  # not the checkpoint's fault
         except Exception as error:  # Orbax raises many kinds for many kinds of damage
             reason = str(error).split("\n")[0][:300] or repr(error)
@@ -383,17 +292,13 @@ class Checkpointer:
         meta = self.meta(step)
         if meta["format"] != FORMAT:
             raise MismatchError(
-                f"{self.folder / str(step)}: has format {meta['format']}; this gptjax reads format "
+                f"{self.store.place(step)}: has format {meta['format']}; this gptjax reads format "
                 f"{FORMAT}"
             )
         roots = {path.split("/")[0] for path in wanted}
         saved = {p: x for p, x in meta["tree"].items() if not partial or p.split("/")[0] in roots}
-        _check_tree(self.folder / str(step), saved, wanted)
-        with _context(partial=partial):
-            tree = _orbax().load(
-                self.folder / str(step), nested(wanted), checkpointable_name="state"
-            )
-        leaves = leaves_by_path(tree)
+        _check_tree(self.store.place(step), saved, wanted)
+        leaves = self.store.load(step, wanted, partial=partial)
         for path, value in fingerprints(leaves).items():
             if value != meta["fingerprints"][path]:
                 raise ValueError(f"{path}: its fingerprint is not the one saved")
@@ -407,10 +312,7 @@ class Checkpointer:
         return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[path] for path in wanted])
 
     def _set_aside(self, step: int) -> None:
-        names = (self.folder / f"{step}.corrupt-{n}" for n in range(1, 1000))
-        free = next(name for name in names if not name.exists())
-        (self.folder / str(step)).rename(free)
-        self._say(f"checkpoint {step} is set aside as {free.name}")
+        self._say(f"checkpoint {step} is set aside as {self.store.set_aside(step)}")
 
 
 def _versions() -> dict[str, str]:
@@ -428,19 +330,7 @@ def _moved(stacked: jax.Array, places: tuple[int, ...]) -> jax.Array:
     return stacked.at[np.array(places)].get(out_sharding=jax.typeof(stacked).sharding)
 
 
-def _sync_tree(folder: Path) -> None:
-    """Syncs all files below a folder to disk, and the folders."""
-    for path, _, names in os.walk(folder, topdown=False):
-        for name in (*names, "."):
-            store.sync(os.path.join(path, name))
-
-
-def _own_bytes(leaf: jax.Array) -> int:
-    """Bytes of an array that this process writes."""
-    return sum(s.data.nbytes for s in leaf.addressable_shards if s.replica_id == 0)
-
-
-def _check_tree(checkpoint: Path, saved: Mapping[str, Any], wanted: Leaves) -> None:
+def _check_tree(checkpoint: str, saved: Mapping[str, Any], wanted: Leaves) -> None:
     """Raises MismatchError with a line for each path that differs."""
     have = {path: (tuple(shape), dtype) for path, (shape, dtype) in saved.items()}
     want = {path: (tuple(x.shape), str(x.dtype)) for path, x in wanted.items()}
@@ -452,8 +342,3 @@ def _check_tree(checkpoint: Path, saved: Mapping[str, Any], wanted: Leaves) -> N
     ]
     if differences:
         raise MismatchError(f"{checkpoint} is of another model", differences)
-
-
-def sha256_of(values: Any) -> str:
-    """SHA-256 of JSON values, key order aside."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -18,7 +18,7 @@ import numpy as np
 
 from gptjax import config, load_model
 from gptjax.checkpoint import run_dir
-from gptjax.checkpoint.checkpointer import fingerprints, leaves_by_path, sha256_of
+from gptjax.checkpoint.fingerprint import fingerprints, sha256_of
 from gptjax.config import Config, DataConfig
 from gptjax.data import sources
 from gptjax.errors import ConfigError, DataError
@@ -31,6 +31,7 @@ from gptjax.evaluate.tasks import ANSWER_TOKENS, TaskEvaluator, task_names
 from gptjax.evaluate.validation import ValidationLoss
 from gptjax.load_model import LoadedModel
 from gptjax.parallel import sharding
+from gptjax.param_tree import leaves_by_path
 from gptjax.runtime import distributed
 from gptjax.runtime.progress import Progress
 from gptjax.tokenizer import Tokenizer

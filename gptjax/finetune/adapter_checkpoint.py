@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from gptjax.checkpoint.checkpointer import Checkpointer, fingerprints, sha256_of
+from gptjax.checkpoint.checkpointer import Checkpointer
+from gptjax.checkpoint.fingerprint import fingerprints, sha256_of
 from gptjax.config import Config
 from gptjax.errors import MismatchError
 from gptjax.finetune import params as base_params

@@ -13,7 +13,8 @@ import jax
 
 from gptjax import config
 from gptjax.checkpoint import run_dir
-from gptjax.checkpoint.checkpointer import Checkpointer, sha256_of
+from gptjax.checkpoint.checkpointer import Checkpointer
+from gptjax.checkpoint.fingerprint import sha256_of
 from gptjax.config import Config
 from gptjax.finetune import adapter_checkpoint
 from gptjax.finetune import params as base_params

@@ -24,7 +24,6 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from gptjax.checkpoint.checkpointer import leaves_by_path
 from gptjax.config import ModelConfig
 from gptjax.config.limits import unusable
 from gptjax.errors import DataError, MismatchError
@@ -36,6 +35,7 @@ from gptjax.hf.reader import Family, Json
 from gptjax.model import decoder
 from gptjax.model.decoder import Params
 from gptjax.parallel import mesh, sharding
+from gptjax.param_tree import leaves_by_path
 from gptjax.sample import decoding
 
 _INDEX = "model.safetensors.index.json"

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax.checkpoint.checkpointer import leaves_by_path
 from gptjax.config import Config
 from gptjax.model import decoder
 from gptjax.parallel import mesh
+from gptjax.param_tree import leaves_by_path
 from gptjax.plan import collectives
 from gptjax.plan.collectives import StepShape
 from gptjax.runtime.hardware import Device

@@ -11,7 +11,8 @@ import jax
 from gptjax import config, sample
 from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import run_dir
-from gptjax.checkpoint.checkpointer import Checkpointer, sha256_of
+from gptjax.checkpoint.checkpointer import Checkpointer
+from gptjax.checkpoint.fingerprint import sha256_of
 from gptjax.config import Config, ModelConfig, phases
 from gptjax.data import loader, mixture, prepare, prepare_mixture
 from gptjax.data.mixture import Manifests

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from gptjax import config, load_model
 from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import run_dir
-from gptjax.checkpoint.checkpointer import Checkpointer, fingerprints, sha256_of
+from gptjax.checkpoint.checkpointer import Checkpointer
+from gptjax.checkpoint.fingerprint import fingerprints, sha256_of
 from gptjax.config import CONFIG_FILE, Config, ModelConfig, phases
 from gptjax.data import store
 from gptjax.errors import CheckpointError, ConfigError, DataError, MismatchError

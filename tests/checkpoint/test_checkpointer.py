@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax.checkpoint import checkpointer
+from gptjax.checkpoint import orbax_store
 from gptjax.checkpoint.checkpointer import Checkpointer, fingerprints, leaves_by_path
 from gptjax.config import CheckpointConfig, MeshConfig
 from gptjax.errors import CheckpointError, MismatchError, OutputError
@@ -147,7 +147,7 @@ def test_damage_that_says_nothing_is_damage(tmp_path, monkeypatch) -> None:
 
 
 def test_orbax_still_has_the_limits_that_are_lifted() -> None:
-    for module in checkpointer._BARRIERS:
+    for module in orbax_store._BARRIERS:
         assert hasattr(importlib.import_module(module), "_DEFAULT_BARRIER_TIMEOUT"), module
 
 
@@ -456,4 +456,4 @@ def test_three_failed_saves_in_a_row_end_the_run(tmp_path, full_disk) -> None:
 
 def test_paths_are_those_of_the_tree() -> None:
     tree = {"a": {"b": 1}, "c": (2, [3])}
-    assert checkpointer.leaves_by_path(tree) == {"a/b": 1, "c/0": 2, "c/1/0": 3}
+    assert leaves_by_path(tree) == {"a/b": 1, "c/0": 2, "c/1/0": 3}
