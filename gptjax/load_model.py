@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from threading import Thread
 from typing import Protocol
 
@@ -27,6 +26,7 @@ from gptjax.config import (
     TrainConfig,
     phases,
 )
+from gptjax.config.limits import unknown_scheme
 from gptjax.data.mixture import Manifests
 from gptjax.errors import CheckpointError, ConfigError
 from gptjax.finetune import adapter_checkpoint
@@ -38,6 +38,7 @@ from gptjax.model.decoder import Params
 from gptjax.parallel import sharding
 from gptjax.parallel.mesh import entered_mesh
 from gptjax.param_tree import Tree
+from gptjax.runtime import bucket
 from gptjax.sample import Sampler
 from gptjax.tokenizer import Tokenizer
 
@@ -109,7 +110,7 @@ class AdapterRun(RunModel):
         multipliers = base_params.lr_multipliers(cfg)
         assert multipliers is not None
         checkpointer = AdapterCheckpointer(
-            Path(self.path) / run_dir.CHECKPOINTS,
+            bucket.path_of(self.path) / run_dir.CHECKPOINTS,
             say=say,
             lr_multipliers=multipliers,
             frozen=lambda: adapter_checkpoint.frozen_part(cfg, base, multipliers, say),
@@ -174,12 +175,12 @@ def find_model(path: str, say: Say = _silent) -> RunModel | HuggingFaceModel:
     check_exists(path.removeprefix("hf:"))
     if is_hugging_face(path):
         folder = path.removeprefix("hf:")
-        source = safetensors.open_source(Path(folder))
+        source = safetensors.open_source(bucket.local_copy(folder))
         for note in source.notes:
             say(note)
         return HuggingFaceModel(f"hf:{folder}", source, read_tokenizer.tokenizer_of(source, say))
     cfg, tokenizer, manifests = run_dir.open_run(path)
-    cfg = _trained(cfg, Checkpointer(Path(path) / run_dir.CHECKPOINTS).steps())
+    cfg = _trained(cfg, Checkpointer(bucket.path_of(path) / run_dir.CHECKPOINTS).steps())
     kind = AdapterRun if cfg.finetune.lora.rank else RunModel
     return kind(path, cfg, tokenizer, manifests)
 
@@ -193,9 +194,12 @@ def check_exists(path: str) -> None:
     """Raises ConfigError for a path that does not exist; with the command that fetches a hub's
     model, if it may be the name of one.
     """
-    if not path or "://" in path:
-        raise ConfigError([f"{path!r}: give a local folder"])
-    if Path(path).exists():
+    if not path:
+        raise ConfigError([f"{path!r}: give a folder"])
+    if why := unknown_scheme(path):
+        raise ConfigError([f"{path}: {why}"])
+    place = bucket.path_of(path)
+    if place.is_dir() or place.exists():
         return
     hint = ""
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path):
@@ -226,7 +230,7 @@ def find_base(path: str, say: Say = _silent) -> RunModel | HuggingFaceModel:
 
 def _steps(path: str) -> list[int]:
     """Steps of a run's checkpoints. Raises CheckpointError where there is none."""
-    steps = Checkpointer(Path(path) / run_dir.CHECKPOINTS).steps()
+    steps = Checkpointer(bucket.path_of(path) / run_dir.CHECKPOINTS).steps()
     if not steps:
         raise CheckpointError(f"{path}: this run has no checkpoint yet")
     return steps
@@ -234,7 +238,9 @@ def _steps(path: str) -> list[int]:
 
 def is_hugging_face(path: str) -> bool:
     """Whether a path names a Hugging Face folder, by hf: before it or by the files in it."""
-    return path.startswith("hf:") or any(Path(path).glob("*.safetensors*"))
+    place = bucket.path_of(path)
+    of_run = bucket.remote(path) and (place / config.CONFIG_FILE).exists()
+    return path.startswith("hf:") or (not of_run and any(place.glob("*.safetensors*")))
 
 
 def config_of(model: ModelConfig, tokenizer: Tokenizer | None, target: str) -> Config:

@@ -18,7 +18,7 @@ import functools
 import json
 import platform
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,6 +74,9 @@ class Store(Protocol):
 
     def lost(self) -> str:
         """Where there is no checkpoint: why a run must not begin anew; empty if it may."""
+
+    def left(self) -> Iterator[str]:
+        """What is neither a checkpoint nor of use, with what happens to it."""
 
     def ended(self) -> str:
         """Why this job may no longer write here; empty while it may."""

@@ -108,6 +108,7 @@ class Head:
         self._record, self._generation = Record(), b""
         self._own: Writer | None = None
         self._ended = threading.Event()
+        self.before_commit: Callable[[], None] = lambda: None  # of a checkpoint, in its thread
         self.lost = ""  # why this job may no longer write; empty while it may
 
     def read(self, say: Say = lambda line: None) -> Record:

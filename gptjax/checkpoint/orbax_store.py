@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,16 @@ class OrbaxStore:
                 "was changed. Put the checkpoints back"
             )
         return ""
+
+    def left(self) -> Iterator[str]:
+        for path in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
+            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            if UNFINISHED in path.name or path.name.endswith(REMOVED):
+                yield f"{path.name}: {size:,} bytes left by a kill; the next start removes it"
+            elif CORRUPT in path.name:
+                yield f"{path.name}: {size:,} bytes set aside as damaged; remove it if you like"
+            elif path.name.isdecimal() and not (path / COMMITTED).exists():
+                yield f"{path.name}: {size:,} bytes without the mark of a checkpoint"
 
     def ended(self) -> str:
         return ""

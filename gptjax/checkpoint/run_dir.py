@@ -10,6 +10,9 @@ RUN/checkpoints/       see checkpointer.py
 RUN/checkpoints.json   the last step that was saved there
 RUN/metrics.jsonl, RUN/tensorboard/, RUN/samples/, RUN/profile/
 RUN/run.lock           held while a process trains here
+
+A run may lie in a bucket. Its head.json (head.py) then stands for checkpoints.json and run.lock,
+and metrics, profiles and event files are written on this machine and uploaded (`log_folder`).
 """
 
 import contextlib
@@ -27,6 +30,7 @@ import jax
 
 from gptjax import config
 from gptjax import tokenizer as tokenizers
+from gptjax.checkpoint import head
 from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.config import CONFIG_FILE, Config
 from gptjax.data import mixture, store
@@ -35,7 +39,8 @@ from gptjax.errors import CheckpointError, DataError, MismatchError, OutputError
 from gptjax.model.decoder import Params
 from gptjax.model.heads import init_params
 from gptjax.parallel import sharding
-from gptjax.runtime import distributed, file_lock, preemption
+from gptjax.runtime import bucket, distributed, file_lock, preemption
+from gptjax.runtime.mirror import Mirror
 from gptjax.tokenizer import Tokenizer
 
 CHECKPOINTS = "checkpoints"
@@ -47,6 +52,7 @@ _LEASE_S = 180
 _DATA = "data.json"
 _SOURCE = "source.json"
 _EXAMPLES = "finetune.json"
+METRICS_FILE = "metrics.jsonl"
 
 
 @contextmanager
@@ -59,13 +65,16 @@ def claim(cfg: Config, say: Callable[[str], None] = lambda line: None) -> Iterat
     Raises MismatchError if the folder holds another run, OutputError if it cannot be written or
     another job holds it, or if a process has another folder.
     """
-    folder = Path(cfg.run)
+    folder = bucket.path_of(cfg.run)
+    take, check_shared = (
+        (_take_head, _check_head) if bucket.remote(cfg.run) else (_take_lock, _check_shared)
+    )
     with contextlib.ExitStack() as stack:
         with preemption.preemptible("it waited for the run folder"):
             with distributed.first_before_others():
                 if distributed.first():
-                    _take_lock(stack, cfg, say)
-            _check_shared(folder)
+                    take(stack, cfg, say)
+            check_shared(cfg)
         changes: list[str] = []
         if (folder / _SOURCE).exists():
             raise MismatchError(
@@ -96,8 +105,40 @@ def _take_lock(stack: contextlib.ExitStack, cfg: Config, say: Callable[[str], No
         raise OutputError(f"run={cfg.run}: cannot be written: {error}") from None
 
 
-def _check_shared(folder: Path) -> None:
+def _take_head(stack: contextlib.ExitStack, cfg: Config, say: Callable[[str], None]) -> None:
+    """Process 0 becomes the writer of a run in a bucket until the end of `stack`."""
+    patience = head.LEASE_S if distributed.several() else 0
+    own = head.Head(cfg.run.rstrip("/"))
+    stack.enter_context(own.taken(say, patience))
+    mirror = stack.enter_context(Mirror.kept(cfg.run, [METRICS_FILE], say))
+    own.before_commit = mirror.upload
+    _log_folders[cfg.run] = mirror.folder
+    stack.callback(_log_folders.pop, cfg.run)
+
+
+def _check_head(cfg: Config) -> None:
+    """Raises OutputError where this process does not see what process 0 has written."""
+    writer = head.of(cfg.run).read().writer
+    own = writer.id if writer else ""
+    if own != distributed.from_first(own):
+        raise OutputError(
+            f"run={cfg.run}: {distributed.name()} does not see there what process 0 has written; "
+            "give all processes the same endpoint and credentials"
+        )
+    distributed.barrier()
+
+
+def log_folder(run: str) -> Path:
+    """Where process 0 writes the metrics and profiles of a run that is claimed."""
+    return _log_folders.get(run, Path(run))
+
+
+_log_folders: dict[str, Path] = {}  # of the claimed runs in buckets
+
+
+def _check_shared(cfg: Config) -> None:
     """Raises OutputError where this process does not see the folder of process 0."""
+    folder = Path(cfg.run)
     probe = folder / _PROBE
     own = probe.read_text() if probe.exists() else ""
     if own != distributed.from_first(own):
@@ -115,7 +156,7 @@ def record(cfg: Config, tokenizer: Tokenizer, manifests: Manifests) -> None:
 
     Raises MismatchError if the folder has another tokenizer or other manifests already.
     """
-    folder = Path(cfg.run)
+    folder = bucket.path_of(cfg.run)
     check_tokenizer(
         manifests.tokenizer["sha256"], tokenizer.fingerprint, "the manifest", "the store"
     )
@@ -143,7 +184,7 @@ def _check_tokens(cfg: Config, of_run: Manifests, of_stores: Manifests) -> None:
             )
 
 
-def _manifests(file: Path) -> Manifests:
+def _manifests(file: Any) -> Manifests:
     """The manifests in a run's data.json. Raises DataError."""
     remedy = "put back that of the run, or the store's manifest.json that it was begun with"
     return mixture.parse(file.read_bytes(), str(file), remedy)
@@ -151,7 +192,7 @@ def _manifests(file: Path) -> Manifests:
 
 def begun_with(cfg: Config) -> dict[str, str]:
     """The fingerprints of the tokens that the run was begun with, by part; none for a new one."""
-    known = Path(cfg.run) / _DATA
+    known = bucket.path_of(cfg.run) / _DATA
     return _manifests(known).fingerprints() if known.exists() else {}
 
 
@@ -162,7 +203,7 @@ def check_store(cfg: Config, manifests: Manifests) -> None:
 
 def record_imported(cfg: Config, tokenizer: Tokenizer | None, source: dict[str, Any]) -> None:
     """Writes configuration, tokenizer and origin of an imported model."""
-    folder = Path(cfg.run)
+    folder = bucket.path_of(cfg.run)
     if tokenizer is not None:
         _save_tokenizer(folder, tokenizer)
         source = source | {"tokenizer": tokenizer.fingerprint}
@@ -175,7 +216,7 @@ def record_tuned(cfg: Config, tokenizer: Tokenizer, examples: dict[str, Any]) ->
 
     Raises MismatchError where the run was begun with other examples.
     """
-    folder = Path(cfg.run)
+    folder = bucket.path_of(cfg.run)
     facts = {"tokenizer": tokenizer.fingerprint, **examples}
     if tokenizer.start_id is not None and not tokenizer.starts_by_itself:
         facts["start_id"] = tokenizer.start_id
@@ -198,7 +239,7 @@ def record_tuned(cfg: Config, tokenizer: Tokenizer, examples: dict[str, Any]) ->
 
 def start_of(folder: str) -> dict[str, Any] | None:
     """What a run was started from; None where its parameters were drawn. Raises DataError."""
-    return _read_json(Path(folder) / START)
+    return _read_json(bucket.path_of(folder) / START)
 
 
 def record_start(folder: str, facts: dict[str, Any]) -> None:
@@ -211,12 +252,16 @@ def record_start(folder: str, facts: dict[str, Any]) -> None:
         )
     distributed.barrier()  # nobody looks at what is written now
     if distributed.first():
-        write_json(Path(folder) / START, facts)
+        write_json(bucket.path_of(folder) / START, facts)
     distributed.barrier()
 
 
-def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+def _save_tokenizer(folder: Any, tokenizer: Tokenizer) -> None:
     with _told_as_output(folder):
+        if bucket.remote(folder):
+            for name, contents in tokenizer.files().items():
+                (folder / name).write_bytes(contents)
+            return
         tokenizer.save(folder)
         for name in tokenizer.files():
             store.sync(folder / name)
@@ -224,7 +269,7 @@ def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 def examples_of(folder: str) -> dict[str, Any]:
     """The recorded facts of a fine-tuned run's examples, empty for others. Raises DataError."""
-    return _read_json(Path(folder) / _EXAMPLES) or {}
+    return _read_json(bucket.path_of(folder) / _EXAMPLES) or {}
 
 
 def facts(cfg: Config) -> dict[str, str]:
@@ -236,15 +281,15 @@ def facts(cfg: Config) -> dict[str, str]:
 
 def source_of(folder: str) -> dict[str, Any] | None:
     """The origin of an imported model; None for a run that was trained here. Raises DataError."""
-    return _read_json(Path(folder) / _SOURCE)
+    return _read_json(bucket.path_of(folder) / _SOURCE)
 
 
 def certificate_of(folder: str) -> dict[str, Any] | None:
     """The run's conversion certificate; None for a trained run. Raises DataError."""
-    return _read_json(Path(folder) / CERTIFICATE)
+    return _read_json(bucket.path_of(folder) / CERTIFICATE)
 
 
-def _read_json(file: Path) -> dict[str, Any] | None:
+def _read_json(file: Any) -> dict[str, Any] | None:
     """The JSON object in a file; None where the file does not exist."""
     if not file.exists():
         return None
@@ -254,14 +299,18 @@ def _read_json(file: Path) -> dict[str, Any] | None:
         raise DataError(f"{file}: cannot be read as JSON: {error}") from None
 
 
-def write_json(file: Path, values: Any) -> None:
+def write_json(file: Any, values: Any) -> None:
     """Writes JSON, whole or not at all, and synced to disk. Raises OutputError."""
+    text = json.dumps(values, indent=2) + "\n"
     with _told_as_output(file.parent):
-        store.replace_file(file, json.dumps(values, indent=2) + "\n")
+        if bucket.remote(file):
+            file.write_text(text)
+        else:
+            store.replace_file(file, text)
 
 
 @contextmanager
-def _told_as_output(folder: Path) -> Iterator[None]:
+def _told_as_output(folder: Any) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -288,13 +337,13 @@ def open_run(folder: str) -> tuple[Config, Tokenizer | None, Manifests | None]:
             return cfg, None, None
         return cfg, _own_tokenizer(folder, source["tokenizer"], _SOURCE), None
     name = _DATA if cfg.finetune.task == "none" else _EXAMPLES
-    if not (Path(folder) / name).exists():
+    if not (bucket.path_of(folder) / name).exists():
         raise DataError(f"{folder}: this run has no {name}, so nothing was trained in it")
     if cfg.finetune.task != "none":
         facts = examples_of(folder)
         start_id = facts.get("start_id")
         return cfg, _own_tokenizer(folder, facts["tokenizer"], _EXAMPLES, start_id), None
-    manifests = _manifests(Path(folder) / name)
+    manifests = _manifests(bucket.path_of(folder) / name)
     fingerprint = manifests.tokenizer["sha256"]
     return cfg, _own_tokenizer(folder, fingerprint, _DATA, manifests.start_id), manifests
 
@@ -303,7 +352,7 @@ def _own_tokenizer(
     folder: str, fingerprint: str, recorded_in: str, start_id: int | None = None
 ) -> Tokenizer:
     """The tokenizer in a run folder. Raises MismatchError for another fingerprint than recorded."""
-    tokenizer = tokenizers.load(Path(folder), start_id)
+    tokenizer = tokenizers.load(bucket.path_of(folder), start_id)
     check_tokenizer(fingerprint, tokenizer.fingerprint, f"{folder}/{recorded_in}", folder)
     return tokenizer
 
@@ -319,7 +368,7 @@ def restore_params(
 
     The moving average where the run keeps one. Raises CheckpointError if there is no checkpoint.
     """
-    checkpoints = Checkpointer(Path(folder) / CHECKPOINTS, say=say)
+    checkpoints = Checkpointer(bucket.path_of(folder) / CHECKPOINTS, say=say)
     abstract = sharding.abstract(lambda: init_params(cfg, jax.random.key(0)))
     part = "ema" if cfg.train.ema_decay else "params"
     wanted = {"step": sharding.abstract(lambda: jax.numpy.int32(0)), part: abstract}

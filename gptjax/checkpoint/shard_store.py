@@ -11,7 +11,7 @@ of the head. What is there without being named in the head is a save that was ne
 import json
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
@@ -46,12 +46,22 @@ class ShardStore:
         return f"{self.folder}/{self._record().checkpoints.get(step, step)}"
 
     def clear(self, say: Say) -> None:
+        for name in self._unnamed():
+            say(f"discarded unfinished checkpoint {name.partition('-')[0]}")
+            self._delete(name)
+
+    def _unnamed(self) -> list[str]:
+        """Folders that the head does not name."""
         record = self._record()
         keys = self._patiently(lambda: self._kv.list().result(), f"{self.folder}: cannot be listed")
         found = {match[1].decode() for key in keys if (match := _FOLDER.match(key))}
-        for name in sorted(found - set(record.checkpoints.values()) - set(record.set_aside)):
-            say(f"discarded unfinished checkpoint {name.partition('-')[0]}")
-            self._delete(name)
+        return sorted(found - set(record.checkpoints.values()) - set(record.set_aside))
+
+    def left(self) -> Iterator[str]:
+        for name in self._unnamed():
+            yield f"{name}: left by a kill, or being saved; the next start removes it"
+        for name in self._record().set_aside:
+            yield f"{name}: set aside as damaged; remove it if you like"
 
     def steps(self) -> list[int]:
         return sorted(self._record().checkpoints)
@@ -105,6 +115,7 @@ class ShardStore:
         def with_this(record: head.Record) -> head.Record:
             return replace(record, checkpoints={**record.checkpoints, step: name}, saved=step)
 
+        self._head.before_commit()
         before = self._record().checkpoints.get(step)
         self._head.update(with_this, self._say)
         if before:

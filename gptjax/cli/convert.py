@@ -10,8 +10,10 @@ the end of the context, where a mistake in the rotary frequencies would show.
 
 import argparse
 import itertools
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax import config, load_model
-from gptjax.checkpoint import run_dir
+from gptjax.checkpoint import head, run_dir
 from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.cli.inspect import print_certificate
 from gptjax.config import CheckpointConfig, ComputeConfig, Config, LoraConfig
@@ -35,6 +37,7 @@ from gptjax.model import heads
 from gptjax.model.decoder import Params
 from gptjax.model.flops import ModelCost
 from gptjax.parallel import mesh
+from gptjax.runtime import bucket
 from gptjax.runtime.progress import Progress
 from gptjax.tokenizer import Tokenizer
 
@@ -44,9 +47,10 @@ _TOLERATED = 1e-2  # of the largest logit, and of the positions
 def run(args: argparse.Namespace, _: Sequence[str]) -> None:
     """Runs the command."""
     (kind, source), (into, target) = map(_kind_and_folder, (args.source, args.target))
-    if kind == "run" == into and not Path(source, config.CONFIG_FILE).exists():
+    beginning = bucket.path_of(source)
+    if kind == "run" == into and not (beginning / config.CONFIG_FILE).exists():
         raise ConfigError([f"{source}: is no run folder; a Hugging Face folder is hf:{source}"])
-    if kind == "run" == into and any(Path(source).glob("*.safetensors")):
+    if kind == "run" == into and load_model.is_hugging_face(source):
         raise ConfigError([f"{source}: is a Hugging Face folder; give hf:{source}"])
     if kind != "run" != into:
         what = f"convert {args.source} {args.target}"
@@ -56,17 +60,37 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
     if (kind == "peft") != (args.base is not None):
         raise ConfigError(["--base: the model that peft:FOLDER goes with, and only there"])
     progress, compare = Progress(), not args.no_compare
-    if kind == "hf":
-        certificate = import_run(source, target, progress, compare=compare)
-    elif kind == "peft":
-        certificate = import_adapters(source, args.base, target, progress)
-    elif into == "hf":
-        certificate = export_run(source, target, progress, dtype=args.dtype, compare=compare)
-    elif into == "peft":
-        certificate = export_adapters(source, target, progress)
-    else:
-        certificate = merge_run(source, target, progress)
+    with _made_here(target, into) as here:
+        if kind == "hf":
+            certificate = import_run(source, here, progress, compare=compare)
+        elif kind == "peft":
+            certificate = import_adapters(source, args.base, here, progress)
+        elif into == "hf":
+            certificate = export_run(source, here, progress, dtype=args.dtype, compare=compare)
+        elif into == "peft":
+            certificate = export_adapters(source, here, progress)
+        else:
+            certificate = merge_run(source, here, progress)
     print_certificate(certificate)
+
+
+@contextmanager
+def _made_here(target: str, into: str) -> Iterator[str]:
+    """The folder to make the target in: one of this machine, uploaded at the end for a bucket."""
+    if not bucket.remote(target):
+        yield target
+        return
+    if any(bucket.path_of(target).glob("*")):
+        raise OutputError(f"{target}: is not empty; give a new folder")
+    with tempfile.TemporaryDirectory() as folder:
+        if into == "run":
+            with head.Head(folder).taken(lambda line: None):
+                yield folder
+            cfg = replace(config.load(folder), run=target)
+            run_dir.write_json(Path(folder, config.CONFIG_FILE), config.to_dict(cfg))
+        else:
+            yield folder
+        bucket.upload(Path(folder), target, head.HEAD)
 
 
 def _kind_and_folder(path: str) -> tuple[str, str]:
@@ -85,7 +109,7 @@ def import_run(folder: str, target: str, progress: Progress, *, compare: bool = 
     """
     _one_process()
     load_model.check_exists(folder)
-    source = safetensors.open_source(Path(folder))
+    source = safetensors.open_source(bucket.local_copy(folder))
     for note in source.notes:
         progress.say(note)
     tokenizer = read_tokenizer.tokenizer_of(source, progress.say)
@@ -187,17 +211,17 @@ def import_adapters(folder: str, base: str, target: str, progress: Progress) -> 
             raise ConfigError([f"--base={base}: is fine-tuned; give what the adapters began from"])
 
     with load_model.load_model(base, say=progress.say, check=check) as model:
-        adapters, lora_cfg = peft.read_folder(Path(folder), model.cfg.model)
+        adapters, lora_cfg = peft.read_folder(bucket.local_copy(folder), model.cfg.model)
         _new_folder(path)
         whole = lora.merge({lora.BASE: model.params, lora.ADAPTERS: adapters}, lora_cfg)
         _save(path, model.step or 0, whole, {"imported": folder})
-        beside, settings = Path(base.removeprefix("hf:")), {}
+        beside, settings = base.removeprefix("hf:"), {}
         if load_model.is_hugging_face(base):
-            settings = safetensors.open_source(beside).config
+            settings = safetensors.open_source(bucket.local_copy(beside)).config
         elif provenance := run_dir.source_of(base):
-            beside, settings = beside / _CARRIED, provenance["config"]
+            beside, settings = f"{beside}/{_CARRIED}", provenance["config"]
         if settings:
-            carry(beside, path / _CARRIED)
+            carry(bucket.local_copy(beside), path / _CARRIED)
         train = replace(model.cfg.train, ema_decay=0.0)
         cfg = replace(model.cfg, run=target, train=train, stages={})
         source = {"folder": folder, "base": base, "config": settings, "dtypes": {}}
@@ -269,7 +293,7 @@ def export_run(
         elif compare:  # as they were written: a narrower format is not a mistake
             _check_logits(certificate, source, safetensors.read_params(source), progress, path)
         if tokenizer is not None:
-            carried = (Path(folder) / _CARRIED).is_dir()
+            carried = (bucket.path_of(folder) / _CARRIED).is_dir()
             _check_tokenizer(certificate, tokenizer, progress, path, carried=carried)
         return certificate
 
@@ -279,9 +303,8 @@ def _write_tokenizer(folder: str, path: Path, tokenizer: Tokenizer | None, cfg: 
 
     Those of an imported model are its own files.
     """
-    carried = Path(folder) / _CARRIED
-    if carried.is_dir():
-        carry(carried, path)
+    if (bucket.path_of(folder) / _CARRIED).is_dir():
+        carry(bucket.local_copy(f"{folder}/{_CARRIED}"), path)
         return {}
     if tokenizer is None:
         return {}
@@ -324,11 +347,9 @@ _CARRIED = "source"
 
 
 def _new_folder(path: Path) -> None:
-    if str(path).partition("/")[0].endswith(":"):  # of an address
-        raise OutputError(f"{path}: must be a local folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
+        if any(file.name != head.HEAD for file in path.iterdir()):  # see `_made_here`
             raise OutputError(f"{path}: is not empty; give a new folder")
         probe = path / ".probe"
         probe.touch()

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from gptjax.data.mixture import Manifests
 from gptjax.errors import CheckpointError, DataError, GptjaxError
 from gptjax.parallel import mesh, sharding
 from gptjax.param_tree import nested
+from gptjax.runtime import bucket
 from gptjax.runtime.progress import Progress
 
 
@@ -31,14 +31,14 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
     except GptjaxError as error:
         manifests = None
         problems.append((DataError, str(error)))
-    checkpoints = Checkpointer(Path(args.run) / run_dir.CHECKPOINTS)
+    checkpoints = Checkpointer(bucket.path_of(args.run) / run_dir.CHECKPOINTS)
     for step in checkpoints.steps():
         progress.say(f"reading checkpoint {step}")
         if why := _damage(checkpoints, step):
             problems.append((CheckpointError, f"checkpoint {step}: {why}"))
         else:
             print(f"checkpoint {step}: whole")
-    for line in _left(checkpoints.folder):
+    for line in checkpoints.store.left():
         print(line)
     for part, manifest in [] if manifests is None else _parts(cfg, manifests):
         progress.say(f"reading {part.data.store}")
@@ -69,20 +69,6 @@ def _damage(checkpoints: Checkpointer, step: int) -> str:
     except Exception as error:  # Orbax raises many kinds for many kinds of damage
         return (str(error) or type(error).__name__).partition("\n")[0][:300]
     return ""
-
-
-def _left(folder: Path) -> Iterator[str]:
-    """What is neither a checkpoint nor of use, with what happens to it."""
-    if not folder.is_dir():
-        return
-    for path in sorted(folder.iterdir()):
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        if ".orbax-checkpoint-tmp" in path.name or path.name.endswith(".removed"):
-            yield f"{path.name}: {size:,} bytes left by a kill; the next start removes it"
-        elif ".corrupt-" in path.name:
-            yield f"{path.name}: {size:,} bytes set aside as damaged; remove it if you like"
-        elif path.name.isdecimal() and not (path / "_CHECKPOINT_METADATA").exists():
-            yield f"{path.name}: {size:,} bytes without the mark of a checkpoint"
 
 
 def _parts(

@@ -1,7 +1,6 @@
 """`gptjax inspect`: a run's model, its checkpoints, and its conversion certificate."""
 
 import argparse
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +12,10 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
     from gptjax.checkpoint import run_dir
     from gptjax.checkpoint.checkpointer import Checkpointer
     from gptjax.model.flops import ModelCost
+    from gptjax.runtime import bucket
 
     cfg = config.load(args.run)
-    steps = Checkpointer(pathlib.Path(args.run) / run_dir.CHECKPOINTS).steps()
+    steps = Checkpointer(bucket.path_of(args.run) / run_dir.CHECKPOINTS).steps()
     parameters = ModelCost(cfg.model).parameters
     print(f"{args.run}: {parameters.total:,} parameters, {parameters.active:,} active")
     print(f"checkpoints: {', '.join(map(str, steps)) or 'none'}")

@@ -14,7 +14,6 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from gptjax.cli import arguments
 from gptjax.cli.failures import as_gptjax_error
@@ -331,10 +330,12 @@ def _how_to_continue(args: argparse.Namespace, argv: Sequence[str], error: Gptja
 
     if not distributed.first():
         return ""
-    folder = os.path.join(cfg.run, CHECKPOINTS)
+    from gptjax.runtime import bucket
+
+    folder = bucket.path_of(cfg.run) / CHECKPOINTS
     try:
-        steps = Checkpointer(Path(folder)).steps()
-    except OSError:
+        steps = Checkpointer(folder).steps()
+    except (OSError, GptjaxError):
         return ""
     safe = f"last committed step {steps[-1]} in {folder}" if steps else f"no checkpoint in {folder}"
     if not steps and not again:

@@ -3,7 +3,6 @@
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 
 from gptjax.config import Config, phases
 
@@ -14,9 +13,11 @@ def write(cfg: Config) -> None:
     """Writes the summary of a finished run to standard error."""
     from gptjax.checkpoint.checkpointer import Checkpointer
     from gptjax.checkpoint.run_dir import CHECKPOINTS
+    from gptjax.runtime import bucket
 
     run = cfg.run
-    steps = Checkpointer(Path(run) / CHECKPOINTS).steps()[-1]  # a mixture may have ended earlier
+    # A mixture may have ended earlier.
+    steps = Checkpointer(bucket.path_of(run) / CHECKPOINTS).steps()[-1]
     tokens = phases.tokens_at(cfg, steps)
     took = timedelta(seconds=round(time.monotonic() - _BEGAN))
     if cfg.finetune.task in ("classify", "choose"):

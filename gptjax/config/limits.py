@@ -58,8 +58,8 @@ def place_problems(cfg: Any) -> Iterator[str]:
     """Problems of the names of folders and files, and of a tokenizer's size."""
     if cfg.tokenizer.vocab_size > _WIDEST:
         yield f"tokenizer.vocab_size={cfg.tokenizer.vocab_size}: must be at most {_WIDEST}"
-    if "://" in cfg.run:
-        yield f"run={cfg.run}: must be a local or mounted folder"
+    if why := unknown_scheme(cfg.run):
+        yield f"run={cfg.run}: {why}"
     for name, value in {"run": cfg.run, "data.store": cfg.data.store}.items():
         if not value:
             yield f"{name}={value!r}: is empty; give a folder"

@@ -5,6 +5,7 @@ A CONFIG argument is one of
     `configs/gpt2.py:small` (default: `main`);
   * a resolved configuration: a JSON file as `gptjax config --json` prints it;
   * a run folder, which contains such a file as `config.json`.
+The last two may lie in a bucket.
 """
 
 import dataclasses
@@ -19,10 +20,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from gptjax.config.limits import unknown_scheme
 from gptjax.config.mesh import MeshConfig
 from gptjax.config.presets import find_preset
 from gptjax.config.schema import Config, MixturePart, StageConfig
 from gptjax.errors import ConfigError
+from gptjax.runtime import bucket
 
 CONFIG_FILE = "config.json"
 
@@ -182,7 +185,7 @@ def _coerce(value: Any, hint: Any, prefix: str) -> Any:
 def load(argument: str) -> Config:
     """The configuration of a CONFIG argument. Raises ConfigError."""
     if "://" in argument:
-        raise ConfigError([f"{argument}: must be a local file or folder"])
+        return _in_bucket(argument)
     path, _, function = argument.partition(":")
     if not path:
         raise ConfigError([f"CONFIG={argument!r}: is empty; give a preset, a file or a run folder"])
@@ -210,7 +213,7 @@ def load(argument: str) -> Config:
 
 def is_resolved(argument: str) -> bool:
     """Whether a CONFIG argument is a whole configuration, JSON or a run folder, and no preset."""
-    return Path(argument).is_dir() or argument.endswith(".json")
+    return "://" in argument or Path(argument).is_dir() or argument.endswith(".json")
 
 
 def on_machine(
@@ -238,10 +241,24 @@ def on_machine(
     )
 
 
-def read_json(file: Path) -> Config:
+def _in_bucket(place: str) -> Config:
+    """The configuration of a run, or in a JSON file, in a bucket. Raises ConfigError."""
+    if why := unknown_scheme(place):
+        raise ConfigError([f"{place}: {why}"])
+    path = bucket.path_of(place)
+    if place.endswith(".json"):
+        return read_json(path)
+    if not (path / CONFIG_FILE).exists():
+        raise ConfigError([f"{place}: not a run folder, it has no {CONFIG_FILE}"])
+    return dataclasses.replace(read_json(path / CONFIG_FILE), run=place)
+
+
+def read_json(file: Any) -> Config:
     """The configuration of a resolved JSON file. Raises ConfigError."""
     try:
         values = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ConfigError([f"{file}: no such file"]) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError([f"{file}: not valid JSON: {error}"]) from None
     if not isinstance(values, Mapping):

@@ -18,7 +18,6 @@ from typing import IO, Any
 from gptjax.config import DataConfig
 from gptjax.data import formats
 from gptjax.errors import DataError
-from gptjax.runtime import bucket
 
 _NESTING = 4  # compression and archives within each other
 
@@ -60,7 +59,7 @@ class TextFile:
         suffix = self.path.suffix.lower()
         scale = 4 if suffix in formats.COMPRESSED | {".parquet", ".zip"} else 1
         try:
-            return scale * bucket.size_of(self.path)
+            return scale * int(self.path.stat().st_size)
         except OSError as error:  # for instance a dangling link
             raise DataError(f"{self.path}: cannot be read: {error}") from None
 

@@ -299,10 +299,11 @@ def open_packing(folder: str, manifest: Manifest, seq_len: int) -> Packing:
 def _read(path: Any, name: str, sha256: str, again: str) -> np.ndarray:
     """The numbers in a file of the index, mapped where it is local."""
     try:
-        if not path.exists() or not bucket.size_of(path):
+        if bucket.remote(path):
+            contents = path.read_bytes() if path.exists() else b""
+            values = np.frombuffer(bytearray(contents), _DTYPES[name])
+        elif not path.exists() or not path.stat().st_size:
             values = np.zeros(0, _DTYPES[name])
-        elif "://" in str(path):
-            values = np.frombuffer(path.read_bytes(), _DTYPES[name])
         else:
             values = np.asarray(np.memmap(path, _DTYPES[name], "r"))
     except ValueError:  # no whole number of them

@@ -199,7 +199,7 @@ def _glob(pattern: str, counts: Counts) -> list[TextFile]:
     """The files of a path, a folder or a glob, sorted; none where there is no such file."""
     if why := unknown_scheme(pattern):
         raise DataError(f"{pattern}: {why}")
-    path = bucket.path_of(pattern).expanduser()
+    path = bucket.text_path_of(pattern).expanduser()
     if path.is_dir():
         return _below(path, "**/*", counts)
     if path.exists():  # before the glob, for names that contain one of its characters
@@ -210,7 +210,7 @@ def _glob(pattern: str, counts: Counts) -> list[TextFile]:
     first = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), None)
     if first is None:
         return []
-    root = bucket.path_of("/".join(parts[:first]) or ("/" if first else "."))
+    root = bucket.text_path_of("/".join(parts[:first]) or ("/" if first else "."))
     return _below(root, "/".join(parts[first:]), counts) if root.exists() else []
 
 

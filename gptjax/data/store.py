@@ -392,7 +392,10 @@ def read_manifest(store: str) -> Manifest:
             tokens = min(manifest.file_tokens, split.tokens - i * manifest.file_tokens)
             expected = -(-tokens // _RANGE_TOKENS) * _RANGE_TOKENS * itemsize + index
             path = folder / name / "c" / str(i)
-            size = bucket.size_of(path) if path.exists() else 0
+            there = path.exists()
+            if there and bucket.remote(path):
+                continue  # its checksums tell, as it is read
+            size = path.stat().st_size if there else 0
             if size != expected:
                 raise DataError(
                     f"{path}: {size} bytes where the manifest says {expected}; {_AGAIN}"

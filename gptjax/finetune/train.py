@@ -6,7 +6,6 @@ RUN/classification.json    accuracy, F1 and confusion matrix of the last evaluat
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,7 +27,7 @@ from gptjax.finetune.task import FinetuneTask
 from gptjax.finetune.tokenize import SpecialTokens
 from gptjax.model import decoder
 from gptjax.parallel import sharding
-from gptjax.runtime import distributed
+from gptjax.runtime import bucket, distributed
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
 from gptjax.training import callbacks, metrics, param_groups
@@ -76,7 +75,7 @@ def finetune(
     Trainer(cfg, task, checkpointer, todo, watchdog=watchdog, progress=progress).fit()
     report = task.report(progress)
     if report and distributed.first():
-        run_dir.write_json(Path(cfg.run) / REPORT, report)
+        run_dir.write_json(bucket.path_of(cfg.run) / REPORT, report)
     return evaluate.results
 
 
@@ -113,7 +112,8 @@ def _checkpointer(
     """The run's checkpointer: of whole states, or with adapters of their trainable part."""
     cfg, base, multipliers = task.cfg, task.base, task.lr_multipliers
     describe = lambda step: _metadata(cfg, backends, step)
-    common = Path(cfg.run) / run_dir.CHECKPOINTS, cfg.checkpoint, describe, progress.say
+    folder = bucket.path_of(cfg.run) / run_dir.CHECKPOINTS
+    common = folder, cfg.checkpoint, describe, progress.say
     if multipliers is None or not cfg.finetune.lora.rank:
         return Checkpointer(*common)
     frozen = lambda: adapter_checkpoint.frozen_part(cfg, base, multipliers, progress.say)

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -99,7 +98,7 @@ def pretrain(
     chosen = [name for length in sorted(lengths) for name in backends[length]]
     progress.say(f"attention: {', '.join(dict.fromkeys(chosen))}")
     checkpointer = Checkpointer(
-        Path(cfg.run) / run_dir.CHECKPOINTS,
+        bucket.path_of(cfg.run) / run_dir.CHECKPOINTS,
         cfg.checkpoint,
         lambda step: _metadata(cfg, manifests, backends, step),
         progress.say,
@@ -206,7 +205,7 @@ class WriteSamples:
         if not distributed.first():
             return
         try:
-            folder = Path(cfg.run) / SAMPLES
+            folder = run_dir.log_folder(cfg.run) / SAMPLES
             folder.mkdir(exist_ok=True)
             (folder / f"{snapshot.step}.txt").write_text("".join(shown))
         except OSError as error:

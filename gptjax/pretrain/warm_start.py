@@ -26,6 +26,7 @@ from gptjax.finetune.base_model import BaseModel
 from gptjax.model import decoder, heads
 from gptjax.parallel import sharding
 from gptjax.param_tree import Tree, leaves_by_path
+from gptjax.runtime import bucket
 from gptjax.tokenizer import Tokenizer
 from gptjax.training.step import TrainState, create_state, state_of
 
@@ -55,7 +56,7 @@ def with_base(
     named = any(word.startswith("--start.base") for word in config.in_full(overrides))
     if not cfg.start.base or (config.is_resolved(argument) and not named):
         return cfg
-    begun = Path(cfg.run) / CONFIG_FILE
+    begun = bucket.path_of(cfg.run) / CONFIG_FILE
     if begun.exists() and (of_run := config.read_json(begun)).start.base == cfg.start.base:
         model, tokenizer = of_run.model, of_run.tokenizer
     else:
@@ -100,7 +101,7 @@ def find_base(name: str) -> BaseModel:
                 f"gptjax convert {path} NEW"
             ]
         )
-    steps = Checkpointer(Path(path) / run_dir.CHECKPOINTS).steps()
+    steps = Checkpointer(bucket.path_of(path) / run_dir.CHECKPOINTS).steps()
     if not steps:
         raise CheckpointError(f"start.base={name}: this run has no checkpoint yet")
     if step and int(step) not in steps:
@@ -130,7 +131,7 @@ class WarmStart:
         """
         if not cfg.start.base:
             return None
-        if Checkpointer(Path(cfg.run) / run_dir.CHECKPOINTS).steps():
+        if Checkpointer(bucket.path_of(cfg.run) / run_dir.CHECKPOINTS).steps():
             if run_dir.start_of(cfg.run) is None:
                 raise DataError(f"{cfg.run}: its {run_dir.START} is missing; put it back")
             return None
@@ -236,7 +237,9 @@ class WarmStart:
         averages = bool(cfg.train.ema_decay and theirs.train.ema_decay)
         if averages:
             wanted["ema"] = abstract.ema
-        checkpoints = Checkpointer(Path(self.base.path) / run_dir.CHECKPOINTS, say=say, order=order)
+        checkpoints = Checkpointer(
+            bucket.path_of(self.base.path) / run_dir.CHECKPOINTS, say=say, order=order
+        )
         restored: Any
         if self.base.step is None:
             restored = checkpoints.restore_newest(wanted, partial=True)
@@ -289,7 +292,7 @@ def _model_problems(cfg: Config, base: BaseModel) -> Iterator[str]:
 
 def first_step(base: BaseModel) -> int:
     """The step of the base's checkpoint."""
-    return base.step or Checkpointer(Path(base.path) / run_dir.CHECKPOINTS).steps()[-1]
+    return base.step or Checkpointer(bucket.path_of(base.path) / run_dir.CHECKPOINTS).steps()[-1]
 
 
 def _optimizer_problems(cfg: Config, base: BaseModel) -> Iterator[str]:
@@ -340,8 +343,8 @@ def _pieces(cfg: Config, base: BaseModel, say: Callable[[str], None]) -> tuple[i
     if cfg.tokenizer.path or cfg.tokenizer.kind == "bytes":
         own = tokenizers.make(cfg.tokenizer, ())
         place = f"tokenizer.path={cfg.tokenizer.path} (kind {own.kind})"
-    elif (Path(cfg.data.store) / store.MANIFEST).exists():
-        own, place = tokenizers.load(Path(cfg.data.store)), f"data.store={cfg.data.store}"
+    elif (bucket.path_of(cfg.data.store) / store.MANIFEST).exists():
+        own, place = tokenizers.load(bucket.path_of(cfg.data.store)), f"data.store={cfg.data.store}"
     else:
         raise ConfigError(
             [

@@ -1,16 +1,21 @@
 """Files in buckets: gs:// and s3://, for runs, text, tokenizers and token stores.
 
-Single files are read and written through fsspec; arrays and whatever needs a conditional write go
-through TensorStore. Credentials, regions and endpoints are those of the libraries' own settings:
+All but text goes through TensorStore, which writes to both on a condition; text is read piece by
+piece, through fsspec. Credentials, regions and endpoints are those of the libraries' own settings:
 AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL, ... for s3://; GOOGLE_APPLICATION_CREDENTIALS, or
 the machine's own account, for gs://, and STORAGE_EMULATOR_HOST for an endpoint of one's own.
 """
 
 import importlib
+import io
 import os
 import re
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +30,7 @@ _PASSING = (
 )
 _LASTING = r"PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND|http_response_code='4(?!08|29)"
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 30.0
+_FILE_S = 600.0  # of one file while the bucket fails
 
 T = TypeVar("T")
 
@@ -35,27 +41,156 @@ def remote(place: Any) -> bool:
 
 
 def path_of(place: str) -> Any:
-    """A path with pathlib's methods: of a local file, gs:// or s3://.
+    """A path with pathlib's methods: of a local file, or as far as BucketPath has them."""
+    return BucketPath(place.rstrip("/")) if remote(place) else Path(place)
+
+
+def text_path_of(place: str) -> Any:
+    """A path with pathlib's methods, whose files can be read piece by piece.
 
     Raises ConfigError for a bucket where the packages that read it are not installed.
     """
     if not remote(place):
         return Path(place)
     scheme = place.partition("://")[0]
+    # Else it asks what kind of bucket each is, over gRPC, and waits a minute where none answers.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         importlib.import_module(_PACKAGES[scheme])
         from upath import UPath
     except ImportError as error:
         install = f"pip install 'gptjax[{scheme}]'"
         raise ConfigError([f"{place}: needs the package {error.name}: {install}"]) from None
-    options = {"endpoint_url": os.environ["STORAGE_EMULATOR_HOST"], "token": "anon"}
-    given = options if scheme == "gs" and "STORAGE_EMULATOR_HOST" in os.environ else {}
-    return UPath(place, use_listings_cache=False, **given)  # others write there too
+    options: dict[str, Any] = {"use_listings_cache": False}  # others write there too
+    if scheme == "gs" and (emulator := os.environ.get("STORAGE_EMULATOR_HOST")):
+        options |= {"endpoint_url": emulator, "token": "anon"}
+    return UPath(place, **options)
 
 
-def size_of(path: Any) -> int:
-    """Bytes of a file. Raises OSError."""
-    return int(path.stat().st_size)
+def _tell(line: str) -> None:
+    print(f"gptjax: {line}", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class BucketPath:
+    """A small file or a folder in a bucket, with the methods of pathlib's that gptjax needs.
+
+    Files are read and written whole, and replaced at once. While the bucket fails the methods try
+    again, with a line of why; then they raise OutputError.
+    """
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __truediv__(self, name: str) -> "BucketPath":
+        return BucketPath(f"{self.url}/{name}")
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        return self.url.rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        """The ending of the name."""
+        return Path(self.name).suffix
+
+    @property
+    def parent(self) -> "BucketPath":
+        """The folder that it is in."""
+        return BucketPath(self.url.rpartition("/")[0])
+
+    def _ask(self, call: Callable[[Any, str], Any], what: str) -> Any:
+        """The result of a call with the folder's store and this file's name in it."""
+        store = open_kvstore(self.parent.url)
+        return patiently(lambda: call(store, self.name).result(), f"{self}: {what}", _tell, _FILE_S)
+
+    def _keys(self, first: str, last: str) -> list[str]:
+        import tensorstore
+
+        keys = tensorstore.KvStore.KeyRange(f"{self.name}{first}", f"{self.name}{last}")
+        found = self._ask(lambda store, name: store.list(keys), "cannot be listed")
+        return [key.decode() for key in found]
+
+    def exists(self) -> bool:
+        """Whether there is such a file."""
+        return bool(self._keys("", "\0"))
+
+    is_file = exists
+
+    def is_dir(self) -> bool:
+        """Whether there is a file below it."""
+        return bool(self._keys("/", "0"))  # 0 is what follows /
+
+    def glob(self, pattern: str) -> Iterator["BucketPath"]:
+        """The files and folders in it whose names match."""
+        above = len(self.name) + 1
+        names = {key[above:].partition("/")[0] for key in self._keys("/", "0")}
+        yield from (self / name for name in sorted(names) if fnmatchcase(name, pattern))
+
+    def iterdir(self) -> Iterator["BucketPath"]:
+        """The files and folders in it."""
+        return self.glob("*")
+
+    def read_bytes(self) -> bytes:
+        """The contents. Raises FileNotFoundError."""
+        found = self._ask(lambda store, name: store.read(name), "cannot be read")
+        if found.state != "value":
+            raise FileNotFoundError(2, "no such file", self.url)
+        return bytes(found.value)
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        """The contents as text."""
+        return self.read_bytes().decode(encoding)
+
+    def open(self, mode: str) -> io.BytesIO:
+        """The contents as a stream; `mode` is rb."""
+        assert mode == "rb"
+        return io.BytesIO(self.read_bytes())
+
+    def write_bytes(self, contents: bytes) -> None:
+        """Writes or replaces the file."""
+        self._ask(lambda store, name: store.write(name, contents), "cannot be written")
+
+    def write_text(self, text: str) -> None:
+        """Writes or replaces the file."""
+        self.write_bytes(text.encode())
+
+
+def local_copy(folder: str) -> Path:
+    """A folder on this machine: itself, or a copy of one in a bucket, kept until the process ends.
+
+    Raises OutputError where the bucket fails.
+    """
+    if not remote(folder):
+        return Path(folder)
+    if folder not in _copies:
+        _copies[folder] = tempfile.TemporaryDirectory(prefix="gptjax-")
+        store, copy = open_kvstore(folder), Path(_copies[folder].name)
+        for key in sorted(store.list().result()):
+            file = copy / key.decode()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            read = lambda key=key: store.read(key).result().value
+            file.write_bytes(patiently(read, f"{folder}: cannot be read", _tell, _FILE_S))
+    return Path(_copies[folder].name)
+
+
+_copies: dict[str, tempfile.TemporaryDirectory[str]] = {}
+
+
+def upload(folder: Path, place: str, last: str) -> None:
+    """Copies a folder's files to one in a bucket, the file named `last` after all others.
+
+    Raises OutputError where the bucket fails.
+    """
+    store = open_kvstore(place)
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    for file in sorted(files, key=lambda file: file == folder / last):
+        key, contents = file.relative_to(folder).as_posix(), file.read_bytes()
+        write = lambda key=key, contents=contents: store.write(key, contents).result()
+        patiently(write, f"{place}: cannot be written", _tell, _FILE_S)
 
 
 def kvstore(folder: str) -> dict[str, Any]:

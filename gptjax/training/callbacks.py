@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import jax
 
-from gptjax.checkpoint import replicas
+from gptjax.checkpoint import replicas, run_dir
 from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.config import Config, LogConfig, phases
 from gptjax.errors import NumericError
@@ -342,7 +342,7 @@ def standard_callbacks(
     """
     borders = phases.borders(cfg)
     return [
-        Profile(cfg.log, checkpointer.folder.parent / "profile"),
+        Profile(cfg.log, run_dir.log_folder(cfg.run) / "profile"),
         ShowProgress(progress),
         NonfiniteGuard(cfg.train.nonfinite_limit, progress),
         LogMetrics(cfg, evaluate.writers, progress, facts),

@@ -14,12 +14,11 @@ from typing import Any, Protocol
 
 import jax
 
+from gptjax.checkpoint.run_dir import METRICS_FILE, log_folder
 from gptjax.config import Config
 from gptjax.config.registry import METRIC_WRITERS
 from gptjax.model.flops import ModelCost
 from gptjax.runtime import distributed, hardware
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class Throughput:
@@ -190,4 +189,4 @@ def metric_writers(cfg: Config) -> Writers:
     """The configured metric writers, of the first process alone. Raises ConfigError."""
     names = ["jsonl", *["tensorboard"] * cfg.log.tensorboard, *cfg.log.writers]
     factories = [METRIC_WRITERS[name] for name in dict.fromkeys(names)]
-    return Writers(factories if distributed.first() else [], Path(cfg.run))
+    return Writers(factories if distributed.first() else [], log_folder(cfg.run))
