@@ -189,10 +189,10 @@ class Head:
         self,
         change: Callable[[Record], Record],
         say: Say = lambda line: None,
-        patience: float = _PATIENCE_S,
+        patience: float | None = None,
     ) -> None:
         """Changes the record. Raises OutputError where this job has lost the run to another, or
-        where the bucket fails for `patience` seconds.
+        where the bucket fails for `patience` seconds, by default ten minutes.
         """
         with self._lock:
             if self.lost:
@@ -211,7 +211,7 @@ class Head:
                 raise OutputError(self.lost)
 
     def _write(
-        self, record: Record, generation: bytes, say: Say, patience: float = _PATIENCE_S
+        self, record: Record, generation: bytes, say: Say, patience: float | None = None
     ) -> bool:
         """Writes a record over that of a generation; whether nobody else has written since."""
         text = record.text()
@@ -227,7 +227,7 @@ class Head:
                 self._record, self._generation = record, new
             return bool(new)
 
-        return bucket.patiently(attempt, what, say, patience)
+        return bucket.patiently(attempt, what, say, patience or _PATIENCE_S)
 
 
 held: dict[str, Head] = {}  # the heads that this process has taken, by their runs

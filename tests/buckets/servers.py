@@ -94,6 +94,7 @@ class Proxy(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server: Proxy
 
     def _any(self) -> None:
@@ -160,6 +161,9 @@ class _Handler(BaseHTTPRequestHandler):
     ) -> tuple[int, list[tuple[str, str]], bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.server.to, timeout=60)
         passed = {k: v for k, v in headers.items() if k.lower() not in _OF_A_HOP}
+        connection.connect()
+        # The emulator writes an answer in two parts, and the second waits for a word of the first.
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         connection.request(method, path, body, passed | {"Content-Length": str(len(body))})
         response = connection.getresponse()
         answer = response.read()
@@ -223,8 +227,8 @@ def s3() -> Iterator[Bucket]:
             proxy,
             {
                 "AWS_ENDPOINT_URL": proxy.url,
-                "AWS_ACCESS_KEY_ID": "key",
-                "AWS_SECRET_ACCESS_KEY": "secret",
+                "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE",
+                "AWS_SECRET_ACCESS_KEY": "wJalrXUtnExample",
                 "AWS_REGION": "us-east-1",
                 "AWS_DEFAULT_REGION": "us-east-1",
             },

@@ -1,0 +1,130 @@
+"""The whole main job in a bucket: prepared, trained, killed, resumed, sampled, converted."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from forked import Forked, nothing
+from servers import Bucket, free_port
+
+from gptjax.checkpoint.checkpointer import Checkpointer
+from gptjax.checkpoint.head import Head
+from gptjax.runtime import bucket as buckets
+
+pytestmark = pytest.mark.slow
+
+STEPS = 16
+ROOT = Path(__file__).parents[2]
+Start = Callable[..., list[Forked]]
+
+
+@pytest.fixture
+def start(bucket: Bucket, tmp_path: Path) -> Iterator[Start]:
+    """Starts `gptjax train` of a run in the bucket, in processes that end with the test."""
+    started: list[Forked] = []
+
+    def begin(run: str, processes: int, devices: int, *more: str) -> list[Forked]:
+        words = ["train", str(ROOT / "configs" / "debug.py"), "--run", run, "--data.workers", "1"]
+        words += ["--data.sources", f"{bucket.url}/texts/*.txt"]
+        words += ["--data.store", f"{bucket.url}/store", "--train.tokens", str(STEPS * 1024)]
+        words += ["--checkpoint.every", "2", "--log.every", "1", "--eval.every", "0"]
+        words += ["--eval.sample-tokens", "4", "--log.compile-cache", ""]
+        port, number = free_port(), len(started)
+        for index in range(processes):
+            job = {
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(index),
+            }
+            env = bucket.environment | (job if processes > 1 else {})
+            env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+            errors = tmp_path / f"{number}.{index}.err"
+            started.append(
+                Forked([*words, *more], tmp_path, Path(os.devnull), errors, nothing, **env)
+            )
+        return started[-processes:]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def steps(run: str) -> list[int]:
+    return sorted(Head(run).read().checkpoints)
+
+
+def wait_for(run: str, step: int, processes: list[Forked]) -> None:
+    deadline = time.monotonic() + 240
+    while step not in steps(run):
+        assert all(one.poll() is None for one in processes), processes[0].read()
+        assert time.monotonic() < deadline, processes[0].read()
+        time.sleep(0.1)
+
+
+def final(run: str) -> dict[str, list[int]]:
+    """The fingerprints of a run that has been trained to its end."""
+    checkpoints = Checkpointer(buckets.path_of(run) / "checkpoints")
+    assert checkpoints.steps()[-1] == STEPS
+    return dict(checkpoints.meta(STEPS)["fingerprints"])
+
+
+def losses(run: str) -> dict[int, float]:
+    lines = (buckets.path_of(run) / "metrics.jsonl").read_text().splitlines()
+    return {one["step"]: one["loss"] for one in map(json.loads, lines) if "loss" in one}
+
+
+def test_the_whole_job(bucket: Bucket, start: Start, command_line, tmp_path: Path) -> None:
+    text = Path(os.__file__).read_text()
+    for part in range(8):
+        path = buckets.path_of(f"{bucket.url}/texts/{part}.txt")
+        path.write_text(text[part * 3000 :][:20000])
+    sources = ("--data.sources", f"{bucket.url}/texts/*.txt", "--data.workers", 1)
+    code, _, err = command_line("data", "prepare", "debug", *sources, "--data.store", tmp_path / "s")
+    assert code == 0, err
+    buckets.upload(tmp_path / "s", f"{bucket.url}/store", "manifest.json")
+
+    alone, broken = f"{bucket.url}/runs/alone", f"{bucket.url}/runs/broken"
+    (whole,) = start(alone, 1, 2)
+    assert whole.wait(240) == 0, whole.read()
+
+    pair = start(broken, 2, 1)
+    wait_for(broken, 4, pair)
+    for process in pair:
+        process.kill()
+        process.wait()
+    (again,) = start(broken, 1, 2)
+    assert again.wait(240) == 0, again.read()
+    assert "resumed after step" in again.read()
+    assert "taken over from process" in again.read()
+    assert final(broken) == final(alone)
+    assert losses(broken) == losses(alone)
+    assert sorted(losses(broken)) == list(range(1, STEPS + 1))
+
+    long = (f"{bucket.url}/runs/long", 1, 2, "--train.tokens", str(1000 * 1024))
+    (living,) = start(*long)
+    wait_for(long[0], 2, [living])
+    (refused,) = start(*long)
+    assert refused.wait(240) == 73
+    assert f"run={long[0]}: in use by process {living.pid} on" in refused.read()
+    living.send_signal(signal.SIGTERM)
+    assert living.wait(240) == 75, living.read()
+    assert Head(long[0]).read().writer is None
+
+    code, out, err = command_line("sample", broken, "--prompt", "def ", "--max-tokens", 4)
+    assert code == 0, err
+    assert out.startswith("def ")
+    hf = f"hf:{bucket.url}/hf"
+    assert command_line("convert", alone, hf, "--no-compare")[0] == 0
+    code, out, err = command_line("convert", hf, f"{bucket.url}/runs/back", "--no-compare")
+    assert code == 0, err
+    assert "byte-equal" in out
+    code, out, _ = command_line("fsck", f"{bucket.url}/runs/back")
+    assert "checkpoint 0: whole" in out
+    code, _, err = command_line("convert", alone, hf)
+    assert code == 73
+    assert f"{bucket.url}/hf: is not empty; give a new folder" in err
