@@ -145,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET" and query.get("alt") == ["media"]:
             with self.server.one_at_a_time:
                 status, headers, answer = ask()
-                generation = self._generation(url.path)
+                generation = self._generation(url.path.removeprefix("/download"))
             return status, [*headers, ("x-goog-generation", generation)], answer
         status, headers, answer = ask()
         if self.command == "GET" and url.path.endswith("/o") and status == 200:
