@@ -14,7 +14,7 @@ from typing import Protocol
 
 import jax
 
-from gptjax import config
+from gptjax import bucket, config
 from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.config import (
@@ -38,7 +38,6 @@ from gptjax.model.decoder import Params
 from gptjax.parallel import sharding
 from gptjax.parallel.mesh import entered_mesh
 from gptjax.param_tree import Tree
-from gptjax.runtime import bucket
 from gptjax.sample import Sampler
 from gptjax.tokenizer import Tokenizer
 

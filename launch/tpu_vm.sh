@@ -3,9 +3,9 @@
 #
 #   launch/tpu_vm.sh create NAME v5litepod-256 v2-alpha-tpuv5-lite --spot     (further gcloud options)
 #   launch/tpu_vm.sh install NAME                      this checkout and its packages, on every host
-#   launch/tpu_vm.sh all NAME 'sudo mkdir -p /shared && sudo mount -t nfs FILESTORE:/share /shared'
-#   launch/tpu_vm.sh train NAME configs/pods.py:llama3_8b_v5e_256 --run /shared/run \
-#       --data.store /shared/store --data.sources '/shared/text/*.jsonl.zst'
+#   launch/tpu_vm.sh train NAME configs/pods.py:llama3_8b_v5e_256 --run gs://BUCKET/run \
+#       --data.store gs://BUCKET/store --data.sources 'gs://BUCKET/text/*.jsonl.zst' \
+#       --checkpoint.local /dev/shm/gptjax
 #   launch/tpu_vm.sh stop NAME                         save and end, from another terminal
 #   launch/tpu_vm.sh delete NAME
 #

@@ -16,6 +16,7 @@ PACKAGE = Path(gptjax.__file__).parent
 
 LEVELS = [
     {"errors", "version", "kernels/*"},
+    {"bucket"},
     {"config/*", "param_tree"},
     {"runtime/*", "tokenizer/*"},
     {"parallel/*", "data/*"},

@@ -26,14 +26,16 @@ import flax
 import jax
 import numpy as np
 
-from gptjax.checkpoint import head
+from gptjax import bucket
+from gptjax.checkpoint import head, local_tier
 from gptjax.checkpoint.fingerprint import fingerprints, sha256_of
+from gptjax.checkpoint.local_tier import LocalTier
 from gptjax.checkpoint.orbax_store import OrbaxStore
 from gptjax.checkpoint.shard_store import ShardStore
 from gptjax.config import CheckpointConfig
 from gptjax.errors import CheckpointError, MismatchError, OutputError
 from gptjax.param_tree import Leaves, leaves_by_path
-from gptjax.runtime import bucket, distributed
+from gptjax.runtime import distributed
 from gptjax.version import __version__
 
 FORMAT = 1
@@ -82,11 +84,19 @@ class Store(Protocol):
         """Why this job may no longer write here; empty while it may."""
 
 
-def store_of(folder: Any, say: Say) -> Store:
+def store_of(folder: Any, say: Say, upload_mb_s: float = 0) -> Store:
     """The store of the checkpoints in a folder, local or in a bucket."""
     if bucket.remote(folder) or (Path(folder).parent / head.HEAD).exists():  # or a copy of one
-        return ShardStore(str(folder), say)
+        return ShardStore(str(folder), say, upload_mb_s * 1e6)
     return OrbaxStore(Path(folder))
+
+
+def _local_tier(folder: Any, cfg: CheckpointConfig) -> LocalTier | None:
+    """The tier on this machine's disk, where there is to be one: all processes call this."""
+    if not cfg.local:
+        return None
+    run = str(folder).rpartition("/")[0]
+    return LocalTier(cfg.local, distributed.from_first(head.of(run).read().id), cfg.local_keep)
 
 
 class Checkpointer:
@@ -110,7 +120,11 @@ class Checkpointer:
         an interrupted save."""
         self.folder = folder.absolute() if isinstance(folder, Path) else folder
         self._cfg, self._describe, self._say = cfg, describe, say
-        self.store = store_of(folder, say)
+        self.store = store_of(folder, say, cfg.upload_mb_s if cfg else 0)
+        self._local = _local_tier(folder, cfg) if cfg else None
+        self._held: local_tier.Held | None = None  # what is being restored from it
+        self._local_thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._saving_local: tuple[int, concurrent.futures.Future[None]] | None = None
         self._order = None if order is None else list(order)
         self._milestones = milestones
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -125,14 +139,36 @@ class Checkpointer:
         """Steps of the finished checkpoints, ascending."""
         return self.store.steps()
 
-    def save(self, step: int, state: Any) -> None:
+    @property
+    def local_every(self) -> int:
+        """Steps between checkpoints on the machines' own disks; 0: none."""
+        return self._cfg.local_every if self._cfg and self._local is not None else 0
+
+    def save(self, step: int, state: Any, *, local: bool = False) -> None:
         """Begins to save; returns when the arrays have been copied off the devices.
 
-        Waits for the previous save first. Raises OutputError after three failures in a row.
+        With `local`, on this machine's disk alone. Waits for the previous save of the same kind
+        first. Raises OutputError after three failures in a row, but not of `local` ones.
         """
+        leaves = leaves_by_path(state)
+        meta = self._meta(step, leaves)
+        if self._local is not None:
+            self._settle_local()
+            wait = self._local.save(step, leaves, meta)
+            self._saving_local = step, self._local_thread.submit(wait)
+        if local:
+            return
         self._settle()
         self.last_step = step
-        leaves = leaves_by_path(state)
+        try:
+            wait = self.store.save(step, leaves, meta)
+        except (OSError, ValueError) as error:
+            self._failed(step, error)
+            return
+        self._saving = step, self._thread.submit(self._finish, step, wait)
+
+    def _meta(self, step: int, leaves: Leaves) -> dict[str, Any]:
+        """The metadata of a checkpoint, with their checksum."""
         meta = {
             "format": FORMAT,
             "step": step,
@@ -146,12 +182,7 @@ class Checkpointer:
             "fingerprints": fingerprints(leaves),
         }
         meta[_CHECKSUM] = sha256_of(meta)
-        try:
-            wait = self.store.save(step, leaves, meta)
-        except (OSError, ValueError) as error:
-            self._failed(step, error)
-            return
-        self._saving = step, self._thread.submit(self._finish, step, wait)
+        return meta
 
     def _finish(self, step: int, wait: Callable[[], None]) -> None:
         """In the thread: waits for the commit, then removes old checkpoints."""
@@ -173,6 +204,8 @@ class Checkpointer:
             raise OutputError(ended)
         if self._saving is not None and self._saving[1].done():
             self._settle()
+        if self._saving_local is not None and self._saving_local[1].done():
+            self._settle_local()
         told, self._failures = self._failures, []
         return told
 
@@ -187,6 +220,17 @@ class Checkpointer:
         else:
             self._failed(step, error)
 
+    def _settle_local(self) -> None:
+        """Waits for the save on this machine's disk, if any."""
+        if self._saving_local is None:
+            return
+        (step, future), self._saving_local = self._saving_local, None
+        if error := future.exception():
+            assert self._local is not None
+            reason = str(error).split("\n")[0][:300]
+            where = f"{distributed.name()}, {self._local.folder}"
+            self._failures.append(f"local checkpoint {step} was not written: {where}: {reason}")
+
     def _failed(self, step: int, error: BaseException) -> None:
         self._failed_in_a_row += 1
         reason = str(error).split("\n")[0][:300]
@@ -200,6 +244,7 @@ class Checkpointer:
     def finish(self) -> None:
         """Waits until the last save is safe. Raises OutputError if it failed."""
         self._settle()
+        self._settle_local()
         distributed.barrier()  # process 0 may still be removing old checkpoints
         if self._failed_in_a_row:
             raise OutputError("; ".join(self._failures) or f"{self.folder}: the last save failed")
@@ -209,12 +254,12 @@ class Checkpointer:
 
     def __exit__(self, *_: object) -> None:
         """Waits for the save in progress: leaving the interpreter before its end would lose it."""
-        if self._saving is not None:
-            concurrent.futures.wait([self._saving[1]])
+        pending = [one[1] for one in (self._saving, self._saving_local) if one is not None]
+        concurrent.futures.wait(pending)
 
     def meta(self, step: int) -> dict[str, Any]:
         """A checkpoint's metadata. Raises whatever reading raises."""
-        meta = self.store.meta(step)
+        meta = self.store.meta(step) if self._held is None else self._held.meta()
         checksum = meta.pop(_CHECKSUM, None)  # absent in a checkpoint of before there were any
         if checksum not in (None, sha256_of(meta)):
             raise ValueError("its metadata differ from their checksum")
@@ -228,6 +273,10 @@ class Checkpointer:
         checkpoints and none is valid: a run never starts again from step 0 by itself.
         """
         steps, damaged = json.loads(distributed.from_first(json.dumps(self.steps()))), []
+        if self._local is not None:
+            restored = self._from_disks(self._local, abstract, steps[-1] if steps else -1)
+            if restored is not None:
+                return restored
         for step in reversed(steps):
             restored, reason = self._attempt(step, abstract, partial)
             if reason is not None:  # once more: it may have been the disk or the network
@@ -253,6 +302,22 @@ class Checkpointer:
             raise CheckpointError(
                 f"{self.folder}: {lost}; to begin anew, remove the whole folder {whole}"
             )
+        return None
+
+    def _from_disks(self, tier: LocalTier, abstract: Any, newest: int) -> Any | None:
+        """The newest valid checkpoint that the machines' disks have together, as `restore_newest`;
+        None where that of the store, `newest`, is newer, or nothing on the disks is whole."""
+        for held in local_tier.agreed(tier, leaves_by_path(abstract)):
+            if held.step < newest:
+                return None
+            self._held = held
+            restored, reason = self._attempt(held.step, abstract, False)
+            self._held = None
+            if reason is None:
+                self._say(f"step {held.step} was on the machines' own disks")
+                return restored
+            self._say(f"local checkpoint {held.step} failed verification ({reason})")
+            tier.remove(held.step)
         return None
 
     def _tell_versions(self, step: int) -> None:
@@ -301,7 +366,7 @@ class Checkpointer:
         roots = {path.split("/")[0] for path in wanted}
         saved = {p: x for p, x in meta["tree"].items() if not partial or p.split("/")[0] in roots}
         _check_tree(self.store.place(step), saved, wanted)
-        leaves = self.store.load(step, wanted, partial=partial)
+        leaves = self._loaded(step, wanted, partial)
         for path, value in fingerprints(leaves).items():
             if value != meta["fingerprints"][path]:
                 raise ValueError(f"{path}: its fingerprint is not the one saved")
@@ -313,6 +378,23 @@ class Checkpointer:
                 if "/blocks/" in path:
                     leaves[path] = _moved(leaves[path], tuple(places.tolist()))
         return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[path] for path in wanted])
+
+    def _loaded(self, step: int, wanted: Leaves, partial: bool) -> Leaves:
+        """The arrays of a checkpoint. Raises in every process where one cannot read its part, as
+        the others must not wait for it."""
+        reason, leaves = None, {}
+        try:
+            if self._held is not None:
+                leaves = self._held.load(wanted)
+            else:
+                leaves = self.store.load(step, wanted, partial=partial)
+        except (MemoryError, OutputError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # of many kinds
+            reason = str(error).split("\n")[0][:300] or repr(error)
+        if reason := distributed.first_of(reason):
+            raise ValueError(reason)
+        return leaves if self._held is None else self._held.completed(leaves)
 
     def _set_aside(self, step: int) -> None:
         self._say(f"checkpoint {step} is set aside as {self.store.set_aside(step)}")

@@ -23,8 +23,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gptjax import bucket
 from gptjax.errors import DataError, OutputError
-from gptjax.runtime import bucket
 
 HEAD = "head.json"
 FORMAT = 1
@@ -69,13 +69,14 @@ class Writer:
 class Record:
     """The contents of head.json. `checkpoints` has the folder of each step's checkpoint.
 
-    `saved` is the last step that was ever saved; -1: none.
+    `saved` is the last step that was ever saved; -1: none. `id` tells runs of one name apart.
     """
 
     checkpoints: dict[int, str] = field(default_factory=dict)
     set_aside: tuple[str, ...] = ()
     saved: int = -1
     writer: Writer | None = None
+    id: str = ""
     format: int = FORMAT
 
     @classmethod
@@ -160,7 +161,8 @@ class Head:
             writer = record.writer
             silent = writer and seen == (writer.id, writer.beat) and looked - since > writer.lease
             if writer is None or writer.is_gone() or silent:
-                if self._write(replace(record, writer=own), generation, say):
+                taken = replace(record, writer=own, id=record.id or secrets.token_hex(8))
+                if self._write(taken, generation, say):
                     self._own = own
                     if writer is not None:
                         say(f"{self.place}: taken over from {writer.name}, which has ended")

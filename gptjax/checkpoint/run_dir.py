@@ -28,7 +28,7 @@ from typing import Any
 
 import jax
 
-from gptjax import config
+from gptjax import bucket, config
 from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import head
 from gptjax.checkpoint.checkpointer import Checkpointer
@@ -39,7 +39,7 @@ from gptjax.errors import CheckpointError, DataError, MismatchError, OutputError
 from gptjax.model.decoder import Params
 from gptjax.model.heads import init_params
 from gptjax.parallel import sharding
-from gptjax.runtime import bucket, distributed, file_lock, preemption
+from gptjax.runtime import distributed, file_lock, preemption
 from gptjax.runtime.mirror import Mirror
 from gptjax.tokenizer import Tokenizer
 

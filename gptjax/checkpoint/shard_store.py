@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
+from gptjax import bucket
 from gptjax.checkpoint import head, shards
 from gptjax.checkpoint.shards import Layout
 from gptjax.errors import OutputError
 from gptjax.param_tree import Leaves
-from gptjax.runtime import bucket, distributed
+from gptjax.runtime import distributed
 
 _RETRY_S = 600.0  # of a save or a read while the bucket fails
 _WAIT_MS = 24 * 3600 * 1000  # for other processes, whose loss the watchdog tells
@@ -32,9 +33,10 @@ T = TypeVar("T")
 class ShardStore:
     """The checkpoints of a run in a bucket; see `checkpointer.Store`."""
 
-    def __init__(self, folder: str, say: Say) -> None:
-        """`folder` is RUN/checkpoints."""
+    def __init__(self, folder: str, say: Say, bytes_per_second: float = 0) -> None:
+        """`folder` is RUN/checkpoints; `bytes_per_second` limits what each process sends."""
         self.folder, self._say = folder.rstrip("/"), say
+        self._rate = bytes_per_second
         self._head = head.of(self.folder.rpartition("/")[0])
         self._spec = bucket.kvstore(self.folder)
         self._kv = bucket.open_kvstore(self.folder)
@@ -85,7 +87,8 @@ class ShardStore:
         """Writes this process's shards; process 0 commits when all have written theirs."""
         what, problem = f"checkpoint {step}", ""
         try:
-            self._patiently(lambda: shards.write(self._arrays(name), layouts, own), what)
+            write = lambda: shards.write(self._arrays(name), layouts, own, self._rate)
+            self._patiently(write, what)
             if distributed.first():
                 self._patiently(lambda: self._describe(name, layouts, meta), what)
         except OutputError as error:

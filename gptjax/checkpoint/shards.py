@@ -9,9 +9,11 @@ twice, so a bucket will do. (Orbax writes to a folder that all processes see, wh
 change: not to s3://, and to gs:// only through TensorFlow's own files.)
 """
 
+import itertools
 import json
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,14 +87,15 @@ def own_shards(leaves: Leaves, *, replicas: bool) -> list[Shard]:
     for path, leaf in leaves.items():
         for shard in leaf.addressable_shards:
             if replicas or shard.replica_id == 0:
-                chosen.setdefault((path, _index(shard.index, leaf.shape)), shard.data)
+                chosen.setdefault((path, index_of(shard.index, leaf.shape)), shard.data)
     for data in chosen.values():
         data.copy_to_host_async()
     # Copies, as on a CPU the array's own memory would be given, which the next step overwrites.
     return [Shard(path, index, np.array(data)) for (path, index), data in chosen.items()]
 
 
-def _index(slices: tuple[slice, ...], shape: tuple[int, ...]) -> Index:
+def index_of(slices: tuple[slice, ...], shape: tuple[int, ...]) -> Index:
+    """A part of an array as its bounds in each dimension."""
     return tuple(s.indices(n)[:2] for s, n in zip(slices, shape, strict=True))
 
 
@@ -107,17 +110,43 @@ def _open(folder: Mapping[str, Any], path: str, layout: Layout, context: Any = N
     return tensorstore.open(spec, context=context, **options).result()
 
 
-def write(folder: Mapping[str, Any], layouts: Mapping[str, Layout], shards: list[Shard]) -> None:
-    """Writes shards to the arrays in a key-value store. Raises what TensorStore raises."""
+def write(
+    folder: Mapping[str, Any],
+    layouts: Mapping[str, Layout],
+    shards: list[Shard],
+    bytes_per_second: float = 0,
+) -> None:
+    """Writes shards to the arrays in a key-value store, chunk by chunk.
+
+    `bytes_per_second` limits the rate; 0: no limit. Raises what TensorStore raises.
+    """
     pending: list[Any] = []
+    began, sent = time.monotonic(), 0
     for shard in shards:
         array = _open(folder, shard.path, layouts[shard.path])
-        slices = tuple(slice(*bounds) for bounds in shard.index)
-        pending.append(array[slices].write(shard.values))
-        while len(pending) > _WRITTEN_AT_ONCE:
-            pending.pop(0).result()
+        for place, values in _chunks(shard, layouts[shard.path].chunk):
+            pending.append(array[place].write(values))
+            sent += values.nbytes
+            while len(pending) > _WRITTEN_AT_ONCE:
+                pending.pop(0).result()
+            if bytes_per_second:
+                time.sleep(max(0.0, sent / bytes_per_second - (time.monotonic() - began)))
     for one in pending:
         one.result()
+
+
+def _chunks(shard: Shard, chunk: tuple[int, ...]) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """The chunks of a shard, each with its place in the whole array."""
+    ranges = [
+        range(first, last, size) for (first, last), size in zip(shard.index, chunk, strict=True)
+    ]
+    for corner in itertools.product(*ranges):
+        place = tuple(slice(at, at + size) for at, size in zip(corner, chunk, strict=True))
+        within = tuple(
+            slice(at - first, at - first + size)
+            for at, size, (first, _) in zip(corner, chunk, shard.index, strict=True)
+        )
+        yield place, shard.values[within]
 
 
 def write_metadata(kv: Any, folder: str, layouts: Mapping[str, Layout]) -> None:
@@ -140,11 +169,11 @@ def read(folder: Mapping[str, Any], layouts: Mapping[str, Layout], wanted: Leave
     for path, leaf in wanted.items():
         array = _open(folder, path, layouts[path], context)
         places = leaf.sharding.addressable_devices_indices_map(leaf.shape)
-        indices = {_index(place, leaf.shape) for place in places.values()}
+        indices = {index_of(place, leaf.shape) for place in places.values()}
         reads[path] = {i: array[tuple(slice(*bounds) for bounds in i)].read() for i in indices}
     leaves = {}
     for path, leaf in wanted.items():
         parts = {index: future.result() for index, future in reads.pop(path).items()}
-        take = lambda place, parts=parts, leaf=leaf: parts[_index(place, leaf.shape)]
+        take = lambda place, parts=parts, leaf=leaf: parts[index_of(place, leaf.shape)]
         leaves[path] = jax.make_array_from_callback(leaf.shape, leaf.sharding, take)
     return leaves

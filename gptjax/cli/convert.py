@@ -21,11 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import config, load_model
+from gptjax import bucket, config, load_model
 from gptjax.checkpoint import head, run_dir
 from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.cli.inspect import print_certificate
 from gptjax.config import CheckpointConfig, ComputeConfig, Config, LoraConfig
+from gptjax.config.limits import unknown_scheme
 from gptjax.errors import ConfigError, MismatchError, OutputError
 from gptjax.finetune import lora, peft
 from gptjax.hf import families, read_tokenizer, safetensors, tokenizer_files
@@ -37,7 +38,6 @@ from gptjax.model import heads
 from gptjax.model.decoder import Params
 from gptjax.model.flops import ModelCost
 from gptjax.parallel import mesh
-from gptjax.runtime import bucket
 from gptjax.runtime.progress import Progress
 from gptjax.tokenizer import Tokenizer
 
@@ -47,8 +47,9 @@ _TOLERATED = 1e-2  # of the largest logit, and of the positions
 def run(args: argparse.Namespace, _: Sequence[str]) -> None:
     """Runs the command."""
     (kind, source), (into, target) = map(_kind_and_folder, (args.source, args.target))
-    beginning = bucket.path_of(source)
-    if kind == "run" == into and not (beginning / config.CONFIG_FILE).exists():
+    if why := unknown_scheme(source):
+        raise ConfigError([f"{source}: {why}"])
+    if kind == "run" == into and not (bucket.path_of(source) / config.CONFIG_FILE).exists():
         raise ConfigError([f"{source}: is no run folder; a Hugging Face folder is hf:{source}"])
     if kind == "run" == into and load_model.is_hugging_face(source):
         raise ConfigError([f"{source}: is a Hugging Face folder; give hf:{source}"])
@@ -80,6 +81,8 @@ def _made_here(target: str, into: str) -> Iterator[str]:
     if not bucket.remote(target):
         yield target
         return
+    if why := unknown_scheme(target):
+        raise ConfigError([f"{target}: {why}"])
     if any(bucket.path_of(target).glob("*")):
         raise OutputError(f"{target}: is not empty; give a new folder")
     with tempfile.TemporaryDirectory() as folder:

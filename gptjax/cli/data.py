@@ -106,9 +106,9 @@ def verify(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 def show(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Runs the command."""
+    from gptjax import bucket
     from gptjax import tokenizer as tokenizers
     from gptjax.data import loader, mixture
-    from gptjax.runtime import bucket
 
     cfg = resolve(args, overrides)
     if not 1 <= args.step <= _LAST_STEP:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax import config
+from gptjax import bucket, config
 from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.config import MeshConfig
@@ -16,7 +16,6 @@ from gptjax.data.mixture import Manifests
 from gptjax.errors import CheckpointError, DataError, GptjaxError
 from gptjax.parallel import mesh, sharding
 from gptjax.param_tree import nested
-from gptjax.runtime import bucket
 from gptjax.runtime.progress import Progress
 
 

@@ -9,10 +9,10 @@ from gptjax import config
 
 def run(args: argparse.Namespace, _: Sequence[str]) -> None:
     """Runs the command."""
+    from gptjax import bucket
     from gptjax.checkpoint import run_dir
     from gptjax.checkpoint.checkpointer import Checkpointer
     from gptjax.model.flops import ModelCost
-    from gptjax.runtime import bucket
 
     cfg = config.load(args.run)
     steps = Checkpointer(bucket.path_of(args.run) / run_dir.CHECKPOINTS).steps()

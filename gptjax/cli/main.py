@@ -330,7 +330,7 @@ def _how_to_continue(args: argparse.Namespace, argv: Sequence[str], error: Gptja
 
     if not distributed.first():
         return ""
-    from gptjax.runtime import bucket
+    from gptjax import bucket
 
     folder = bucket.path_of(cfg.run) / CHECKPOINTS
     try:

@@ -11,9 +11,9 @@ _BEGAN = time.monotonic()
 
 def write(cfg: Config) -> None:
     """Writes the summary of a finished run to standard error."""
+    from gptjax import bucket
     from gptjax.checkpoint.checkpointer import Checkpointer
     from gptjax.checkpoint.run_dir import CHECKPOINTS
-    from gptjax.runtime import bucket
 
     run = cfg.run
     # A mixture may have ended earlier.

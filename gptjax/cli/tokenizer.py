@@ -37,8 +37,8 @@ def train(args: argparse.Namespace, _: Sequence[str]) -> None:
 
 def show(args: argparse.Namespace, _: Sequence[str]) -> None:
     """Runs the command."""
+    from gptjax import bucket
     from gptjax import tokenizer as tokenizers
-    from gptjax.runtime import bucket
 
     if why := unknown_scheme(args.folder):
         raise ConfigError([f"{args.folder}: {why}"])

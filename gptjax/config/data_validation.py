@@ -33,6 +33,8 @@ def data_problems(cfg: Any) -> Iterator[str]:
             f"data.packing={cfg.data.packing}: requires data.documents=mask, as the documents of a "
             "row have nothing to do with each other"
         )
+    if "://" in cfg.data.cache:
+        yield f"data.cache={cfg.data.cache}: must be a folder on this machine"
     if tokenizer.kind != "bytes" and not tokenizer.path:
         yield from _tokenizer_problems(tokenizer)
     needed = 258 if tokenizer.kind == "bytes" else tokenizer.vocab_size

@@ -60,6 +60,11 @@ def place_problems(cfg: Any) -> Iterator[str]:
         yield f"tokenizer.vocab_size={cfg.tokenizer.vocab_size}: must be at most {_WIDEST}"
     if why := unknown_scheme(cfg.run):
         yield f"run={cfg.run}: {why}"
+    if cfg.checkpoint.local and "://" not in cfg.run:
+        yield (
+            f"checkpoint.local={cfg.checkpoint.local}: is beside a run in a bucket, and "
+            f"run={cfg.run} is a folder; leave it empty"
+        )
     for name, value in {"run": cfg.run, "data.store": cfg.data.store}.items():
         if not value:
             yield f"{name}={value!r}: is empty; give a folder"

@@ -20,12 +20,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from gptjax import bucket
 from gptjax.config.limits import unknown_scheme
 from gptjax.config.mesh import MeshConfig
 from gptjax.config.presets import find_preset
 from gptjax.config.schema import Config, MixturePart, StageConfig
 from gptjax.errors import ConfigError
-from gptjax.runtime import bucket
 
 CONFIG_FILE = "config.json"
 

@@ -112,6 +112,10 @@ class DataConfig:
     store: str = free("data/store")
     """Folder of the token store, which is prepared if missing. It may move: a run identifies its
     tokens by their fingerprint."""
+    cache_gb: float = free(20.0)
+    """Disk that copies of token stores in buckets may take on this machine, in GB. 0: none."""
+    cache: str = free("~/.cache/gptjax/stores")
+    """Folder of these copies, on this machine; its processes and runs may share it. Empty: none."""
     documents: Literal["ignore", "mask"] = identity("ignore")
     """Document boundaries within a window: ignore lets attention cross them; mask does not, and
     restarts positions at each document."""
@@ -360,6 +364,15 @@ class CheckpointConfig:
     """Number of newest checkpoints that are kept."""
     keep_every: int = free(0)
     """Checkpoints at multiples of this many steps are kept permanently. 0: none."""
+    local: str = free("")
+    """Folder on each machine's own disk, or in its memory (/dev/shm), for checkpoints between those
+    of a run in a bucket. Empty: none."""
+    local_every: int = free(50)
+    """Steps between checkpoints on the machines' own disks."""
+    local_keep: int = free(1)
+    """Number of newest checkpoints that are kept there."""
+    upload_mb_s: float = free(0.0)
+    """Megabytes a second that each process sends to a bucket while it saves. 0: no limit."""
 
 
 @dataclass(frozen=True)

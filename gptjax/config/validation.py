@@ -31,16 +31,18 @@ _AT_LEAST_1 = (
     *("compute.loss_chunks", "compute.rounds", "train.tokens", "train.batch_tokens"),
     *("train.seq_len", "train.accumulation", "train.nonfinite_limit", "eval.batch"),
     *("finetune.epochs", "checkpoint.every", "checkpoint.keep", "log.every", "log.profile_steps"),
+    *("checkpoint.local_every", "checkpoint.local_keep"),
     *("data.prefetch", "data.max_document_bytes", "tokenizer.sample_bytes"),
     "tokenizer.vocab_size",
 )
 _AT_LEAST_0 = (
     *("compute.microbatches", "optim.lr", "optim.warmup_tokens", "optim.decay_tokens"),
     *("optim.weight_decay", "optim.clip", "train.z_loss", "train.seed", "finetune.lm_weight"),
-    *("data.workers", "eval.every", "eval.sample_every", "eval.tasks_every", "eval.task_limit"),
+    *("data.workers", "data.cache_gb"),
+    *("eval.every", "eval.sample_every", "eval.tasks_every", "eval.task_limit"),
     *("eval.temperature", "checkpoint.keep_every", "log.peak_tflops", "log.profile_start"),
     *("watch.lost", "watch.restore", "watch.compile", "watch.data", "watch.step", "watch.save"),
-    "watch.eval",
+    *("watch.eval", "checkpoint.upload_mb_s"),
     *("train.check_replicas", "train.batch_ramp_tokens"),
 )
 _FROM_0_BELOW_1 = (

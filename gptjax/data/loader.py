@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from gptjax import bucket
 from gptjax.config import Config, phases
 from gptjax.config.phases import Phase
 from gptjax.data import mixture
@@ -23,7 +24,6 @@ from gptjax.data.packing import INDEX, Packing, open_packing
 from gptjax.data.store import MANIFEST, Reader
 from gptjax.data.tf_import import import_tensorflow
 from gptjax.errors import DataError
-from gptjax.runtime import bucket
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,9 @@ class TrainData:
     def open(cls, cfg: Config, manifests: Manifests) -> "TrainData":
         """The configured training data. Raises DataError for a store without a whole window."""
         parts, found = mixture.part_configs(cfg), phases.phases(cfg)
+        cache = (cfg.data.cache, cfg.data.cache_gb)
         readers = {
-            name: Reader(part.data.store, "train", manifests.parts[name])
+            name: Reader(part.data.store, "train", manifests.parts[name], *cache)
             for name, part in parts.items()
         }
         packings = {}

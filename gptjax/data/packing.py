@@ -27,11 +27,12 @@ from typing import Any
 
 import numpy as np
 
+from gptjax import bucket
 from gptjax.data import store
 from gptjax.data.journal import LOCK
 from gptjax.data.store import Manifest, Reader
 from gptjax.errors import DataError, OutputError
-from gptjax.runtime import bucket, file_lock
+from gptjax.runtime import file_lock
 
 FORMAT = 1
 INDEX = "packed.json"

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from gptjax import bucket
 from gptjax import tokenizer as tokenizers
 from gptjax.config import Config, DataConfig
 from gptjax.data import provenance, sources, store
@@ -41,7 +42,7 @@ from gptjax.data.sources import Source
 from gptjax.data.split import Split
 from gptjax.data.tokenizer_sample import sample
 from gptjax.errors import DataError, MismatchError, OutputError
-from gptjax.runtime import bucket, file_lock
+from gptjax.runtime import file_lock
 from gptjax.runtime.progress import Bar, Progress
 
 _BATCH_BYTES = 1 << 20  # text that a worker process tokenizes at once

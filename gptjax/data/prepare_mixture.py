@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from gptjax import bucket
 from gptjax import tokenizer as tokenizers
 from gptjax.config import Config, phases
 from gptjax.data import packing, prepare, sources, store
@@ -19,7 +20,7 @@ from gptjax.data.mixture import Manifests, part_configs
 from gptjax.data.split import Split
 from gptjax.data.store import Manifest
 from gptjax.errors import MismatchError, OutputError
-from gptjax.runtime import bucket, file_lock
+from gptjax.runtime import file_lock
 from gptjax.tokenizer import FILES, Tokenizer
 
 MIXTURE = "mixture.json"

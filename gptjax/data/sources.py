@@ -23,13 +23,14 @@ from typing import Any, Protocol
 
 from etils import epath
 
+from gptjax import bucket
 from gptjax.config import DataConfig
 from gptjax.config.limits import unknown_scheme
 from gptjax.config.registry import DATA_SOURCES
 from gptjax.data.files import Counts, Decoder, Document, TextFile, record
 from gptjax.data.tf_import import import_tensorflow
 from gptjax.errors import DataError
-from gptjax.runtime import bucket, regular_file
+from gptjax.runtime import regular_file
 
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 

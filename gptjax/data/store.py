@@ -6,9 +6,10 @@
     STORE/{train,valid}/c/0 ...     its files: little-endian tokens, then a shard index
     STORE/{train,valid}/crc32       a little-endian CRC-32 of each 4096 tokens
 
-Any zarr 3 library reads it. A local store is memory-mapped; a remote one (gs://) is read by
-TensorStore from the same files, a few kilobytes a window (tests/bench/store.py compares). Tokens
-are compared with their checksum when they are first read, and every id with the vocabulary.
+Any zarr 3 library reads it. A local store is memory-mapped; a remote one (gs://, s3://) is read by
+TensorStore from the same files, a few kilobytes a window (tests/bench/store.py compares), until
+they have been copied to this machine (store_cache.py). Tokens are compared with their checksum when
+they are first read, and every id with the vocabulary.
 
 Every document ends with EOS. It begins with the token that the tokenizer puts before a text (BOS)
 or, without one, with the EOS of the document before, which a split begins with too: so the first
@@ -20,15 +21,17 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gptjax import bucket
+from gptjax.data.store_cache import File, StoreCache
+from gptjax.data.store_remote import RemoteTokens
 from gptjax.errors import DataError, OutputError
-from gptjax.runtime import bucket
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -103,8 +106,13 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class Reader:
     """Reads windows of a split's tokens. `len(reader)` is the number of tokens."""
 
-    def __init__(self, store: str, name: str, manifest: Manifest) -> None:
-        """Opens the files, and checks some of a local store. Raises DataError for damage."""
+    def __init__(
+        self, store: str, name: str, manifest: Manifest, cache: str = "", cache_gb: float = 0.0
+    ) -> None:
+        """Opens the files, and checks some of a local store. Raises DataError for damage.
+
+        A remote store's files are copied to the folder `cache` from the first read on.
+        """
         split = manifest.splits[name]
         self._length, self._per_file = split.tokens, manifest.file_tokens
         self.vocab_size = manifest.vocab_size
@@ -113,22 +121,15 @@ class Reader:
         ranges = -(-self._length // _RANGE_TOKENS)
         self._checksums = _read_checksums(folder, split, ranges)
         self._checked = np.full(ranges, self._checksums is None)
-        self._remote: Any = None
-        if "://" in str(folder):
-            import tensorstore
-
-            self._remote = tensorstore.open(
-                {
-                    "driver": "zarr3",
-                    "kvstore": bucket.kvstore(str(folder)),
-                    "recheck_cached_data": "open",
-                    "recheck_cached_metadata": "open",
-                    "context": {"cache_pool": {"total_bytes_limit": 256 << 20}},
-                },
-                read=True,
-            ).result()
+        self._files: list[Any] = []
+        self._remote: RemoteTokens | None = None
+        if bucket.remote(folder):
+            self._remote = RemoteTokens(str(folder))
+            place, files = str(folder), _files_of(manifest, name)
+            self._cache = StoreCache(cache, cache_gb, place, files, manifest.dtype)
+            self._cache.open(trusted=self._checksums is not None)
+            self._files, self._seen = self._cache.files, dict[int, Any]()
             return
-        self._files = []
         for i, first in enumerate(range(0, self._length, self._per_file)):
             count = min(self._per_file, self._length - first)
             mapped = np.memmap(folder / "c" / str(i), manifest.dtype, "r", shape=(count,))
@@ -159,14 +160,12 @@ class Reader:
         """As `windows`, into rows of zeros of any lengths, int32; does not look at the ids."""
         rows = zip(out, starts.tolist(), strict=True)
         if self._remote is not None:
-            self._read_remote(rows)
+            self._cache.begin()
+            left = [(row, start) for row, start in rows if not self._read_copy(row, start)]
+            self._read_remote(self._remote, left)
         else:
             for row, start in rows:
-                self._check_local(start, len(row))
-                done = 0
-                for part in self._local(start, len(row)):
-                    row[done : done + len(part)] = part
-                    done += len(part)
+                self._read_local(row, start)
 
     def document_at(self, place: int, start_id: int) -> tuple[int, int]:
         """The number of the document that a token is in, from 0 on, and its place within it.
@@ -196,16 +195,40 @@ class Reader:
             for number in range(first, min(last, len(self._checked))):
                 self._check(number, *self._local(number * _RANGE_TOKENS, _RANGE_TOKENS))
 
-    def _read_remote(self, rows: Iterator[tuple[np.ndarray, int]]) -> None:
+    def _read_local(self, row: np.ndarray, start: int) -> None:
+        """Checks a window in mapped files, and reads it."""
+        self._check_local(start, len(row))
+        done = 0
+        for part in self._local(start, len(row)):
+            row[done : done + len(part)] = part
+            done += len(part)
+
+    def _read_copy(self, row: np.ndarray, start: int) -> bool:
+        """As `_read_local`, where there are copies of all its files; whether there are."""
+        last = -(-(start + len(row)) // self._per_file)
+        numbers = range(start // self._per_file, min(last, len(self._files)))
+        for number in numbers:
+            file, before = self._files[number], self._seen.get(number)
+            if file is None:
+                return False
+            if file is not before:  # what was right in the bucket is not known to be right here
+                self._seen[number], ranges = file, self._per_file // _RANGE_TOKENS
+                self._checked[number * ranges :][:ranges] = self._checksums is None
+        try:
+            self._read_local(row, start)
+        except DataError:  # a damaged copy
+            self._cache.drop(numbers)
+            return False
+        return True
+
+    def _read_remote(self, remote: RemoteTokens, rows: Sequence[tuple[np.ndarray, int]]) -> None:
         """Reads whole ranges, which are fetched whole anyway, and checks them."""
-        reads = []
+        spans = []
         for row, start in rows:
-            first = start // _RANGE_TOKENS
             last = min(-(-(start + len(row)) // _RANGE_TOKENS) * _RANGE_TOKENS, self._length)
-            tokens = self._remote[min(first * _RANGE_TOKENS, last) : last].read()
-            reads.append((row, start, first, tokens))
-        for row, start, first, read in reads:
-            tokens = read.result()
+            spans.append((min(start // _RANGE_TOKENS * _RANGE_TOKENS, last), last))
+        for (row, start), tokens in zip(rows, remote.read(spans), strict=True):
+            first = start // _RANGE_TOKENS
             for i in range(0, len(tokens), _RANGE_TOKENS):
                 self._check(first + i // _RANGE_TOKENS, tokens[i : i + _RANGE_TOKENS])
             part = tokens[start - first * _RANGE_TOKENS :][: len(row)]
@@ -223,6 +246,18 @@ class Reader:
                 f"checksum; {_AGAIN}"
             )
         self._checked[number] = True
+
+
+def _files_of(manifest: Manifest, name: str) -> list[File]:
+    """What a split's files are to be."""
+    split, itemsize = manifest.splits[name], np.dtype(manifest.dtype).itemsize
+    index = manifest.file_tokens // _RANGE_TOKENS * 16
+    files = []
+    for i, sha256 in enumerate(split.files_sha256):
+        tokens = min(manifest.file_tokens, split.tokens - i * manifest.file_tokens)
+        size = -(-tokens // _RANGE_TOKENS) * _RANGE_TOKENS * itemsize + index
+        files.append(File(sha256, tokens, size))
+    return files
 
 
 def _read_checksums(folder: Any, split: Split, ranges: int) -> np.ndarray | None:
@@ -385,12 +420,8 @@ def read_manifest(store: str) -> Manifest:
             f"{store}: not a token store (no {MANIFEST}); make it with `gptjax data prepare CONFIG`"
         )
     manifest = parse_manifest(file.read_bytes(), str(file))
-    itemsize = np.dtype(manifest.dtype).itemsize
-    index = manifest.file_tokens // _RANGE_TOKENS * 16
-    for name, split in manifest.splits.items():
-        for i in range(len(split.files_sha256)):
-            tokens = min(manifest.file_tokens, split.tokens - i * manifest.file_tokens)
-            expected = -(-tokens // _RANGE_TOKENS) * _RANGE_TOKENS * itemsize + index
+    for name in manifest.splits:
+        for i, (_, _, expected) in enumerate(_files_of(manifest, name)):
             path = folder / name / "c" / str(i)
             there = path.exists()
             if there and bucket.remote(path):

@@ -78,7 +78,8 @@ class _SplitLoss:
     def __init__(self, cfg: Config, manifest: Manifest, progress: Progress, suffix: str) -> None:
         self._cfg, self._progress, self._suffix = cfg, progress, suffix
         self._split = manifest.splits["valid"]
-        self._reader = Reader(cfg.data.store, "valid", manifest)
+        data = cfg.data
+        self._reader = Reader(data.store, "valid", manifest, data.cache, data.cache_gb)
         eos_id, start_id = manifest.eos_id, manifest.start_id
 
         def sums(params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:

@@ -40,10 +40,10 @@ class AdapterCheckpointer(Checkpointer):
         describe = self._describe
         self._describe = lambda step: {**describe(step), "frozen": self._digest}
 
-    def save(self, step: int, state: Any) -> None:
+    def save(self, step: int, state: Any, *, local: bool = False) -> None:
         trainable, frozen = param_groups.partition(state.params, self._lr_multipliers)
         self._digest = self._digest or _digest(frozen)
-        super().save(step, replace(state, params=trainable))
+        super().save(step, replace(state, params=trainable), local=local)
 
     def restore_newest(self, abstract: Any, *, partial: bool = False) -> Any | None:
         trainable, _ = param_groups.partition(abstract.params, self._lr_multipliers)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from gptjax import config
+from gptjax import bucket, config
 from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.checkpoint.fingerprint import sha256_of
@@ -27,7 +27,7 @@ from gptjax.finetune.task import FinetuneTask
 from gptjax.finetune.tokenize import SpecialTokens
 from gptjax.model import decoder
 from gptjax.parallel import sharding
-from gptjax.runtime import bucket, distributed
+from gptjax.runtime import distributed
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
 from gptjax.training import callbacks, metrics, param_groups

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from gptjax import config, sample
+from gptjax import bucket, config, sample
 from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import Checkpointer
@@ -21,7 +21,7 @@ from gptjax.parallel import mesh
 from gptjax.pretrain import warm_start
 from gptjax.pretrain.task import PretrainTask
 from gptjax.pretrain.warm_start import WarmStart
-from gptjax.runtime import bucket, distributed, preemption
+from gptjax.runtime import distributed, preemption
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
 from gptjax.tokenizer import Tokenizer

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptjax import config, load_model
+from gptjax import bucket, config, load_model
 from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import run_dir
 from gptjax.checkpoint.checkpointer import Checkpointer
@@ -26,7 +26,6 @@ from gptjax.finetune.base_model import BaseModel
 from gptjax.model import decoder, heads
 from gptjax.parallel import sharding
 from gptjax.param_tree import Tree, leaves_by_path
-from gptjax.runtime import bucket
 from gptjax.tokenizer import Tokenizer
 from gptjax.training.step import TrainState, create_state, state_of
 

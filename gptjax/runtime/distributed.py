@@ -161,10 +161,15 @@ def barrier() -> None:
 
 def from_first(value: str) -> str:
     """Broadcast: the `value` of process 0."""
+    return from_process(0, value)
+
+
+def from_process(process: int, value: str) -> str:
+    """Broadcast: the `value` of a process."""
     if not several():
         return value
     key = f"gptjax/first/{next(_uses)}"
-    if first():
+    if index() == process:
         client().key_value_set(key, value)
         return value
     return _interruptible(client().blocking_key_value_get, key, _WAIT_MS)
@@ -179,6 +184,16 @@ def first_of(problem: str | None) -> str | None:
         client().key_value_set(f"{folder}{index():09}", problem)
     barrier()
     return next((text for _, text in sorted(client().key_value_dir_get(folder))), None)
+
+
+def gather(value: str) -> list[str]:
+    """The values of all processes, in the order of their numbers."""
+    if not several():
+        return [value]
+    folder = f"gptjax/gathered/{next(_uses)}/"
+    client().key_value_set(f"{folder}{index():09}", value)
+    barrier()
+    return [text for _, text in sorted(client().key_value_dir_get(folder))]
 
 
 @contextmanager

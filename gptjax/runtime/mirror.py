@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gptjax import bucket
 from gptjax.errors import OutputError
-from gptjax.runtime import bucket
 
 _PERIOD_S = 30.0
 _PATIENCE_S = 60.0

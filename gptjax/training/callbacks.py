@@ -140,21 +140,34 @@ class Save(Every):
         borders: Collection[int] = (),
     ) -> None:
         super().__init__(steps, self._save, repeats_on_resume=False)
-        self._borders = borders
+        self._borders, self._local_every = borders, checkpointer.local_every
         self._checkpointer, self._watchdog, self._progress = checkpointer, watchdog, progress
+        self._seconds = 0.0
+
+    def seconds(self) -> float:
+        """For how long the loop stood still for saves since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def dispatched(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         for problem in self._checkpointer.failures():
             self._progress.say(f"{problem}; training goes on")
 
     def due(self, step: int) -> bool:
+        return self._due_for_run(step) or (step > 0 and step % (self._local_every or step + 1) == 0)
+
+    def _due_for_run(self, step: int) -> bool:
         return step in self._borders or super().due(step)
 
     def _save(self, snapshot: Snapshot) -> None:
         self._watchdog.at("save", snapshot.step)
-        self._checkpointer.save(snapshot.step, snapshot.state)
+        jax.block_until_ready(snapshot.state)  # the step itself is no part of what saving costs
+        began = time.monotonic()
+        local = not self._due_for_run(snapshot.step)
+        self._checkpointer.save(snapshot.step, snapshot.state, local=local)
         if snapshot.step == self._last:
             self._checkpointer.finish()
+        self._seconds += time.monotonic() - began
 
 
 class Evaluator(Protocol):
@@ -341,12 +354,14 @@ def standard_callbacks(
     `facts` of a step are written with its metrics.
     """
     borders = phases.borders(cfg)
+    save = Save(cfg.checkpoint.every, checkpointer, watchdog, progress, borders)
+    with_saves = lambda step: {**facts(step), "save_seconds": save.seconds()}
     return [
         Profile(cfg.log, run_dir.log_folder(cfg.run) / "profile"),
         ShowProgress(progress),
         NonfiniteGuard(cfg.train.nonfinite_limit, progress),
-        LogMetrics(cfg, evaluate.writers, progress, facts),
+        LogMetrics(cfg, evaluate.writers, progress, with_saves),
         CheckReplicas(cfg.train.check_replicas, cfg.checkpoint.every, watchdog, borders),
-        Save(cfg.checkpoint.every, checkpointer, watchdog, progress, borders),
+        save,
         evaluate,
     ]

@@ -1,8 +1,8 @@
 """Servers of buckets on loopback, behind a proxy that can fail as a bucket does.
 
 S3 is moto's server, which enforces conditional writes. Google's is gcp-storage-emulator, which does
-not, does not say the generation of what is read, and lists more than it is asked for: the proxy
-sees to all three, one request at a time.
+not, does not say the generation of what is read, and lists and reads more than it is asked for: the
+proxy sees to all of it, one request at a time.
 """
 
 import http.client
@@ -146,7 +146,10 @@ class _Handler(BaseHTTPRequestHandler):
             with self.server.one_at_a_time:
                 status, headers, answer = ask()
                 generation = self._generation(url.path.removeprefix("/download"))
-            return status, [*headers, ("x-goog-generation", generation)], answer
+            headers = [*headers, ("x-goog-generation", generation)]
+            if status == 200 and (asked := self.headers.get("Range")):
+                return _part(answer, asked, headers)
+            return status, headers, answer
         status, headers, answer = ask()
         if self.command == "GET" and url.path.endswith("/o") and status == 200:
             answer = _between(answer, query)
@@ -202,6 +205,17 @@ def _between(answer: bytes, query: dict[str, list[str]]) -> bytes:
     listed = json.loads(answer)
     listed["items"] = [one for one in listed.get("items", ()) if first <= one["name"] < last]
     return json.dumps(listed).encode()
+
+
+def _part(
+    answer: bytes, asked: str, headers: list[tuple[str, str]]
+) -> tuple[int, list[tuple[str, str]], bytes]:
+    """The bytes of an object that were asked for."""
+    first, _, last = asked.removeprefix("bytes=").partition("-")
+    begin = int(first) if first else max(0, len(answer) - int(last))
+    end = min(int(last) + 1, len(answer)) if first and last else len(answer)
+    place = ("Content-Range", f"bytes {begin}-{end - 1}/{len(answer)}")
+    return 206, [*headers, place], answer[begin:end]
 
 
 _OF_A_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "te", "upgrade"}

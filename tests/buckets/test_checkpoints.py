@@ -1,4 +1,4 @@
-"""Checkpoints in a bucket: on any mesh, whole or not at all, whatever fails while they are saved."""
+"""Checkpoints in a bucket: on any mesh, whole or not at all, whatever fails meanwhile."""
 
 import json
 import sys
@@ -14,15 +14,15 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from servers import EXPIRED, FULL, Bucket, Faults
 
+from gptjax import bucket as buckets
 from gptjax.checkpoint import head, shard_store, shards
 from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.checkpoint.fingerprint import fingerprints
 from gptjax.checkpoint.head import Head, Writer
 from gptjax.config import CheckpointConfig, MeshConfig
 from gptjax.errors import CheckpointError, OutputError
-from gptjax.param_tree import leaves_by_path
 from gptjax.parallel.mesh import make_mesh
-from gptjax.runtime import bucket as buckets
+from gptjax.param_tree import leaves_by_path
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

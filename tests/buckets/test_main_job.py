@@ -2,18 +2,21 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from forked import Forked, nothing
 from servers import Bucket, free_port
 
+from gptjax import bucket as buckets
 from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.checkpoint.head import Head
-from gptjax.runtime import bucket as buckets
 
 pytestmark = pytest.mark.slow
 
@@ -23,14 +26,18 @@ Start = Callable[..., list[Forked]]
 
 
 @pytest.fixture
-def start(bucket: Bucket, tmp_path: Path) -> Iterator[Start]:
-    """Starts `gptjax train` of a run in the bucket, in processes that end with the test."""
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts `gptjax train` of a run, in processes that end with the test."""
     started: list[Forked] = []
 
-    def begin(run: str, processes: int, devices: int, *more: str) -> list[Forked]:
+    def begin(
+        run: str, processes: int, devices: int, bucket: Bucket, *more: str, each: Any = None
+    ) -> list[Forked]:
+        """`each(index)` returns further options of one process."""
         words = ["train", str(ROOT / "configs" / "debug.py"), "--run", run, "--data.workers", "1"]
         words += ["--data.sources", f"{bucket.url}/texts/*.txt"]
         words += ["--data.store", f"{bucket.url}/store", "--train.tokens", str(STEPS * 1024)]
+        words += ["--data.cache", str(tmp_path / "cache")]
         words += ["--checkpoint.every", "2", "--log.every", "1", "--eval.every", "0"]
         words += ["--eval.sample-tokens", "4", "--log.compile-cache", ""]
         port, number = free_port(), len(started)
@@ -40,11 +47,12 @@ def start(bucket: Bucket, tmp_path: Path) -> Iterator[Start]:
                 "JAX_NUM_PROCESSES": str(processes),
                 "JAX_PROCESS_ID": str(index),
             }
+            own = each(index) if each else ()
             env = bucket.environment | (job if processes > 1 else {})
             env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
             errors = tmp_path / f"{number}.{index}.err"
             started.append(
-                Forked([*words, *more], tmp_path, Path(os.devnull), errors, nothing, **env)
+                Forked([*words, *more, *own], tmp_path, Path(os.devnull), errors, nothing, **env)
             )
         return started[-processes:]
 
@@ -78,26 +86,34 @@ def losses(run: str) -> dict[int, float]:
     return {one["step"]: one["loss"] for one in map(json.loads, lines) if "loss" in one}
 
 
-def test_the_whole_job(bucket: Bucket, start: Start, command_line, tmp_path: Path) -> None:
+def prepare(bucket: Bucket, tmp_path: Path) -> None:
+    """Puts text in the bucket, and a store of it."""
     text = Path(os.__file__).read_text()
     for part in range(8):
         path = buckets.path_of(f"{bucket.url}/texts/{part}.txt")
         path.write_text(text[part * 3000 :][:20000])
-    sources = ("--data.sources", f"{bucket.url}/texts/*.txt", "--data.workers", 1)
-    code, _, err = command_line("data", "prepare", "debug", *sources, "--data.store", tmp_path / "s")
-    assert code == 0, err
-    buckets.upload(tmp_path / "s", f"{bucket.url}/store", "manifest.json")
+    store = tmp_path / "store"
+    words = ["data", "prepare", str(ROOT / "configs" / "debug.py"), "--data.workers", "1"]
+    words += ["--data.sources", f"{bucket.url}/texts/*.txt", "--data.store", str(store)]
+    errors = tmp_path / "prepare.err"
+    done = Forked(words, tmp_path, Path(os.devnull), errors, nothing, **bucket.environment)
+    assert done.wait(240) == 0, done.read()
+    (store / "prepare.lock").unlink()  # is empty, and the emulator of Google's takes no such file
+    buckets.upload(store, f"{bucket.url}/store", "manifest.json")
 
+
+def test_the_whole_job(bucket: Bucket, start: Start, command_line, tmp_path: Path) -> None:
+    prepare(bucket, tmp_path)
     alone, broken = f"{bucket.url}/runs/alone", f"{bucket.url}/runs/broken"
-    (whole,) = start(alone, 1, 2)
+    (whole,) = start(alone, 1, 2, bucket)
     assert whole.wait(240) == 0, whole.read()
 
-    pair = start(broken, 2, 1)
+    pair = start(broken, 2, 1, bucket)
     wait_for(broken, 4, pair)
     for process in pair:
         process.kill()
         process.wait()
-    (again,) = start(broken, 1, 2)
+    (again,) = start(broken, 1, 2, bucket)
     assert again.wait(240) == 0, again.read()
     assert "resumed after step" in again.read()
     assert "taken over from process" in again.read()
@@ -105,7 +121,7 @@ def test_the_whole_job(bucket: Bucket, start: Start, command_line, tmp_path: Pat
     assert losses(broken) == losses(alone)
     assert sorted(losses(broken)) == list(range(1, STEPS + 1))
 
-    long = (f"{bucket.url}/runs/long", 1, 2, "--train.tokens", str(1000 * 1024))
+    long = (f"{bucket.url}/runs/long", 1, 2, bucket, "--train.tokens", str(1000 * 1024))
     (living,) = start(*long)
     wait_for(long[0], 2, [living])
     (refused,) = start(*long)
@@ -128,3 +144,32 @@ def test_the_whole_job(bucket: Bucket, start: Start, command_line, tmp_path: Pat
     code, _, err = command_line("convert", alone, hf)
     assert code == 73
     assert f"{bucket.url}/hf: is not empty; give a new folder" in err
+
+
+def test_a_machine_that_comes_back_empty_gets_its_part_from_the_other(
+    s3_bucket: Bucket, start: Start, tmp_path: Path
+) -> None:
+    """Two processes with disks of their own, of which one is lost; the bucket has an older step."""
+    prepare(s3_bucket, tmp_path)
+    whole, broken = f"{s3_bucket.url}/runs/whole", f"{s3_bucket.url}/runs/tiers"
+    assert [one.wait(240) for one in start(whole, 2, 1, s3_bucket)] == [0, 0]
+
+    every = ("--checkpoint.every", "8", "--checkpoint.local_every", "1")
+    disks = lambda index: ("--checkpoint.local", str(tmp_path / f"disk{index}"))
+    pair = start(broken, 2, 1, s3_bucket, *every, each=disks)
+    deadline = time.monotonic() + 240
+    while len(list(tmp_path.glob("disk*/*/*/11"))) < 2:
+        assert all(one.poll() is None for one in pair), pair[0].read()
+        assert time.monotonic() < deadline, pair[0].read()
+        time.sleep(0.02)
+    for process in pair:
+        process.kill()
+        process.wait()
+    assert steps(broken)[-1] == 8
+    (lost,) = tmp_path.glob("disk1/*")
+    shutil.rmtree(lost)
+    again = start(broken, 2, 1, s3_bucket, *every, each=disks)
+    assert [one.wait(240) for one in again] == [0, 0], again[0].read()
+    assert re.search(r"step 1[1-5] was on the machines' own disks", again[0].read())
+    assert final(broken) == final(whole)
+    assert losses(broken) == losses(whole)

@@ -182,7 +182,7 @@ def test_another_tokenizer_in_an_imported_run_is_refused(capsys, folder, tmp_pat
         ("hf:{folder}", "{folder}", 73, "is not empty"),
         ("hf:{folder}", "hf:out", 2, "one of the two must be a run folder"),
         ("hf:{folder}", ".", 73, "is not empty"),
-        ("hf:{folder}", "s3://bucket/run", 2, "must be a local or mounted folder"),
+        ("hf:{folder}", "az://bucket/run", 2, "az://bucket/run: gptjax reads local files, gs://"),
         ("run", "out", 2, "run: is no run folder; a Hugging Face folder is hf:run"),
     ],
 )

@@ -143,7 +143,7 @@ def test_remote_store_reads_like_a_local_one(tmp_path: Path, monkeypatch) -> Non
     open_array = tensorstore.open
 
     def open_here(spec, **options):
-        kvstore = spec["kvstore"].replace("gs://bucket/", f"file://{tmp_path}/")
+        kvstore = {"driver": "file", "path": f"{tmp_path}/{spec['kvstore']['path']}"}
         return open_array({**spec, "kvstore": kvstore}, **options)
 
     monkeypatch.setattr(tensorstore, "open", open_here)

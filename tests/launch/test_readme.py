@@ -73,4 +73,4 @@ def test_documented_training_command_parses(name: str, line: str, monkeypatch) -
 
 def test_launchers_contain_commands() -> None:
     for name in ("slurm.sbatch", "tpu_vm.sh", "ray_job.py"):
-        assert any(" --run /shared/" in line for line in documented(name)), name
+        assert any(re.search(r" --run (/shared|gs:/)/", line) for line in documented(name)), name

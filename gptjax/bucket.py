@@ -8,6 +8,7 @@ the machine's own account, for gs://, and STORAGE_EMULATOR_HOST for an endpoint 
 
 import importlib
 import io
+import logging
 import os
 import re
 import sys
@@ -30,7 +31,7 @@ _PASSING = (
 )
 _LASTING = r"PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND|http_response_code='4(?!08|29)"
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 30.0
-_FILE_S = 600.0  # of one file while the bucket fails
+_FILE_S = 60.0  # of one file while the bucket fails
 
 T = TypeVar("T")
 
@@ -61,6 +62,7 @@ def text_path_of(place: str) -> Any:
     except ImportError as error:
         install = f"pip install 'gptjax[{scheme}]'"
         raise ConfigError([f"{place}: needs the package {error.name}: {install}"]) from None
+    logging.getLogger(_PACKAGES[scheme]).setLevel(logging.CRITICAL)  # failures are told here
     options: dict[str, Any] = {"use_listings_cache": False}  # others write there too
     if scheme == "gs" and (emulator := os.environ.get("STORAGE_EMULATOR_HOST")):
         options |= {"endpoint_url": emulator, "token": "anon"}
@@ -169,7 +171,10 @@ def local_copy(folder: str) -> Path:
     if folder not in _copies:
         _copies[folder] = tempfile.TemporaryDirectory(prefix="gptjax-")
         store, copy = open_kvstore(folder), Path(_copies[folder].name)
-        for key in sorted(store.list().result()):
+        listed = patiently(
+            lambda: store.list().result(), f"{folder}: cannot be read", _tell, _FILE_S
+        )
+        for key in sorted(listed):
             file = copy / key.decode()
             file.parent.mkdir(parents=True, exist_ok=True)
             read = lambda key=key: store.read(key).result().value
