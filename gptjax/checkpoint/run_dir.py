@@ -110,7 +110,9 @@ def _take_head(stack: contextlib.ExitStack, cfg: Config, say: Callable[[str], No
     patience = head.LEASE_S if distributed.several() else 0
     own = head.Head(cfg.run.rstrip("/"))
     stack.enter_context(own.taken(say, patience))
-    mirror = stack.enter_context(Mirror.kept(cfg.run, [METRICS_FILE], say))
+    local = cfg.checkpoint.local
+    disk = Path(local).expanduser() / own.read().id / "logs" if local else None
+    mirror = stack.enter_context(Mirror.kept(cfg.run, [METRICS_FILE], say, disk))
     own.before_commit = mirror.upload
     _log_folders[cfg.run] = mirror.folder
     stack.callback(_log_folders.pop, cfg.run)

@@ -71,7 +71,7 @@ def shown(progress: Progress) -> Iterator[Tell]:
 
 def identity(cfg: Config) -> dict[str, Any]:
     """The fields that decide a store's contents, and so must agree for it to be used."""
-    skipped = {"store", "workers", "prefetch", "documents", "packing"}
+    skipped = {"store", "cache", "cache_gb", "workers", "prefetch", "documents", "packing"}
     data = {k: v for k, v in asdict(cfg.data).items() if k not in skipped}
     return json.loads(json.dumps({**data, "tokenizer": asdict(cfg.tokenizer)}))
 

@@ -33,12 +33,18 @@ class Mirror:
     @classmethod
     @contextmanager
     def kept(
-        cls, place: str, names: Sequence[str], say: Callable[[str], None]
+        cls, place: str, names: Sequence[str], say: Callable[[str], None], disk: Path | None = None
     ) -> Iterator["Mirror"]:
-        """A new mirror with the files `names` of the bucket, which is uploaded every half a minute
-        while entered, and at the end."""
-        with tempfile.TemporaryDirectory(prefix="gptjax-") as folder:
+        """A mirror with the files `names` of the bucket, which is uploaded every half a minute
+        while entered, and at the end.
+
+        With `disk`, in a folder that outlives a kill: a file there that is longer than the bucket's
+        is what had not been uploaded.
+        """
+        with contextlib.ExitStack() as stack:
+            folder = disk or stack.enter_context(tempfile.TemporaryDirectory(prefix="gptjax-"))
             mirror = cls(Path(folder), place, say)
+            mirror.folder.mkdir(parents=True, exist_ok=True)
             for name in names:
                 mirror._fetch(name)
             thread = threading.Thread(target=mirror._go, name="mirror", daemon=True)
@@ -54,8 +60,10 @@ class Mirror:
         what = f"{self._place}/{name}: cannot be read"
         read = lambda: self._kv.read(name).result()
         found = bucket.patiently(read, what, self._say, _PATIENCE_S)
-        if found.state == "value":
-            (self.folder / name).write_bytes(found.value)
+        file = self.folder / name
+        here = file.stat().st_size if file.exists() else -1
+        if found.state == "value" and len(found.value) > here:
+            file.write_bytes(found.value)
 
     def _go(self) -> None:
         while not self._ended.wait(_PERIOD_S):
