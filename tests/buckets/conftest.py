@@ -10,7 +10,7 @@ from servers import Bucket, Faults
 _numbers = itertools.count()
 
 
-@pytest.fixture(scope="module", params=sorted(servers.SERVERS))
+@pytest.fixture(scope="module", params=["s3", pytest.param("gs", marks=pytest.mark.slow)])
 def bucket(request: pytest.FixtureRequest) -> Iterator[Bucket]:
     """An S3 server's bucket, and then one of Google's."""
     with servers.SERVERS[request.param]() as one, servers.entered(one):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from servers import Bucket, Faults
-from test_checkpoints import abstract, enter, quiet, restored, state
+from test_bucket_checkpoints import abstract, enter, quiet, restored, state
 
 from gptjax import bucket as buckets
 from gptjax.checkpoint import local_tier

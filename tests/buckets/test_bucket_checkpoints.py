@@ -26,6 +26,7 @@ from gptjax.param_tree import leaves_by_path
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
+SLOW = pytest.mark.slow
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8), (1, 1, 1)]
 quiet = lambda line: None
 
@@ -180,6 +181,7 @@ def test_a_copy_of_the_run_on_this_machine_is_read_as_it_is(place: str, tmp_path
         assert restored(str(tmp_path)) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hasty")
 def test_a_job_that_ends_at_any_request_leaves_whole_checkpoints(
     bucket: Bucket, place: str
@@ -222,7 +224,10 @@ def test_a_job_that_ends_at_any_request_leaves_whole_checkpoints(
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize(
     "seed",
-    [pytest.param(seed, marks=pytest.mark.slow if seed >= 8 else ()) for seed in range(100)],
+    [
+        pytest.param(seed, marks=() if seed < 3 else SLOW if seed < 25 else pytest.mark.exhaustive)
+        for seed in range(100)
+    ],
 )
 def test_faults_at_random_lose_nothing(bucket: Bucket, place: str, seed: int) -> None:
     """Each run ends with the bits that were saved, or with a sentence and those saved before."""
