@@ -225,8 +225,9 @@ def test_a_job_that_ends_at_any_request_leaves_whole_checkpoints(
 @pytest.mark.parametrize(
     "seed",
     [
-        pytest.param(seed, marks=() if seed < 3 else SLOW if seed < 25 else pytest.mark.exhaustive)
-        for seed in range(100)
+        *range(3),
+        *(pytest.param(seed, marks=SLOW) for seed in range(3, 25)),
+        *(pytest.param(seed, marks=(SLOW, pytest.mark.exhaustive)) for seed in range(25, 100)),
     ],
 )
 def test_faults_at_random_lose_nothing(bucket: Bucket, place: str, seed: int) -> None:
