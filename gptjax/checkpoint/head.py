@@ -102,8 +102,8 @@ class Head:
     """The head of one run: read by anybody, written by the job that has taken it."""
 
     def __init__(self, place: str) -> None:
-        """`place` is the run's folder, without its last slash."""
-        self.place = place
+        """`place` is the run's folder."""
+        self.place = place = _whole(place)
         self._kv: Any = bucket.open_kvstore(place)
         self._lock = threading.Lock()
         self._record, self._generation = Record(), b""
@@ -237,8 +237,12 @@ held: dict[str, Head] = {}  # the heads that this process has taken, by their ru
 
 def of(place: str) -> Head:
     """The head of a run: the one that this process has taken, if it has."""
-    place = place.rstrip("/")
-    return held.get(place) or Head(place)
+    return held.get(_whole(place)) or Head(place)
+
+
+def _whole(place: str) -> str:
+    """A run's folder by the one name that it has here."""
+    return place.rstrip("/") if bucket.remote(place) else str(Path(place).absolute())
 
 
 def _machine() -> str:

@@ -101,6 +101,8 @@ def _take_lock(stack: contextlib.ExitStack, cfg: Config, say: Callable[[str], No
         with (folder / _PROBE).open("w") as stream:
             stream.write(secrets.token_hex())
             os.fsync(stream.fileno())
+        if (folder / head.HEAD).exists():  # a copy of a run in a bucket
+            stack.enter_context(head.Head(cfg.run).taken(say))
     except OSError as error:
         raise OutputError(f"run={cfg.run}: cannot be written: {error}") from None
 

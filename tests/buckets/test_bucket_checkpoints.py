@@ -15,11 +15,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from servers import EXPIRED, FULL, Bucket, Faults
 
 from gptjax import bucket as buckets
-from gptjax.checkpoint import head, shard_store, shards
+from gptjax import config
+from gptjax.checkpoint import head, run_dir, shard_store, shards
 from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.checkpoint.fingerprint import fingerprints
 from gptjax.checkpoint.head import Head, Writer
-from gptjax.config import CheckpointConfig, MeshConfig
+from gptjax.config import CheckpointConfig, Config, MeshConfig
 from gptjax.errors import CheckpointError, OutputError
 from gptjax.parallel.mesh import make_mesh
 from gptjax.param_tree import leaves_by_path
@@ -179,6 +180,12 @@ def test_a_copy_of_the_run_on_this_machine_is_read_as_it_is(place: str, tmp_path
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(store.read(key).result().value)
         assert restored(str(tmp_path)) == 5
+        cfg = Config(run=str(tmp_path))
+        (tmp_path / "config.json").write_text(json.dumps(config.to_dict(cfg)))
+        with run_dir.claim(cfg), of(str(tmp_path)) as checkpoints:
+            checkpoints.save(6, state(6))
+            checkpoints.finish()
+        assert restored(str(tmp_path)) == 6
 
 
 @pytest.mark.slow
