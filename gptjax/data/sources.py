@@ -2,7 +2,7 @@
 
 A source is anything with the methods of `Source`. The stream has the order of the configured
 patterns, and of sorted paths within a pattern, so it is the same on every machine, and a position
-in it is a count of documents. Paths go through etils.epath: gs:// reads as a local path does.
+in it is a count of documents. Files in gs:// and s3:// read as local ones do (bucket.py).
 
 A further kind of source is a scheme, registered from outside the package:
 
@@ -182,7 +182,7 @@ def _identity(source: Source) -> Any:
 
 
 def _python_library() -> list[TextFile]:
-    root = epath.Path(sysconfig.get_paths()["stdlib"])
+    root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(
         path
         for suffix in ("py", "txt", "rst")
@@ -193,7 +193,7 @@ def _python_library() -> list[TextFile]:
         raise DataError(
             f"data.sources=python-library: {root} has no source files; give files instead"
         )
-    return [TextFile(epath.Path(path), path.relative_to(root).as_posix()) for path in files]
+    return [TextFile(path, path.relative_to(root).as_posix()) for path in files]
 
 
 def _glob(pattern: str, counts: Counts) -> list[TextFile]:
@@ -220,7 +220,7 @@ def _below(root: Any, pattern: str, counts: Counts) -> list[TextFile]:
     pattern names them. Links to folders are followed, into each folder once."""
     parts = tuple(pattern.split("/"))
     if "://" in str(root):
-        if "**" in parts:  # epath has no **, which is slow on a remote store
+        if "**" in parts:  # which is slow on a remote store
             raise DataError(
                 f"data.sources={root}/{pattern}: remote folders are not searched; name the files, "
                 "or give a glob without **"

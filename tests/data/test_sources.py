@@ -572,3 +572,9 @@ def test_broken_tfds_metadata_is_reported(dataset, tmp_path: Path, file: str) ->
         raw = path.read_bytes()
         (folder / path.name).write_bytes(raw[: len(raw) // 3] if path.name == file else raw)
     assert refused(f"tfds:{folder}").startswith(f"data.sources=tfds:{folder}: no such dataset")
+
+
+def test_the_running_python_s_library_has_files_with_sizes() -> None:
+    files = sources.resolve(("python-library",), counts=Counts())
+    assert len(files) > 100
+    assert sum(file.size_bytes() for file in files) > 1_000_000
