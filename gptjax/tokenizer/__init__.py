@@ -33,7 +33,7 @@ __all__ = [
 
 
 def load(folder: Any, start_id: int | None = None) -> Tokenizer:
-    """The tokenizer whose files are in a folder (a path as `bucket.path_of` makes). Raises DataError.
+    """The tokenizer whose files are in a folder, as `bucket.path_of` has it. Raises DataError.
 
     `start_id` opens documents and prompts; None: by the tokenizer's own convention.
     """
