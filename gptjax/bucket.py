@@ -14,7 +14,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -31,7 +31,8 @@ _PASSING = (
 )
 _LASTING = r"PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND|http_response_code='4(?!08|29)"
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 30.0
-_FILE_S = 60.0  # of one file while the bucket fails
+_FILE_S = 60.0  # of one small file while the bucket fails
+_UPLOAD_S = 600.0  # of one file of a folder
 
 T = TypeVar("T")
 
@@ -160,6 +161,10 @@ class BucketPath:
         """Writes or replaces the file."""
         self.write_bytes(text.encode())
 
+    def unlink(self) -> None:
+        """Removes the file, if it is there."""
+        self._ask(lambda store, name: store.write(name, None), "cannot be removed")
+
 
 def local_copy(folder: str) -> Path:
     """A folder on this machine: itself, or a copy of one in a bucket, kept until the process ends.
@@ -185,17 +190,42 @@ def local_copy(folder: str) -> Path:
 _copies: dict[str, tempfile.TemporaryDirectory[str]] = {}
 
 
-def upload(folder: Path, place: str, last: str) -> None:
-    """Copies a folder's files to one in a bucket, the file named `last` after all others.
+def upload(
+    folder: Path,
+    place: str,
+    last: str,
+    skipped: Collection[str] = (),
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Copies a folder's files to one in a bucket, those named `last` after all others.
 
-    Raises OutputError where the bucket fails.
+    What is there already with the same contents stays, so a copy that was cut off goes on. `tell`
+    is called with the bytes done and their total. Raises OutputError where the bucket fails, or has
+    other contents in a file's place.
     """
     store = open_kvstore(place)
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    for file in sorted(files, key=lambda file: file == folder / last):
+    files = [f for f in folder.rglob("*") if f.is_file() and f.name not in skipped]
+    total, done = sum(file.stat().st_size for file in files), 0
+    for file in sorted(files, key=lambda file: (file.name == last, file)):
+        tell(done, total)
         key, contents = file.relative_to(folder).as_posix(), file.read_bytes()
-        write = lambda key=key, contents=contents: store.write(key, contents).result()
-        patiently(write, f"{place}: cannot be written", _tell, _FILE_S)
+        put = lambda key=key, contents=contents: _is_put(store, key, contents)
+        if not patiently(put, f"{place}: cannot be written", _tell, _UPLOAD_S):
+            raise OutputError(
+                f"{place}/{key}: exists with other contents; give another place, or delete it"
+            )
+        done += len(contents)
+    tell(done, total)
+
+
+def _is_put(store: Any, key: str, contents: bytes) -> bool:
+    """Writes a file that is not there; whether it has these contents in the end."""
+    found = store.read(key).result()
+    if found.state != "value":
+        if store.write(key, contents, if_equal=found.stamp.generation).result().generation:
+            return True
+        found = store.read(key).result()
+    return bool(found.value == contents)
 
 
 def kvstore(folder: str) -> dict[str, Any]:

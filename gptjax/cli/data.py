@@ -1,14 +1,17 @@
 """`gptjax data`: prepare, verify, show and benchmark training data."""
 
 import argparse
+import contextlib
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from gptjax import config
 from gptjax.cli.arguments import resolve
 from gptjax.config import phases
-from gptjax.errors import ConfigError, DataError
+from gptjax.errors import ConfigError, DataError, OutputError
 from gptjax.runtime.progress import Progress
 
 _LAST_STEP = 10**12
@@ -53,7 +56,6 @@ def prepare(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 def import_files(args: argparse.Namespace, _: Sequence[str]) -> None:
     """Runs the command."""
     import time
-    from pathlib import Path
 
     from gptjax import tokenizer as tokenizers
     from gptjax.data import import_tokens, prepare, token_files
@@ -61,8 +63,6 @@ def import_files(args: argparse.Namespace, _: Sequence[str]) -> None:
     if not 0 < args.valid_fraction < 1:
         problem = f"--valid-fraction={args.valid_fraction}: must be above 0 and below 1"
         raise ConfigError([problem])
-    if "://" in args.store:
-        raise ConfigError([f"--store={args.store}: must be a local folder"])
     tokenizer = tokenizers.make(tokenizers.config_of(args.tokenizer), ())
     found, valid = (
         token_files.find(paths, tokenizer.vocab_size, args.dtype)
@@ -75,9 +75,10 @@ def import_files(args: argparse.Namespace, _: Sequence[str]) -> None:
     if len(files) < len(found):
         print(f"{len(found) - len(files)} of the files are those of --valid: not trained on")
     began = time.monotonic()
-    with prepare.shown(Progress()) as tell:
+    progress = Progress()
+    with prepare.shown(progress) as tell, _new_folder(args.store, tell, progress) as folder:
         manifest = import_tokens.import_tokens(
-            Path(args.store).absolute(), tokenizer, files, valid, args.valid_fraction, tell
+            folder, tokenizer, files, valid, args.valid_fraction, tell
         )
     took = time.monotonic() - began
     print(json.dumps({"store": args.store, "tokenizer": manifest.tokenizer}))
@@ -89,6 +90,23 @@ def import_files(args: argparse.Namespace, _: Sequence[str]) -> None:
     print(f"{tokens:,} tokens in {took:.1f} s ({tokens / 1e6 / took:.0f} million tokens/s)")
     head = tokenizer.decode(files[0].tokens()[:32].tolist())
     print(f"they begin: {head!r}\nto train on them: gptjax train CONFIG --data.store {args.store}")
+
+
+@contextlib.contextmanager
+def _new_folder(place: str, tell: Any, progress: Progress) -> Iterator[Path]:
+    """Where a store is written that is to lie at a place, which may be in a bucket."""
+    from gptjax import bucket
+    from gptjax.data import prepare_remote
+
+    if not bucket.remote(place):
+        yield Path(place).absolute()
+        return
+    cache = config.DataConfig().cache
+    with prepare_remote.made_here(place, cache, tell, progress.say, "--store") as folder:
+        if folder is None:
+            raise OutputError(f"--store={place}: exists already; give a new folder")
+        shutil.rmtree(folder)  # of an import whose copying failed, perhaps
+        yield folder
 
 
 def verify(args: argparse.Namespace, overrides: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gptjax import config, load_model
+from gptjax import bucket, config, load_model
 from gptjax import tokenizer as tokenizers
 from gptjax.config import Config
 from gptjax.errors import ConfigError, OutputError
@@ -39,7 +39,7 @@ def predict(path: str, file: str, output: str, progress: Progress) -> int:
     if not cfg.finetune.outputs:
         raise ConfigError([f"{path}: finetune.task={task}; predict is for classify and choose"])
     given = examples.read(file, task, "--file", labelled=False)
-    tokenizer = tokenizers.load(Path(path))
+    tokenizer = tokenizers.load(bucket.path_of(path))
     texts = tokenize.encode(given, tokenizer)
     length = cfg.train.seq_len
     rows = tokenize.to_arrays(

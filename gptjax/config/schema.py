@@ -115,7 +115,8 @@ class DataConfig:
     cache_gb: float = free(20.0)
     """Disk that copies of token stores in buckets may take on this machine, in GB. 0: none."""
     cache: str = free("~/.cache/gptjax/stores")
-    """Folder of these copies, on this machine; its processes and runs may share it. Empty: none."""
+    """Folder of these copies, on this machine; its processes and runs may share it. Empty: none.
+    Stores that are prepared for a bucket are made in it too."""
     documents: Literal["ignore", "mask"] = identity("ignore")
     """Document boundaries within a window: ignore lets attention cross them; mask does not, and
     restarts positions at each document."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from gptjax import bucket
 from gptjax import tokenizer as tokenizers
 from gptjax.config import Config, phases
-from gptjax.data import packing, prepare, sources, store
+from gptjax.data import packing, prepare, prepare_remote, sources, store
 from gptjax.data.journal import JOURNAL, LOCK, check_same
 from gptjax.data.mixture import Manifests, part_configs
 from gptjax.data.split import Split
@@ -40,7 +40,18 @@ def prepare_parts(
     that a run was begun with. Raises what `prepare.prepare` raises, and MismatchError for stores of
     different tokenizers.
     """
-    parts, begun = part_configs(cfg), begun_with or {}
+    with prepare_remote.on_disk(cfg, tell, say) as local:
+        return _prepare_parts(local, tell, say, clock, begun_with or {})
+
+
+def _prepare_parts(
+    cfg: Config,
+    tell: prepare.Tell,
+    say: Callable[[str], None],
+    clock: prepare.Clock,
+    begun: Mapping[str, str],
+) -> Manifests:
+    parts = part_configs(cfg)
     is_made = lambda c: "://" in c.data.store or (Path(c.data.store) / store.MANIFEST).exists()
     made_before = [c.data.store for c in parts.values() if is_made(c)]
     own = cfg.tokenizer.kind != "bytes" and not cfg.tokenizer.path

@@ -25,16 +25,16 @@ class RemoteTokens:
             "recheck_cached_metadata": "open",
             "context": {"cache_pool": {"total_bytes_limit": 256 << 20}, **requests},
         }
-        self._folder = folder
-        self._array = tensorstore.open(spec, read=True).result()
+        self._what = f"{folder}: cannot be read"
+        opened = lambda: tensorstore.open(spec, read=True).result()
+        self._array = bucket.patiently(opened, self._what, _tell, _PATIENCE_S)
 
     def read(self, spans: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """The tokens from first to before last of each span, fetched at the same time.
 
         Raises OutputError where the bucket fails for long.
         """
-        what = f"{self._folder}: cannot be read"
-        return bucket.patiently(lambda: self._read(spans), what, _tell, _PATIENCE_S)
+        return bucket.patiently(lambda: self._read(spans), self._what, _tell, _PATIENCE_S)
 
     def _read(self, spans: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         import tensorstore

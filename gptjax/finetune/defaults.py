@@ -7,7 +7,7 @@ and train.batch_tokens 0, and optim.lr, optim.warmup_tokens, eval.every and chec
 from dataclasses import replace
 from pathlib import Path
 
-from gptjax import config
+from gptjax import bucket, config
 from gptjax.config import Config, FinetuneConfig, ModelConfig, StartConfig
 from gptjax.errors import ConfigError
 from gptjax.finetune import conversations, packing, tokenize
@@ -31,7 +31,7 @@ _STEP = 8  # rows are as long as the longest example, rounded up to a multiple o
 def begun(base: BaseModel, task: str, data: str, valid: str) -> Config:
     """The recipe's configuration (Radford et al. 2018, section 4.1), for overrides to change."""
     name = Path(base.path.removeprefix("hf:")).name
-    parent = Path("runs") if base.path.startswith("hf:") else Path(base.path).parent
+    parent = Path("runs") if base.path.startswith("hf:") else bucket.path_of(base.path).parent
     cfg = base.cfg
     return replace(
         cfg,

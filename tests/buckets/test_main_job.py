@@ -88,14 +88,12 @@ def prepare(bucket: Bucket, tmp_path: Path) -> None:
     for part in range(8):
         path = buckets.path_of(f"{bucket.url}/texts/{part}.txt")
         path.write_text(text[part * 3000 :][:20000])
-    store = tmp_path / "store"
     words = ["data", "prepare", str(ROOT / "configs" / "debug.py"), "--data.workers", "1"]
-    words += ["--data.sources", f"{bucket.url}/texts/*.txt", "--data.store", str(store)]
+    words += ["--data.sources", f"{bucket.url}/texts/*.txt", "--data.store", f"{bucket.url}/store"]
+    words += ["--data.cache", str(tmp_path / "cache")]
     errors = tmp_path / "prepare.err"
     done = Forked(words, tmp_path, Path(os.devnull), errors, nothing, **bucket.environment)
     assert done.wait(240) == 0, done.read()
-    (store / "prepare.lock").unlink()  # is empty, and the emulator of Google's takes no such file
-    buckets.upload(store, f"{bucket.url}/store", "manifest.json")
 
 
 def test_the_whole_job(bucket: Bucket, start: Start, command_line, tmp_path: Path) -> None:
@@ -175,3 +173,40 @@ def test_a_machine_that_comes_back_empty_gets_its_part_from_the_other(
     assert re.search(r"step (9|1\d) was on the machines' own disks", again[0].read())
     assert final(broken) == final(whole)
     assert losses(broken) == losses(whole)
+
+
+def test_fine_tuning_goes_on_in_the_bucket(
+    s3_bucket: Bucket, start: Start, command_line, tmp_path: Path
+) -> None:
+    """From a base in the bucket, with adapters; a run that is killed ends as one that is not."""
+    base = f"{s3_bucket.url}/runs/base"
+    prepare(s3_bucket, tmp_path)
+    (trained,) = start(base, 1, 1, s3_bucket, "--train.tokens", "4096")
+    assert trained.wait(240) == 0, trained.read()
+    rows = [{"text": word * 3, "label": int(word.isupper())} for word in "abcdABCDefghEFGH" * 4]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ("--data", str(tmp_path / "rows.jsonl"), "--valid", str(tmp_path / "rows.jsonl"))
+
+    def tune(*run: str) -> Forked:
+        words = ["finetune", base, "--task", "classify", *data, *run]
+        words += ["--finetune.lora.rank", "4", "--checkpoint.every", "2", "--train.seq_len", "16"]
+        words += ["--train.batch-tokens", "128", "--finetune.epochs", "3", "--log.every", "1"]
+        errors = tmp_path / f"tune{len(run)}.err"
+        return Forked(words, tmp_path, Path(os.devnull), errors, nothing, **s3_bucket.environment)
+
+    whole, cut = f"{base}-classify", f"{s3_bucket.url}/runs/cut"  # the first is the default
+    assert (done := tune()).wait(240) == 0, done.read()
+    killed = tune("--run", cut)
+    wait_for(cut, 4, [killed])
+    killed.kill()
+    killed.wait()
+    assert (again := tune("--run", cut)).wait(240) == 0, again.read()
+    assert "resumed after step" in again.read()
+    ends = [Checkpointer(buckets.path_of(run) / "checkpoints") for run in (whole, cut)]
+    last = ends[0].steps()[-1]
+    assert ends[1].meta(last)["fingerprints"] == ends[0].meta(last)["fingerprints"]
+    assert losses(cut) == losses(whole)
+    files = ("--file", tmp_path / "rows.jsonl", "--output", tmp_path / "told.jsonl")
+    code, _, err = command_line("predict", cut, *files)
+    assert code == 0, err
+    assert len((tmp_path / "told.jsonl").read_text().splitlines()) == len(rows)

@@ -42,6 +42,11 @@ def derived(v: Column) -> Column:
     x = write / (2 * between)
     daly = young * (1 + math.sqrt(x) / 3 + x / 9) - write
     lost = write / daly + (daly / 2 + v["R"]) / between
+    local = size * data / hosts
+    copy = local / (v["W_m"] * 1e9)
+    x = copy / (2 * between)
+    often = math.sqrt(2 * copy * between) * (1 + math.sqrt(x) / 3 + x / 9) - copy
+    often = max(often, local / (v["W_d"] * 1e9))
     return {
         "ici_f": (weights + activations) / 1e9,
         "dcn_f": 2 * (data - 1) / data * 2 * params / (fsdp * tensor) / 1e9,
@@ -56,6 +61,13 @@ def derived(v: Column) -> Column:
         "every": daly / step,
         "lost": 100 * lost,
         "days_f": v["days"] / (1 - lost),
+        "C_l": local / 1e9,
+        "c": copy,
+        "w_l": local / (v["W_d"] * 1e9),
+        "w_b": size / hosts / (v["W_b"] * 1e9),
+        "daly_c": often,
+        "every_c": often / step,
+        "lost_c": 100 * (copy / often + (often / 2 + v["R"]) / between),
     }
 
 

@@ -311,7 +311,7 @@ def test_the_configured_steps_are_profiled_into_the_run_folder(
     tmp_path, first, steps, traced
 ) -> None:
     log = dataclasses.replace(Config().log, profile_start=first, profile_steps=steps)
-    fit(dataclasses.replace(tiny(), log=log), tmp_path)
+    fit(dataclasses.replace(tiny(), log=log, run=str(tmp_path)), tmp_path)
     assert bool(list(tmp_path.glob("profile/**/*.xplane.pb"))) == traced
 
 
