@@ -175,6 +175,7 @@ class Checkpointer:
             **self._describe(step),
             "versions": _versions(),
             "devices": jax.device_count(),
+            "device_kind": jax.devices()[0].device_kind,
             "processes": jax.process_count(),
             **({} if self._order is None else {"layers": self._order}),
             "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

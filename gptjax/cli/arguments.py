@@ -37,6 +37,28 @@ def run_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder")
 
 
+def verify(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `gptjax verify`."""
+    run_folder(parser)
+    parser.add_argument(
+        "--from",
+        dest="first",
+        type=int,
+        metavar="STEP",
+        help="the checkpoint to begin with, or 0 (that before the newest)",
+    )
+    parser.add_argument("--steps", type=int, help="how many steps (up to the next checkpoint)")
+
+
+def replay(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `gptjax replay`."""
+    run_folder(parser)
+    parser.add_argument("--step", type=int, required=True, help="the step, counted from 1")
+    parser.add_argument(
+        "--files", action="store_true", help="find the files of the documents, in the text itself"
+    )
+
+
 def show_config(parser: argparse.ArgumentParser) -> None:
     """Arguments of `gptjax config`."""
     config(parser)

@@ -141,6 +141,7 @@ def show(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     seq_len = phases.phase_at(data.phases, args.step - 1).seq_len
     parts, windows = data.order.places(args.step - 1)
     batches, targets = data.read(range(args.step - 1, args.step))
+    places = {} if data.packings else data.documents_at(args.step - 1, manifests.start_id)
     for part, window, tokens, count in zip(parts, windows, batches[0], targets[0], strict=True):
         name, own = data.order.names[part], tokens[: count + 1]
         if data.packings:
@@ -148,7 +149,7 @@ def show(args: argparse.Namespace, overrides: Sequence[str]) -> None:
             what = f"row {window}: documents {', '.join(map(str, documents.tolist()))}"
             what += f", {seq_len - count} tokens of padding" if count < seq_len else ""
         else:
-            document, place = data.readers[part].document_at(window * seq_len, manifests.start_id)
+            document, place = places[part, window]
             begins = int((tokens[1:-1] == manifests.start_id).sum())
             what = f"window {window}: document {document} from its token {place}"
             what += f" and {begins} more" if begins else ""

@@ -155,6 +155,18 @@ COMMANDS = (
         arguments.run_folder,
     ),
     Command(
+        "verify",
+        "verify:run",
+        "Train a part of RUN again, and tell whether it has the bits that were saved.",
+        arguments.verify,
+    ),
+    Command(
+        "replay",
+        "replay:run",
+        "Train a step of RUN again: its documents, and what each of them did to loss and gradient.",
+        arguments.replay,
+    ),
+    Command(
         "config",
         "show_config:run",
         "Print CONFIG resolved, and where each value came from.",

@@ -142,6 +142,19 @@ class TrainData:
             for start, length, _ in zip(*self.packings[seq_len][part].row(number), strict=True):
                 self.readers[part].windows(start[None], int(length))
 
+    def documents_at(self, step: int, start_id: int) -> dict[tuple[int, int], tuple[int, int]]:
+        """For each (part, window) of a step's batch: the document that it begins in, and where.
+
+        Reads all tokens before them; not for rows of whole documents, which know theirs.
+        """
+        seq_len, found = phases.phase_at(self.phases, step).seq_len, {}
+        parts, windows = self.order.places(step)
+        for part, reader in enumerate(self.readers):
+            own = [window for p, window in zip(parts, windows, strict=True) if p == part]
+            places = reader.documents_at([window * seq_len for window in own], start_id)
+            found |= {(part, window): at for window, at in zip(own, places, strict=True)}
+        return found
+
     def epochs(self, step: int) -> dict[str, float]:
         """Epochs completed after so many steps, by the names of metrics: epochs, or epochs/PART."""
         done = self.order.epochs_at(step).items()

@@ -167,18 +167,22 @@ class Reader:
             for row, start in rows:
                 self._read_local(row, start)
 
-    def document_at(self, place: int, start_id: int) -> tuple[int, int]:
-        """The number of the document that a token is in, from 0 on, and its place within it.
+    def documents_at(self, places: Sequence[int], start_id: int) -> list[tuple[int, int]]:
+        """The number of the document that each token is in, from 0 on, and its place within it.
 
-        Reads all tokens before it, since a store has no index of documents.
+        Reads all tokens before the last of them once, since a store has no index of documents.
         """
-        before, last, step = 0, 0, 1 << 22
-        for first in range(0, place + 1, step):
-            length = min(step, place + 1 - first)
-            found = np.flatnonzero(self.windows(np.array([first]), length)[0] == start_id)
-            if len(found):
-                before, last = before + len(found), first + int(found[-1])
-        return before - 1, place - last
+        found, end, step = {}, max(places, default=-1) + 1, 1 << 22
+        before, last = 0, 0
+        for first in range(0, end, step):
+            length = min(step, end - first)
+            tokens = self.windows(np.array([first]), length)[0]
+            begins = first + np.flatnonzero(tokens == start_id)
+            for place in {place for place in places if first <= place < first + length}:
+                count = int(np.searchsorted(begins, place, side="right"))
+                found[place] = before + count - 1, place - (int(begins[count - 1]) if count else last)
+            before, last = before + len(begins), int(begins[-1]) if len(begins) else last
+        return [found[place] for place in places]
 
     def _local(self, start: int, length: int) -> Iterator[np.ndarray]:
         """The parts of a range of tokens, one of each file."""

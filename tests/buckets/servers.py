@@ -85,6 +85,7 @@ class Proxy(ThreadingHTTPServer):
     def __init__(self, to: int) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.to, self.faults, self.one_at_a_time = to, Faults(), threading.Lock()
+        self.at_once = threading.Semaphore(4)  # more than a few lose connections at the emulator
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -164,13 +165,14 @@ class _Handler(BaseHTTPRequestHandler):
     ) -> tuple[int, list[tuple[str, str]], bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.server.to, timeout=60)
         passed = {k: v for k, v in headers.items() if k.lower() not in _OF_A_HOP}
-        connection.connect()
-        # The emulator writes an answer in two parts, and the second waits for a word of the first.
-        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-        connection.request(method, path, body, passed | {"Content-Length": str(len(body))})
-        response = connection.getresponse()
-        answer = response.read()
-        connection.close()
+        with self.server.at_once:
+            connection.connect()
+            # The emulator's answers have two parts, and the second waits for a word of the first.
+            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+            connection.request(method, path, body, passed | {"Content-Length": str(len(body))})
+            response = connection.getresponse()
+            answer = response.read()
+            connection.close()
         return response.status, response.getheaders(), answer
 
     def _answer(

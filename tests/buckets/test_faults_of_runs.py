@@ -1,4 +1,7 @@
-"""The command line from text to samples, while the bucket fails at random."""
+"""The command line from text to samples, while the bucket fails at random.
+
+On S3's server: through that of Google's interface a run takes minutes where it fails often.
+"""
 
 from pathlib import Path
 
@@ -36,18 +39,19 @@ def fingerprints(run: str) -> dict[str, list[int]]:
 
 
 @pytest.fixture(scope="module")
-def whole(bucket: Bucket) -> dict[str, list[int]]:
+def whole(s3_bucket: Bucket) -> dict[str, list[int]]:
     """Where the fingerprints of the run without faults are put."""
     return {}
 
 
 @pytest.mark.parametrize(
     "seed",
-    [*range(3), *(pytest.param(n, marks=pytest.mark.exhaustive) for n in range(3, 40))],
+    [*range(2), *(pytest.param(n, marks=pytest.mark.exhaustive) for n in range(2, 40))],
 )
 def test_a_run_ends_with_the_same_bits_or_a_sentence(
-    bucket: Bucket, place: str, whole: dict, command_line, tmp_path: Path, seed: int
+    s3_bucket: Bucket, whole: dict, command_line, tmp_path: Path, seed: int
 ) -> None:
+    place = f"{s3_bucket.url}/{seed}"
     (tmp_path / "text.txt").write_text(Path(pytest.__file__).read_text() * 4)
 
     def train(run: str, store: str) -> tuple[int, str]:
@@ -62,9 +66,9 @@ def test_a_run_ends_with_the_same_bits_or_a_sentence(
         assert train(f"{place}/whole", f"{place}/store")[0] == 0
         whole.update(fingerprints(f"{place}/whole"))
     run, store = f"{place}/run", f"{place}/new-store"
-    bucket.proxy.faults = faults = Faults(seed=seed, share=(0.02, 0.05, 0.1, 0.2)[seed % 4])
+    s3_bucket.proxy.faults = faults = Faults(seed=seed, share=(0.02, 0.05, 0.1, 0.2)[seed % 4])
     code, err = train(run, store)
-    bucket.proxy.faults = Faults()
+    s3_bucket.proxy.faults = Faults()
     told = [line for line in err.splitlines() if line.startswith("gptjax: ")]
     saved = max(Head(run).read().checkpoints, default=0)
     print(
