@@ -9,6 +9,7 @@ RUN/start.json         what it was started from, if from another model's paramet
 RUN/checkpoints/       see checkpointer.py
 RUN/checkpoints.json   the last step that was saved there
 RUN/metrics.jsonl, RUN/tensorboard/, RUN/samples/, RUN/profile/
+RUN/sessions.jsonl     what the time of each process was spent on (runtime/goodput.py)
 RUN/run.lock           held while a process trains here
 
 A run may lie in a bucket. Its head.json (head.py) then stands for checkpoints.json and run.lock,
@@ -40,6 +41,7 @@ from gptjax.model.decoder import Params
 from gptjax.model.heads import init_params
 from gptjax.parallel import sharding
 from gptjax.runtime import distributed, file_lock, preemption
+from gptjax.runtime.goodput import SESSIONS
 from gptjax.runtime.mirror import Mirror
 from gptjax.tokenizer import Tokenizer
 
@@ -114,7 +116,7 @@ def _take_head(stack: contextlib.ExitStack, cfg: Config, say: Callable[[str], No
     stack.enter_context(own.taken(say, patience))
     local = cfg.checkpoint.local
     disk = Path(local).expanduser() / own.read().id / "logs" if local else None
-    mirror = stack.enter_context(Mirror.kept(cfg.run, [METRICS_FILE], say, disk))
+    mirror = stack.enter_context(Mirror.kept(cfg.run, [METRICS_FILE, SESSIONS], say, disk))
     own.before_commit = mirror.upload
     _log_folders[cfg.run] = mirror.folder
     stack.callback(_log_folders.pop, cfg.run)

@@ -63,7 +63,9 @@ def verify(again: RunAgain, first: int, last: int) -> None:
             wrong += [found] if found else []
         if step in metas and not why:
             prints = fingerprints(leaves_by_path(state))
-            unlike = [path for path, own in prints.items() if metas[step]["fingerprints"][path] != own]
+            unlike = [
+                path for path, own in prints.items() if metas[step]["fingerprints"][path] != own
+            ]
             arrays += len(prints)
             if unlike:
                 raise NumericError(_told(again, wrong, step, unlike, len(prints)))

@@ -19,8 +19,8 @@ def places_of(
     """
     held_out = sources.resolve(cfg.data.valid_sources, "data.valid_sources")
     found = sources.without(sources.resolve(cfg.data.sources), held_out)
-    counts, places, number, read = Counts(), {}, 0, 0
-    last = max(numbers, default=-1)
+    places: dict[int, str] = {}
+    counts, number, read, last = Counts(), 0, 0, max(numbers, default=-1)
     documents = (d for source in found for d in source.documents(cfg.data, counts))
     for side, document in Split.of(cfg, found, held_out).apply(documents, counts):
         if number > last:

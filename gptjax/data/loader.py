@@ -147,7 +147,8 @@ class TrainData:
 
         Reads all tokens before them; not for rows of whole documents, which know theirs.
         """
-        seq_len, found = phases.phase_at(self.phases, step).seq_len, {}
+        seq_len = phases.phase_at(self.phases, step).seq_len
+        found: dict[tuple[int, int], tuple[int, int]] = {}
         parts, windows = self.order.places(step)
         for part, reader in enumerate(self.readers):
             own = [window for p, window in zip(parts, windows, strict=True) if p == part]

@@ -180,7 +180,10 @@ class Reader:
             begins = first + np.flatnonzero(tokens == start_id)
             for place in {place for place in places if first <= place < first + length}:
                 count = int(np.searchsorted(begins, place, side="right"))
-                found[place] = before + count - 1, place - (int(begins[count - 1]) if count else last)
+                found[place] = (
+                    before + count - 1,
+                    place - (int(begins[count - 1]) if count else last),
+                )
             before, last = before + len(begins), int(begins[-1]) if len(begins) else last
         return [found[place] for place in places]
 

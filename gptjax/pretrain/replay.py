@@ -159,7 +159,10 @@ def _pieces(
             places = [p for p in np.flatnonzero(window_W[:length] == start_id).tolist() if p]
             before = nothing, 0.0, 0.0
             for number, (first, last) in enumerate(itertools.pairwise([0, *places, length])):
-                windows, lengths = np.zeros((unit, len(window_W)), np.int32), np.zeros(unit, np.int32)
+                windows, lengths = (
+                    np.zeros((unit, len(window_W)), np.int32),
+                    np.zeros(unit, np.int32),
+                )
                 windows[0], lengths[0] = window_W, last
                 batch = _batch(windows, lengths)
                 grads, *sums = measure(state, whole, before[0], batch, jnp.int32(row))

@@ -167,7 +167,7 @@ def _here(cfg: Config) -> Config:
 
 
 def metrics_of(path: str) -> dict[int, dict[str, float]]:
-    """The training metrics in a run's metrics.jsonl by step; lines that are damaged are left out."""
+    """The training metrics in a run's metrics.jsonl, by step; damaged lines are left out."""
     file = bucket.path_of(path) / run_dir.METRICS_FILE
     found: dict[int, dict[str, float]] = {}
     for line in file.read_text().splitlines() if file.exists() else ():

@@ -110,6 +110,7 @@ class Watchdog:
         self._cfg = cfg
         self._interval = min(5.0, (cfg.lost or 30) / 6)
         self._stage = "restore", 0, time.monotonic()  # stage, step, and when it began
+        self._entered, self._seconds = time.monotonic(), dict.fromkeys(STAGES, 0.0)
         self._count = 0
         self._last: dict[int, tuple[Heartbeat, float]] = {}  # by process, with its arrival
         self._answered = time.monotonic()  # when the coordination service last answered
@@ -138,7 +139,14 @@ class Watchdog:
 
     def at(self, stage: str, step: int) -> None:
         """Notes that this process enters a stage (of STAGES) of a step, counted from 1."""
-        self._stage = stage, step, time.monotonic()
+        now = time.monotonic()
+        self._seconds[self._stage[0]] += now - self._entered
+        self._stage, self._entered = (stage, step, now), now
+
+    def seconds(self) -> dict[str, float]:
+        """The seconds spent in each stage since this was made; of process 0's main thread."""
+        running = {self._stage[0]: time.monotonic() - self._entered}
+        return {stage: s + running.get(stage, 0.0) for stage, s in self._seconds.items()}
 
     def _heartbeat(self) -> Heartbeat:
         stage, step, since = self._stage

@@ -1,10 +1,11 @@
 """Callbacks of the training loop: saving, evaluation, samples, metrics, profiles."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,11 +18,14 @@ from gptjax.config import Config, LogConfig, phases
 from gptjax.errors import NumericError
 from gptjax.model.decoder import Params
 from gptjax.param_tree import leaves_by_path
+from gptjax.runtime import distributed, goodput
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
 from gptjax.training.metrics import Writers, perplexity, throughput
 from gptjax.training.step import TrainState
 from gptjax.training.task import Task
+
+_SESSION_EVERY_S = 10.0
 
 
 @dataclass
@@ -295,6 +299,51 @@ class CheckReplicas(Callback):
             )
 
 
+class RecordSessions(Callback):
+    """Adds lines to sessions.jsonl (runtime/goodput.py) while a run is trained, by process 0."""
+
+    def __init__(self, folder: Path, watchdog: Watchdog, progress: Progress) -> None:
+        self._file, self._watchdog, self._progress = folder / goodput.SESSIONS, watchdog, progress
+        self._began = time.time() - sum(watchdog.seconds().values())
+        self._before = goodput.read(self._file)
+        self._first = self._step = 0
+        self._written, self._failed = 0.0, False
+
+    def begin(self, first: int, last: int) -> None:
+        super().begin(first, last)
+        self._first = self._step = first
+        self._write()
+
+    def on_metrics(self, step: int, metrics: dict[str, float], timer: StepTimer) -> None:
+        self._step = step
+        if time.monotonic() - self._written > _SESSION_EVERY_S:
+            self._write()
+
+    def share(self) -> float:
+        """The goodput of the run up to now, from 0 to 1."""
+        return goodput.share(goodput.summarize([*self._before, self._now()]))
+
+    def close(self) -> None:
+        self._write()
+
+    def _now(self) -> goodput.Session:
+        seconds = self._watchdog.seconds()
+        now = self._began + sum(seconds.values())
+        return goodput.Session(self._began, now, self._first, self._step, seconds)
+
+    def _write(self) -> None:
+        self._written = time.monotonic()
+        if not distributed.first():
+            return
+        try:
+            with self._file.open("a") as stream:
+                stream.write(json.dumps(asdict(self._now())) + "\n")
+        except OSError as error:
+            if not self._failed:
+                self._progress.say(f"{self._file} was not written: {error}; training goes on")
+            self._failed = True
+
+
 class ShowProgress(Callback):
     """A progress bar over the steps, with loss and tokens per second."""
 
@@ -355,12 +404,15 @@ def standard_callbacks(
     """
     borders = phases.borders(cfg)
     save = Save(cfg.checkpoint.every, checkpointer, watchdog, progress, borders)
-    with_saves = lambda step: {**facts(step), "save_seconds": save.seconds()}
+    sessions = RecordSessions(run_dir.log_folder(cfg.run), watchdog, progress)
+    told = lambda step: {"save_seconds": save.seconds(), "goodput": sessions.share()}
+    with_times = lambda step: {**facts(step), **told(step)}
     return [
+        sessions,
         Profile(cfg.log, run_dir.log_folder(cfg.run) / "profile"),
         ShowProgress(progress),
         NonfiniteGuard(cfg.train.nonfinite_limit, progress),
-        LogMetrics(cfg, evaluate.writers, progress, with_saves),
+        LogMetrics(cfg, evaluate.writers, progress, with_times),
         CheckReplicas(cfg.train.check_replicas, cfg.checkpoint.every, watchdog, borders),
         save,
         evaluate,

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,7 +83,7 @@ class Writer(Protocol):
 
 @METRIC_WRITERS.register("jsonl")
 class JsonlWriter:
-    """metrics.jsonl: one object a line, with its step.
+    """metrics.jsonl: one object a line, with its step and the time (seconds since 1970).
 
     A resume drops the lines that it writes again: those after its first step, and what was measured
     at that step but its training loss. Damaged lines go to metrics.jsonl.damaged.
@@ -113,7 +114,8 @@ class JsonlWriter:
         self._stream = file.open("a", buffering=1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._stream.write(json.dumps({"step": step, **metrics}) + "\n")
+        entry = {"step": step, "time": round(time.time(), 3), **metrics}
+        self._stream.write(json.dumps(entry) + "\n")
 
     def close(self) -> None:
         self._stream.close()

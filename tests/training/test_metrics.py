@@ -5,6 +5,7 @@ import io
 import json
 import math
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,7 +42,11 @@ class FailingClose(Recorder):
 
 
 def lines(folder):
-    return [json.loads(line) for line in (folder / metrics.METRICS_FILE).read_text().splitlines()]
+    """The objects of metrics.jsonl, without the times, which each of them has."""
+    found = [json.loads(line) for line in (folder / metrics.METRICS_FILE).read_text().splitlines()]
+    for entry in found:
+        assert time.time() - 3600 < entry.pop("time", time.time()) <= time.time()
+    return found
 
 
 def test_jsonl_writes_an_object_a_line_at_once(tmp_path):

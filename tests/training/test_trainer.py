@@ -26,6 +26,7 @@ from gptjax.config import (
 from gptjax.errors import NumericError, Preempted
 from gptjax.model import decoder
 from gptjax.parallel import arrays, mesh
+from gptjax.runtime import goodput
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
 from gptjax.training import callbacks, objective, optimizer
@@ -173,7 +174,7 @@ class ToyTask:
 
 def fit(cfg: Config, folder, *, loss=None, batches=None, evaluators=(), tasks=(), sampler=None):
     """Trains; returns the last state and the metrics that were written."""
-    keep = Keep()
+    keep, cfg = Keep(), dataclasses.replace(cfg, run=str(folder))
     quiet, watchdog = Progress(shown=False), Watchdog(cfg.watch)
     writers = Writers([lambda folder, step: keep], folder)
     checkpointer = Checkpointer(folder / "checkpoints", cfg.checkpoint)
@@ -238,6 +239,29 @@ def test_evaluation_runs_at_its_period_and_again_at_the_resumed_step(tmp_path) -
     _, written = fit(cfg, tmp_path, evaluators=[Counted()], sampler=sampler)
     assert [step for step, metrics in written if "asked" in metrics] == [4, 6, 8]
     assert sampled == [4, 4, 8]
+
+
+@pytest.mark.slow
+def test_the_time_of_a_run_and_of_its_restart_is_accounted_for(tmp_path) -> None:
+    cfg = dataclasses.replace(tiny(), log=dataclasses.replace(Config().log, every=1))
+    began = time.time()
+    with pytest.raises(Killed):
+        fit(cfg, tmp_path, batches=death_at(cfg, 6))
+    time.sleep(0.5)
+    slow = Counted(then=lambda: time.sleep(0.3))
+    _, written = fit(cfg, tmp_path, evaluators=[slow])
+    wall = time.time() - began
+    sessions = goodput.read(tmp_path / goodput.SESSIONS)
+    assert [(one.first, one.step) for one in sessions] == [(0, 5), (4, 8)]
+    spent = goodput.summarize(sessions)
+    assert 0 <= wall - sum(spent.values()) < 1.0
+    assert 0.5 < spent[goodput.DOWN] < 2.0
+    assert 0.3 < spent["evaluating"] < 1.0
+    assert 0 < spent[goodput.LOST] < spent["productive"]
+    assert spent["compiling"] > 0
+    shares = [metrics["goodput"] for _, metrics in written if "goodput" in metrics]
+    assert 0 < shares[-1] < 1
+    assert goodput.share(spent) < 1
 
 
 @pytest.mark.slow
@@ -311,7 +335,7 @@ def test_the_configured_steps_are_profiled_into_the_run_folder(
     tmp_path, first, steps, traced
 ) -> None:
     log = dataclasses.replace(Config().log, profile_start=first, profile_steps=steps)
-    fit(dataclasses.replace(tiny(), log=log, run=str(tmp_path)), tmp_path)
+    fit(dataclasses.replace(tiny(), log=log), tmp_path)
     assert bool(list(tmp_path.glob("profile/**/*.xplane.pb"))) == traced
 
 
