@@ -244,9 +244,10 @@ def test_evaluation_runs_at_its_period_and_again_at_the_resumed_step(tmp_path) -
 @pytest.mark.slow
 def test_the_time_of_a_run_and_of_its_restart_is_accounted_for(tmp_path) -> None:
     cfg = dataclasses.replace(tiny(), log=dataclasses.replace(Config().log, every=1))
+    cfg = dataclasses.replace(cfg, checkpoint=CheckpointConfig(every=4))
     began = time.time()
     with pytest.raises(Killed):
-        fit(cfg, tmp_path, batches=death_at(cfg, 6))
+        fit(cfg, tmp_path, batches=death_at(cfg, 7))
     time.sleep(0.5)
     slow = Counted(then=lambda: time.sleep(0.3))
     _, written = fit(cfg, tmp_path, evaluators=[slow])
