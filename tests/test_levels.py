@@ -5,6 +5,7 @@ import functools
 import graphlib
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ LEVELS = [
     {"parallel/*", "data/*"},
     {"model/*"},
     {"checkpoint/*", "sample/*"},
-    {"training/*", "hf/*"},
+    {"training/*", "hf/*", "report/*"},
     {"evaluate/*", "plan/*"},
     {"finetune/*"},
     {"load_model"},
@@ -166,6 +167,8 @@ def test_tensorflow_is_imported_by_the_data_files_only() -> None:
             {"jax", "jaxlib", "numpy", "tensorflow"},
             marks=pytest.mark.slow,
         ),
+        ("gptjax.cli.inspect", {"jax", "jaxlib", "flax", "numpy", "tensorflow", "tensorstore"}),
+        ("gptjax.cli.report", {"jax", "jaxlib", "flax", "numpy", "tensorflow", "tensorstore"}),
         ("gptjax.plan.machines", {"jax", "jaxlib", "numpy", "tensorflow"}),
         ("gptjax.cli.plan", {"tensorflow", "tensorflow_datasets"}),
         pytest.param(
@@ -219,3 +222,10 @@ def test_no_code_knows_a_family_by_name_but_the_presets_and_their_declaration() 
     assert users == {"hf/families", "hf/gpt", "hf/llama", "hf/config_keys", "hf/falcon", "hf/rope"}
     caught = 'def f(kind):\n    """Falcon."""\n    return kind == "gpt-2"'
     assert family_names(caught) == ["gpt-2"]
+
+
+def test_an_installed_package_has_every_folder_with_code() -> None:
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    folders = {file.parent.relative_to(PACKAGE.parent) for file in PACKAGE.rglob("*.py")}
+    expected = {".".join(folder.parts) for folder in folders} | {"gptjax.configs"}
+    assert set(project["tool"]["setuptools"]["packages"]) == expected

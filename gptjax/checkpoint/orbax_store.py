@@ -21,12 +21,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gptjax.checkpoint import listing
+from gptjax.checkpoint.listing import COMMITTED
 from gptjax.data import store
 from gptjax.param_tree import Leaves, leaves_by_path, nested
 from gptjax.runtime import distributed
 
 UNFINISHED = ".orbax-checkpoint-tmp"
-COMMITTED = "_CHECKPOINT_METADATA"
 REMOVED = ".removed"
 CORRUPT = ".corrupt-"
 _CLEAR_S = 5.0  # while threads of a failed save may still write
@@ -97,13 +98,7 @@ class OrbaxStore:
                 shutil.rmtree(path, ignore_errors=True)
 
     def steps(self) -> list[int]:
-        if not self.folder.is_dir():
-            return []
-        return sorted(
-            int(path.name)
-            for path in self.folder.iterdir()
-            if path.name.isdecimal() and (path / COMMITTED).exists()
-        )
+        return listing.steps_in(self.folder)
 
     def save(self, step: int, leaves: Leaves, meta: dict[str, Any]) -> Callable[[], None]:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -37,6 +37,12 @@ def run_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder")
 
 
+def report(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `gptjax report`."""
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
+    parser.add_argument("--html", metavar="FILE", help="write a page, which needs no other file")
+
+
 def verify(parser: argparse.ArgumentParser) -> None:
     """Arguments of `gptjax verify`."""
     run_folder(parser)

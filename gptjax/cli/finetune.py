@@ -1,7 +1,6 @@
 """`gptjax finetune`: wrong files and values are reported before a device is touched."""
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,8 +27,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     from gptjax.runtime import distributed
 
     if distributed.first():
-        print(json.dumps({"run": cfg.run, **results}))
-        summary.write(cfg)
+        summary.write(cfg, results)
 
 
 def fit(

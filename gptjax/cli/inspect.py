@@ -1,30 +1,72 @@
-"""`gptjax inspect`: a run's model, its checkpoints, and its conversion certificate."""
+"""`gptjax inspect`: how far a run is, its model, its checkpoints, where it comes from.
+
+Reads files alone, and imports JAX only where no checkpoint says how large the model is.
+"""
 
 import argparse
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gptjax import config
+from gptjax.report.run_files import RunFiles
+from gptjax.runtime import goodput
+
+_SHOWN = ("loss", "valid_loss", "valid_bits_per_byte")
 
 
 def run(args: argparse.Namespace, _: Sequence[str]) -> None:
     """Runs the command."""
-    from gptjax import bucket
-    from gptjax.checkpoint import run_dir
-    from gptjax.checkpoint.checkpointer import Checkpointer
+    files = RunFiles.open(args.run)
+    total, active = _parameters(files)
+    print(f"{args.run}: {total:,} parameters, {active:,} active")
+    for line in state(files):
+        print(line)
+    print(f"checkpoints: {', '.join(map(str, files.checkpoints)) or 'none'}")
+    if (size := files.size()) is not None:
+        print(f"size: {size / 1e6:,.1f} MB")
+    if start := _read(files, "start.json"):
+        print(f"started from {start['base']} (parameters {start['parameters_sha256'][:12]})")
+    if source := _read(files, "source.json"):
+        print(f"imported from {source['folder']}")
+    if certificate := _read(files, "certificate.json"):
+        print_certificate(certificate)
+
+
+def state(files: RunFiles) -> Iterator[str]:
+    """How far a run is: steps, tokens, its newest figures, and what its time was spent on."""
+    if not (files.rows or files.sessions):
+        return
+    yield f"step {files.step:,} of {files.last_step:,}, {files.tokens:,} tokens"
+    newest = files.newest(training=True) | files.newest(training=False)
+    if shown := [f"{n} {newest[n][1]:.4f} (step {newest[n][0]:,})" for n in _SHOWN if n in newest]:
+        yield ", ".join(shown)
+    if spent := files.goodput:
+        count = len(files.sessions)
+        sessions = "one session" if count == 1 else f"{count} sessions"
+        yield f"{sum(spent.values()):,.0f} s in {sessions}, goodput {goodput.share(spent):.1%}"
+        yield from (f"  {line}" for line in goodput.lines(spent))
+
+
+def _parameters(files: RunFiles) -> tuple[int, int]:
+    if known := files.parameters():
+        return known
     from gptjax.model.flops import ModelCost
 
-    cfg = config.load(args.run)
-    steps = Checkpointer(bucket.path_of(args.run) / run_dir.CHECKPOINTS).steps()
-    parameters = ModelCost(cfg.model).parameters
-    print(f"{args.run}: {parameters.total:,} parameters, {parameters.active:,} active")
-    print(f"checkpoints: {', '.join(map(str, steps)) or 'none'}")
-    if start := run_dir.start_of(args.run):
-        print(f"started from {start['base']} (parameters {start['parameters_sha256'][:12]})")
-    if source := run_dir.source_of(args.run):
-        print(f"imported from {source['folder']}")
-    if certificate := run_dir.certificate_of(args.run):
-        print_certificate(certificate)
+    parameters = ModelCost(files.cfg.model).parameters
+    return parameters.total, parameters.active
+
+
+def _read(files: RunFiles, name: str) -> dict[str, Any] | None:
+    """The JSON object in a file of the run, if it is there. Raises DataError."""
+    from gptjax.errors import DataError
+
+    file = files.folder / name
+    if not file.exists():
+        return None
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{file}: cannot be read as JSON: {error}") from None
 
 
 def print_certificate(certificate: dict[str, Any], indent: str = "") -> None:

@@ -145,7 +145,7 @@ COMMANDS = (
     Command(
         "inspect",
         "inspect:run",
-        "Show a run's model, its checkpoints, and its conversion certificate if there is one.",
+        "Show how far a run is, its model and checkpoints, and where it comes from.",
         arguments.run_folder,
     ),
     Command(
@@ -153,6 +153,12 @@ COMMANDS = (
         "fsck:run",
         "Read all of a run's checkpoints and tokens, and tell what is damaged or left over.",
         arguments.run_folder,
+    ),
+    Command(
+        "report",
+        "report:run",
+        "Show how runs went, and what their time was spent on; as a page with --html.",
+        arguments.report,
     ),
     Command(
         "verify",

@@ -1,7 +1,6 @@
 """`gptjax train`: pre-training, from text to a trained run."""
 
 import argparse
-import json
 from collections.abc import Sequence
 
 from gptjax.cli import summary
@@ -16,5 +15,4 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 
     results = train(cfg)
     if distributed.first():
-        print(json.dumps({"run": cfg.run, **results}))
-        summary.write(cfg)
+        summary.write(cfg, results)

@@ -5,7 +5,6 @@ run's mesh with the same versions they have the same bits; elsewhere the same nu
 rounding, and `RunAgain.bits_may_differ` says why.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from gptjax.data.mixture import Manifests
 from gptjax.errors import CheckpointError, ConfigError
 from gptjax.parallel import arrays, mesh, sharding
 from gptjax.pretrain.task import PretrainTask
+from gptjax.report import run_files
 from gptjax.runtime import distributed
 from gptjax.runtime.progress import Progress
 from gptjax.tokenizer import Tokenizer
@@ -65,8 +65,9 @@ class RunAgain:
 
     @cached_property
     def recorded(self) -> dict[int, dict[str, float]]:
-        """The metrics of the steps in metrics.jsonl; lines that cannot be read are left out."""
-        return metrics_of(self.path)
+        """The metrics of the steps in metrics.jsonl; damaged lines are left out."""
+        rows = run_files.read_rows(bucket.path_of(self.path) / run_dir.METRICS_FILE)
+        return {row["step"]: row for row in rows if "loss" in row}
 
     def state_at(self, step: int) -> TrainState:
         """The state of a checkpoint; at step 0, that which the run began with.
@@ -164,20 +165,6 @@ def _here(cfg: Config) -> Config:
         cfg = replace(cfg, mesh=MeshConfig(), compute=compute)
         cfg.check(jax.device_count(), jax.process_count())
     return cfg
-
-
-def metrics_of(path: str) -> dict[int, dict[str, float]]:
-    """The training metrics in a run's metrics.jsonl, by step; damaged lines are left out."""
-    file = bucket.path_of(path) / run_dir.METRICS_FILE
-    found: dict[int, dict[str, float]] = {}
-    for line in file.read_text().splitlines() if file.exists() else ():
-        try:
-            entry = json.loads(line)
-            if "loss" in entry:
-                found[int(entry["step"])] = entry
-        except (ValueError, TypeError, KeyError):
-            continue
-    return found
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,44 @@
+"""`gptjax report`: what happened in runs, in lines or as a page."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from gptjax.cli.inspect import state
+from gptjax.config import Config
+from gptjax.errors import ConfigError, GptjaxError, OutputError
+from gptjax.report import page
+from gptjax.report.run_files import RunFiles
+
+
+def run(args: argparse.Namespace, _: Sequence[str]) -> None:
+    """Runs the command. Raises OutputError where the page cannot be written."""
+    if len(set(args.runs)) < len(args.runs):
+        raise ConfigError([f"RUN {' '.join(args.runs)}: one of them is given twice"])
+    runs = [RunFiles.open(path) for path in args.runs]
+    for one in runs:
+        lines = list(state(one)) or ["nothing was recorded yet"]
+        print("\n  ".join([one.path, *lines]))
+    if args.html is None:
+        return
+    file = Path(args.html)
+    try:
+        page.write(file, page.render(runs, predicted))
+    except OSError as error:
+        raise OutputError(f"--html={args.html}: cannot be written: {error.strerror}") from None
+    print(f"{file}: written")
+
+
+def predicted(cfg: Config) -> Mapping[str, float]:
+    """What `gptjax plan` expects of a run on the machine that its configuration names."""
+    if not cfg.mesh.machine:
+        return {}
+    from gptjax.plan import estimate, machines
+
+    machines.set_environment()
+    try:
+        plan = estimate.plan(cfg, machines.parse(cfg.mesh.machine))
+    except GptjaxError:
+        return {}
+    rate = cfg.train.batch_tokens / plan.times.expected
+    return {"tokens_per_second": rate, "mfu": plan.mfu}

@@ -1,0 +1,1 @@
+"""What happened in runs: their files read without JAX, and a page that shows them."""

@@ -1,0 +1,140 @@
+"""The files of a run, read without JAX: configuration, metrics, sessions, checkpoints, samples."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from gptjax import bucket, config
+from gptjax.checkpoint import head, listing
+from gptjax.config import Config, ModelConfig, phases
+from gptjax.runtime import goodput
+from gptjax.runtime.goodput import Session
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES = "samples"
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run folder, local or in a bucket."""
+
+    path: str
+    cfg: Config
+
+    @classmethod
+    def open(cls, path: str) -> "RunFiles":
+        """The run in a folder. Raises ConfigError where there is none."""
+        return cls(path, config.load(path))
+
+    @property
+    def folder(self) -> Any:
+        """The folder, with pathlib's methods."""
+        return bucket.path_of(self.path)
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; damaged lines are left out."""
+        return list(read_rows(self.folder / METRICS_FILE))
+
+    @cached_property
+    def sessions(self) -> list[Session]:
+        """The processes that trained the run."""
+        return goodput.read(self.folder / goodput.SESSIONS)
+
+    @cached_property
+    def goodput(self) -> dict[str, float]:
+        """Seconds by what they were spent on; empty for a run of before this was recorded."""
+        return goodput.summarize(self.sessions) if self.sessions else {}
+
+    @cached_property
+    def checkpoints(self) -> dict[int, Any]:
+        """The folder of each checkpoint by its step, ascending."""
+        folder = self.folder / "checkpoints"
+        if (self.folder / head.HEAD).exists():
+            record = head.of(self.path).read()
+            return {step: folder / name for step, name in sorted(record.checkpoints.items())}
+        return {step: folder / str(step) for step in listing.steps_in(Path(folder))}
+
+    @property
+    def step(self) -> int:
+        """The last step that is known of."""
+        recorded = (int(row["step"]) for row in self.rows)
+        return max([0, *self.checkpoints, *recorded])
+
+    @property
+    def last_step(self) -> int:
+        """The step at which the run is trained."""
+        return max(phases.phases(self.cfg)[-1].last, self.step)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen at `step`."""
+        return phases.tokens_at(self.cfg, self.step)
+
+    def newest(self, *, training: bool) -> dict[str, tuple[int, float]]:
+        """The newest value of each metric, with its step: of training, or of evaluation."""
+        found: dict[str, tuple[int, float]] = {}
+        for row in self.rows:
+            if ("loss" in row) == training:
+                values = {k: v for k, v in row.items() if k not in ("step", "time")}
+                found |= {name: (row["step"], value) for name, value in values.items()}
+        return found
+
+    def parameters(self) -> tuple[int, int] | None:
+        """The model's parameters and those of them that a token uses, by the newest checkpoint;
+        None without one, and for a run with adapters."""
+        for place in reversed(self.checkpoints.values()):
+            file = next(
+                (f for f in (place / "meta.json", place / "meta" / "data.json") if f.exists()), None
+            )
+            if file is not None and not self.cfg.finetune.lora.rank:
+                return count(json.loads(file.read_text())["tree"], self.cfg.model)
+        return None
+
+    def size(self) -> int | None:
+        """Bytes of all its files; None in a bucket, which does not say."""
+        if bucket.remote(self.path):
+            return None
+        return sum(file.stat().st_size for file in Path(self.path).rglob("*") if file.is_file())
+
+    def samples(self) -> dict[int, str]:
+        """The samples by step."""
+        files = (
+            {int(Path(f.name).stem): f for f in (self.folder / SAMPLES).glob("*.txt")}
+            if (self.folder / SAMPLES).is_dir()
+            else {}
+        )
+        return {step: files[step].read_text() for step in sorted(files)}
+
+
+def read_rows(file: Any) -> Iterator[dict[str, Any]]:
+    """The objects with a step in a file of JSON lines; other lines are passed over."""
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            row = json.loads(line)
+            row["step"] = int(row["step"])
+        except (ValueError, TypeError, KeyError):
+            continue
+        yield row
+
+
+def count(tree: Mapping[str, Any], model: ModelConfig) -> tuple[int, int]:
+    """Parameters, and those that a token uses, of the shapes by path in a checkpoint's metadata.
+
+    Padding of the vocabulary's tables does not count.
+    """
+    total = active = 0
+    for path, (shape, _) in tree.items():
+        if not path.startswith("params/"):
+            continue
+        size = math.prod(shape)
+        if path in ("params/embed", "params/head"):
+            size = size // model.table * model.vocab_size
+        of_experts = "/mlp/" in path and len(shape) == 4
+        total += size
+        active += size * model.moe.top_k // model.moe.experts if of_experts else size
+    return total, active
