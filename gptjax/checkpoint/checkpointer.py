@@ -127,6 +127,8 @@ class Checkpointer:
         self._saving_local: tuple[int, concurrent.futures.Future[None]] | None = None
         self._order = None if order is None else list(order)
         self._milestones = milestones
+        self.more: Callable[[int], Mapping[str, Any]] = lambda step: {}  # metadata of the loop
+        self.settle = 0  # steps behind a checkpoint after which it is known to be good
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
         self.last_step: int | None = None  # the step that was handed to `save` last
@@ -173,6 +175,7 @@ class Checkpointer:
             "format": FORMAT,
             "step": step,
             **self._describe(step),
+            **self.more(step),
             "versions": _versions(),
             "devices": jax.device_count(),
             "device_kind": jax.devices()[0].device_kind,
@@ -191,10 +194,21 @@ class Checkpointer:
         wait()
         if not distributed.first():
             return
-        forever = self._cfg.keep_every
-        for old in self.steps()[: -self._cfg.keep]:
-            if old not in self._milestones and not (forever and old % forever == 0):
+        forever, steps = self._cfg.keep_every, self.steps()
+        # Those after the newest one that is known to be good may turn out not to be.
+        good = max((one for one in steps if one <= step - self.settle), default=0)
+        for old in steps[: -self._cfg.keep]:
+            kept = old in self._milestones or (forever and old % forever == 0)
+            if old < good and not kept:
                 self.store.remove(old)
+
+    def forget(self, steps: Collection[int]) -> None:
+        """Removes checkpoints; all processes call this together, while nothing is being saved."""
+        if distributed.first():
+            for step in steps:
+                self.store.remove(step)
+        self.last_step = None
+        distributed.barrier()
 
     def failures(self) -> list[str]:
         """Messages about saves that have failed since the last call. Does not wait.

@@ -127,6 +127,7 @@ def show(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     from gptjax import bucket
     from gptjax import tokenizer as tokenizers
     from gptjax.data import loader, mixture
+    from gptjax.training import left_out
 
     cfg = resolve(args, overrides)
     if not 1 <= args.step <= _LAST_STEP:
@@ -142,6 +143,8 @@ def show(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     parts, windows = data.order.places(args.step - 1)
     batches, targets = data.read(range(args.step - 1, args.step))
     places = {} if data.packings else data.documents_at(args.step - 1, manifests.start_id)
+    if args.step in left_out.LeftOut(cfg.run, cfg.train.leave_out):
+        print(f"step {args.step} is left out: this is not trained on")
     for part, window, tokens, count in zip(parts, windows, batches[0], targets[0], strict=True):
         name, own = data.order.names[part], tokens[: count + 1]
         if data.packings:

@@ -22,6 +22,8 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
         done = max([0, *again.checkpoints.steps(), *again.recorded])
         if not 1 <= args.step <= done:
             raise ConfigError([f"--step={args.step}: the run has trained steps 1 to {done}"])
+        if args.step in again.left_out:
+            raise ConfigError([f"--step={args.step}: the run has left this step out"])
         step = replay.replay(again, args.step)
         places = _places(again, step) if args.files else {}
         if distributed.first():

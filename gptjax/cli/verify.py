@@ -57,7 +57,7 @@ def verify(again: RunAgain, first: int, last: int) -> None:
     wrong: list[Difference] = []
     compared = arrays = 0
     for step, state, metrics in again.steps(again.state_at(first), last):
-        if step in again.recorded:
+        if metrics and step in again.recorded:
             compared += 1
             found = rerun.difference(step, metrics, again.recorded[step], bound)
             wrong += [found] if found else []

@@ -239,6 +239,9 @@ class TrainConfig:
     nonfinite_limit: int = free(3)
     """Number of consecutive steps with a non-finite loss or gradient after which the run ends; such
     steps leave the parameters unchanged."""
+    leave_out: tuple[str, ...] = free(())
+    """Steps whose batches are not trained on, counted from 1: 57, or 41-44. They stay left out in
+    the run; each must lie beyond the checkpoint that the run goes on from."""
     check_replicas: int = free(0)
     """Number of steps between comparisons of the copies of each array on the devices that hold the
     same part of it, and before each save then; a difference ends the run, unsaved. 0: never."""
@@ -356,6 +359,24 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class SpikeConfig:
+    """Rewinding after spikes of loss or gradient norm. All but threshold and rewinds in steps."""
+
+    threshold: float = free(0.0)
+    """Deviations above the median of the steps before, beyond which loss or gradient norm is a
+    spike, as is one that is not finite: the run goes back to the newest checkpoint before the steps
+    that are left out. A deviation is 1.4826 x the median absolute deviation. 0: never."""
+    window: int = free(100)
+    """Steps that the median is of."""
+    before: int = free(5)
+    """Steps before a spike that are left out with it."""
+    after: int = free(5)
+    """Steps after a spike that are left out with it."""
+    rewinds: int = free(5)
+    """Rewinds of a run, after which the next spike ends it with exit code 70."""
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Checkpoints. Periods are in steps."""
 
@@ -436,6 +457,7 @@ class Config:
     start: StartConfig = free(StartConfig)
     finetune: FinetuneConfig = free(FinetuneConfig)
     eval: EvalConfig = free(EvalConfig)
+    spike: SpikeConfig = free(SpikeConfig)
     checkpoint: CheckpointConfig = free(CheckpointConfig)
     log: LogConfig = free(LogConfig)
     watch: WatchConfig = free(WatchConfig)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
-from gptjax.config import phases
+from gptjax.config import phases, ranges
 from gptjax.config.base_validation import finetune_problems, start_problems
 from gptjax.config.data_validation import data_problems
 from gptjax.config.limits import out_of_range, place_problems, too_large
@@ -31,7 +31,7 @@ _AT_LEAST_1 = (
     *("compute.loss_chunks", "compute.rounds", "train.tokens", "train.batch_tokens"),
     *("train.seq_len", "train.accumulation", "train.nonfinite_limit", "eval.batch"),
     *("finetune.epochs", "checkpoint.every", "checkpoint.keep", "log.every", "log.profile_steps"),
-    *("checkpoint.local_every", "checkpoint.local_keep"),
+    *("checkpoint.local_every", "checkpoint.local_keep", "spike.window"),
     *("data.prefetch", "data.max_document_bytes", "tokenizer.sample_bytes"),
     "tokenizer.vocab_size",
 )
@@ -44,6 +44,7 @@ _AT_LEAST_0 = (
     *("watch.lost", "watch.restore", "watch.compile", "watch.data", "watch.step", "watch.save"),
     *("watch.eval", "checkpoint.upload_mb_s"),
     *("train.check_replicas", "train.batch_ramp_tokens"),
+    *("spike.threshold", "spike.before", "spike.after", "spike.rewinds"),
 )
 _FROM_0_BELOW_1 = (
     *("train.ema_decay", "finetune.dropout", "optim.b1", "optim.b2", "data.valid_fraction"),
@@ -123,6 +124,7 @@ def _particular_problems(cfg: Any) -> Iterator[str]:
     yield from _name_problems(cfg)
     yield from _train_problems(cfg)
     yield from schedule_problems(cfg)
+    yield from spike_problems(cfg)
     yield from start_problems(cfg)
     yield from finetune_problems(cfg)
     yield from _eval_problems(cfg)
@@ -168,6 +170,20 @@ def _train_problems(cfg: Any) -> Iterator[str]:
         yield (
             f"train.accumulation={t.accumulation}: does not divide the {t.batch} sequences of a "
             f"batch; use {_nearest(t.accumulation, divisors(t.batch))}"
+        )
+
+
+def spike_problems(cfg: Any) -> Iterator[str]:
+    """Problems of the steps that are left out, and of spikes."""
+    for text in cfg.train.leave_out:
+        try:
+            ranges.parse([text])
+        except ValueError:
+            yield f"train.leave_out={text}: must be a step, 57, or steps, 41-44, counted from 1"
+    if cfg.spike.threshold and cfg.checkpoint.local:
+        yield (
+            f"spike.threshold={cfg.spike.threshold}: not together with checkpoint.local, whose "
+            "checkpoints of after a spike no other machine can remove"
         )
 
 

@@ -28,6 +28,7 @@ from gptjax.runtime import distributed
 from gptjax.runtime.progress import Progress
 from gptjax.tokenizer import Tokenizer
 from gptjax.training import objective
+from gptjax.training.left_out import LeftOut, advanced
 from gptjax.training.programs import StepPrograms
 from gptjax.training.step import TrainState, create_state
 
@@ -69,6 +70,11 @@ class RunAgain:
         rows = run_files.read_rows(bucket.path_of(self.path) / run_dir.METRICS_FILE)
         return {row["step"]: row for row in rows if "loss" in row}
 
+    @cached_property
+    def left_out(self) -> LeftOut:
+        """The steps that the run leaves out."""
+        return LeftOut(self.path, self.cfg.train.leave_out)
+
     def state_at(self, step: int) -> TrainState:
         """The state of a checkpoint; at step 0, that which the run began with.
 
@@ -96,7 +102,8 @@ class RunAgain:
     ) -> Iterator[tuple[int, TrainState, dict[str, float]]]:
         """Trains from a state, which it consumes, to a step: each step, its state and metrics.
 
-        A state is that of the step until the next one is asked for.
+        A state is that of the step until the next one is asked for. A step that the run has left
+        out is left out again, and has no metrics.
         """
         programs = StepPrograms(self.cfg, self.task, self.progress)
         first, phase = int(state.step), None
@@ -105,10 +112,13 @@ class RunAgain:
             for step in range(first + 1, last + 1):
                 if (now := phases.phase_at(self.phases, step - 1)) != phase:
                     phase, step_fn = now, programs.of(now, state)
-                batch = arrays.global_batch(next(batches), phase.batch)
-                state, on_device = step_fn(state, batch)
-                metrics = {name: float(x) for name, x in jax.device_get(on_device).items()}
-                bar.update(step, None, loss=metrics["loss"])
+                rows, metrics = next(batches), {}
+                if step in self.left_out:
+                    state = advanced(state)
+                else:
+                    state, on_device = step_fn(state, arrays.global_batch(rows, phase.batch))
+                    metrics = {name: float(x) for name, x in jax.device_get(on_device).items()}
+                bar.update(step, None, **{k: v for k, v in metrics.items() if k == "loss"})
                 yield step, state, metrics
 
     def bits_may_differ(self, meta: Mapping[str, Any], step: int) -> str:

@@ -144,6 +144,14 @@ def _events(run: RunFiles) -> Iterator[str]:
             line += f"; steps {session.first + 1:,} to {previous.step:,} were lost"
         yield f"{line}; trained to step {session.step:,}"
         previous = session
+    for one in run.left_out:
+        rewind = one["rewind"]
+        why = (
+            f"{rewind['why']} at step {rewind['step']:,}: back to step {rewind['to']:,}; "
+            if rewind
+            else ""
+        )
+        yield f"{why}steps {one['first']:,} to {one['last']:,} are left out"
     wrong = [row["step"] for row in run.rows if row.get("nonfinite", 0) > 0]
     if wrong:
         shown = ", ".join(f"{step:,}" for step in wrong[:10])

@@ -59,6 +59,15 @@ class RunFiles:
             return {step: folder / name for step, name in sorted(record.checkpoints.items())}
         return {step: folder / str(step) for step in listing.steps_in(Path(folder))}
 
+    @cached_property
+    def left_out(self) -> list[dict[str, Any]]:
+        """The steps that the run leaves out, with their rewinds (training/left_out.py)."""
+        file = self.folder / "left_out.json"
+        try:
+            return list(json.loads(file.read_text())) if file.exists() else []
+        except ValueError:
+            return []
+
     @property
     def step(self) -> int:
         """The last step that is known of."""

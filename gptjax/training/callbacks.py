@@ -307,10 +307,15 @@ class RecordSessions(Callback):
         self._began = time.time() - sum(watchdog.seconds().values())
         self._before = goodput.read(self._file)
         self._first = self._step = 0
+        self._spent: dict[str, float] = {}  # before the session
+        self._closed: goodput.Session | None = None
         self._written, self._failed = 0.0, False
 
     def begin(self, first: int, last: int) -> None:
         super().begin(first, last)
+        if self._closed is not None:  # the run was rewound
+            self._before.append(self._closed)
+            self._began, self._closed = self._closed.now, None
         self._first = self._step = first
         self._write()
 
@@ -325,9 +330,10 @@ class RecordSessions(Callback):
 
     def close(self) -> None:
         self._write()
+        self._closed, self._spent = self._now(), self._watchdog.seconds()
 
     def _now(self) -> goodput.Session:
-        seconds = self._watchdog.seconds()
+        seconds = {k: v - self._spent.get(k, 0.0) for k, v in self._watchdog.seconds().items()}
         now = self._began + sum(seconds.values())
         return goodput.Session(self._began, now, self._first, self._step, seconds)
 

@@ -15,14 +15,16 @@ from jax.experimental.multihost_utils import reached_preemption_sync_point
 from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.config import Config, phases
 from gptjax.config.phases import Phase
-from gptjax.errors import Preempted
+from gptjax.errors import MismatchError, NumericError, Preempted
 from gptjax.parallel import arrays, sharding
 from gptjax.runtime import distributed
 from gptjax.runtime.preemption import Interrupted, PreemptionHandler
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
 from gptjax.training.callbacks import Callback, Snapshot, StepTimer
+from gptjax.training.left_out import Entry, LeftOut, Rewind, advanced
 from gptjax.training.programs import StepPrograms
+from gptjax.training.spikes import Spike, SpikeWatch
 from gptjax.training.step import TrainState, create_state
 from gptjax.training.task import Task
 
@@ -45,7 +47,11 @@ class Trainer:
         progress: Progress,
     ) -> None:
         self._cfg, self._task, self._checkpointer = cfg, task, checkpointer
-        self._callbacks, self._watchdog, self._progress = callbacks, watchdog, progress
+        self._spikes, self._left_out = SpikeWatch(cfg.spike), LeftOut(cfg.run, cfg.train.leave_out)
+        self._callbacks: list[Callback] = [self._spikes, *callbacks]
+        self._watchdog, self._progress = watchdog, progress
+        checkpointer.more = self._of_checkpoint
+        checkpointer.settle = cfg.spike.before + cfg.spike.after if cfg.spike.threshold else 0
         self._timer = StepTimer()
         self._phases = phases.phases(cfg)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -63,14 +69,23 @@ class Trainer:
             for callback in self._callbacks:
                 stack.callback(callback.close)
             self._programs = StepPrograms(self._cfg, self._task, self._progress)
-            state = self._start()
-            repeated = [callback for callback in self._callbacks if callback.repeats_on_resume]
-            self._run_due(repeated, self._first, state)
-            for step in range(self._first + 1, self._last + 1):
-                state = self._train_one(step, state)
-            self._report()
+            while True:
+                try:
+                    state = self._train_all(self._start())
+                    break
+                except Spike as spike:
+                    self._rewind(spike)
             if self._preemption.signal:
                 raise Preempted(f"{self._told_to_stop}; saved step {self._last}")
+        return state
+
+    def _train_all(self, state: TrainState) -> TrainState:
+        """Trains from a state to the end. Raises Spike."""
+        repeated = [callback for callback in self._callbacks if callback.repeats_on_resume]
+        self._run_due(repeated, self._first, state)
+        for step in range(self._first + 1, self._last + 1):
+            state = self._train_one(step, state)
+        self._report()
         return state
 
     # --- before the first step ---
@@ -98,11 +113,17 @@ class Trainer:
     def _restore(self) -> tuple[TrainState, bool]:
         """The state of the newest valid checkpoint, or a fresh one; whether it was restored."""
         cfg, task = self._cfg, self._task
+        self._forget_stale()
         fresh = lambda: create_state(cfg, task.init, task.lr_multipliers)
         restored: TrainState | None = self._checkpointer.restore_newest(sharding.abstract(fresh))
         if restored is not None:
+            self._check_left_out(int(restored.step))
             return restored, True
-        return task.starting_state() or jax.jit(fresh)(), False
+        self._left_out.record()
+        state = task.starting_state() or jax.jit(fresh)()
+        if cfg.spike.threshold:  # there is always a checkpoint to go back to
+            self._checkpointer.save(0, state)
+        return state, False
 
     def _compile(self, state: TrainState) -> None:
         """Compiles the step, and reads the first batch meanwhile."""
@@ -122,12 +143,15 @@ class Trainer:
         if (phase := phases.phase_at(self._phases, step - 1)) != self._phase:
             self._begin_phase(phase, step, state)
         self._watchdog.at("step", step)
-        batch = arrays.global_batch(self._batch, phase.batch)
-        state, metrics = self._step_fn(state, batch)
+        metrics: dict[str, jax.Array] = {}
+        if step in self._left_out:
+            state = advanced(state)
+        else:
+            state, metrics = self._step_fn(state, arrays.global_batch(self._batch, phase.batch))
         if step < self._last:
             self._read_batch(step)
         self._report()
-        self._pending = step, metrics
+        self._pending = (step, metrics) if metrics else None
         for callback in self._callbacks:
             callback.dispatched(step, metrics)
         self._preemption.poll(step)
@@ -181,6 +205,63 @@ class Trainer:
                         callback.run(snapshot)
                 else:
                     callback.run(snapshot)
+
+    # --- spikes, and steps that are left out ---
+
+    def _of_checkpoint(self, step: int) -> dict[str, Any]:
+        """What the loop adds to a checkpoint's metadata."""
+        window = self._spikes.window()
+        left_out = {"left_out": self._left_out.up_to(step)} if self._left_out.entries else {}
+        return left_out | ({"spike_window": window} if window else {})
+
+    def _rewind(self, spike: Spike) -> None:
+        """Leaves out the steps around a spike, in the run's file. Raises NumericError where it was
+        one too many."""
+        cfg, done = self._cfg.spike, self._left_out.rewinds
+        self._pending = None
+        self._watchdog.at("save", spike.step)
+        self._checkpointer.finish()
+        first, last = max(1, spike.step - cfg.before), spike.step + cfg.after
+        saved = [step for step in self._checkpointer.steps() if step < first]
+        if len(done) >= cfg.rewinds or not saved:
+            limit = (
+                f"{len(done)} rewinds (spike.rewinds={cfg.rewinds}): {'; '.join(map(str, done))}"
+            )
+            why = limit if saved else f"there is no checkpoint before step {first}"
+            raise NumericError(f"{spike}; the run is not rewound again, after {why}")
+        rewind = Rewind(spike.step, spike.why, saved[-1])
+        self._left_out.entries.append(Entry(first, last, rewind))
+        self._left_out.record()
+        self._progress.say(f"{rewind}: steps {first:,} to {last:,} are left out")
+        for callback in self._callbacks:
+            callback.close()
+
+    def _forget_stale(self) -> None:
+        """Removes the checkpoints that a rewind has made worthless: those after it, and those that
+        a process left which was killed while it was rewound."""
+        if self._left_out.rewinds:
+            steps = self._checkpointer.steps() if distributed.first() else []
+            self._checkpointer.forget([step for step in steps if self._is_stale(step)])
+
+    def _is_stale(self, step: int) -> bool:
+        try:
+            return self._left_out.is_stale(self._checkpointer.meta(step))
+        except Exception:  # of many kinds: a damaged checkpoint is told when it is to be restored
+            return False
+
+    def _check_left_out(self, step: int) -> None:
+        """Continues from what a restored checkpoint says. Raises MismatchError where it was trained
+        on steps that are now to be left out."""
+        meta = self._checkpointer.meta(step)
+        then, now = [tuple(one) for one in meta.get("left_out", ())], self._left_out.up_to(step)
+        if then != now:
+            told = lambda ranges: ", ".join(f"{a}-{b}" for a, b in ranges) or "none"
+            raise MismatchError(
+                f"train.leave_out: up to step {step} the run has left out {told(then)}, and is to "
+                f"leave out {told(now)}; name later steps, or another --run"
+            )
+        self._left_out.record()
+        self._spikes.restore(meta.get("spike_window", {}))
 
     # --- told to stop ---
 

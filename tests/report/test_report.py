@@ -72,6 +72,9 @@ def write_run(folder: Path, lr: float = 1e-3) -> str:
         },
     ]
     (folder / "sessions.jsonl").write_text("\n".join(map(json.dumps, sessions)))
+    rewind = {"step": 8, "why": "loss 9 is 12.0 deviations above 4", "to": 5}
+    left_out = [{"first": 7, "last": 8, "rewind": rewind}, {"first": 2, "last": 2, "rewind": None}]
+    (folder / "left_out.json").write_text(json.dumps(left_out))
     (folder / "samples").mkdir()
     for step in (5, 10):
         (folder / "samples" / f"{step}.txt").write_text(f"--- prompt ''\n{HOSTILE}\n")
@@ -147,7 +150,11 @@ def test_the_page_of_several_runs_has_all_that_was_recorded(tmp_path: Path, comm
     assert first["events"][1].endswith(
         "resumed after step 5; steps 6 to 7 were lost; trained to step 10"
     )
-    assert first["events"][2] == "loss or gradient not finite at step 3"
+    assert first["events"][2:] == [
+        "loss 9 is 12.0 deviations above 4 at step 8: back to step 5; steps 7 to 8 are left out",
+        "steps 2 to 2 are left out",
+        "loss or gradient not finite at step 3",
+    ]
     assert data["differences"] == [["optim.lr", "0.001", "0.002"]]
     assert "train.tokens = 5120" in first["configuration"]
     for words, told in {
