@@ -73,6 +73,12 @@ class Preempted(GptjaxError):
         self.alone = alone
 
 
+class AuditError(GptjaxError):
+    """A device computed the same step twice, with two results."""
+
+    exit_code = 76
+
+
 class MismatchError(GptjaxError):
     """A configuration, tokenizer or checkpoint that belongs to another run."""
 

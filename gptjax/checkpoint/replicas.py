@@ -29,6 +29,23 @@ def differing(leaves: Leaves) -> list[str]:
     return found
 
 
+def unlike(one: Leaves, two: Leaves) -> dict[str, list[jax.Device]]:
+    """The devices that hold other bits of an array in `two` than in `one`, by its path; of all
+    processes, which must call this together.
+    """
+    sums = {path: _sums(leaf) for path, leaf in one.items()}
+    others = {path: _sums(leaf) for path, leaf in two.items()}
+    found: dict[str, list[jax.Device]] = {}
+    first, second = arrays.to_host(sums), arrays.to_host(others)
+    for path, leaf in one.items():
+        rows = np.flatnonzero((np.asarray(first[path]) != np.asarray(second[path])).any(axis=1))
+        if len(rows):
+            placed: Any = leaf.sharding
+            devices = list(placed.mesh.devices.flat)
+            found[path] = [devices[row] for row in rows.tolist()]
+    return found
+
+
 def _unequal(leaf: jax.Array, sums_N2: np.ndarray) -> list[int]:
     """The ids of two devices that hold the same part of an array with unlike sums, if any do."""
     holders: dict[str, int] = {}

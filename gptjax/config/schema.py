@@ -436,6 +436,10 @@ class WatchConfig:
     """Deadline for the part of saving a checkpoint that the training loop waits for."""
     eval: int = free(14400)
     """Deadline for the evaluation and samples of one step."""
+    audit_every: int = free(0)
+    """Steps between those that are computed twice and compared bit for bit, on every device: a
+    difference ends the run, unsaved, with exit code 76. Needs memory for the state once more, and
+    on GPUs compute.deterministic. 0: never."""
 
 
 @dataclass(frozen=True)

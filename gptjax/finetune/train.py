@@ -30,7 +30,7 @@ from gptjax.parallel import sharding
 from gptjax.runtime import distributed
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
-from gptjax.training import callbacks, metrics, param_groups
+from gptjax.training import callbacks, metrics, param_groups, standard
 from gptjax.training.trainer import Trainer
 
 REPORT = "classification.json"
@@ -71,7 +71,7 @@ def finetune(
     writers = metrics.metric_writers(cfg)
     evaluators = task.evaluators(progress)
     evaluate = callbacks.Evaluate(lambda step: evaluators, writers, watchdog, progress)
-    todo = callbacks.standard_callbacks(cfg, checkpointer, evaluate, watchdog, progress)
+    todo = standard.standard_callbacks(cfg, checkpointer, evaluate, watchdog, progress)
     Trainer(cfg, task, checkpointer, todo, watchdog=watchdog, progress=progress).fit()
     report = task.report(progress)
     if report and distributed.first():

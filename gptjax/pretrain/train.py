@@ -25,7 +25,7 @@ from gptjax.runtime import distributed, preemption
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
 from gptjax.tokenizer import Tokenizer
-from gptjax.training import callbacks, metrics, objective, stage_table
+from gptjax.training import callbacks, metrics, objective, stage_table, standard
 from gptjax.training.trainer import Trainer
 
 SAMPLES = "samples"
@@ -108,9 +108,7 @@ def pretrain(
     writers = metrics.metric_writers(cfg)
     evaluators = _evaluators(cfg, manifests, tokenizer, progress)
     evaluate = callbacks.Evaluate(evaluators, writers, watchdog, progress)
-    todo = callbacks.standard_callbacks(
-        cfg, checkpointer, evaluate, watchdog, progress, data.epochs
-    )
+    todo = standard.standard_callbacks(cfg, checkpointer, evaluate, watchdog, progress, data.epochs)
     todo.append(callbacks.Every(cfg.eval.sample_every, samples))
     Trainer(cfg, task, checkpointer, todo, watchdog=watchdog, progress=progress).fit()
     return evaluate.results

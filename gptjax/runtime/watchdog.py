@@ -148,6 +148,16 @@ class Watchdog:
         running = {self._stage[0]: time.monotonic() - self._entered}
         return {stage: s + running.get(stage, 0.0) for stage, s in self._seconds.items()}
 
+    def stacks(self) -> str:
+        """What each process does, and its stack: as of its last heartbeat, of the others."""
+        beats = {i: beat for i, (beat, _) in self._last.items()}
+        beats[distributed.index()] = self._heartbeat()
+        lines = []
+        for _, beat in sorted(beats.items()):
+            at = f"stage {beat.stage} of step {beat.step} for {beat.seconds:.1f} s"
+            lines += [f"{beat.process}: {at}", beat.stack.rstrip()]
+        return "\n".join(lines)
+
     def _heartbeat(self) -> Heartbeat:
         stage, step, since = self._stage
         frame = sys._current_frames().get(threading.main_thread().ident or 0)

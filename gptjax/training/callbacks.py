@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import jax
 
-from gptjax.checkpoint import replicas, run_dir
+from gptjax.checkpoint import replicas
 from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.config import Config, LogConfig, phases
 from gptjax.errors import NumericError
@@ -147,6 +147,11 @@ class Save(Every):
         self._borders, self._local_every = borders, checkpointer.local_every
         self._checkpointer, self._watchdog, self._progress = checkpointer, watchdog, progress
         self._seconds = 0.0
+        self._asked: set[int] = set()
+
+    def ask(self, step: int) -> None:
+        """Saves a step that is no multiple of the period too."""
+        self._asked.add(step)
 
     def seconds(self) -> float:
         """For how long the loop stood still for saves since the last call."""
@@ -161,7 +166,7 @@ class Save(Every):
         return self._due_for_run(step) or (step > 0 and step % (self._local_every or step + 1) == 0)
 
     def _due_for_run(self, step: int) -> bool:
-        return step in self._borders or super().due(step)
+        return step in self._borders or step in self._asked or super().due(step)
 
     def _save(self, snapshot: Snapshot) -> None:
         self._watchdog.at("save", snapshot.step)
@@ -378,48 +383,19 @@ class Profile(Callback):
 
     def __init__(self, cfg: LogConfig, folder: Path) -> None:
         self._first, self._steps, self._folder = cfg.profile_start, cfg.profile_steps, folder
-        self._tracing = False
+        self.tracing = False
 
     def before_step(self, step: int) -> None:
         if step == self._first:
             jax.profiler.start_trace(str(self._folder))
-            self._tracing = True
+            self.tracing = True
 
     def dispatched(self, step: int, metrics: Any) -> None:
-        if self._tracing and step == self._first + self._steps - 1:
+        if self.tracing and step == self._first + self._steps - 1:
             jax.block_until_ready(metrics)
             self.close()
 
     def close(self) -> None:
-        if self._tracing:
+        if self.tracing:
             jax.profiler.stop_trace()
-            self._tracing = False
-
-
-def standard_callbacks(
-    cfg: Config,
-    checkpointer: Checkpointer,
-    evaluate: Evaluate,
-    watchdog: Watchdog,
-    progress: Progress,
-    facts: Callable[[int], Mapping[str, float]] = lambda step: {},
-) -> list[Callback]:
-    """The callbacks of every kind of training, in their order: a step is saved, then evaluated.
-
-    `facts` of a step are written with its metrics.
-    """
-    borders = phases.borders(cfg)
-    save = Save(cfg.checkpoint.every, checkpointer, watchdog, progress, borders)
-    sessions = RecordSessions(run_dir.log_folder(cfg.run), watchdog, progress)
-    told = lambda step: {"save_seconds": save.seconds(), "goodput": sessions.share()}
-    with_times = lambda step: {**facts(step), **told(step)}
-    return [
-        sessions,
-        Profile(cfg.log, run_dir.log_folder(cfg.run) / "profile"),
-        ShowProgress(progress),
-        NonfiniteGuard(cfg.train.nonfinite_limit, progress),
-        LogMetrics(cfg, evaluate.writers, progress, with_times),
-        CheckReplicas(cfg.train.check_replicas, cfg.checkpoint.every, watchdog, borders),
-        save,
-        evaluate,
-    ]
+            self.tracing = False

@@ -21,6 +21,7 @@ from gptjax.runtime import distributed
 from gptjax.runtime.preemption import Interrupted, PreemptionHandler
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
+from gptjax.training import audit
 from gptjax.training.callbacks import Callback, Snapshot, StepTimer
 from gptjax.training.left_out import Entry, LeftOut, Rewind, advanced
 from gptjax.training.programs import StepPrograms
@@ -68,6 +69,7 @@ class Trainer:
             self._preemption = stack.enter_context(PreemptionHandler(agreed))
             for callback in self._callbacks:
                 stack.callback(callback.close)
+            audit.check(self._cfg)
             self._programs = StepPrograms(self._cfg, self._task, self._progress)
             while True:
                 try:
@@ -147,7 +149,14 @@ class Trainer:
         if step in self._left_out:
             state = advanced(state)
         else:
-            state, metrics = self._step_fn(state, arrays.global_batch(self._batch, phase.batch))
+            batch, every = (
+                arrays.global_batch(self._batch, phase.batch),
+                self._cfg.watch.audit_every,
+            )
+            if every and step % every == 0:
+                state, metrics = audit.audited(self._step_fn, state, batch, step, self._cfg.run)
+            else:
+                state, metrics = self._step_fn(state, batch)
         if step < self._last:
             self._read_batch(step)
         self._report()
@@ -159,6 +168,16 @@ class Trainer:
         if self._preemption.signal and step < self._last:
             self._stop(step, state)
         return state
+
+    def _compute(
+        self, step: int, state: TrainState, batch: Any
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Dispatches the step's program, twice where the step is audited."""
+        every = self._cfg.watch.audit_every
+        if every and step % every == 0:
+            return audit.audited(self._step_fn, state, batch, step, self._cfg.run)
+        done: tuple[TrainState, dict[str, jax.Array]] = self._step_fn(state, batch)
+        return done
 
     def _begin_phase(self, phase: Phase, step: int, state: TrainState) -> None:
         """Tells of a stage that begins with a step, and takes the step's program."""

@@ -13,7 +13,7 @@ from gptjax.errors import NumericError
 from gptjax.parallel.mesh import make_mesh
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
-from gptjax.training import callbacks, metrics
+from gptjax.training import callbacks, metrics, standard
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -87,6 +87,6 @@ def test_a_difference_ends_the_run_before_it_is_saved(tmp_path) -> None:
     )
     kinds = [
         type(one)
-        for one in callbacks.standard_callbacks(cfg, checkpointer, evaluate, watchdog, progress)
+        for one in standard.standard_callbacks(cfg, checkpointer, evaluate, watchdog, progress)
     ]
     assert kinds.index(callbacks.CheckReplicas) < kinds.index(callbacks.Save)

@@ -56,7 +56,6 @@ def train(cfg: Config, folder: Path, poisoned: Iterable[int] = (), die_at: int =
             rows = rows_of(cfg, step)
             yield {**rows, "windows_BW": rows["windows_BW"] * 0} if step + 1 in poisoned else rows
 
-    folder.mkdir(exist_ok=True)
     return fit(cfg, folder, loss=loss, batches=batches)
 
 
@@ -133,7 +132,6 @@ def test_losses_that_are_not_finite_are_left_behind_and_the_good_checkpoint_is_k
             rows = rows_of(cfg, step)
             yield {**rows, "windows_BW": rows["windows_BW"] * 0} if step + 1 == 23 else rows
 
-    (tmp_path / "run").mkdir()
     fit(cfg, tmp_path / "run", loss=poisoned, batches=batches)
     (rewind,) = LeftOut(str(tmp_path / "run")).rewinds
     assert (rewind.step, rewind.to) == (23, 12)  # 16 and 20, the two newest, are not good

@@ -29,7 +29,7 @@ from gptjax.parallel import arrays, mesh
 from gptjax.runtime import goodput
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
-from gptjax.training import callbacks, objective, optimizer
+from gptjax.training import callbacks, objective, optimizer, standard
 from gptjax.training.metrics import Writers
 from gptjax.training.programs import StepPrograms
 from gptjax.training.step import TrainState, create_state, gradients, train_step
@@ -172,17 +172,28 @@ class ToyTask:
         return params
 
 
-def fit(cfg: Config, folder, *, loss=None, batches=None, evaluators=(), tasks=(), sampler=None):
+def fit(
+    cfg: Config,
+    folder,
+    *,
+    loss=None,
+    batches=None,
+    evaluators=(),
+    tasks=(),
+    sampler=None,
+    shown=False,
+):
     """Trains; returns the last state and the metrics that were written."""
     keep, cfg = Keep(), dataclasses.replace(cfg, run=str(folder))
-    quiet, watchdog = Progress(shown=False), Watchdog(cfg.watch)
+    quiet, watchdog = Progress(shown), Watchdog(cfg.watch)
+    folder.mkdir(exist_ok=True)
     writers = Writers([lambda folder, step: keep], folder)
     checkpointer = Checkpointer(folder / "checkpoints", cfg.checkpoint)
     due = [(cfg.eval.every, one) for one in evaluators]
     due += [(cfg.eval.tasks_every, one) for one in tasks]
     evaluate = callbacks.Evaluate(lambda step: due, writers, watchdog, quiet)
     with one_device():
-        todo = callbacks.standard_callbacks(cfg, checkpointer, evaluate, watchdog, quiet)
+        todo = standard.standard_callbacks(cfg, checkpointer, evaluate, watchdog, quiet)
         todo.append(callbacks.Every(cfg.eval.sample_every, sampler or (lambda snapshot: None)))
         task = ToyTask(cfg, loss, batches)
         trainer = Trainer(cfg, task, checkpointer, todo, watchdog=watchdog, progress=quiet)

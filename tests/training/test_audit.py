@@ -1,0 +1,135 @@
+"""A step that is computed twice: a device that computes wrongly is found, and named."""
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_trainer import batch_of, fit, fresh, loss_fn, tiny
+
+from gptjax.checkpoint.checkpointer import Checkpointer
+from gptjax.config import CheckpointConfig, Config, LogConfig, MeshConfig, WatchConfig
+from gptjax.errors import AuditError, ConfigError
+from gptjax.parallel import mesh, sharding
+from gptjax.training import audit, on_demand
+from gptjax.training.step import train_step
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
+
+
+def with_flip(leaf: jax.Array, device: int) -> jax.Array:
+    """The array, with one flipped bit in what one device holds."""
+    shards = []
+    for shard in leaf.addressable_shards:
+        part = np.array(shard.data)
+        if shard.device.id == device:
+            part.reshape(-1).view(np.uint8)[0] ^= 1
+        shards.append(jax.device_put(part, shard.device))
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "tensor": 4}])
+def test_a_flipped_bit_names_its_device_and_both_results_are_kept(
+    tmp_path: Path, sizes: dict[str, int]
+) -> None:
+    cfg = tiny()
+    cfg = dataclasses.replace(cfg, mesh=MeshConfig(**sizes))
+    with jax.set_mesh(mesh.make_mesh(cfg.mesh)):
+        step = jax.jit(lambda s, b: train_step(cfg, loss_fn(cfg), s, b), donate_argnums=0)
+        state, metrics = audit.audited(step, fresh(cfg), batch_of(cfg, 0), 1, str(tmp_path))
+        plain, expected = step(fresh(cfg), batch_of(cfg, 0))
+        assert metrics["loss"] == expected["loss"]
+        np.testing.assert_array_equal(state.params["embed"], plain.params["embed"])
+        assert list(tmp_path.iterdir()) == []
+        calls = 0
+
+        def faulty(s, b):
+            nonlocal calls
+            calls += 1
+            new, found = step(s, b)
+            if calls == 2:
+                new.params["embed"] = with_flip(new.params["embed"], 5)
+            return new, found
+
+        told = r"step 7 was computed twice.*by device 5 of process 0 on .*\(params/embed\)"
+        with pytest.raises(AuditError, match=told) as ended:
+            audit.audited(faulty, state, batch_of(cfg, 0), 7, str(tmp_path))
+    assert ended.value.exit_code == 76
+    one, two = sorted((tmp_path / "audit-7" / "process-0").iterdir())
+    assert (one.name, two.name) == ("params.embed.1.npy", "params.embed.2.npy")
+    assert (np.load(one) != np.load(two)).sum() == 1
+
+
+def test_a_run_is_audited_every_so_many_steps_and_ends_unsaved(tmp_path: Path, monkeypatch) -> None:
+    cfg = dataclasses.replace(tiny(), watch=WatchConfig(audit_every=3))
+    cfg = dataclasses.replace(cfg, checkpoint=CheckpointConfig(every=2, keep=9))
+    audited, steps = audit.audited, []
+
+    def spied(step_fn, state, batch, step, run):
+        steps.append(step)
+        if step == 6:
+            raise AuditError("found")
+        return audited(step_fn, state, batch, step, run)
+
+    fit(dataclasses.replace(cfg, watch=WatchConfig()), tmp_path / "plain")
+    fit(cfg, tmp_path / "audited")
+    prints = [
+        Checkpointer(tmp_path / name / "checkpoints").meta(8)["fingerprints"]
+        for name in ("plain", "audited")
+    ]
+    assert prints[0] == prints[1]
+    monkeypatch.setattr(audit, "audited", spied)
+    with pytest.raises(AuditError):
+        fit(cfg, tmp_path / "faulty")
+    assert steps == [3, 6]
+    assert Checkpointer(tmp_path / "faulty" / "checkpoints").steps() == [2, 4]
+
+
+def test_gpus_have_to_be_deterministic(monkeypatch) -> None:
+    cfg = Config(watch=WatchConfig(audit_every=3))
+    audit.check(cfg)
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    with pytest.raises(ConfigError, match=r"audit_every=3: on GPUs .* compute.deterministic"):
+        audit.check(cfg)
+
+
+def test_a_signal_and_a_file_ask_for_a_checkpoint_a_profile_and_stacks(
+    tmp_path: Path, capsys
+) -> None:
+    cfg = dataclasses.replace(
+        tiny(tokens=12 * 512),
+        checkpoint=CheckpointConfig(every=100, keep=9),
+        log=LogConfig(every=1, profile_steps=1, tensorboard=False),
+    )
+
+    def batches(first, last):
+        from test_trainer import rows_of
+
+        for step in range(first, last):
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            if step == 7:
+                (tmp_path / on_demand.REQUEST).write_text("save nonsense")
+            yield rows_of(cfg, step)
+
+    before = signal.getsignal(signal.SIGUSR1)
+    on_demand_look, on_demand._LOOK_S = on_demand._LOOK_S, 0.0
+    try:
+        fit(cfg, tmp_path, batches=batches, shown=True)
+    finally:
+        on_demand._LOOK_S = on_demand_look
+    assert signal.getsignal(signal.SIGUSR1) is before
+    err = capsys.readouterr().err
+    steps = Checkpointer(tmp_path / "checkpoints").steps()
+    assert len(steps) == 3
+    assert steps[-1] == 12
+    assert steps[0] in (3, 4, 5)
+    assert list(tmp_path.glob(f"profile-{steps[0]}/**/*.xplane.pb"))
+    assert f"step {steps[0]}: asked to stacks" in err
+    assert "stage data of step" in err or "stage step of step" in err
+    assert "_train_one" in err
+    assert "'nonsense' is none of save, profile, stacks" in err
+    assert not (tmp_path / on_demand.REQUEST).exists()
