@@ -77,5 +77,7 @@ ATTENTION_BACKENDS = Registry(
 )
 DATA_SOURCES = Registry("data.sources", {"tfds": "gptjax.data.sources"})
 METRIC_WRITERS = Registry(
-    "log.writers", dict.fromkeys(("jsonl", "tensorboard"), "gptjax.training.metrics")
+    "log.writers",
+    dict.fromkeys(("jsonl", "tensorboard"), "gptjax.training.metrics")
+    | dict.fromkeys(("wandb", "mlflow", "trackio"), "gptjax.training.trackers"),
 )

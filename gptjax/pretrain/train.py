@@ -44,6 +44,7 @@ def train(cfg: Config | str, overrides: Sequence[str] = ()) -> dict[str, float]:
     if cfg.finetune.task != "none":
         raise ConfigError([f"finetune.task={cfg.finetune.task}: use `gptjax finetune`"])
     read_tasks(cfg.eval.tasks)  # so that a bad line is told before text is prepared
+    metrics.check_writers(cfg)
     distributed.join(cfg.watch.lost, Progress().say)
     progress = Progress(shown=distributed.first())
     with Watchdog(cfg.watch) as watchdog, run_dir.claim(cfg, progress.say) as changes:

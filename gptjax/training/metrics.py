@@ -4,6 +4,7 @@ A metric has one name everywhere: loss, perplexity, grad_norm, param_norm, lr, t
 data_wait (share of the wall time that the loop waited for a batch), mfu, …
 """
 
+import importlib.util
 import io
 import json
 import math
@@ -18,6 +19,7 @@ import jax
 from gptjax.checkpoint.run_dir import METRICS_FILE, log_folder
 from gptjax.config import Config
 from gptjax.config.registry import METRIC_WRITERS
+from gptjax.errors import ConfigError
 from gptjax.model.flops import ModelCost
 from gptjax.runtime import distributed, hardware
 
@@ -187,8 +189,18 @@ class Writers:
         print(f"gptjax: {name} failed and is left out: {error}", file=sys.stderr)
 
 
+def check_writers(cfg: Config) -> None:
+    """Raises ConfigError for a writer whose package is not installed."""
+    for name in cfg.log.writers:
+        package = getattr(METRIC_WRITERS[name], "package", "")
+        if package and importlib.util.find_spec(package) is None:
+            install = f"pip install 'gptjax[{name}]'"
+            raise ConfigError([f"log.writers={name}: needs the package {package}: {install}"])
+
+
 def metric_writers(cfg: Config) -> Writers:
     """The configured metric writers, of the first process alone. Raises ConfigError."""
+    check_writers(cfg)
     names = ["jsonl", *["tensorboard"] * cfg.log.tensorboard, *cfg.log.writers]
     factories = [METRIC_WRITERS[name] for name in dict.fromkeys(names)]
     return Writers(factories if distributed.first() else [], log_folder(cfg.run))
