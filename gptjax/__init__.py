@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from gptjax.load_model import LoadedModel
     from gptjax.load_model import load_model as load
     from gptjax.pretrain.train import train
+    from gptjax.report.run_files import read_metrics
     from gptjax.sample import BeamSearchParams, Sampler, SamplingParams
+    from gptjax.training.callbacks import Callback
 
 if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # JAX refuses both of its names together
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_FRACTION))
@@ -34,6 +36,7 @@ if not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg"))):
 
 __all__ = [
     "BeamSearchParams",
+    "Callback",
     "Config",
     "LMEvalAdapter",
     "LoadedModel",
@@ -41,17 +44,20 @@ __all__ = [
     "SamplingParams",
     "__version__",
     "load",
+    "read_metrics",
     "train",
 ]
 
 _PLACES = {
     "BeamSearchParams": "gptjax.sample:BeamSearchParams",
+    "Callback": "gptjax.training.callbacks:Callback",
     "Config": "gptjax.config:Config",
     "LMEvalAdapter": "gptjax.evaluate.lm_eval:LMEvalAdapter",
     "LoadedModel": "gptjax.load_model:LoadedModel",
     "Sampler": "gptjax.sample:Sampler",
     "SamplingParams": "gptjax.sample:SamplingParams",
     "load": "gptjax.load_model:load_model",
+    "read_metrics": "gptjax.report.run_files:read_metrics",
     "train": "gptjax.pretrain.train:train",
 }
 

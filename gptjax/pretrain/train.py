@@ -25,18 +25,24 @@ from gptjax.runtime import distributed, preemption
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
 from gptjax.tokenizer import Tokenizer
-from gptjax.training import callbacks, metrics, objective, stage_table, standard
+from gptjax.training import callbacks as callback
+from gptjax.training import metrics, objective, stage_table, standard
 from gptjax.training.trainer import Trainer
 
 SAMPLES = "samples"
 
 
-def train(cfg: Config | str, overrides: Sequence[str] = ()) -> dict[str, float]:
+def train(
+    cfg: Config | str,
+    overrides: Sequence[str] = (),
+    callbacks: Sequence[callback.Callback] = (),
+) -> dict[str, float]:
     """Trains a configuration in its run folder, from where it stands; returns the last evaluation.
 
     `cfg` is a whole Config, or a preset, a JSON file or a run folder, with `overrides` as the
-    command line has them: ["--optim.lr", "3e-4"]. Prepares the data if need be, and joins the job
-    of several processes that the environment describes. Raises a GptjaxError.
+    command line has them: ["--optim.lr", "3e-4"]. `callbacks` are called after gptjax's own, each
+    at the same moments. Prepares the data if need be, and joins the job of several processes that
+    the environment describes. Raises a GptjaxError.
     """
     if isinstance(cfg, str):
         cfg = warm_start.with_base(config.resolve(cfg, overrides), cfg, overrides)
@@ -64,7 +70,7 @@ def train(cfg: Config | str, overrides: Sequence[str] = ()) -> dict[str, float]:
             )
         watchdog.at("restore", 0)
         with mesh.entered_mesh(cfg):
-            return pretrain(cfg, manifests, watchdog, progress, start)
+            return pretrain(cfg, manifests, watchdog, progress, start, callbacks)
 
 
 def pretrain(
@@ -73,10 +79,11 @@ def pretrain(
     watchdog: Watchdog,
     progress: Progress,
     start: WarmStart | None = None,
+    more: Sequence[callback.Callback] = (),
 ) -> dict[str, float]:
     """Trains the configured model on prepared stores; returns the final evaluation.
 
-    `start` is the base of a run that is to begin with its parameters.
+    `start` is the base of a run that is to begin with its parameters, `more` further callbacks.
 
     The run folder is claimed already (`run_dir.claim`). Raises what `Trainer.fit` raises, DataError
     for a store that does not suit, MismatchError where the run was begun with another store.
@@ -108,23 +115,23 @@ def pretrain(
     )
     writers = metrics.metric_writers(cfg)
     evaluators = _evaluators(cfg, manifests, tokenizer, progress)
-    evaluate = callbacks.Evaluate(evaluators, writers, watchdog, progress)
+    evaluate = callback.Evaluate(evaluators, writers, watchdog, progress)
     todo = standard.standard_callbacks(cfg, checkpointer, evaluate, watchdog, progress, data.epochs)
-    todo.append(callbacks.Every(cfg.eval.sample_every, samples))
+    todo += [callback.Every(cfg.eval.sample_every, samples), *more]
     Trainer(cfg, task, checkpointer, todo, watchdog=watchdog, progress=progress).fit()
     return evaluate.results
 
 
 def _evaluators(
     cfg: Config, manifests: Manifests, tokenizer: Tokenizer, progress: Progress
-) -> Callable[[int], list[tuple[int, callbacks.Evaluator]]]:
+) -> Callable[[int], list[tuple[int, callback.Evaluator]]]:
     """The evaluators of a step, with their periods: made anew where a stage changes the model."""
     files = read_tasks(cfg.eval.tasks, cfg.eval.task_limit)
     # Evaluation sees the layers in the model's order, which is that of a schedule of one round.
     eval_cfg = replace(cfg, compute=replace(cfg.compute, rounds=1, microbatches=0))
 
     @functools.cache
-    def of_model(model: ModelConfig) -> list[tuple[int, callbacks.Evaluator]]:
+    def of_model(model: ModelConfig) -> list[tuple[int, callback.Evaluator]]:
         scorer = Scorer(model, eval_cfg.compute, cfg.eval.batch, progress)
         loss = ValidationLoss(replace(eval_cfg, model=model), manifests, progress)
         tasks = [
@@ -192,7 +199,7 @@ class WriteSamples:
         prompts = [tokenizer.prompt(text) for text in cfg.eval.prompts]
         sample.check(cfg.model, prompts, self._params, tokenizer.vocab_size)
 
-    def __call__(self, snapshot: callbacks.Snapshot) -> None:
+    def __call__(self, snapshot: callback.Snapshot) -> None:
         self._watchdog.at("eval", snapshot.step)
         cfg = self._cfg
         model = phases.trained(cfg, snapshot.step).model

@@ -131,6 +131,12 @@ def read_rows(file: Any) -> Iterator[dict[str, Any]]:
         yield row
 
 
+def read_metrics(run: str) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, of training and of evaluations: pandas.DataFrame takes
+    them as they are. Raises ConfigError where there is no run."""
+    return RunFiles.open(run).rows
+
+
 def count(tree: Mapping[str, Any], model: ModelConfig) -> tuple[int, int]:
     """Parameters, and those that a token uses, of the shapes by path in a checkpoint's metadata.
 
