@@ -45,15 +45,20 @@ def report(parser: argparse.ArgumentParser) -> None:
 
 def verify(parser: argparse.ArgumentParser) -> None:
     """Arguments of `gptjax verify`."""
-    run_folder(parser)
+    config(parser)
     parser.add_argument(
         "--from",
         dest="first",
         type=int,
         metavar="STEP",
-        help="the checkpoint to begin with, or 0 (that before the newest)",
+        help="of a run: the checkpoint to begin with, or 0 (that before the newest)",
     )
-    parser.add_argument("--steps", type=int, help="how many steps (up to the next checkpoint)")
+    parser.add_argument("--steps", type=int, help="of a run: how many (up to the next checkpoint)")
+    parser.add_argument(
+        "--meshes",
+        action="store_true",
+        help="of a CONFIG: losses on eight virtual devices along every axis, beside those of one",
+    )
 
 
 def replay(parser: argparse.ArgumentParser) -> None:

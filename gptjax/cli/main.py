@@ -163,8 +163,10 @@ COMMANDS = (
     Command(
         "verify",
         "verify:run",
-        "Train a part of RUN again, and tell whether it has the bits that were saved.",
+        "Train a part of a run again, and tell whether it has the bits that were saved. Of a "
+        "CONFIG: kill and resume a tiny copy of it, or train that on every mesh.",
         arguments.verify,
+        overrides=True,
     ),
     Command(
         "replay",

@@ -1,89 +1,31 @@
-"""`gptjax verify`: train a part of a run again, and compare it with what was saved and recorded."""
+"""`gptjax verify`: of a run, a part of it again; of a configuration, its resume and its meshes."""
 
 import argparse
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
-from gptjax.checkpoint.fingerprint import fingerprints
-from gptjax.errors import CheckpointError, ConfigError, NumericError
-from gptjax.param_tree import leaves_by_path
-from gptjax.pretrain import rerun
-from gptjax.pretrain.rerun import Difference, RunAgain
-from gptjax.runtime.progress import Progress
-
-BOUNDS = {"float32": 1e-4, "bfloat16": 2e-2}
-"""Relative deviations that other meshes, devices and versions may have, by compute.dtype."""
+from gptjax.config import CONFIG_FILE
+from gptjax.errors import ConfigError
 
 
-def run(args: argparse.Namespace, _: Sequence[str]) -> None:
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Runs the command. Raises NumericError where something differs."""
-    with rerun.opened(args.run, Progress()) as again:
-        first, last = _range(again, args.first, args.steps)
-        print(f"{args.run}: trains again from step {first} to step {last}", flush=True)
-        verify(again, first, last)
+    if "://" in args.config or (Path(args.config) / CONFIG_FILE).is_file():
+        if overrides or args.meshes:
+            given = " ".join(overrides) or "--meshes"
+            raise ConfigError([f"{given}: goes with a CONFIG, and {args.config} is a run"])
+        from gptjax.pretrain.verify_run import verify_run
 
+        verify_run(args.config, args.first, args.steps)
+        return
+    if args.first is not None or args.steps is not None:
+        raise ConfigError(["--from, --steps: go with a run, and this is a CONFIG"])
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if args.meshes:
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
+    from gptjax.cli.arguments import resolve
+    from gptjax.pretrain.verify_config import verify_config
 
-def _range(again: RunAgain, first: int | None, steps: int | None) -> tuple[int, int]:
-    """The step to begin after, and the last one: by default to the newest checkpoint from the one
-    before it."""
-    saved = again.checkpoints.steps()
-    if not saved:
-        raise CheckpointError(f"{again.path}: this run has no checkpoint yet")
-    done = max([*saved, *again.recorded])
-    if first is None:
-        first = max((one for one in saved if one < saved[-1]), default=0)
-    elif first and first not in saved:
-        have = ", ".join(map(str, [0, *saved]))
-        raise ConfigError([f"--from={first}: there is no such checkpoint; available: {have}"])
-    if steps is not None and not 1 <= steps <= again.last - first:
-        raise ConfigError([f"--steps={steps}: from step {first} there are {again.last - first}"])
-    last = first + steps if steps else min((n for n in saved if n > first), default=done)
-    if last > done or last <= first:
-        raise ConfigError([f"--from={first}: nothing was trained after it; the run is at {done}"])
-    if not any(first < n <= last for n in (*saved, *again.recorded)):
-        raise ConfigError([f"--steps={steps}: nothing was saved or recorded of these steps"])
-    return first, last
-
-
-def verify(again: RunAgain, first: int, last: int) -> None:
-    """Trains again, prints what was compared and found equal. Raises NumericError."""
-    saved = [step for step in again.checkpoints.steps() if first <= step <= last]
-    metas = {step: again.checkpoints.meta(step) for step in saved}
-    reasons = (again.bits_may_differ(meta, step) for step, meta in metas.items())
-    why = next((reason for reason in reasons if reason), "")
-    bound = BOUNDS[again.cfg.compute.dtype] if why else 0.0
-    names = ", ".join(rerun.COMPARED)
-    what = f"{names} to within {bound:g} of their values, as bits may differ ({why})"
-    print(f"compares {what if why else f'{names} and all arrays, bit for bit'}", flush=True)
-    wrong: list[Difference] = []
-    compared = arrays = 0
-    for step, state, metrics in again.steps(again.state_at(first), last):
-        if metrics and step in again.recorded:
-            compared += 1
-            found = rerun.difference(step, metrics, again.recorded[step], bound)
-            wrong += [found] if found else []
-        if step in metas and not why:
-            prints = fingerprints(leaves_by_path(state))
-            unlike = [
-                path for path, own in prints.items() if metas[step]["fingerprints"][path] != own
-            ]
-            arrays += len(prints)
-            if unlike:
-                raise NumericError(_told(again, wrong, step, unlike, len(prints)))
-            print(f"checkpoint {step}: all {len(prints)} arrays are equal")
-    if wrong:
-        raise NumericError(_told(again, wrong))
-    counted = f"{compared} recorded steps"
-    print(f"{counted}: all within the bound" if why else f"{counted}, {arrays} arrays: all equal")
-
-
-def _told(
-    again: RunAgain, wrong: list[Difference], step: int = 0, unlike: Sequence[str] = (), of: int = 0
-) -> str:
-    """What differs: the first step by its metrics, and the arrays of a checkpoint."""
-    parts = [f"the first difference that was recorded is at {wrong[0]}"] if wrong else []
-    if unlike:
-        more = f" and {len(unlike) - 5} more" if len(unlike) > 5 else ""
-        parts.append(
-            f"checkpoint {step}: {len(unlike)} of {of} arrays differ: {', '.join(unlike[:5])}{more}"
-        )
-    return f"{again.path}: was not trained as it is now: {'; '.join(parts)}"
+    verify_config(resolve(args, overrides), meshes=args.meshes)

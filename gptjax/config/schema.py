@@ -413,6 +413,12 @@ class LogConfig:
     """Step at which jax.profiler begins to trace. 0: never."""
     profile_steps: int = free(3)
     """Number of steps in a trace."""
+    profile_slow: float = free(0.0)
+    """Trace the steps after one that took so many times the median, up to three times. 0: never."""
+    dump_hlo: bool = free(False)
+    """Write the compiled program of each train step into RUN/hlo/, as text."""
+    metrics_port: int = free(0)
+    """Port of 127.0.0.1 where Prometheus gets the newest metrics (extra serve). 0: none."""
     compile_cache: str = free("~/.cache/gptjax/xla")
     """Folder of the persistent compilation cache. Empty: no cache."""
 
@@ -436,6 +442,9 @@ class WatchConfig:
     """Deadline for the part of saving a checkpoint that the training loop waits for."""
     eval: int = free(14400)
     """Deadline for the evaluation and samples of one step."""
+    straggler: float = free(0.1)
+    """Share of the time by which a process may be slower than the median of all at reading, saving
+    or evaluating, before process 0 names it. 0: never."""
     audit_every: int = free(0)
     """Steps between those that are computed twice and compared bit for bit, on every device: a
     difference ends the run, unsaved, with exit code 76. Needs memory for the state once more, and

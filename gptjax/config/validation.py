@@ -42,7 +42,8 @@ _AT_LEAST_0 = (
     *("eval.every", "eval.sample_every", "eval.tasks_every", "eval.task_limit"),
     *("eval.temperature", "checkpoint.keep_every", "log.peak_tflops", "log.profile_start"),
     *("watch.lost", "watch.restore", "watch.compile", "watch.data", "watch.step", "watch.save"),
-    *("watch.eval", "watch.audit_every", "checkpoint.upload_mb_s"),
+    *("watch.eval", "watch.audit_every", "watch.straggler", "log.profile_slow", "log.metrics_port"),
+    "checkpoint.upload_mb_s",
     *("train.check_replicas", "train.batch_ramp_tokens"),
     *("spike.threshold", "spike.before", "spike.after", "spike.rewinds"),
 )

@@ -93,7 +93,8 @@ def pretrain(
     for line in stage_table.lines(limited, data.order.epochs_at):
         progress.say(line)
     tokenizer = _tokenizer(cfg, manifests)
-    samples = WriteSamples(cfg, tokenizer, watchdog, progress)
+    writers = metrics.metric_writers(cfg)
+    samples = WriteSamples(cfg, tokenizer, writers, watchdog, progress)
     distributed.agree({"the stores' tokens": repr(manifests.fingerprints()), **run_dir.facts(cfg)})
     run_dir.record(cfg, tokenizer, manifests)
     cfg = limited
@@ -113,7 +114,6 @@ def pretrain(
         task.layer_order,
         phases.borders(cfg),
     )
-    writers = metrics.metric_writers(cfg)
     evaluators = _evaluators(cfg, manifests, tokenizer, progress)
     evaluate = callback.Evaluate(evaluators, writers, watchdog, progress)
     todo = standard.standard_callbacks(cfg, checkpointer, evaluate, watchdog, progress, data.epochs)
@@ -185,10 +185,15 @@ class WriteSamples:
     """An action of the training loop: continues eval.prompts, shows them, keeps them in the run."""
 
     def __init__(
-        self, cfg: Config, tokenizer: Tokenizer, watchdog: Watchdog, progress: Progress
+        self,
+        cfg: Config,
+        tokenizer: Tokenizer,
+        writers: metrics.Writers,
+        watchdog: Watchdog,
+        progress: Progress,
     ) -> None:
         """Raises ConfigError for prompts that the model cannot continue."""
-        self._cfg, self._tokenizer = cfg, tokenizer
+        self._cfg, self._tokenizer, self._writers = cfg, tokenizer, writers
         self._watchdog, self._progress = watchdog, progress
         self._params = sample.SamplingParams(
             temperature=cfg.eval.temperature,
@@ -210,6 +215,7 @@ class WriteSamples:
         self._progress.say(f"samples at step {snapshot.step}\n{''.join(shown)}".rstrip("\n"))
         if not distributed.first():
             return
+        self._writers.text(snapshot.step, "samples", "".join(shown))
         try:
             folder = run_dir.log_folder(cfg.run) / SAMPLES
             folder.mkdir(exist_ok=True)

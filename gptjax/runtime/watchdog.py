@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from jax.errors import JaxRuntimeError
 
@@ -30,7 +30,10 @@ _FRAMES = 8  # innermost frames of the main thread that a heartbeat carries
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """A process's stage and step, and its seconds in that stage; `count` grows by one each time."""
+    """A process's stage and step, and its seconds in that stage; `count` grows by one each time.
+
+    `spent` has its seconds in each stage since it started.
+    """
 
     count: int
     stage: str
@@ -38,6 +41,7 @@ class Heartbeat:
     seconds: float
     process: str
     stack: str
+    spent: Mapping[str, float] = field(default_factory=dict)
 
     def position(self) -> tuple[int, int]:
         """How far the process has come, for comparison."""
@@ -164,7 +168,12 @@ class Watchdog:
         stack = "".join(traceback.format_stack(frame)[-_FRAMES:]) if frame else ""
         self._count += 1
         seconds = time.monotonic() - since
-        return Heartbeat(self._count, stage, step, seconds, distributed.name(), stack)
+        name = distributed.name()
+        return Heartbeat(self._count, stage, step, seconds, name, stack, self.seconds())
+
+    def spent(self) -> dict[str, Mapping[str, float]]:
+        """The seconds of each process by stage, by its name, as of its last heartbeat."""
+        return {beat.process: beat.spent for _, (beat, _) in sorted(self._last.items())}
 
     # --- heartbeats ---
 

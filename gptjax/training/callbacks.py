@@ -383,19 +383,19 @@ class Profile(Callback):
 
     def __init__(self, cfg: LogConfig, folder: Path) -> None:
         self._first, self._steps, self._folder = cfg.profile_start, cfg.profile_steps, folder
-        self.tracing = False
+        self._tracing = self.done = False
 
     def before_step(self, step: int) -> None:
         if step == self._first:
             jax.profiler.start_trace(str(self._folder))
-            self.tracing = True
+            self._tracing = True
 
     def dispatched(self, step: int, metrics: Any) -> None:
-        if self.tracing and step == self._first + self._steps - 1:
+        if self._tracing and step == self._first + self._steps - 1:
             jax.block_until_ready(metrics)
             self.close()
 
     def close(self) -> None:
-        if self.tracing:
+        if self._tracing:
             jax.profiler.stop_trace()
-            self.tracing = False
+            self._tracing, self.done = False, True

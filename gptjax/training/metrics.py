@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -145,10 +146,50 @@ class TensorBoardWriter:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+            self._writer.add_scalar(_tag(name), value, step)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Shows a text, of samples say, as it is."""
+        lines = "".join(f"    {line}\n" for line in text.splitlines())  # no Markdown
+        self._writer.add_text(name, lines, step)
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _tag(name: str) -> str:
+    """A metric's name after its group, by which TensorBoard sorts its charts."""
+    if "/" in name:
+        return name
+    if name.startswith("valid_"):
+        return f"valid/{name}"
+    if name in ("loss", "perplexity", "lr", "grad_norm", "param_norm", "z_loss", "nonfinite"):
+        return f"train/{name}"
+    if name in ("tokens_per_second", "mfu", "data_wait", "save_seconds", "goodput"):
+        return f"speed/{name}"
+    return f"other/{name}"
+
+
+class PrometheusWriter:
+    """Serves the newest metrics on 127.0.0.1 as gauges: gptjax_loss, gptjax_step, ..."""
+
+    def __init__(self, port: int) -> None:
+        from prometheus_client import CollectorRegistry, Gauge, start_http_server
+
+        self._registry, self._gauge = CollectorRegistry(), Gauge
+        self._gauges: dict[str, Any] = {}
+        self._server, _ = start_http_server(port, addr="127.0.0.1", registry=self._registry)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in {"step": step, **metrics}.items():
+            known = re.sub(r"\W", "_", f"gptjax_{name}")
+            if known not in self._gauges:
+                self._gauges[known] = self._gauge(known, name, registry=self._registry)
+            self._gauges[known].set(value)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
 
 
 class Writers:
@@ -170,6 +211,10 @@ class Writers:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Hands the metrics to each writer."""
         self._each(lambda writer: writer.write(step, metrics))
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Hands a text to each writer that takes texts (a method `text`)."""
+        self._each(lambda writer: getattr(writer, "text", lambda *_: None)(step, name, text))
 
     def close(self) -> None:
         """Closes each writer."""
@@ -201,6 +246,8 @@ def check_writers(cfg: Config) -> None:
 def metric_writers(cfg: Config) -> Writers:
     """The configured metric writers, of the first process alone. Raises ConfigError."""
     check_writers(cfg)
+    port = cfg.log.metrics_port
     names = ["jsonl", *["tensorboard"] * cfg.log.tensorboard, *cfg.log.writers]
     factories = [METRIC_WRITERS[name] for name in dict.fromkeys(names)]
+    factories += [lambda folder, step: PrometheusWriter(port)] if port else []
     return Writers(factories if distributed.first() else [], log_folder(cfg.run))

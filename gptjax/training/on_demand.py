@@ -7,7 +7,9 @@ heard at the next step that is a multiple of log.every, by all at the same step.
 
 import contextlib
 import signal
+import statistics
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +22,12 @@ from gptjax.config import LogConfig
 from gptjax.runtime import distributed
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
-from gptjax.training.callbacks import Callback, Profile, Save
+from gptjax.training.callbacks import Callback, Profile, Save, StepTimer
 
 REQUEST = "request"
 WORDS = ("save", "profile", "stacks")
 _LOOK_S = 1.0
+_TIMES, _SLOW_TRACES = 20, 3
 
 
 class OnDemand(Callback):
@@ -37,6 +40,8 @@ class OnDemand(Callback):
         self._watchdog, self._progress = watchdog, progress
         self._signalled, self._looked = False, 0.0
         self._profile: Profile | None = None
+        self._times: deque[float] = deque(maxlen=_TIMES)
+        self._slow, self._done = 0, 0.0  # traces of slow steps; when the last step was done
         self._action: Any = None
 
     def begin(self, first: int, last: int) -> None:
@@ -55,17 +60,39 @@ class OnDemand(Callback):
             elif word == "stacks":
                 self._progress.say(self._watchdog.stacks())
             elif self._profile is None:
-                folder = self._folder / f"profile-{step}"
-                self._profile = Profile(replace(self._cfg, profile_start=step), folder)
-                self._progress.say(f"steps from {step} are profiled into {folder}")
+                self._start_profile(step)
         if self._profile is not None:
             self._profile.before_step(step)
+
+    def _start_profile(self, step: int) -> None:
+        folder = self._folder / f"profile-{step}"
+        self._profile = Profile(replace(self._cfg, profile_start=step), folder)
+        self._progress.say(f"steps from {step} are profiled into {folder}")
 
     def dispatched(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         if self._profile is not None:
             self._profile.dispatched(step, metrics)
-            if not self._profile.tracing:
+            if self._profile.done:
                 self._profile = None
+                self._times.clear()  # steps that were traced were slower
+
+    def on_metrics(self, step: int, metrics: dict[str, float], timer: StepTimer) -> None:
+        """Asks for a profile after a slow step, of this process alone."""
+        spent = self._watchdog.seconds()
+        done = spent["step"] + spent["data"]  # without saves and evaluations
+        took, self._done = done - self._done, done
+        limit, known = self._cfg.profile_slow, len(self._times) == _TIMES
+        slow = (
+            limit
+            and known
+            and self._profile is None
+            and took > limit * statistics.median(self._times)
+        )
+        if slow and self._slow < _SLOW_TRACES:
+            self._slow += 1
+            self._progress.say(f"step {step} took {took:.2f} s: the next ones are profiled")
+            self._start_profile(step + 2)  # the next one is under way
+        self._times.append(took)
 
     def close(self) -> None:
         if self._profile is not None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 
+from gptjax.checkpoint import run_dir
 from gptjax.config import Config, ModelConfig, phases
 from gptjax.config.phases import Phase
-from gptjax.runtime import compilation_cache
+from gptjax.runtime import compilation_cache, distributed
 from gptjax.runtime.progress import Progress
 from gptjax.training.step import compile_step
 from gptjax.training.task import Task
@@ -80,6 +81,16 @@ class StepPrograms:
 
         self._submit(following, state).add_done_callback(tell)
 
+    def _dump(self, phase: Phase, step: Any) -> None:
+        """Writes a compiled step as text, beside the run's other logs."""
+        name = f"step-{phase.first + 1}-{phase.batch}x{phase.seq_len}.txt"
+        try:
+            folder = run_dir.log_folder(self._cfg.run) / "hlo"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(step.as_text())
+        except OSError as error:
+            self._progress.say(f"log.dump_hlo: {name} was not written: {error}")
+
     def _submit(self, phase: Phase, state: Any) -> Future[Any]:
         mesh, task = jax.sharding.get_mesh(), self._task
         abstract = jax.tree.map(
@@ -102,6 +113,8 @@ class StepPrograms:
             except BaseException as error:
                 future.set_exception(error)
             else:
+                if self._cfg.log.dump_hlo and distributed.first():
+                    self._dump(phase, step)
                 future.set_result(step)
 
         # No end of the process waits for it, as one of a pool's would.

@@ -19,6 +19,7 @@ from gptjax.training.callbacks import (
     ShowProgress,
 )
 from gptjax.training.on_demand import OnDemand
+from gptjax.training.stragglers import NameStragglers
 
 
 def standard_callbacks(
@@ -47,5 +48,6 @@ def standard_callbacks(
         CheckReplicas(cfg.train.check_replicas, cfg.checkpoint.every, watchdog, borders),
         save,
         evaluate,
+        NameStragglers(cfg.watch.straggler, watchdog, progress),
         OnDemand(cfg.log, folder, save, watchdog, progress),
     ]

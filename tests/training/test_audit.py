@@ -1,20 +1,21 @@
-"""A step that is computed twice: a device that computes wrongly is found, and named."""
+"""A step that is computed twice, and what can be asked of a run while it is trained."""
 
 import dataclasses
 import os
 import signal
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from test_trainer import batch_of, fit, fresh, loss_fn, tiny
+from test_trainer import batch_of, fit, fresh, loss_fn, rows_of, tiny
 
 from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.config import CheckpointConfig, Config, LogConfig, MeshConfig, WatchConfig
 from gptjax.errors import AuditError, ConfigError
 from gptjax.parallel import mesh, sharding
-from gptjax.training import audit, on_demand
+from gptjax.training import audit, on_demand, stragglers
 from gptjax.training.step import train_step
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
@@ -133,3 +134,43 @@ def test_a_signal_and_a_file_ask_for_a_checkpoint_a_profile_and_stacks(
     assert "_train_one" in err
     assert "'nonsense' is none of save, profile, stacks" in err
     assert not (tmp_path / on_demand.REQUEST).exists()
+
+
+def test_the_steps_after_a_slow_one_are_profiled_and_programs_are_written(
+    tmp_path: Path, capsys
+) -> None:
+    cfg = dataclasses.replace(
+        tiny(tokens=30 * 512),
+        checkpoint=CheckpointConfig(every=5, keep=1),
+        log=LogConfig(every=1, profile_steps=1, profile_slow=8.0, dump_hlo=True, tensorboard=False),
+    )
+
+    def batches(first, last):
+        for step in range(first, last):
+            if step == 24:
+                time.sleep(2)
+            yield rows_of(cfg, step)
+
+    fit(cfg, tmp_path, batches=batches, shown=True)
+    err = capsys.readouterr().err
+    assert err.count("the next ones are profiled") == 1, err
+    (folder,) = tmp_path.glob("profile-*")
+    assert 26 <= int(folder.name.removeprefix("profile-")) <= 28
+    assert list(folder.glob("**/*.xplane.pb"))
+    (program,) = (tmp_path / "hlo").iterdir()
+    assert program.name == "step-1-16x32.txt"
+    assert "ENTRY" in program.read_text()
+
+
+def test_a_process_that_reads_slowly_is_named() -> None:
+    quick = {"data": 10.0, "save": 5.0}
+    before = dict.fromkeys(("process 0", "process 1", "process 2"), quick)
+    now = {
+        "process 0": {"data": 10.2, "save": 5.0},
+        "process 1": {"data": 10.1, "save": 5.1},
+        "process 2": {"data": 19.0, "save": 7.0},
+        "process 3": {"data": 99.0},  # has just come
+    }
+    (line,) = stragglers.stragglers(before, now, 30.0, 0.1)
+    assert line.startswith("process 2 was 9.0 s waiting for data of the last 30 s, the median")
+    assert list(stragglers.stragglers({}, now, 30.0, 0.1)) == []

@@ -4,8 +4,10 @@ import contextlib
 import io
 import json
 import math
+import socket
 import tempfile
 import time
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptjax.config import Config, LogConfig
 from gptjax.runtime import hardware
 from gptjax.training import metrics
 from gptjax.training.metrics import JsonlWriter, Throughput, Writers
@@ -211,3 +214,22 @@ def test_peaks_of_the_hardware_table_are_for_bfloat16_only(monkeypatch):
 def test_perplexity_is_exp_of_the_loss_and_infinite_beyond_floats():
     assert metrics.perplexity(2.0) == pytest.approx(math.exp(2.0))
     assert metrics.perplexity(1e4) == math.inf
+
+
+@pytest.mark.slow
+def test_prometheus_reads_the_newest_metrics_on_loopback(tmp_path) -> None:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+    log = LogConfig(metrics_port=port, tensorboard=False)
+    writers = metrics.metric_writers(Config(run=str(tmp_path), log=log))
+    writers.open(0)
+    writers.write(1, {"loss": 5.0})
+    writers.write(2, {"loss": 4.5, "valid_loss/web": 3.0})
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+    assert "gptjax_loss 4.5" in text
+    assert "gptjax_step 2.0" in text
+    assert "gptjax_valid_loss_web 3.0" in text
+    writers.close()
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10)
