@@ -68,6 +68,7 @@ def replay(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--files", action="store_true", help="find the files of the documents, in the text itself"
     )
+    parser.add_argument("--html", metavar="FILE", help="write a page, with all of the texts")
 
 
 def show_config(parser: argparse.ArgumentParser) -> None:

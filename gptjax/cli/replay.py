@@ -2,13 +2,16 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
+from gptjax.cli import replay_page
 from gptjax.config.schema import Config
 from gptjax.data import documents, mixture
-from gptjax.errors import ConfigError
+from gptjax.errors import ConfigError, OutputError
 from gptjax.pretrain import replay, rerun
 from gptjax.pretrain.replay import Piece, Step
 from gptjax.pretrain.rerun import RunAgain
+from gptjax.report import page
 from gptjax.runtime import distributed
 from gptjax.runtime.progress import Progress
 
@@ -29,6 +32,17 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
         if distributed.first():
             for line in lines(again, step, places):
                 print(line)
+            if args.html:
+                _write(args.html, replay_page.render(again, step, _metrics(step), places))
+
+
+def _write(file: str, text: str) -> None:
+    """Writes the page. Raises OutputError."""
+    try:
+        page.write(Path(file), text)
+    except OSError as error:
+        raise OutputError(f"--html={file}: cannot be written: {error.strerror}") from None
+    print(f"{file}: written")
 
 
 def _places(again: RunAgain, step: Step) -> dict[tuple[str, int], str]:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import jax
 
 from gptjax.checkpoint.run_dir import METRICS_FILE, log_folder
-from gptjax.config import Config
+from gptjax.config import CONFIG_FILE, Config
 from gptjax.config.registry import METRIC_WRITERS
 from gptjax.errors import ConfigError
 from gptjax.model.flops import ModelCost
@@ -143,6 +143,8 @@ class TensorBoardWriter:
         from tensorboardX import SummaryWriter
 
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        if first_step == 0 and (file := folder / CONFIG_FILE).exists():
+            self.text(0, "configuration", file.read_text())
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():

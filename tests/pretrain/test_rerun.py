@@ -163,12 +163,16 @@ def test_a_step_is_taken_apart_into_its_documents_and_layers(
             name = places[piece.part, piece.document]
             source = (Path(run).parent / piece.part / name).read_text()
             assert source[piece.begins :].startswith(text)
-    code, out, err = command_line("replay", run, "--step", 5, "--files")
+    file = Path(run).parent / "step.html"
+    code, out, err = command_line("replay", run, "--step", 5, "--files", "--html", file)
     assert code == 0, err
     assert "as recorded, bit for bit" in out
     assert "clipped: the gradient was multiplied by" in out
     assert "web " in out
     assert ".txt): " in out
+    html = file.read_text()
+    assert html.count("<details>") == len(step.pieces)
+    assert "as recorded, bit for bit" in html
     for wrong in (0, 8):
         code, _, err = command_line("replay", run, "--step", wrong)
         assert code == 2
