@@ -15,7 +15,7 @@ h1{font-size:1.3rem;margin:0}h2{font-size:1.05rem;margin:2rem 0 .5rem}.faint{col
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.88rem;
 font-variant-numeric:tabular-nums}td,th{padding:.25rem .8rem .25rem 0;text-align:right;
 border-bottom:1px solid var(--line);white-space:nowrap;vertical-align:top}
-td:first-child,th:first-child{text-align:left}.bar{display:inline-block;height:.7em;
+td:first-child,th:first-child,td:nth-child(2),th:nth-child(8){text-align:left}.bar{display:inline-block;height:.7em;
 background:var(--bar);border-radius:2px}.bar.against{background:var(--against)}
 td.text{white-space:normal;text-align:left;min-width:18rem}summary{cursor:pointer;
 overflow-wrap:anywhere}pre{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.5 ui-monospace,

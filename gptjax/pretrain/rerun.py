@@ -83,7 +83,7 @@ class RunAgain:
         """
         cfg, task = self.cfg, self.task
         fresh = lambda: create_state(cfg, task.init, task.lr_multipliers)
-        if step:
+        if step or 0 in self.checkpoints.steps():
             state: TrainState = self.checkpoints.restore(step, sharding.abstract(fresh))
             return state
         if cfg.start.base:
@@ -167,7 +167,8 @@ def opened(path: str, progress: Progress) -> Iterator[RunAgain]:
 
 
 def _here(cfg: Config) -> Config:
-    """A configuration whose mesh fits the devices of this job."""
+    """A configuration whose mesh fits the devices of this job, and that writes nothing."""
+    cfg = replace(cfg, log=replace(cfg.log, dump_hlo=False))
     try:
         cfg.check(jax.device_count(), jax.process_count())
     except ConfigError:
