@@ -4,6 +4,7 @@ Python with JAX and TensorFlow takes 10 to 20 s of a core to start. These proces
 a server that has imported all of it, and has not used a device.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -55,6 +56,7 @@ def _child(
         with path.open("a") as stream:
             os.dup2(stream.fileno(), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the server has it ignored
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
     from gptjax.cli import main
 
     prepare()
@@ -100,9 +102,13 @@ class Forked:
         return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Waits for the end; the exit code. Raises subprocess.TimeoutExpired."""
+        """Waits for the end; the exit code. Raises subprocess.TimeoutExpired, and shows where the
+        process is then."""
         self._process.join(timeout)
         if (code := self.poll()) is None:
+            self.send_signal(signal.SIGUSR2)
+            self._process.join(2)
+            print(self.read(), file=sys.stderr)
             raise subprocess.TimeoutExpired("gptjax", timeout or 0, None, self.read().encode())
         return code
 

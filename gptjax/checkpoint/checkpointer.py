@@ -128,6 +128,7 @@ class Checkpointer:
         self._order = None if order is None else list(order)
         self._milestones = milestones
         self.more: Callable[[int], Mapping[str, Any]] = lambda step: {}  # metadata of the loop
+        self.restored: dict[str, Any] = {}  # the metadata of what was restored last
         self.settle = 0  # steps behind a checkpoint after which it is known to be good
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
@@ -381,6 +382,7 @@ class Checkpointer:
         roots = {path.split("/")[0] for path in wanted}
         saved = {p: x for p, x in meta["tree"].items() if not partial or p.split("/")[0] in roots}
         _check_tree(self.store.place(step), saved, wanted)
+        self.restored = meta
         leaves = self._loaded(step, wanted, partial)
         for path, value in fingerprints(leaves).items():
             if value != meta["fingerprints"][path]:

@@ -95,14 +95,19 @@ class RunFiles:
 
     def parameters(self) -> tuple[int, int] | None:
         """The model's parameters and those of them that a token uses, by the newest checkpoint;
-        None without one, and for a run with adapters."""
-        for place in reversed(self.checkpoints.values()):
-            file = next(
-                (f for f in (place / "meta.json", place / "meta" / "data.json") if f.exists()), None
-            )
-            if file is not None and not self.cfg.finetune.lora.rank:
-                return count(json.loads(file.read_text())["tree"], self.cfg.model)
-        return None
+        None without one, for a run with adapters, and where its metadata cannot be read."""
+        if not self.checkpoints or self.cfg.finetune.lora.rank:
+            return None
+        place = self.checkpoints[max(self.checkpoints)]
+        in_bucket, in_folder = place / "meta.json", place / "meta" / "data.json"
+        try:
+            if in_bucket.exists():
+                tree = json.loads(in_bucket.read_text())["meta"]["tree"]
+            else:
+                tree = json.loads(in_folder.read_text())["tree"]
+            return count(tree, self.cfg.model)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def size(self) -> int | None:
         """Bytes of all its files; None in a bucket, which does not say."""

@@ -119,7 +119,7 @@ class Trainer:
         fresh = lambda: create_state(cfg, task.init, task.lr_multipliers)
         restored: TrainState | None = self._checkpointer.restore_newest(sharding.abstract(fresh))
         if restored is not None:
-            self._check_left_out(int(restored.step))
+            self._check_left_out()
             return restored, True
         self._left_out.record()
         state = task.starting_state() or jax.jit(fresh)()
@@ -268,10 +268,11 @@ class Trainer:
         except Exception:  # of many kinds: a damaged checkpoint is told when it is to be restored
             return False
 
-    def _check_left_out(self, step: int) -> None:
+    def _check_left_out(self) -> None:
         """Continues from what a restored checkpoint says. Raises MismatchError where it was trained
         on steps that are now to be left out."""
-        meta = self._checkpointer.meta(step)
+        meta = self._checkpointer.restored
+        step = int(meta["step"])
         then, now = [tuple(one) for one in meta.get("left_out", ())], self._left_out.up_to(step)
         if then != now:
             told = lambda ranges: ", ".join(f"{a}-{b}" for a, b in ranges) or "none"

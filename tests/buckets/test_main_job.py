@@ -125,6 +125,12 @@ def test_the_whole_job(bucket: Bucket, start: Start, command_line, tmp_path: Pat
     assert living.wait(240) == 75, living.read()
     assert Head(long[0]).read().writer is None
 
+    code, out, err = command_line("inspect", broken)
+    assert code == 0, err
+    assert f"step {STEPS} of {STEPS}" in out
+    assert "in 2 sessions, goodput" in out
+    page = (buckets.path_of(broken) / "report.html").read_text()
+    assert "work that was lost" in page
     code, out, err = command_line("sample", broken, "--prompt", "def ", "--max-tokens", 4)
     assert code == 0, err
     assert out.startswith("def ")

@@ -88,6 +88,18 @@ def write_run(folder: Path, lr: float = 1e-3) -> str:
     return str(folder)
 
 
+def test_a_damaged_checkpoint_does_not_keep_a_run_from_being_shown(
+    tmp_path: Path, command_line
+) -> None:
+    run = write_run(tmp_path / "run")
+    for text in ('{"no": "tree"}', "{", ""):
+        (tmp_path / "run/checkpoints/10/meta/data.json").write_text(text)
+        assert RunFiles.open(run).parameters() is None
+        code, out, _ = command_line("inspect", run)
+        assert code == 0
+        assert "parameters" in out  # as the model has them
+
+
 def shown(text: str) -> dict:
     """What a page shows."""
     (data,) = (line for line in text.splitlines() if 'type="application/json"' in line)
