@@ -85,7 +85,7 @@ class Proxy(ThreadingHTTPServer):
     def __init__(self, to: int) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.to, self.faults, self.one_at_a_time = to, Faults(), threading.Lock()
-        self.at_once = threading.Semaphore(4)  # more than a few lose connections at the emulator
+        self.at_once = threading.Semaphore(2)  # more than a few lose connections at the emulator
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
