@@ -11,6 +11,7 @@ from typing import Any
 from gptjax import bucket, config
 from gptjax.checkpoint import head, listing
 from gptjax.config import Config, ModelConfig, phases
+from gptjax.errors import ConfigError
 from gptjax.runtime import goodput
 from gptjax.runtime.goodput import Session
 
@@ -28,6 +29,8 @@ class RunFiles:
     @classmethod
     def open(cls, path: str) -> "RunFiles":
         """The run in a folder. Raises ConfigError where there is none."""
+        if not bucket.remote(path) and not (Path(path) / config.CONFIG_FILE).is_file():
+            raise ConfigError([f"{path}: is no run folder; it has no {config.CONFIG_FILE}"])
         return cls(path, config.load(path))
 
     @property

@@ -149,14 +149,8 @@ class Trainer:
         if step in self._left_out:
             state = advanced(state)
         else:
-            batch, every = (
-                arrays.global_batch(self._batch, phase.batch),
-                self._cfg.watch.audit_every,
-            )
-            if every and step % every == 0:
-                state, metrics = audit.audited(self._step_fn, state, batch, step, self._cfg.run)
-            else:
-                state, metrics = self._step_fn(state, batch)
+            batch = arrays.global_batch(self._batch, phase.batch)
+            state, metrics = self._compute(step, state, batch)
         if step < self._last:
             self._read_batch(step)
         self._report()

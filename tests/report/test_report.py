@@ -171,7 +171,8 @@ def test_the_page_of_several_runs_has_all_that_was_recorded(tmp_path: Path, comm
     assert "train.tokens = 5120" in first["configuration"]
     for words, told in {
         (one, one): "one of them is given twice",
-        (str(tmp_path / "none"),): "none",
+        (str(tmp_path / "none"),): "none: is no run folder; it has no config.json",
+        ("debug",): "debug: is no run folder",  # a preset is none
         (one, "--html", str(tmp_path / "no" / "x.html")): "cannot be written: No such file",
     }.items():
         code, _, err = command_line("report", *words)
