@@ -144,7 +144,10 @@ def test_the_planner_reads_an_optimizers_own_declaration() -> None:
     [
         (("optim", {"name": "sgdd"}), r"optim\.name=sgdd: unknown; known: adamw, .*toy_sgd"),
         (("compute", {"attention": "flash"}), r"compute\.attention=flash: unknown; known: splash"),
-        (("log", {"writers": ("wandb",)}), r"log\.writers=wandb: unknown; known: jsonl"),
+        (
+            ("log", {"writers": ("carrier-pigeon",)}),
+            r"log\.writers=carrier-pigeon: unknown; known: jsonl",
+        ),
     ],
 )
 def test_a_name_that_is_not_registered_is_refused_with_the_known_ones(change, message) -> None:

@@ -293,6 +293,7 @@ def test_a_bucket_that_fails_during_the_copy_leaves_reads_right(
     assert "instead" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_read_goes_on_when_the_bucket_is_back(
     bucket: Bucket, there: str, made: Path, monkeypatch, capfd
 ) -> None:
@@ -399,6 +400,7 @@ def test_processes_share_the_copies_and_copy_each_file_once(
     assert copies(tmp_path) == dict.fromkeys(copied_names(made), SIZE)
 
 
+@pytest.mark.slow
 def test_a_process_may_end_during_the_copy(bucket: Bucket, there: str, tmp_path: Path) -> None:
     bucket.proxy.faults = Faults(delay_s=0.3)
     once = READ.replace("while True", "for _ in range(1)")

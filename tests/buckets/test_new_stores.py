@@ -61,6 +61,7 @@ def test_a_store_in_the_bucket_is_the_one_that_is_made_locally(cfg: Config, tmp_
     assert said == []
 
 
+@pytest.mark.slow
 def test_a_mixture_in_the_bucket_gets_its_tokenizer_and_rows_there(
     cfg: Config, tmp_path: Path
 ) -> None:
@@ -87,6 +88,7 @@ def test_a_mixture_in_the_bucket_gets_its_tokenizer_and_rows_there(
     assert list(added.parts) == ["ones", "rest", "zero"]
 
 
+@pytest.mark.slow
 def test_a_copy_that_was_cut_off_goes_on_without_tokenizing_again(
     cfg: Config, bucket: Bucket, tmp_path: Path, monkeypatch
 ) -> None:
@@ -106,6 +108,7 @@ def test_a_copy_that_was_cut_off_goes_on_without_tokenizing_again(
     assert not (place / "being-made.json").exists()
 
 
+@pytest.mark.slow
 def test_a_bucket_that_cannot_be_written_is_told_before_anything_is_made(
     cfg: Config, bucket: Bucket, tmp_path: Path
 ) -> None:
@@ -131,6 +134,7 @@ def test_a_cache_is_needed(cfg: Config) -> None:
         prepare_mixture.prepare_parts(with_data(cfg, cache=""))
 
 
+@pytest.mark.slow
 def test_tokens_are_imported_into_the_bucket(
     place: str, tmp_path: Path, command_line, monkeypatch
 ) -> None:
