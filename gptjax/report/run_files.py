@@ -140,9 +140,13 @@ def read_rows(file: Any) -> Iterator[dict[str, Any]]:
 
 
 def read_metrics(run: str) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, of training and of evaluations: pandas.DataFrame takes
-    them as they are. Raises ConfigError where there is no run."""
-    return RunFiles.open(run).rows
+    """What a run's metrics.jsonl has of each step, of training and evaluation together, in order:
+    pandas.DataFrame takes it as it is. Raises ConfigError where there is no run."""
+    merged: dict[int, dict[str, Any]] = {}
+    for row in RunFiles.open(run).rows:
+        known = merged.setdefault(row["step"], {})
+        known |= row | {"time": known.get("time", row.get("time"))}  # when it had been trained
+    return list(merged.values())
 
 
 def count(tree: Mapping[str, Any], model: ModelConfig) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import jax
 
 from gptjax.checkpoint.run_dir import METRICS_FILE, log_folder
-from gptjax.config import CONFIG_FILE, Config
+from gptjax.config import CONFIG_FILE, Config, flatten, read_json
 from gptjax.config.registry import METRIC_WRITERS
 from gptjax.errors import ConfigError
 from gptjax.model.flops import ModelCost
@@ -143,12 +143,14 @@ class TensorBoardWriter:
         from tensorboardX import SummaryWriter
 
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
-        if first_step == 0 and (file := folder / CONFIG_FILE).exists():
-            self.text(0, "configuration", file.read_text())
+        self._config, self._last = folder / CONFIG_FILE, dict[str, float]()
+        if first_step == 0 and self._config.exists():
+            self.text(0, "configuration", self._config.read_text())
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(_tag(name), value, step)
+        self._last |= {name: metrics[name] for name in _COMPARED if name in metrics}
 
     def text(self, step: int, name: str, text: str) -> None:
         """Shows a text, of samples say, as it is."""
@@ -156,7 +158,16 @@ class TensorBoardWriter:
         self._writer.add_text(name, lines, step)
 
     def close(self) -> None:
+        """Records the configuration beside the last losses, for TensorBoard's HPARAMS."""
+        if self._last and self._config.exists():
+            fields = flatten(read_json(self._config))
+            values = {k: v if isinstance(v, int | float) else str(v) for k, v in fields.items()}
+            last = {_tag(name): value for name, value in self._last.items()}
+            self._writer.add_hparams(values, last, name="hparams")
         self._writer.close()
+
+
+_COMPARED = ("loss", "valid_loss", "valid_bits_per_byte")
 
 
 def _tag(name: str) -> str:

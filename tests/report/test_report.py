@@ -9,6 +9,7 @@ import jax
 import pytest
 from browser import CHROMIUM, Browser
 
+import gptjax
 from gptjax import config
 from gptjax.config import Config, LogConfig, ModelConfig, MoeConfig, TrainConfig
 from gptjax.model import decoder
@@ -178,6 +179,14 @@ def test_the_page_of_several_runs_has_all_that_was_recorded(tmp_path: Path, comm
         code, _, err = command_line("report", *words)
         assert code in (2, 73)
         assert told in err
+
+
+def test_rows_of_a_step_are_read_as_one(tmp_path: Path) -> None:
+    rows = gptjax.read_metrics(write_run(tmp_path / "run"))
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert (rows[4]["loss"], rows[4]["valid_loss"]) == (pytest.approx(4.995), 4.5)
+    assert (rows[9]["time"], rows[9]["valid_loss"]) == (1100.0, 4.25)
+    assert "valid_loss" not in rows[5]
 
 
 def test_long_curves_are_thinned_and_keep_their_end(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptjax import config
 from gptjax.config import Config, LogConfig
 from gptjax.runtime import hardware
 from gptjax.training import metrics
@@ -175,10 +176,21 @@ def test_writer_that_fails_to_close_is_a_warning_and_the_others_are_closed(capsy
 
 
 def test_tensorboard_writes_event_files_into_the_run_folder(tmp_path):
+    cfg = config.to_dict(Config(run="runs/mine"))
+    (tmp_path / "config.json").write_text(json.dumps(cfg))
     writer = metrics.TensorBoardWriter(tmp_path, 0)
-    writer.write(1, {"loss": 2.5})
+    writer.write(1, {"loss": 2.5, "mfu": 0.5, "epochs/web": 0.1})
+    writer.write(1, {"valid_loss": 2.75})
+    writer.text(1, "samples", "once upon *a* time")
     writer.close()
-    assert list((tmp_path / "tensorboard").glob("events*"))
+    (events,) = (tmp_path / "tensorboard").glob("events*")
+    written = events.read_bytes()
+    for tag in (b"train/loss", b"speed/mfu", b"epochs/web", b"valid/valid_loss", b"samples"):
+        assert tag in written
+    assert b"    once upon *a* time" in written
+    assert b"configuration" in written
+    (hparams,) = (tmp_path / "tensorboard" / "hparams").glob("events*")
+    assert b"optim.lr" in hparams.read_bytes()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
