@@ -46,7 +46,7 @@ def whole(s3_bucket: Bucket) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize(
     "seed",
-    [*range(2), *(pytest.param(n, marks=pytest.mark.exhaustive) for n in range(2, 40))],
+    [3, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in range(40) if n != 3)],
 )
 def test_a_run_ends_with_the_same_bits_or_a_sentence(
     s3_bucket: Bucket, whole: dict, command_line, tmp_path: Path, seed: int

@@ -66,7 +66,8 @@ def final(folder: Path) -> dict:
 
 
 def test_a_poisoned_run_ends_as_one_that_was_told_what_to_leave_out(tmp_path: Path) -> None:
-    _, written = train(config(), tmp_path / "poisoned", {20, 26})
+    state, written = train(config(), tmp_path / "poisoned", {20, 26})
+    assert int(state.step) == int(state.opt_state["rate"].count) == STEPS  # the schedule goes on
     told = leaving_out(config(), "18-21", "24-27")
     train(told, tmp_path / "told", {20, 26})
     assert final(tmp_path / "poisoned") == final(tmp_path / "told")
