@@ -129,6 +129,22 @@ def test_files_of_another_store_are_not_overwritten(cfg: Config) -> None:
     assert not (there / "manifest.json").exists()
 
 
+def test_a_file_that_another_machine_writes_meanwhile_is_not_overwritten(place: str) -> None:
+    kept = buckets.open_kvstore(place)
+
+    class Raced:
+        """A bucket where another writes between a look and a write."""
+
+        read = staticmethod(kept.read)
+
+        def write(self, key: str, contents: bytes, **condition: bytes):
+            kept.write(key, b"of another").result()
+            return kept.write(key, contents, **condition)
+
+    assert not buckets._is_put(Raced(), "file", b"mine")
+    assert kept.read("file").result().value == b"of another"
+
+
 def test_a_cache_is_needed(cfg: Config) -> None:
     with pytest.raises(ConfigError, match=r"/store: is made on this machine's disk; give data.ca"):
         prepare_mixture.prepare_parts(with_data(cfg, cache=""))

@@ -90,11 +90,12 @@ def test_a_poisoned_run_ends_as_one_that_was_told_what_to_leave_out(tmp_path: Pa
 def test_a_run_that_is_killed_around_a_rewind_ends_with_the_same_bits(tmp_path: Path) -> None:
     cfg = config()
     train(cfg, tmp_path / "whole", {20})
-    # Killed after the rewind; the window that judges the next steps comes from the checkpoint.
+    # Killed after a rewind; the window that judges the next steps comes from the checkpoint.
     with pytest.raises(Killed):
-        train(cfg, tmp_path / "after", {20}, die_at=26)
-    train(cfg, tmp_path / "after", {20})
-    assert final(tmp_path / "after") == final(tmp_path / "whole")
+        train(cfg, tmp_path / "after", {20, 28}, die_at=27)
+    train(cfg, tmp_path / "after", {20, 28})
+    train(leaving_out(cfg, "18-21", "26-29"), tmp_path / "told", {20, 28})
+    assert final(tmp_path / "after") == final(tmp_path / "told")
     # Killed when the rewind had been recorded, and the checkpoints after it were still there.
     unwatched = dataclasses.replace(cfg, spike=SpikeConfig())
     with pytest.raises(Killed):
