@@ -11,6 +11,7 @@ from typing import Any
 from gptjax import config
 from gptjax.cli.arguments import resolve
 from gptjax.config import phases
+from gptjax.config.limits import unknown_scheme
 from gptjax.errors import ConfigError, DataError, OutputError
 from gptjax.runtime.progress import Progress
 
@@ -63,6 +64,8 @@ def import_files(args: argparse.Namespace, _: Sequence[str]) -> None:
     if not 0 < args.valid_fraction < 1:
         problem = f"--valid-fraction={args.valid_fraction}: must be above 0 and below 1"
         raise ConfigError([problem])
+    if why := unknown_scheme(args.store):
+        raise ConfigError([f"--store={args.store}: {why}"])
     tokenizer = tokenizers.make(tokenizers.config_of(args.tokenizer), ())
     found, valid = (
         token_files.find(paths, tokenizer.vocab_size, args.dtype)

@@ -175,7 +175,9 @@ def _train_problems(cfg: Any) -> Iterator[str]:
 
 
 def spike_problems(cfg: Any) -> Iterator[str]:
-    """Problems of the steps that are left out, and of spikes."""
+    """Problems of the steps that are left out, of spikes, and of a port."""
+    if cfg.log.metrics_port > 65535:
+        yield f"log.metrics_port={cfg.log.metrics_port}: must be at most 65535"
     for text in cfg.train.leave_out:
         try:
             ranges.parse([text])

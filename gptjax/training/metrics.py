@@ -249,6 +249,10 @@ class Writers:
 
 def check_writers(cfg: Config) -> None:
     """Raises ConfigError for a writer whose package is not installed."""
+    if cfg.log.metrics_port and importlib.util.find_spec("prometheus_client") is None:
+        install = "pip install 'gptjax[serve]'"
+        told = f"log.metrics_port={cfg.log.metrics_port}: needs the package prometheus_client"
+        raise ConfigError([f"{told}: {install}"])
     for name in cfg.log.writers:
         package = getattr(METRIC_WRITERS[name], "package", "")
         if package and importlib.util.find_spec(package) is None:

@@ -291,6 +291,9 @@ def test_the_command_says_what_was_imported(tmp_path: Path, valid: Path, command
     assert code == 0
     assert "1 of the files are those of --valid: not trained on" in out
     assert tokens_of(tmp_path / "whole", "train") == [EOS, *STREAM]
+    code, _, err = command_line(*words, "--store", "az://bucket/store")
+    assert code == 2
+    assert "--store=az://bucket/store: gptjax reads local files, gs:// and s3://, no az" in err
     code, _, err = command_line(*words, "--store", tmp_path / "other", "--valid-fraction", "1")
     assert code == 2
     assert "--valid-fraction=1.0: must be above 0 and below 1" in err

@@ -71,3 +71,7 @@ def test_a_package_that_is_missing_is_named_before_anything_is_done(folder, monk
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"log.writers=wandb: needs .*pip install 'gptjax\[wandb"):
         metrics.check_writers(Config(log=LogConfig(writers=("wandb",))))
+    with pytest.raises(ConfigError, match=r"metrics_port=9: needs .*pip install 'gptjax\[serve\]'"):
+        metrics.check_writers(Config(log=LogConfig(metrics_port=9)))
+    with pytest.raises(ConfigError, match=r"log.metrics_port=70000: must be at most 65535"):
+        Config(log=LogConfig(metrics_port=70000)).check()
