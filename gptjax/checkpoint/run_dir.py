@@ -33,6 +33,14 @@ from gptjax import bucket, config
 from gptjax import tokenizer as tokenizers
 from gptjax.checkpoint import head
 from gptjax.checkpoint.checkpointer import Checkpointer
+from gptjax.checkpoint.listing import (
+    CERTIFICATE,
+    CHECKPOINTS,
+    METRICS_FILE,
+    SOURCE,
+    START,
+    read_json,
+)
 from gptjax.config import CONFIG_FILE, Config
 from gptjax.data import mixture, store
 from gptjax.data.mixture import Manifests
@@ -45,16 +53,11 @@ from gptjax.runtime.goodput import SESSIONS
 from gptjax.runtime.mirror import Mirror
 from gptjax.tokenizer import Tokenizer
 
-CHECKPOINTS = "checkpoints"
-START = "start.json"
-CERTIFICATE = "certificate.json"
 _LOCK = "run.lock"
 _PROBE = ".probe"
 _LEASE_S = 180
 _DATA = "data.json"
-_SOURCE = "source.json"
 _EXAMPLES = "finetune.json"
-METRICS_FILE = "metrics.jsonl"
 
 
 @contextmanager
@@ -78,7 +81,7 @@ def claim(cfg: Config, say: Callable[[str], None] = lambda line: None) -> Iterat
                     take(stack, cfg, say)
             check_shared(cfg)
         changes: list[str] = []
-        if (folder / _SOURCE).exists():
+        if (folder / SOURCE).exists():
             raise MismatchError(
                 f"{folder} holds an imported model; to go on training it, give --start {folder} "
                 "and another --run"
@@ -213,7 +216,7 @@ def record_imported(cfg: Config, tokenizer: Tokenizer | None, source: dict[str, 
     if tokenizer is not None:
         _save_tokenizer(folder, tokenizer)
         source = source | {"tokenizer": tokenizer.fingerprint}
-    write_json(folder / _SOURCE, source)
+    write_json(folder / SOURCE, source)
     write_json(folder / CONFIG_FILE, config.to_dict(cfg))
 
 
@@ -226,7 +229,7 @@ def record_tuned(cfg: Config, tokenizer: Tokenizer, examples: dict[str, Any]) ->
     facts = {"tokenizer": tokenizer.fingerprint, **examples}
     if tokenizer.start_id is not None and not tokenizer.starts_by_itself:
         facts["start_id"] = tokenizer.start_id
-    begun_with = _read_json(folder / _EXAMPLES)
+    begun_with = read_json(folder / _EXAMPLES)
     if begun_with is not None and begun_with != facts:
         differences = [
             f"{name}: {begun_with.get(name)} in the run, {value} now"
@@ -245,7 +248,7 @@ def record_tuned(cfg: Config, tokenizer: Tokenizer, examples: dict[str, Any]) ->
 
 def start_of(folder: str) -> dict[str, Any] | None:
     """What a run was started from; None where its parameters were drawn. Raises DataError."""
-    return _read_json(bucket.path_of(folder) / START)
+    return read_json(bucket.path_of(folder) / START)
 
 
 def record_start(folder: str, facts: dict[str, Any]) -> None:
@@ -275,7 +278,7 @@ def _save_tokenizer(folder: Any, tokenizer: Tokenizer) -> None:
 
 def examples_of(folder: str) -> dict[str, Any]:
     """The recorded facts of a fine-tuned run's examples, empty for others. Raises DataError."""
-    return _read_json(bucket.path_of(folder) / _EXAMPLES) or {}
+    return read_json(bucket.path_of(folder) / _EXAMPLES) or {}
 
 
 def facts(cfg: Config) -> dict[str, str]:
@@ -287,22 +290,12 @@ def facts(cfg: Config) -> dict[str, str]:
 
 def source_of(folder: str) -> dict[str, Any] | None:
     """The origin of an imported model; None for a run that was trained here. Raises DataError."""
-    return _read_json(bucket.path_of(folder) / _SOURCE)
+    return read_json(bucket.path_of(folder) / SOURCE)
 
 
 def certificate_of(folder: str) -> dict[str, Any] | None:
     """The run's conversion certificate; None for a trained run. Raises DataError."""
-    return _read_json(bucket.path_of(folder) / CERTIFICATE)
-
-
-def _read_json(file: Any) -> dict[str, Any] | None:
-    """The JSON object in a file; None where the file does not exist."""
-    if not file.exists():
-        return None
-    try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{file}: cannot be read as JSON: {error}") from None
+    return read_json(bucket.path_of(folder) / CERTIFICATE)
 
 
 def write_json(file: Any, values: Any) -> None:
@@ -341,7 +334,7 @@ def open_run(folder: str) -> tuple[Config, Tokenizer | None, Manifests | None]:
     if source is not None:
         if "tokenizer" not in source:
             return cfg, None, None
-        return cfg, _own_tokenizer(folder, source["tokenizer"], _SOURCE), None
+        return cfg, _own_tokenizer(folder, source["tokenizer"], SOURCE), None
     name = _DATA if cfg.finetune.task == "none" else _EXAMPLES
     if not (bucket.path_of(folder) / name).exists():
         raise DataError(f"{folder}: this run has no {name}, so nothing was trained in it")

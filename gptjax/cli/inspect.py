@@ -4,10 +4,10 @@ Reads files alone, and imports JAX only where no checkpoint says how large the m
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from gptjax.checkpoint.listing import CERTIFICATE, SOURCE, START, read_json
 from gptjax.report.run_files import RunFiles
 from gptjax.runtime import goodput
 
@@ -24,11 +24,11 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
     print(f"checkpoints: {', '.join(map(str, files.checkpoints)) or 'none'}")
     if (size := files.size()) is not None:
         print(f"size: {size / 1e6:,.1f} MB")
-    if start := _read(files, "start.json"):
+    if start := read_json(files.folder / START):
         print(f"started from {start['base']} (parameters {start['parameters_sha256'][:12]})")
-    if source := _read(files, "source.json"):
+    if source := read_json(files.folder / SOURCE):
         print(f"imported from {source['folder']}")
-    if certificate := _read(files, "certificate.json"):
+    if certificate := read_json(files.folder / CERTIFICATE):
         print_certificate(certificate)
 
 
@@ -54,19 +54,6 @@ def _parameters(files: RunFiles) -> tuple[int, int]:
 
     parameters = ModelCost(files.cfg.model).parameters
     return parameters.total, parameters.active
-
-
-def _read(files: RunFiles, name: str) -> dict[str, Any] | None:
-    """The JSON object in a file of the run, if it is there. Raises DataError."""
-    from gptjax.errors import DataError
-
-    file = files.folder / name
-    if not file.exists():
-        return None
-    try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{file}: cannot be read as JSON: {error}") from None
 
 
 def print_certificate(certificate: dict[str, Any], indent: str = "") -> None:

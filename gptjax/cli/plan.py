@@ -8,10 +8,11 @@ from pathlib import Path
 
 from gptjax.cli.arguments import resolve
 from gptjax.config import Config, MeshConfig, phases
-from gptjax.errors import ConfigError, OutputError
+from gptjax.errors import ConfigError
 from gptjax.plan import aot, checkpoints, estimate, html, report, search
 from gptjax.plan.estimate import Plan
 from gptjax.plan.machines import Machine, parse
+from gptjax.report import page
 from gptjax.runtime.hardware import GIB
 
 COMPILED = 2  # number of the search's best choices that --compile compiles
@@ -102,7 +103,7 @@ def _run(
     choices = search.pareto_front(cfg, machine) if options.search else []
     plan = choices[0].plan if choices else estimate.plan(_with_mesh(cfg, machine), machine)
     if options.html:
-        _write_html(html.render(plan, choices, options.price), options.html)
+        page.write_html(options.html, html.render(plan, choices, options.price))
     if options.json:
         named = {"stage": stage} if stage else {}
         tell(json.dumps(named | _as_dict(plan, choices, options)))
@@ -122,13 +123,6 @@ def _run(
             tell(line)
     _compile(plan, choices, options, tell)
     return plan
-
-
-def _write_html(page: str, file: str) -> None:
-    try:
-        Path(file).write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"--html={file}: cannot be written: {error}") from None
 
 
 def _machine(cfg: Config, options: Options) -> Machine:

@@ -2,12 +2,11 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from gptjax.cli import replay_page
 from gptjax.config.schema import Config
 from gptjax.data import documents, mixture
-from gptjax.errors import ConfigError, OutputError
+from gptjax.errors import ConfigError
 from gptjax.pretrain import replay, rerun
 from gptjax.pretrain.replay import Piece, Step
 from gptjax.pretrain.rerun import RunAgain
@@ -33,16 +32,8 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
             for line in lines(again, step, places):
                 print(line)
             if args.html:
-                _write(args.html, replay_page.render(again, step, _metrics(step), places))
-
-
-def _write(file: str, text: str) -> None:
-    """Writes the page. Raises OutputError."""
-    try:
-        page.write(Path(file), text)
-    except OSError as error:
-        raise OutputError(f"--html={file}: cannot be written: {error.strerror}") from None
-    print(f"{file}: written")
+                page.write_html(args.html, replay_page.render(again, step, _metrics(step), places))
+                print(f"{args.html}: written")
 
 
 def _places(again: RunAgain, step: Step) -> dict[tuple[str, int], str]:

@@ -2,11 +2,10 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from gptjax.cli.inspect import state
 from gptjax.config import Config
-from gptjax.errors import ConfigError, GptjaxError, OutputError
+from gptjax.errors import ConfigError, GptjaxError
 from gptjax.report import page
 from gptjax.report.run_files import RunFiles
 
@@ -21,12 +20,8 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
         print("\n  ".join([one.path, *lines]))
     if args.html is None:
         return
-    file = Path(args.html)
-    try:
-        page.write(file, page.render(runs, predicted))
-    except OSError as error:
-        raise OutputError(f"--html={args.html}: cannot be written: {error.strerror}") from None
-    print(f"{file}: written")
+    page.write_html(args.html, page.render(runs, predicted))
+    print(f"{args.html}: written")
 
 
 def predicted(cfg: Config) -> Mapping[str, float]:

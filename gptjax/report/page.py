@@ -10,6 +10,7 @@ from typing import Any
 
 from gptjax import config
 from gptjax.config import Config, phases
+from gptjax.errors import OutputError
 from gptjax.report.run_files import RunFiles
 from gptjax.runtime import goodput
 
@@ -175,6 +176,14 @@ def _differences(cfgs: Sequence[Config]) -> Iterator[list[str]]:
         values = [str(one.get(name, "–")) for one in flat]
         if len(set(values)) > 1:
             yield [name, *values]
+
+
+def write_html(path: str, text: str) -> None:
+    """Writes the page of an option --html. Raises OutputError."""
+    try:
+        write(Path(path), text)
+    except OSError as error:
+        raise OutputError(f"--html={path}: cannot be written: {error.strerror}") from None
 
 
 def write(file: Any, text: str) -> None:

@@ -15,7 +15,6 @@ from gptjax.errors import ConfigError
 from gptjax.runtime import goodput
 from gptjax.runtime.goodput import Session
 
-METRICS_FILE = "metrics.jsonl"
 SAMPLES = "samples"
 
 
@@ -41,7 +40,7 @@ class RunFiles:
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; damaged lines are left out."""
-        return list(read_rows(self.folder / METRICS_FILE))
+        return list(read_rows(self.folder / listing.METRICS_FILE))
 
     @cached_property
     def sessions(self) -> list[Session]:
@@ -56,7 +55,7 @@ class RunFiles:
     @cached_property
     def checkpoints(self) -> dict[int, Any]:
         """The folder of each checkpoint by its step, ascending."""
-        folder = self.folder / "checkpoints"
+        folder = self.folder / listing.CHECKPOINTS
         if (self.folder / head.HEAD).exists():
             record = head.of(self.path).read()
             return {step: folder / name for step, name in sorted(record.checkpoints.items())}
@@ -65,7 +64,7 @@ class RunFiles:
     @cached_property
     def left_out(self) -> list[dict[str, Any]]:
         """The steps that the run leaves out, with their rewinds (training/left_out.py)."""
-        file = self.folder / "left_out.json"
+        file = self.folder / listing.LEFT_OUT
         try:
             return list(json.loads(file.read_text())) if file.exists() else []
         except ValueError:

@@ -16,12 +16,11 @@ import jax
 
 from gptjax import bucket
 from gptjax.checkpoint import run_dir
+from gptjax.checkpoint.listing import LEFT_OUT
 from gptjax.config.ranges import Range, parse
 from gptjax.errors import DataError
 from gptjax.runtime import distributed
 from gptjax.training.step import TrainState
-
-LEFT_OUT = "left_out.json"
 
 
 @dataclass(frozen=True)
