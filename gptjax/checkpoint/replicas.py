@@ -29,19 +29,26 @@ def differing(leaves: Leaves) -> list[str]:
     return found
 
 
-def unlike(one: Leaves, two: Leaves) -> dict[str, list[jax.Device]]:
-    """The devices that hold other bits of an array in `two` than in `one`, by its path; of all
-    processes, which must call this together.
-    """
-    sums = {path: _sums(leaf) for path, leaf in one.items()}
-    others = {path: _sums(leaf) for path, leaf in two.items()}
+PartSums = dict[str, tuple[np.ndarray, list[jax.Device]]]
+"""By the paths of arrays, sums of the bits of each device's own part, and the devices."""
+
+
+def part_sums(leaves: Leaves) -> PartSums:
+    """The sums of arrays, in all processes, which must call this together."""
+    sums = arrays.to_host({path: _sums(leaf) for path, leaf in leaves.items()})
+    placed: dict[str, Any] = {path: leaf.sharding for path, leaf in leaves.items()}
+    return {
+        path: (np.asarray(value), list(placed[path].mesh.devices.flat))
+        for path, value in sums.items()
+    }
+
+
+def unlike(one: PartSums, two: PartSums) -> dict[str, list[jax.Device]]:
+    """The devices that hold other bits of an array in `two` than in `one`, by its path."""
     found: dict[str, list[jax.Device]] = {}
-    first, second = arrays.to_host(sums), arrays.to_host(others)
-    for path, leaf in one.items():
-        rows = np.flatnonzero((np.asarray(first[path]) != np.asarray(second[path])).any(axis=1))
+    for path, (sums, devices) in one.items():
+        rows = np.flatnonzero((sums != two[path][0]).any(axis=1))
         if len(rows):
-            placed: Any = leaf.sharding
-            devices = list(placed.mesh.devices.flat)
             found[path] = [devices[row] for row in rows.tolist()]
     return found
 

@@ -52,10 +52,13 @@ def lines(again: RunAgain, step: Step, places: dict[tuple[str, int], str]) -> li
     """What is told of a step: its metrics, the gradient by layer, and its documents by what they
     are of the gradient."""
     stage = f", stage {step.stage}" if step.stage else ""
-    told = [f"step {step.number}{stage}", *_metrics(step), "", "gradient norm:"]
+    told = [f"step {step.number}{stage}", *_metrics(step), ""]
+    told.append(f"{'gradient norm':38} the largest share: row, document")
     most = max([*step.layers.values(), 1e-30])
     for name, norm in step.layers.items():
-        told.append(f"  {name:24} {norm:10.4g} {'#' * round(30 * norm / most)}")
+        top = step.largest(name)[0]
+        of = f"{top.shares[name]:7.1%}: {top.row}, {_name(top)}"
+        told.append(f"  {name:24} {norm:10.4g} {'#' * round(20 * norm / most):20} {of}")
     ordered = sorted(step.pieces, key=lambda piece: -abs(piece.share))
     told += ["", f"{'share of':>8} {'norm of':>8} {'loss':>7} {'tokens':>7}  row, document"]
     told += [f"{'gradient':>8} {'its part':>8}"]
@@ -85,14 +88,17 @@ def _metrics(step: Step) -> list[str]:
     return told
 
 
+def _name(piece: Piece) -> str:
+    return f"{piece.part} {piece.document}".lstrip()
+
+
 def _piece(again: RunAgain, piece: Piece, places: dict[tuple[str, int], str]) -> str:
     text = again.tokenizer.decode(piece.tokens)
     shown = repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")
     where = places.get((piece.part, piece.document), "")
-    name = f"{piece.part} " if piece.part else ""
     begins = "" if not piece.begins else f" from its token {piece.begins}"
     begins = " (a later part)" if piece.begins < 0 else begins
     return (
         f"{piece.share:8.1%} {piece.norm:8.3g} {piece.loss:7.3f} {len(piece.tokens):7}  "
-        f"{piece.row}, {name}{piece.document}{begins}{f' ({where})' if where else ''}: {shown}"
+        f"{piece.row}, {_name(piece)}{begins}{f' ({where})' if where else ''}: {shown}"
     )

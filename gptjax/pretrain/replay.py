@@ -35,7 +35,7 @@ class Piece:
 
     part: the name of the mixture's part. begins: the piece's first token in the document. loss: its
     mean in nats a token. share: of the gradient's square, |g|^2 = sum of g_piece . g. norm: of its
-    part of the gradient.
+    part of the gradient. shares: of the square of the gradient of each layer, as Step.layers.
     """
 
     row: int
@@ -46,6 +46,7 @@ class Piece:
     loss: float
     share: float
     norm: float
+    shares: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ class Step:
     clipped: float
     pieces: list[Piece]
 
+    def largest(self, layer: str) -> list[Piece]:
+        """The pieces by the size of their shares of a layer's gradient, the largest first."""
+        return sorted(self.pieces, key=lambda piece: -abs(piece.shares[layer]))
+
 
 def replay(again: RunAgain, step: int) -> Step:
     """Trains from the nearest checkpoint up to a step, counted from 1, and takes the step apart."""
@@ -77,7 +82,8 @@ def replay(again: RunAgain, step: int) -> Step:
     windows_BW, lengths_B = (x[0] for x in again.data.read(range(step - 1, step)))
     grads, targets = _gradient(again, phase, state, _batch(windows_BW, lengths_B))
     layers = _norms(again, grads)
-    pieces = list(_pieces(again, phase, state, (grads, targets), windows_BW, lengths_B))
+    whole = (grads, targets)
+    pieces = list(_pieces(again, phase, state, whole, layers, windows_BW, lengths_B))
     ((_, _, metrics),) = steps  # which consumes the state
     clip = again.cfg.optim.clip
     return Step(
@@ -122,23 +128,30 @@ def _gradient(
 
 def _norms(again: RunAgain, grads: Tree) -> dict[str, float]:
     """The norm of a gradient in each array outside of the layers, and in each layer."""
+    squares = jax.jit(lambda grads: _products(again, grads, grads))(grads)
+    return {name: math.sqrt(square) for name, square in _by_layer(again, squares).items()}
+
+
+def _products(again: RunAgain, one: Tree, two: Tree) -> dict[str, jax.Array]:
+    """Inner products of two gradients' arrays, of stacked arrays of layers for each of them."""
+    ones, twos = (leaves_by_path(again.task.to_model_params(tree)) for tree in (one, two))
+    product = lambda a, b: a.astype(jnp.float32) * b.astype(jnp.float32)
+    return {
+        path: product(a, twos[path]).sum(tuple(range(path.startswith("blocks/"), a.ndim)))
+        for path, a in ones.items()
+    }
+
+
+def _by_layer(again: RunAgain, products: Any) -> dict[str, float]:
+    """The products of each array outside of the layers, and the sum of those of each layer."""
     period = len(again.cfg.model.pattern)
-    squares = jax.device_get(jax.jit(_squares)(again.task.to_model_params(grads)))
-    outside = {path: math.sqrt(v) for path, v in squares.items() if not path.startswith("blocks/")}
+    on_host = jax.device_get(products)
+    outside = {path: float(x) for path, x in on_host.items() if not path.startswith("blocks/")}
     layers = np.zeros(again.cfg.model.layers)
-    for path, values in squares.items():
+    for path, values in on_host.items():
         if path.startswith("blocks/"):
             layers[int(path.split("/")[1].removeprefix("layer_")) :: period] += values
-    return outside | {f"layer {n}": math.sqrt(square) for n, square in enumerate(layers)}
-
-
-def _squares(grads: Tree) -> dict[str, jax.Array]:
-    """Sums of squares, of the stacked arrays of layers for each of them."""
-    square = lambda g: jnp.square(g.astype(jnp.float32))
-    return {
-        path: square(g).sum(tuple(range(path.startswith("blocks/"), g.ndim)))
-        for path, g in leaves_by_path(grads).items()
-    }
+    return outside | {f"layer {n}": float(product) for n, product in enumerate(layers)}
 
 
 def _pieces(
@@ -146,10 +159,12 @@ def _pieces(
     phase: Phase,
     state: TrainState,
     whole: tuple[Tree, jax.Array],
+    layers: dict[str, float],
     windows_BW: np.ndarray,
     lengths_B: np.ndarray,
 ) -> Iterator[Piece]:
-    """The pieces of a step's batch, in the order of its rows; `whole` is its gradient."""
+    """The pieces of a step's batch, in the order of its rows; `whole` is its gradient, `layers` the
+    norms of that."""
     unit, start_id = _unit(again), again.manifests.start_id
     measure = _measure(again, phase, unit)
     nothing = jax.jit(lambda grads: jax.tree.map(jnp.zeros_like, grads))(whole[0])
@@ -165,8 +180,9 @@ def _pieces(
                 )
                 windows[0], lengths[0] = window_W, last
                 batch = _batch(windows, lengths)
-                grads, *sums = measure(state, whole, before[0], batch, jnp.int32(row))
-                loss, targets, share, norm = (float(x) for x in jax.device_get(sums))
+                grads, products, *sums = measure(state, whole, before[0], batch, jnp.int32(row))
+                loss, targets, norm = (float(x) for x in jax.device_get(sums))
+                of_layers = _by_layer(again, products)
                 yield Piece(
                     row=row,
                     part=part,
@@ -174,8 +190,12 @@ def _pieces(
                     begins=0 if number else begins,
                     tokens=window_W[first + 1 : last + 1].tolist(),
                     loss=(loss - before[1]) / max(1.0, targets - before[2]),
-                    share=share,
+                    share=sum(of_layers.values()) / sum(one**2 for one in layers.values()),
                     norm=norm,
+                    shares={
+                        name: product / (layers[name] ** 2 or 1.0)
+                        for name, product in of_layers.items()
+                    },
                 )
                 before = grads, loss, targets
             bar.update(row + 1)
@@ -202,7 +222,8 @@ def _documents(again: RunAgain, step: int) -> Iterator[tuple[str, Callable[[int]
 def _measure(again: RunAgain, phase: Phase, unit: int) -> Any:
     """A function of (state, the batch's gradient and number of targets, the gradient of the row up
     to a piece, the row up to the piece's end as a batch, the row's number): the gradient of the row
-    up to the piece's end, its sums of loss and targets, the piece's share and norm."""
+    up to the piece's end, products of the piece's with the batch's, the row's sums of loss and
+    targets, and the norm of the piece's gradient."""
     cfg, grad_fn = again.cfg, jax.grad(again.task.loss_fn(phase), has_aux=True)
 
     def of(state: TrainState, whole: Any, before: Tree, batch: Any, row: jax.Array) -> Any:
@@ -213,8 +234,7 @@ def _measure(again: RunAgain, phase: Phase, unit: int) -> Any:
             keys_B2 = jax.sharding.reshard(keys_B2, sharding.spec("batch", None))
         grads, sums = grad_fn(state.params, batch, keys_B2)
         own = jax.tree.map(lambda new, old: (new - old) / whole[1], grads, before)
-        products = jax.tree.map(lambda a, b: jnp.sum(a * b), own, whole[0])
-        share = sum(jax.tree.leaves(products)) / optimizer.global_norm(whole[0]) ** 2
-        return grads, sums["loss"], sums["targets"], share, optimizer.global_norm(own)
+        products = _products(again, own, whole[0])
+        return grads, products, sums["loss"], sums["targets"], optimizer.global_norm(own)
 
     return jax.jit(of)

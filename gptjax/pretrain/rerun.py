@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from gptjax import bucket
-from gptjax.checkpoint import run_dir
+from gptjax.checkpoint import listing, run_dir
 from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.config import Config, MeshConfig, phases
 from gptjax.config.phases import Phase
@@ -23,7 +23,6 @@ from gptjax.data.mixture import Manifests
 from gptjax.errors import CheckpointError, ConfigError
 from gptjax.parallel import arrays, mesh, sharding
 from gptjax.pretrain.task import PretrainTask
-from gptjax.report import run_files
 from gptjax.runtime import distributed
 from gptjax.runtime.progress import Progress
 from gptjax.tokenizer import Tokenizer
@@ -67,7 +66,7 @@ class RunAgain:
     @cached_property
     def recorded(self) -> dict[int, dict[str, float]]:
         """The metrics of the steps in metrics.jsonl; damaged lines are left out."""
-        rows = run_files.read_rows(bucket.path_of(self.path) / run_dir.METRICS_FILE)
+        rows = listing.read_rows(bucket.path_of(self.path) / listing.METRICS_FILE)
         return {row["step"]: row for row in rows if "loss" in row}
 
     @cached_property

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 
+import jax
+
+from gptjax.checkpoint import replicas
 from gptjax.checkpoint.fingerprint import fingerprints
 from gptjax.errors import CheckpointError, ConfigError, NumericError
-from gptjax.param_tree import leaves_by_path
+from gptjax.param_tree import Leaves, leaves_by_path
 from gptjax.pretrain import rerun
 from gptjax.pretrain.rerun import Difference, RunAgain
 from gptjax.runtime.progress import Progress
@@ -68,7 +71,10 @@ def verify(again: RunAgain, first: int, last: int) -> None:
             ]
             arrays += len(prints)
             if unlike:
-                raise NumericError(_told(again, wrong, step, unlike, len(prints)))
+                parts = _differing_parts(again, step, leaves_by_path(state), unlike)
+                raise NumericError(
+                    _told(again, wrong, f"checkpoint {step}: of {len(prints)} arrays {parts}")
+                )
             print(f"checkpoint {step}: all {len(prints)} arrays are equal")
     if wrong:
         raise NumericError(_told(again, wrong))
@@ -76,14 +82,30 @@ def verify(again: RunAgain, first: int, last: int) -> None:
     print(f"{counted}: all within the bound" if why else f"{counted}, {arrays} arrays: all equal")
 
 
-def _told(
-    again: RunAgain, wrong: list[Difference], step: int = 0, unlike: Sequence[str] = (), of: int = 0
-) -> str:
+def _differing_parts(again: RunAgain, step: int, leaves: Leaves, unlike: Sequence[str]) -> str:
+    """The arrays that are not those of a checkpoint, and the devices that differ; which of a
+    device's own part alone says that it was this device, now or then."""
+    now = replicas.part_sums({path: leaves[path] for path in unlike})
+    for leaf in leaves.values():
+        leaf.delete()  # the checkpoint needs their memory
+    saved = leaves_by_path(again.state_at(step))
+    devices = replicas.unlike(now, replicas.part_sums({path: saved[path] for path in unlike}))
+    told = [f"{path} ({_names(devices.get(path, []))})" for path in unlike[:5]]
+    more = f" and {len(unlike) - 5} more" if len(unlike) > 5 else ""
+    return f"{len(unlike)} differ: {', '.join(told)}{more}"
+
+
+def _names(devices: Sequence[jax.Device]) -> str:
+    """Devices by their processes, or that they are all."""
+    if len(devices) == jax.device_count() > 1:
+        return "on all devices"
+    processes = sorted({device.process_index for device in devices})
+    ids = lambda process: ", ".join(str(d.id) for d in devices if d.process_index == process)
+    return "; ".join(f"in the part of device {ids(one)} of process {one}" for one in processes)
+
+
+def _told(again: RunAgain, wrong: list[Difference], arrays: str = "") -> str:
     """What differs: the first step by its metrics, and the arrays of a checkpoint."""
     parts = [f"the first difference that was recorded is at {wrong[0]}"] if wrong else []
-    if unlike:
-        more = f" and {len(unlike) - 5} more" if len(unlike) > 5 else ""
-        parts.append(
-            f"checkpoint {step}: {len(unlike)} of {of} arrays differ: {', '.join(unlike[:5])}{more}"
-        )
+    parts += [arrays] if arrays else []
     return f"{again.path}: was not trained as it is now: {'; '.join(parts)}"

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,8 +39,8 @@ class RunFiles:
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; damaged lines are left out."""
-        return list(read_rows(self.folder / listing.METRICS_FILE))
+        """The rows of metrics.jsonl, those of evaluations by themselves; no damaged lines."""
+        return list(listing.read_rows(self.folder / listing.METRICS_FILE))
 
     @cached_property
     def sessions(self) -> list[Session]:
@@ -125,17 +125,6 @@ class RunFiles:
             else {}
         )
         return {step: files[step].read_text() for step in sorted(files)}
-
-
-def read_rows(file: Any) -> Iterator[dict[str, Any]]:
-    """The objects with a step in a file of JSON lines; other lines are passed over."""
-    for line in file.read_text().splitlines() if file.exists() else ():
-        try:
-            row = json.loads(line)
-            row["step"] = int(row["step"])
-        except (ValueError, TypeError, KeyError):
-            continue
-        yield row
 
 
 def read_metrics(run: str) -> list[dict[str, Any]]:

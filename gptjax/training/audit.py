@@ -51,7 +51,7 @@ def audited(
     result = step_fn(state, batch)
     again, _ = step_fn(copy, batch)
     one, two = leaves_by_path(result[0]), leaves_by_path(again)
-    if unlike := replicas.unlike(one, two):
+    if unlike := replicas.unlike(replicas.part_sums(one), replicas.part_sums(two)):
         raise _error(unlike, one, two, step, run)
     return result
 

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -17,7 +18,8 @@ from typing import Any, Protocol
 
 import jax
 
-from gptjax.checkpoint.run_dir import METRICS_FILE, log_folder
+from gptjax.checkpoint.listing import EVALUATED, METRICS_FILE, split
+from gptjax.checkpoint.run_dir import log_folder
 from gptjax.config import CONFIG_FILE, Config, flatten, read_json
 from gptjax.config.registry import METRIC_WRITERS
 from gptjax.errors import ConfigError
@@ -86,21 +88,26 @@ class Writer(Protocol):
 
 @METRIC_WRITERS.register("jsonl")
 class JsonlWriter:
-    """metrics.jsonl: one object a line, with its step and the time (seconds since 1970).
+    """metrics.jsonl: one object a line and a step, with the time (seconds since 1970).
 
-    A resume drops the lines that it writes again: those after its first step, and what was measured
-    at that step but its training loss. Damaged lines go to metrics.jsonl.damaged.
+    What is evaluated at a step that has been written is added to its line, after the time of that
+    as `evaluated`. A resume drops what it writes again: the lines after its first step, and what
+    was evaluated at that step. Damaged lines go to metrics.jsonl.damaged.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
         file = folder / METRICS_FILE
         kept, damaged = [], []
+        self._step = -1  # of the last line
         raw = file.read_bytes() if file.exists() else b""
         for line in io.BytesIO(raw):
             if (entry := _entry(line)) is None:
                 damaged.append(line)
-            elif entry["step"] < first_step or (entry["step"] == first_step and "loss" in entry):
+            elif entry["step"] < first_step:
                 kept.append(line.rstrip(b"\r\n") + b"\n")
+            elif entry["step"] == first_step and "loss" in entry:
+                kept.append(_line(split(entry)[0]))
+                self._step = first_step
         if not raw.endswith(b"\n"):
             damaged = damaged[:-1]  # the last line, which a kill has cut
         if damaged:
@@ -114,14 +121,24 @@ class JsonlWriter:
         partial = folder / f".{METRICS_FILE}.partial"
         partial.write_bytes(b"".join(kept))
         partial.replace(file)
-        self._stream = file.open("a", buffering=1)
+        self._stream = file.open("r+b", buffering=0)
+        self._stream.seek(0, os.SEEK_END)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        entry = {"step": step, "time": round(time.time(), 3), **metrics}
-        self._stream.write(json.dumps(entry) + "\n")
+        now = round(time.time(), 3)
+        if step == self._step:  # goes on with its line, in one write
+            self._stream.seek(-len(b"}\n"), os.SEEK_END)
+            self._stream.write(b", " + _line({EVALUATED: now, **metrics})[1:])
+        else:
+            self._stream.write(_line({"step": step, "time": now, **metrics}))
+            self._step = step
 
     def close(self) -> None:
         self._stream.close()
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:

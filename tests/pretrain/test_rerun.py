@@ -10,7 +10,9 @@ from pathlib import Path
 
 import jax
 import pytest
+from flipped import with_flip
 
+from gptjax.checkpoint import replicas
 from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.cli import replay as replay_command
 from gptjax.config import (
@@ -112,7 +114,31 @@ def test_a_step_that_was_done_otherwise_is_named_with_its_arrays(
     assert code == 70
     assert "the first difference that was recorded is at step 5: param_norm" in err
     assert "checkpoint 6: " in err
-    assert "arrays differ: opt_state/" in err or "arrays differ: params/" in err
+    assert " differ: opt_state/" in err or " differ: params/" in err
+    assert "(on all devices)" in err
+
+
+def test_a_device_whose_part_of_a_checkpoint_differs_is_named_with_its_process(
+    cfg: Config, command_line, monkeypatch, tmp_path: Path
+) -> None:
+    other = replace(cfg, run=str(tmp_path / "run"), mesh=MeshConfig(fsdp=8))
+    save = Checkpointer.save
+
+    def flipped(self, step, state, *rest, **options):
+        if step == 6:
+            state = replace(
+                state, params=state.params | {"embed": with_flip(state.params["embed"], 3)}
+            )
+        save(self, step, state, *rest, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpointer, "save", flipped)
+        patched.setattr(replicas, "differing", lambda leaves: [])
+        train(other)
+    code, _, err = command_line("verify", other.run, "--from", 3)
+    assert code == 70
+    assert "the first difference" not in err
+    assert "1 differ: params/embed (in the part of device 3" in err
 
 
 def test_on_another_mesh_metrics_are_compared_within_a_bound(
@@ -146,6 +172,13 @@ def check_step(again: rerun.RunAgain, step: Step, cfg: Config) -> None:
     assert loss == pytest.approx(recorded["loss"], rel=1e-5)
     norm = math.sqrt(sum(norm**2 for norm in step.layers.values()))
     assert norm == pytest.approx(recorded["grad_norm"], rel=1e-5)
+    for layer, square in {name: norm**2 for name, norm in step.layers.items()}.items():
+        shares = sum(piece.shares[layer] for piece in step.pieces)
+        assert shares == pytest.approx(1, abs=1e-3) or square < 1e-12
+    whole = sum(norm**2 for norm in step.layers.values())
+    for piece in step.pieces:
+        of_layers = sum(piece.shares[name] * norm**2 for name, norm in step.layers.items())
+        assert piece.share == pytest.approx(of_layers / whole, abs=1e-5)
     assert step.clipped == pytest.approx(min(1, cfg.optim.clip / recorded["grad_norm"]))
 
 
@@ -172,6 +205,10 @@ def test_a_step_is_taken_apart_into_its_documents_and_layers(
     assert ".txt): " in out
     html = file.read_text()
     assert html.count("<details>") == len(step.pieces)
+    top = step.largest("layer 1")[0]
+    name = f"{top.part} {top.document} {places[top.part, top.document]}"
+    assert f'<td class="">{top.shares["layer 1"]:.1%} {name}, ' in html
+    assert f"{top.shares['layer 1']:7.1%}: {top.row}, {top.part} {top.document}\n" in out
     assert "as recorded, bit for bit" in html
     for wrong in (0, 8):
         code, _, err = command_line("replay", run, "--step", wrong)

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flipped import with_flip
 from test_trainer import batch_of, fit, fresh, loss_fn, rows_of, tiny
 
 from gptjax.checkpoint.checkpointer import Checkpointer
@@ -19,17 +20,6 @@ from gptjax.training import audit, on_demand, stragglers
 from gptjax.training.step import train_step
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
-
-
-def with_flip(leaf: jax.Array, device: int) -> jax.Array:
-    """The array, with one flipped bit in what one device holds."""
-    shards = []
-    for shard in leaf.addressable_shards:
-        part = np.array(shard.data)
-        if shard.device.id == device:
-            part.reshape(-1).view(np.uint8)[0] ^= 1
-        shards.append(jax.device_put(part, shard.device))
-    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "tensor": 4}])

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax import config
+from gptjax.checkpoint import listing
 from gptjax.config import Config, LogConfig
 from gptjax.runtime import hardware
 from gptjax.training import metrics
@@ -53,6 +54,11 @@ def lines(folder):
     return found
 
 
+def without_time(line):
+    """A line without the time of what was evaluated, which follows the training's."""
+    return {name: value for name, value in line.items() if name != listing.EVALUATED}
+
+
 def test_jsonl_writes_an_object_a_line_at_once(tmp_path):
     writer = JsonlWriter(tmp_path, 0)
     writer.write(1, {"loss": 2.5})
@@ -79,9 +85,24 @@ def test_jsonl_resume_drops_what_is_measured_again_at_its_step(tmp_path):
         writer.write(step, {"loss": 1.0})
         writer.write(step, {"valid_loss": 2.0})
     writer.close()
-    JsonlWriter(tmp_path, 20).close()
-    kept = [(line["step"], "valid_loss" in line) for line in lines(tmp_path)]
-    assert kept == [(10, False), (10, True), (20, False)]
+    entry = {"step": 20, "loss": 1.0}
+    measured = {"valid_loss": 2.0}
+    assert [without_time(line) for line in lines(tmp_path)] == [
+        entry | {"step": 10} | measured,
+        entry | measured,
+    ]
+    writer = JsonlWriter(tmp_path, 20)
+    assert lines(tmp_path)[1] == entry
+    writer.write(20, {"valid_loss": 3.0})
+    writer.write(21, {"valid_loss": 4.0})
+    writer.close()
+    assert [without_time(line) for line in lines(tmp_path)[1:]] == [
+        entry | {"valid_loss": 3.0},
+        {"step": 21, "valid_loss": 4.0},
+    ]
+    trained, *evaluated = list(listing.read_rows(tmp_path / listing.METRICS_FILE))[2:]
+    assert "valid_loss" not in trained
+    assert [(row["step"], row["valid_loss"]) for row in evaluated] == [(20, 3.0), (21, 4.0)]
 
 
 @pytest.mark.parametrize("cut", ['{"step": 2', '{"step": 2, "loss": 1.0}', '{"st'])
