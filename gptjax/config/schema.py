@@ -443,8 +443,8 @@ class WatchConfig:
     eval: int = free(14400)
     """Deadline for the evaluation and samples of one step."""
     straggler: float = free(0.1)
-    """Share of the time by which a process may be slower than the median of all at reading, saving
-    or evaluating, before process 0 names it. 0: never."""
+    """Share by which a process may be slower than the median of all at reading, saving or
+    evaluating, or a device at products, before process 0 names it. 0: never."""
     audit_every: int = free(0)
     """Steps between those that are computed twice and compared bit for bit, on every device: a
     difference ends the run, unsaved, with exit code 76. Needs memory for the state once more, and

@@ -19,7 +19,7 @@ from gptjax.training.callbacks import (
     ShowProgress,
 )
 from gptjax.training.on_demand import OnDemand
-from gptjax.training.stragglers import NameStragglers
+from gptjax.training.stragglers import NameSlowDevices, NameStragglers
 
 
 def standard_callbacks(
@@ -46,6 +46,7 @@ def standard_callbacks(
         NonfiniteGuard(cfg.train.nonfinite_limit, progress),
         LogMetrics(cfg, evaluate.writers, progress, with_times),
         CheckReplicas(cfg.train.check_replicas, cfg.checkpoint.every, watchdog, borders),
+        NameSlowDevices(cfg.watch.straggler, cfg.checkpoint.every, watchdog, progress),
         save,
         evaluate,
         NameStragglers(cfg.watch.straggler, watchdog, progress),

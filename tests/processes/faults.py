@@ -4,6 +4,8 @@ IDS_FOLDER: folder for a log of each read of training windows, with its step and
 FAULT=sleep:3:1 or raise:3:1: process 1 sleeps, or raises, while reading the batch of step 3.
 FAULT=restore:40:1: process 1 takes 40 s longer to look for a checkpoint.
 FAULT=prepare:0:0: process 0 takes an hour to prepare the text, and says so.
+FAULT=flip:5:1: at step 5, process 1 has a bit of the second result of an audited step wrong.
+FAULT=device:2:1: the device of process 1 is found to be twice as slow, each time after 2 s.
 FAULT=slow:0:0: each read takes half a second longer, so that a test has time to act on the run.
 """
 
@@ -13,8 +15,12 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+from flipped import with_flip
+
 from gptjax.checkpoint.checkpointer import Checkpointer
 from gptjax.data import loader, prepare
+from gptjax.training import audit, stragglers
 
 
 def stuck_in_a_read() -> None:
@@ -55,6 +61,27 @@ def install() -> None:
             time.sleep(3600)
         return tokenize(*args, **options)
 
+    def audited(step_fn, state, batch, step, run):
+        def flipping(state, batch):
+            flipping.calls += 1
+            new, found = step_fn(state, batch)
+            if flipping.calls == 2:
+                new.params["embed"] = with_flip(new.params["embed"], jax.local_devices()[0].id)
+            return new, found
+
+        flipping.calls = 0
+        at = kind == "flip" and process == process_at and step == int(step_at)
+        return audited_before(flipping if at else step_fn, state, batch, step, run)
+
+    def slow_device(device):
+        seconds = seconds_of(device)
+        if kind == "device" and process == process_at:
+            time.sleep(int(step_at))
+            return 2 * seconds
+        return seconds
+
+    audited_before, audit.audited = audit.audited, audited
+    seconds_of, stragglers._seconds_of = stragglers._seconds_of, slow_device
     prepare._tokenize = slow_tokenize
     loader.TrainData._read = logged_read
     Checkpointer.restore_newest = slow_restore

@@ -1,6 +1,7 @@
 """A job of several processes when one of them dies, hangs, fails or differs from the others."""
 
 import fcntl
+import re
 import signal
 import time
 
@@ -136,3 +137,28 @@ def test_differing_configurations_are_refused(start) -> None:
     assert 78 in job.wait()
     assert "optim.lr: 0.002 here, 0.001 in process 0" in job.stderr(1)
     assert not (job.folder / "checkpoints").exists()
+
+
+def test_a_slow_device_is_named_and_a_signal_is_heard_by_all(start) -> None:
+    job = start("asked", 2, "--log.profile-steps", "2", FAULT="device:2:1")
+    job.reaches(8)
+    job.processes[0].send_signal(signal.SIGUSR1)
+    assert job.wait() == [0, 0], job.stderr(0) + job.stderr(1)
+    told = job.stderr(0)
+    slow = re.findall(r"step (\d+): device \d+ of process (\d) .* took ([\d.]+) times", told)
+    assert [(step, process) for step, process, _ in slow] == [("16", "1"), ("24", "1")]
+    assert all(float(times) > 1.5 for *_, times in slow)
+    (step,) = re.findall(r"step (\d+): asked to save", told)
+    assert (job.folder / "checkpoints" / step).is_dir()
+    assert len(re.findall(r"^.*process [01] \(.*: stage \w+ of step \d+ for ", told, re.M)) == 2
+    assert list((job.folder / f"profile-{step}").glob("**/*.xplane.pb"))
+
+
+def test_a_flipped_bit_names_its_process_and_ends_all(start) -> None:
+    job = start("flipped", 2, "--watch.audit-every", "5", FAULT="flip:10:1")
+    assert job.wait() == [76, 76], job.stderr(0) + job.stderr(1)
+    for index in (0, 1):
+        found = r"step 10 was computed twice, with two results, by device \d+ of process 1 on "
+        assert re.search(found, job.stderr(index))
+    assert {file.parent.name for file in job.folder.glob("audit-10/*/*.npy")} >= {"process-1"}
+    assert not (job.folder / "checkpoints" / "16").exists()
