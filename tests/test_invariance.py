@@ -32,6 +32,16 @@ AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"positions": "learned", "dropout": 0.1},
     "llama": {"activation": "swiglu", "norm": "rmsnorm", "positions": "rope", "linear_bias": False},
+    "wide heads": {
+        "activation": "swiglu",
+        "norm": "rmsnorm",
+        "positions": "rope",
+        "linear_bias": False,
+        "embed": 128,
+        "heads": 4,
+        "kv_heads": 2,
+        "layers": 4,
+    },
     "window": {"positions": "alibi", "pattern": ("full", "window"), "window": 9, "kv_heads": 4},
     "moe": {
         "activation": "swiglu",
@@ -222,6 +232,11 @@ WAYS: list[tuple[str, str, dict[str, Any]]] = [
     ("chunked loss", "llama", {"compute": {"loss_chunks": 4}, "mesh": {"tensor": 2, "fsdp": 2}}),
     ("unrolled", "dense", {"compute": {"scan_layers": False}, "mesh": {"data": 2, "tensor": 4}}),
     ("attention blockwise", "llama", {"compute": {"attention": "blockwise"}, "mesh": {"fsdp": 8}}),
+    (
+        "attention native",
+        "wide heads",
+        {"compute": {"attention": "native"}, "mesh": {"tensor": 2, "fsdp": 4}},
+    ),
     ("attention ring", "llama", {"compute": {"attention": "ring"}, "mesh": {"context": 8}}),
     (
         "attention ring",

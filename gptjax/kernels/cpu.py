@@ -1,9 +1,11 @@
-"""CPU kernels for decoding, written in C in `cpu.c`: products of few tokens, and attention.
+"""CPU kernels, written in C in `cpu.c`: for decoding, products of few tokens and attention to a
+cache; for training, attention of whole sequences and its gradients.
 
 A decode step reads all weights and the KV cache for one or a few tokens, so memory bandwidth bounds
-its speed; XLA:CPU reaches a third to a half of that bound (docs/lab_log.md). The C file is compiled
-for this machine's processor at first use, in a few seconds, and kept in the user's cache folder. If
-that fails, XLA's own products are used, and `why_not` gives the reason. GPTJAX_NATIVE=0 in the
+its speed; XLA:CPU reaches a third to a half of that bound (docs/lab_log.md). In training, XLA's
+small products of attention take three times as long as the kernel. The C file is compiled for this
+machine's processor at first use, in a few seconds, and kept in the user's cache folder. If that
+fails, XLA's own products are used, and `why_not` gives the reason. GPTJAX_NATIVE=0 in the
 environment disables the kernels.
 
 Shapes: N tokens, at most ROWS; K input features, F output features, V vocabulary. In
@@ -20,6 +22,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +36,11 @@ WIDTH = 32
 WEIGHTS = 4
 """Most weight matrices of one call: MOST_WEIGHTS in cpu.c."""
 _SOURCE = Path(__file__).with_suffix(".c")
-_SOURCES = (_SOURCE, _SOURCE.with_name("cpu_kernels.h"))
+_HEADERS = ("cpu_calls.h", "cpu_flash.h", "cpu_kernels.h")
+_SOURCES = (_SOURCE, *(_SOURCE.with_name(name) for name in _HEADERS))
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
-_TARGETS = ("gptjax_columns", "gptjax_table", "gptjax_attention")
+_FLASH = ("gptjax_flash_forward", "gptjax_flash_backward")
+_TARGETS = ("gptjax_columns", "gptjax_table", "gptjax_attention", *_FLASH)
 
 
 def columns(x_NK: jax.Array, weights_KF: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -94,6 +99,67 @@ def attention(
     numbers = (jnp.asarray(x, jnp.int32) for x in (position_B, cache))
     out_BHC, keys_PBKSC, values_PBKSC = call(q_BHC, k_BKC, v_BKC, *stores, *numbers, window=most)
     return out_BHC, keys_PBKSC, values_PBKSC
+
+
+def flash(
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKC: jax.Array,
+    segments_BT: jax.Array,
+    window: int | None,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Causal attention of whole sequences within equal segments, which are runs [B, T, H, C], and
+    the logarithm of each softmax's sum, float32 [B, H, T]; of one dtype, with float32 sums.
+
+    Raises ValueError as `attention` does.
+    """
+    _check_flash(q_BTHC, k_BTKC, v_BTKC, segments_BT, window)
+    b, t, h, _ = q_BTHC.shape
+    outs = (
+        jax.ShapeDtypeStruct(q_BTHC.shape, q_BTHC.dtype),
+        jax.ShapeDtypeStruct((b, h, t), jnp.float32),
+    )
+    arrays = (q_BTHC, k_BTKC, v_BTKC, segments_BT)
+    out_BTHC, lse_BHT = jax.ffi.ffi_call(_FLASH[0], outs)(*arrays, **_flash_numbers(window, scale))
+    return out_BTHC, lse_BHT
+
+
+def flash_gradients(
+    inputs: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    results: tuple[jax.Array, jax.Array],
+    dy_BTHC: jax.Array,
+    window: int | None,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of queries, keys and values, from the four arrays that `flash` took, its two
+    results, and the gradient of the first of them."""
+    _check_flash(*inputs, window)
+    _check(inputs[0], results[0], dy_BTHC)
+    outs = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs[:3])
+    call = jax.ffi.ffi_call(_FLASH[1], outs)
+    dq_BTHC, dk_BTKC, dv_BTKC = call(*inputs, *results, dy_BTHC, **_flash_numbers(window, scale))
+    return dq_BTHC, dk_BTKC, dv_BTKC
+
+
+def _flash_numbers(window: int | None, scale: float) -> dict[str, Any]:
+    return {"window": np.int64(2**62 if window is None else window), "scale": np.float32(scale)}
+
+
+def _check_flash(
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKC: jax.Array,
+    segments_BT: jax.Array,
+    window: int | None,
+) -> None:
+    _check(q_BTHC, k_BTKC, v_BTKC)
+    (b, t, h, c), k = q_BTHC.shape, k_BTKC.shape[2]
+    fit = k_BTKC.shape == v_BTKC.shape == (b, t, k, c) and h % k == 0 and t > 0
+    fit &= segments_BT.shape == (b, t) and segments_BT.dtype == jnp.int32
+    if not fit or window == 0 or c % WIDTH:
+        shapes = (q_BTHC.shape, k_BTKC.shape, v_BTKC.shape)
+        raise ValueError(f"{shapes}, segments {segments_BT.shape}, {window=}")
 
 
 def _check(x: jax.Array, *others: jax.Array, most: int | None = None) -> None:

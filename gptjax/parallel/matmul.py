@@ -92,7 +92,7 @@ def column_parallel(
         products = _cpu_columns(x_ND, weights_DF, layout)
     elif layout.whole_weights:
         out = (layout.gathered, axis)
-        products = tuple(_einsum("nd,df->nf", x_ND, w_DF, out) for w_DF in weights_DF)
+        products = tuple(_whole(x_ND, w_DF, out) for w_DF in weights_DF)
     else:
         products = _column(layout, x_ND, weights_DF)
     return tuple(checkpoint_name(y_NF, PRODUCT) for y_NF in products)
@@ -103,7 +103,7 @@ def row_parallel(h_NF: jax.Array, w_FD: jax.Array, layout: Layout) -> jax.Array:
     if layout.cpu_kernel:
         y_ND = _cpu_row(h_NF, w_FD, layout)
     elif layout.whole_weights:
-        y_ND = _einsum("nf,fd->nd", h_NF, w_FD, (layout.axis, "embed"))
+        y_ND = _whole(h_NF, w_FD, (layout.axis, "embed"))
     else:
         y_ND = _row(layout, h_NF, w_FD)
     return checkpoint_name(y_ND, PRODUCT)
@@ -120,6 +120,34 @@ def scores(x_ND: jax.Array, w_VD: jax.Array, layout: Layout) -> jax.Array:
     wide = sharding.wide(x_ND.dtype)
     y_NV = _einsum("nd,vd->nv", x_ND, w_VD, (layout.gathered, "vocab"), wide)
     return y_NV.astype(jnp.float32)
+
+
+# --- whole weights -------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _whole(x_ND: jax.Array, w_DF: jax.Array, axes: tuple[str, str]) -> jax.Array:
+    """x @ w on the logical axes `axes`, of a weight that each device has whole."""
+    return _einsum("nd,df->nf", x_ND, w_DF, axes)
+
+
+def _whole_fwd(x_ND: jax.Array, w_DF: jax.Array, axes: tuple[str, str]) -> tuple[jax.Array, Any]:
+    return _whole(x_ND, w_DF, axes), (x_ND, w_DF)
+
+
+def _whole_bwd(
+    axes: tuple[str, str], residuals: Any, dy_NF: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x_ND, w_DF = residuals
+    product = lambda a, b, like: jnp.einsum(
+        "ij,jk->ik", a, b, out_sharding=jax.typeof(like).sharding.spec
+    )
+    dx_ND = product(dy_NF, sharding.transposed(w_DF.astype(dy_NF.dtype)), x_ND)
+    dw_DF = product(sharding.transposed(x_ND), dy_NF, w_DF)
+    return dx_ND, dw_DF.astype(w_DF.dtype)
+
+
+_whole.defvjp(_whole_fwd, _whole_bwd)
 
 
 def _einsum(
@@ -255,10 +283,11 @@ def _column_bwd(layout: Layout, residuals: Any, dys_NF: tuple[jax.Array, ...]) -
     def local(x_nD: jax.Array, weights_df: tuple[jax.Array, ...], dys_nf: Any) -> Any:
         x_nD = gather_tokens(x_nD, layout.axis)
         dx_nD = sum(
-            dy_nf @ gather_weight(w_df, x_nD.dtype, 0).T
+            dy_nf @ sharding.transposed(gather_weight(w_df, x_nD.dtype, 0))
             for w_df, dy_nf in zip(weights_df, dys_nf, strict=True)
         )
-        dws_df = tuple(scatter_weight(x_nD.T @ dy_nf, 0, copies) for dy_nf in dys_nf)
+        x_Dn = sharding.transposed(x_nD)
+        dws_df = tuple(scatter_weight(x_Dn @ dy_nf, 0, copies) for dy_nf in dys_nf)
         return sum_tokens(dx_nD, layout.axis), dws_df
 
     specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, (x_ND, weights_DF))
@@ -291,8 +320,9 @@ def _row_bwd(layout: Layout, residuals: Any, dy_ND: jax.Array) -> Any:
 
     def local(h_nf: jax.Array, w_fd: jax.Array, dy_nD: jax.Array) -> tuple[jax.Array, jax.Array]:
         dy_nD = gather_tokens(dy_nD, layout.axis)
-        dw_fd = scatter_weight(h_nf.T @ dy_nD, dimension, copies)
-        return dy_nD @ gather_weight(w_fd, h_nf.dtype, dimension).T, dw_fd
+        dw_fd = scatter_weight(sharding.transposed(h_nf) @ dy_nD, dimension, copies)
+        w_fD = gather_weight(w_fd, h_nf.dtype, dimension)
+        return dy_nD @ sharding.transposed(w_fD), dw_fd
 
     specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, (h_NF, w_FD))
     return _shard_map(local, specs, h_NF, w_FD, dy_ND)

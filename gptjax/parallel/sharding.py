@@ -110,6 +110,16 @@ def row_major(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
+def transposed(x: jax.Array) -> jax.Array:
+    """x.T, as an operand of a matrix product.
+
+    XLA:CPU has a fast bfloat16 product for operands in row-major order alone, and takes a plain
+    transpose into the product; so there it is copied.
+    """
+    slow = x.dtype == jnp.bfloat16 and platform() == "cpu"
+    return with_layout_constraint(x.T, Layout((0, 1))) if slow else x.T
+
+
 def wide(dtype: Any) -> Any:
     """The `preferred_element_type` of a matrix product whose result is to be float32.
 

@@ -208,9 +208,8 @@ def _forward(
 ) -> tuple[tuple[jax.Array, jax.Array], _Softmax]:
     """Cross-entropy and z-loss of a chunk, and its softmax."""
     x_CD, targets_C, weights_C = chunk
-    logits_Cv = jnp.einsum(
-        "nd,vd->nv", x_CD, w_vD, preferred_element_type=sharding.wide(x_CD.dtype)
-    )
+    wide = sharding.wide(x_CD.dtype)
+    logits_Cv = jnp.matmul(x_CD, sharding.transposed(w_vD), preferred_element_type=wide)
     logits_Cv, bounded_Cv = logits_Cv.astype(jnp.float32), None
     if cap := settings.soft_cap:
         bounded_Cv = jnp.tanh(logits_Cv / cap)
@@ -241,7 +240,7 @@ def _backward(
     if bounded_Cv is not None:
         dlogits_Cv *= 1 - bounded_Cv * bounded_Cv
     dlogits_Cv = dlogits_Cv.astype(x_CD.dtype)
-    dx_CD = jnp.einsum("nv,vd->nd", dlogits_Cv, w_vD)
+    dx_CD = dlogits_Cv @ w_vD
     wide = sharding.wide(x_CD.dtype)
-    dw_vD = jnp.einsum("nv,nd->vd", dlogits_Cv, x_CD, preferred_element_type=wide)
+    dw_vD = jnp.matmul(sharding.transposed(dlogits_Cv), x_CD, preferred_element_type=wide)
     return dx_CD, dw_vD.astype(jnp.float32)

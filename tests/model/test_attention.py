@@ -11,11 +11,14 @@ from both_passes import HEAD, assert_same, attend_on, both_passes, make, placed,
 
 from gptjax.config.registry import ATTENTION_BACKENDS
 from gptjax.errors import ConfigError
+from gptjax.kernels import cpu
 from gptjax.model import blocks, layers
 from gptjax.model.attention import reference, vendor
 from gptjax.model.attention.backends import Inputs, LocalBackend, Requirements, Sizes, choose
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
+
+ON_CPU = "native" if cpu.ready() else "blockwise"
 
 
 def test_reference_is_the_softmax_of_scaled_products_over_earlier_keys(on_mesh):
@@ -82,9 +85,60 @@ def test_blockwise_in_bfloat16_is_near_the_reference(on_mesh):
     assert_same(*blockwise_and_reference(on_mesh, arrays, **features), tolerance=6e-2)
 
 
-@pytest.mark.parametrize("backend", ["blockwise", "reference"])
+native = pytest.mark.skipif(not cpu.ready(), reason=f"no kernels: {cpu.why_not()}")
+
+
+@native
+@pytest.mark.parametrize(
+    ("length", "heads", "kv_heads", "head", "window", "segmented"),
+    [
+        (1, 1, 1, 32, None, False),
+        (64, 2, 1, 64, None, True),
+        (65, 2, 2, 32, None, False),
+        (200, 4, 2, 96, 70, True),
+        (130, 2, 2, 128, 1, False),
+        (330, 3, 1, 32, 100, True),
+        (330, 2, 2, 32, 500, False),
+    ],
+)
+def test_the_native_kernel_equals_the_reference(
+    on_mesh, length, heads, kv_heads, head, window, segmented
+):
+    arrays = make(length, heads, kv_heads, head=head)
+    features = {"segments": segments_of(length) if segmented else None, "window": window}
+    got, want = (attend_on(on_mesh(), arrays, one, **features) for one in ("native", "reference"))
+    assert_same(got, want)
+
+
+@native
+def test_the_native_kernel_in_bfloat16_is_nearer_to_float32_than_blockwise(on_mesh):
+    features = {"segments": segments_of(200), "window": 90}
+    exact = make(200, heads=4, kv_heads=2, head=64, dtype=jnp.bfloat16)
+    want = attend_on(on_mesh(), [np.float32(a) for a in exact], "reference", **features)
+    got, other = (attend_on(on_mesh(), exact, one, **features) for one in ("native", "blockwise"))
+    for mine, its, w in zip(got, other, want, strict=True):
+        assert mine.dtype == jnp.bfloat16
+        off = [np.abs(np.float32(one) - w).max() for one in (mine, its)]
+        assert off[0] <= max(off[1], 2**-8 * np.abs(w).max())
+
+
+@native
+def test_the_native_kernel_shows_what_is_not_finite(on_mesh):
+    q, k, v, do = make(70, heads=1, kv_heads=1, head=32, batch=1)
+    k[0, 66, 0, 3] = np.nan
+    out, dq, _, _ = attend_on(on_mesh(), (q, k, v, do), "native")
+    assert np.isfinite(out[0, :66]).all()
+    for one in (out, dq):
+        assert np.isnan(one[0, 66:]).all()
+
+
+def backends_on_cpus():
+    return ["blockwise", "reference", *["native"] * cpu.ready()]
+
+
+@pytest.mark.parametrize("backend", backends_on_cpus())
 def test_attention_split_by_sequence_and_head_equals_one_device(on_mesh, backend):
-    arrays = make(70, heads=4, kv_heads=2, batch=4)
+    arrays = make(70, heads=4, kv_heads=2, batch=4, head=32 if backend == "native" else HEAD)
     features = {"segments": segments_of(70, batch=4), "window": 20}
     one, eight = (
         attend_on(on_mesh(*mesh), arrays, backend, **features) for mesh in ((1, 1, 1), (2, 2, 2))
@@ -197,8 +251,8 @@ def test_ring_requires_a_context_axis():
 @pytest.mark.parametrize(
     ("platform", "features", "expected"),
     [
-        ("cpu", (), "blockwise"),
-        ("cpu", ("segments", "window", "grouped"), "blockwise"),
+        ("cpu", (), ON_CPU),
+        ("cpu", ("segments", "window", "grouped"), ON_CPU),
         ("cpu", ("dropout",), "reference"),
         ("cpu", ("alibi",), "reference"),
         ("tpu", (), "splash"),
@@ -228,13 +282,22 @@ def test_auto_chooses_the_fastest_backend_with_every_feature(platform, features,
         ("cudnn", Sizes("bfloat16", 1024, head=60), "heads of a multiple of 8, not 60"),
         ("cudnn", Sizes("bfloat16", 1024, head=160), "heads of at most 128, not 160"),
         ("splash", Sizes("bfloat16", 200), "multiple of 128, not 200"),
+        ("native", Sizes("bfloat16", 200, head=48), "heads of a multiple of 32, not 48"),
     ],
 )
 def test_unsupported_dtype_or_length_is_an_error_by_name_and_skipped_by_auto(name, sizes, why):
     platform = ATTENTION_BACKENDS[name].platforms[0]
     with pytest.raises(ConfigError, match=f"compute.attention={name}: needs .*{why}"):
         choose(name, Requirements(), sizes, platform)
-    assert choose("auto", Requirements(), sizes, platform) == "reference"
+    other = "blockwise" if platform == "cpu" else "reference"
+    assert choose("auto", Requirements(), sizes, platform) == other
+
+
+def test_without_a_compiler_attention_is_blockwise(monkeypatch):
+    monkeypatch.setattr(cpu, "why_not", lambda: "no C compiler was found")
+    assert choose("auto", Requirements(), BF16, "cpu") == "blockwise"
+    with pytest.raises(ConfigError, match=r"compute\.attention=native: no C compiler was found"):
+        choose("native", Requirements(), BF16, "cpu")
 
 
 @pytest.mark.parametrize(("capability", "chosen"), [("7.5", "reference"), ("8.0", "cudnn")])
@@ -271,7 +334,7 @@ def test_a_backend_from_outside_is_chosen_by_name_and_runs(on_mesh, registered):
     np.testing.assert_allclose(out, v * HEAD**-0.5, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("rank", "chosen"), [(None, "blockwise"), (1, "toy"), (99, "blockwise")])
+@pytest.mark.parametrize(("rank", "chosen"), [(None, ON_CPU), (1, "toy"), (99, ON_CPU)])
 def test_auto_considers_a_backend_from_outside_by_its_rank(registered, rank, chosen):
     registered("toy", auto_rank=rank)
     assert choose("auto", Requirements(), BF16, "cpu") == chosen
