@@ -1,7 +1,7 @@
 """The input pipeline: windows from `MixtureOrder`, tokens from the store, prefetched by tf.data.
 
 tf.data keeps no state that must be saved: a pipeline starts at any step. TensorFlow is imported
-only when a pipeline is built, and never sees an accelerator.
+only when a pipeline is built, in another thread, and never sees an accelerator.
 
 Shapes: N steps, B sequences of this process, T sequence length, W = T + 1 window length.
 """
@@ -17,12 +17,11 @@ import numpy as np
 from gptjax import bucket
 from gptjax.config import Config, phases
 from gptjax.config.phases import Phase
-from gptjax.data import mixture
+from gptjax.data import mixture, tf_import
 from gptjax.data.mixture import Manifests
 from gptjax.data.mixture_order import MixtureOrder
 from gptjax.data.packing import INDEX, Packing, open_packing
 from gptjax.data.store import MANIFEST, Reader
-from gptjax.data.tf_import import import_tensorflow
 from gptjax.errors import DataError
 
 
@@ -197,6 +196,7 @@ def eval_batches(
 def bench(cfg: Config, manifests: Manifests, seconds: float) -> tuple[float, float, float]:
     """Lowest, median and highest tokens per second of training batches, of nine measurements: of
     the batches that the run ends with."""
+    tf_import.importing().result()
     data = TrainData.open(cfg, manifests)
     last = data.phases[-1]
     stream = data.batches(
@@ -218,9 +218,16 @@ def _stream(
     """Yields what `read` has of steps first..last-1, prefetched by tf.data in another thread.
 
     A tf.data call costs 0.25 ms whatever its size, so each call reads several steps, and `read`
-    returns their batches in one array.
+    returns their batches in one array. Until TensorFlow is imported, steps are read as they are
+    asked for.
     """
-    tf = import_tensorflow()
+    importing = tf_import.importing()
+    while first < last and not importing.done():
+        yield from read(range(first, first + 1))
+        first += 1
+    if first >= last:
+        return
+    tf = importing.result()
     tf.config.set_visible_devices([], "GPU")
     tf.config.set_visible_devices([], "TPU")
     count = -(-prefetch // 2)

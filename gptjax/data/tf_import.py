@@ -1,8 +1,10 @@
 """The import of TensorFlow, of which gptjax uses tf.data alone."""
 
+import functools
 import importlib.util
 import os
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 _LEGACY = "TF_USE_LEGACY_KERAS"
@@ -22,3 +24,16 @@ def import_tensorflow() -> Any:
         if without:
             del os.environ[_LEGACY]
     return tensorflow
+
+
+def importing() -> Future[Any]:
+    """The import, in another thread: it takes seconds, in which others can work."""
+    return _importing(os.getpid())
+
+
+@functools.cache
+def _importing(process: int) -> Future[Any]:  # a fork has no threads
+    pool = ThreadPoolExecutor(1, "import tensorflow")
+    future = pool.submit(import_tensorflow)
+    pool.shutdown(wait=False)
+    return future

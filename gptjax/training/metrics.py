@@ -12,7 +12,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -157,7 +158,8 @@ class TensorBoardWriter:
     """TensorBoard event files in the run folder; a resume hides what came after its step."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        from tensorboardX import SummaryWriter
+        with _left_unimported("torch", "google.cloud.storage"):  # seconds, for nothing used here
+            from tensorboardX import SummaryWriter
 
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         self._config, self._last = folder / CONFIG_FILE, dict[str, float]()
@@ -182,6 +184,18 @@ class TensorBoardWriter:
             last = {_tag(name): value for name, value in self._last.items()}
             self._writer.add_hparams(values, last, name="hparams")
         self._writer.close()
+
+
+@contextmanager
+def _left_unimported(*names: str) -> Iterator[None]:
+    """Modules that are optional to what is imported in here are not imported by it."""
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in hidden:
+            sys.modules.pop(name, None)
 
 
 _COMPARED = ("loss", "valid_loss", "valid_bits_per_byte")

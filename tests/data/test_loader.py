@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptjax.config import Config, DataConfig, TrainConfig
-from gptjax.data import loader, store
+from gptjax.data import loader, store, tf_import
 from gptjax.data.loader import Batch, TrainData
 from gptjax.data.mixture import Manifests
 from gptjax.data.permutation import Order
@@ -44,6 +45,36 @@ def write(folder: Path, count: int, per_file: int = store._RANGE_TOKENS) -> Mani
 def stored(count: int) -> Iterator[Reader]:
     with tempfile.TemporaryDirectory() as folder:
         yield Reader(folder, "train", write(Path(folder), count))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tensorflow() -> None:
+    """It is there, so that streams are tf.data's from their first step on."""
+    tf_import.importing().result()
+
+
+def test_steps_are_the_same_before_and_after_tensorflow_is_there(monkeypatch) -> None:
+    importing, read, asked = Future(), loader._stream, []
+
+    def steps_of(steps: range) -> np.ndarray:
+        asked.append(steps)
+        if len(asked) == 3:
+            importing.set_result(tf_import.import_tensorflow())
+        return np.array([[step * 10] for step in steps], np.int32)
+
+    monkeypatch.setattr(tf_import, "importing", lambda: importing)
+    assert [int(x[0]) for x in read(steps_of, 5, 17, 4)] == list(range(50, 170, 10))
+    assert asked == [
+        range(5, 6),
+        range(6, 7),
+        range(7, 8),
+        *(range(n, min(n + 2, 17)) for n in range(8, 17, 2)),
+    ]
+    importing = Future()
+    assert [int(x[0]) for x in read(lambda steps: np.array([[n] for n in steps]), 1, 3, 4)] == [
+        1,
+        2,
+    ]
 
 
 LONG, BATCH = 50, 12  # tokens of a window, and windows of a batch, of the store below
