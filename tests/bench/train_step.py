@@ -41,7 +41,7 @@ ARMS = ("gptjax", "nanogpt-eager", "nanogpt-compile")
 WITHOUT = ("gptjax-glibc", "gptjax-scan", "gptjax-reference", "gptjax-autodiff", "gptjax-xent")
 CHILD = "_child"  # hidden subcommand: _child ARM SHAPE DTYPE NANOGPT_DIR
 WARMUP_STEPS = 3
-SETTLE_SECONDS = 0.05  # lets the worker threads of the previous arm stop spinning
+SETTLE_SECONDS = 0.5  # lets the worker threads of the previous arm stop spinning
 
 Step = Callable[[], float]
 
