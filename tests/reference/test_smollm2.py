@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 from fetch_manpages import fetch as fetch_manpages
 from fetch_smollm2 import fetch
@@ -24,6 +25,16 @@ PROMPTS = [
     "<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n",
     "Ünïcödé — 日本語 🙂:",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device() -> Iterator[None]:
+    """One device for the commands: eight virtual ones gather all parameters eight times over."""
+    only = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: only)
+        patch.setattr(jax, "device_count", lambda: 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -57,33 +68,31 @@ def test_certificate(folder, tmp_path):
     assert compared["largest_difference"] < 5e-3  # of logits up to 36, at position 8191
 
 
-STEPS, TOKENS = 4, 2048
-
-
 def test_it_goes_on_training_on_text_that_it_does_not_know(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     try:
-        fetch_manpages("manpages-de", tmp_path / "german")
+        fetch_manpages("manpages-de", tmp_path / "fetched")
     except (subprocess.CalledProcessError, FileNotFoundError) as error:
         pytest.skip(f"the text cannot be fetched here: {error}")
-    pages = sorted((tmp_path / "german").iterdir())
+    pages = sorted((tmp_path / "fetched").iterdir())
     held_out = tmp_path / "held_out.txt"
-    held_out.write_text("".join(page.read_text() for page in pages[::90])[:4000])
-    for page in pages[::90]:
-        page.unlink()
+    held_out.write_text("".join(page.read_text() for page in pages[::90])[2000:5000])
+    (tmp_path / "german").mkdir()
+    for page in pages[1::30]:
+        (tmp_path / "german" / page.name).write_text(page.read_text()[:3000])
 
     def bits_per_byte(model: str) -> float:
         capsys.readouterr()
-        words = ["--text", str(held_out), "--length", "512", "--batch", "1", "--json"]
+        words = ["--text", str(held_out), "--length", "256", "--batch", "1", "--json"]
         assert main.main(["eval", model, *words]) == 0
         return json.loads(capsys.readouterr().out)["text_bits_per_byte"]
 
     before = bits_per_byte(f"hf:{folder}")
     words = ["--data.sources", "german", "--data.store", "store", "--run", "run"]
-    words += ["--data.valid-fraction", "0.0005", "--eval.sample-tokens", "8", "--eval.batch", "8"]
-    words += ["--train.tokens", str(STEPS * TOKENS), "--train.batch-tokens", str(TOKENS)]
-    words += ["--train.seq-len", "256", "--optim.lr", "3e-4", "--optim.warmup-tokens", "1024"]
-    words += ["--compute.dtype", "float32", "--mesh.data", "1", "--mesh.fsdp", "-1"]
+    words += ["--data.valid-fraction", "0.01", "--data.workers", "1"]
+    words += ["--eval.every", "0", "--eval.batch", "4", "--eval.prompts"]
+    words += ["--train.tokens", "3072", "--train.batch-tokens", "512", "--train.seq-len", "128"]
+    words += ["--optim.lr", "1e-4", "--optim.warmup-tokens", "512", "--compute.dtype", "float32"]
     assert main.main(["train", "continued", "--start", f"hf:{folder}", *words]) == 0
     assert bits_per_byte("run") < before - 0.1
     assert main.main(["convert", "--no-compare", "run", "hf:exported"]) == 0
