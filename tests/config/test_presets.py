@@ -126,6 +126,7 @@ def test_quickstart_trains_samples_evaluates_and_resumes(tmp_path: Path) -> None
         return text
 
     short = ["--train.tokens", "61440", "--optim.warmup-tokens", "20000"]
+    short += ["--data.valid-fraction", "0.01"]
     train = ["train", str(REPO / "configs" / "quickstart.py"), *short]
     command = [sys.executable, "-m", "gptjax", *train]
     alone = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
