@@ -20,7 +20,7 @@ from gptjax.checkpoint.head import Head
 
 pytestmark = pytest.mark.slow
 
-STEPS = 16
+STEPS = 8
 ROOT = Path(__file__).parents[2]
 Start = Callable[..., list[Forked]]
 
@@ -36,7 +36,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         words += ["--data.store", f"{bucket.url}/store", "--train.tokens", str(STEPS * 1024)]
         words += ["--data.cache", str(tmp_path / "cache")]
         words += ["--checkpoint.every", "4", "--log.every", "1", "--eval.every", "0"]
-        words += ["--eval.sample-tokens", "4", "--log.compile-cache", ""]
+        words += ["--eval.prompts", "--eval.sample-tokens", "4", "--log.compile-cache", ""]
         port, number = free_port(), len(started)
         for index in range(processes):
             job = {
@@ -70,11 +70,11 @@ def wait_for(run: str, step: int, processes: list[Forked]) -> None:
         time.sleep(0.1)
 
 
-def final(run: str) -> dict[str, list[int]]:
+def final(run: str, last: int = STEPS) -> dict[str, list[int]]:
     """The fingerprints of a run that has been trained to its end."""
     checkpoints = Checkpointer(buckets.path_of(run) / "checkpoints")
-    assert checkpoints.steps()[-1] == STEPS
-    return dict(checkpoints.meta(STEPS)["fingerprints"])
+    assert checkpoints.steps()[-1] == last
+    return dict(checkpoints.meta(last)["fingerprints"])
 
 
 def losses(run: str) -> dict[int, float]:
@@ -157,10 +157,11 @@ def test_a_machine_that_comes_back_empty_gets_its_part_from_the_other(
     """Two processes with disks of their own, of which one is lost; the bucket has an older step."""
     prepare(s3_bucket, tmp_path)
     whole, broken = f"{s3_bucket.url}/runs/whole", f"{s3_bucket.url}/runs/tiers"
-    assert [one.wait(240) for one in start(whole, 2, 1, s3_bucket)] == [0, 0]
+    long = ("--train.tokens", str(2 * STEPS * 1024))
+    assert [one.wait(240) for one in start(whole, 2, 1, s3_bucket, *long)] == [0, 0]
 
     disks = [tmp_path / "disks" / "*" / f"{process}-of-2" for process in (0, 1)]
-    every = ("--checkpoint.every", "8", "--checkpoint.local_every", "1")
+    every = (*long, "--checkpoint.every", "8", "--checkpoint.local_every", "1")
     every += ("--checkpoint.local", str(tmp_path / "disks"))
     pair = start(broken, 2, 1, s3_bucket, *every)
     deadline = time.monotonic() + 240
@@ -177,7 +178,7 @@ def test_a_machine_that_comes_back_empty_gets_its_part_from_the_other(
     again = start(broken, 2, 1, s3_bucket, *every)
     assert [one.wait(240) for one in again] == [0, 0], again[0].read()
     assert re.search(r"step (9|1\d) was on the machines' own disks", again[0].read())
-    assert final(broken) == final(whole)
+    assert final(broken, 2 * STEPS) == final(whole, 2 * STEPS)
     assert losses(broken) == losses(whole)
 
 
