@@ -111,13 +111,17 @@ def row_major(x: jax.Array) -> jax.Array:
 
 
 def transposed(x: jax.Array) -> jax.Array:
-    """x.T, as an operand of a matrix product.
+    """x.T, as an operand of a matrix product."""
+    return with_layout_constraint(x.T, Layout((0, 1))) if copies_transposed(x.dtype) else x.T
+
+
+def copies_transposed(dtype: Any) -> bool:
+    """Whether `transposed` copies arrays of a dtype.
 
     XLA:CPU has a fast bfloat16 product for operands in row-major order alone, and takes a plain
-    transpose into the product; so there it is copied.
+    transpose into the product.
     """
-    slow = x.dtype == jnp.bfloat16 and platform() == "cpu"
-    return with_layout_constraint(x.T, Layout((0, 1))) if slow else x.T
+    return bool(dtype == jnp.bfloat16) and platform() == "cpu"
 
 
 def wide(dtype: Any) -> Any:

@@ -105,7 +105,8 @@ def pretrain(
     lengths = {phase.seq_len for phase in found}
     backends = {length: objective.attention_backends(cfg, length) for length in lengths}
     chosen = [name for length in sorted(lengths) for name in backends[length]]
-    progress.say(f"attention: {', '.join(dict.fromkeys(chosen))}")
+    for line in (f"attention: {', '.join(dict.fromkeys(chosen))}", *objective.advice(cfg)):
+        progress.say(line)
     checkpointer = Checkpointer(
         bucket.path_of(cfg.run) / run_dir.CHECKPOINTS,
         cfg.checkpoint,

@@ -10,6 +10,7 @@ Shapes: N tokens, D embed, V vocabulary; in lower case, one device's share. C to
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -162,8 +163,10 @@ def _local_loss(
     x_nD = matmul.gather_tokens(x_nD, settings.axis)
     w_vD = matmul.gather_weight(w_vd, x_nD.dtype, 1)
 
+    columns = _columns(w_vD)
+
     def loss(carry: None, chunk: _Chunk) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        losses, _ = _forward(settings, w_vD, chunk)
+        losses, _ = _forward(settings, columns(), chunk)
         return carry, losses
 
     _, (ce, z) = _over_chunks(settings, loss, None, _Chunk(x_nD, targets_n, weights_n))
@@ -180,17 +183,30 @@ def _local_loss_and_gradients(
     x_nD = matmul.gather_tokens(x_nD, settings.axis)
     w_vD = matmul.gather_weight(w_vd, x_nD.dtype, 1)
 
-    def loss_and_gradients(dw_vD: jax.Array, chunk: _Chunk) -> tuple[jax.Array, Any]:
-        losses, softmax = _forward(settings, w_vD, chunk)
-        dx_CD, dw_chunk_vD = _backward(settings, w_vD, chunk, softmax)
-        return dw_vD + dw_chunk_vD, (*losses, dx_CD)
+    columns, turned = _columns(w_vD), sharding.copies_transposed(w_vD.dtype)
 
-    zero_vD = jnp.zeros(w_vD.shape, jnp.float32)
+    def loss_and_gradients(dw: jax.Array, chunk: _Chunk) -> tuple[jax.Array, Any]:
+        losses, softmax = _forward(settings, columns(), chunk)
+        dlogits_Cv = _logits_gradient(settings, chunk, softmax)
+        # Of the two forms of this product, that which transposes the smaller array.
+        a, b = (chunk.x_CD, dlogits_Cv) if turned else (dlogits_Cv, chunk.x_CD)
+        wide = sharding.wide(a.dtype)
+        dw_chunk = jnp.matmul(sharding.transposed(a), b, preferred_element_type=wide)
+        return dw + dw_chunk.astype(jnp.float32), (*losses, dlogits_Cv @ w_vD)
+
+    zero = jnp.zeros(w_vD.shape[::-1] if turned else w_vD.shape, jnp.float32)
     tokens = _Chunk(x_nD, targets_n, weights_n)
-    dw_vD, (ce, z, dx) = _over_chunks(settings, loss_and_gradients, zero_vD, tokens)
+    dw, (ce, z, dx) = _over_chunks(settings, loss_and_gradients, zero, tokens)
+    dw_vD = dw.T if turned else dw
     ce, z = lax.psum((ce.sum(), z.sum()), sharding.RULES["tokens"])
     dx_nD = matmul.sum_tokens(dx.reshape(x_nD.shape), settings.axis)
     return ce, z, dx_nD, matmul.scatter_weight(dw_vD, 1, settings.copies)
+
+
+def _columns(w_vD: jax.Array) -> Callable[[], jax.Array]:
+    """Gives the transposed output layer, which is copied once for all chunks if at all."""
+    copy = sharding.transposed(w_vD) if sharding.copies_transposed(w_vD.dtype) else None
+    return lambda: w_vD.T if copy is None else copy
 
 
 def _over_chunks(settings: _Settings, function: Any, carry: Any, tokens: _Chunk) -> Any:
@@ -204,17 +220,17 @@ def _over_chunks(settings: _Settings, function: Any, carry: Any, tokens: _Chunk)
 
 
 def _forward(
-    settings: _Settings, w_vD: jax.Array, chunk: _Chunk
+    settings: _Settings, w_Dv: jax.Array, chunk: _Chunk
 ) -> tuple[tuple[jax.Array, jax.Array], _Softmax]:
     """Cross-entropy and z-loss of a chunk, and its softmax."""
     x_CD, targets_C, weights_C = chunk
     wide = sharding.wide(x_CD.dtype)
-    logits_Cv = jnp.matmul(x_CD, sharding.transposed(w_vD), preferred_element_type=wide)
+    logits_Cv = jnp.matmul(x_CD, w_Dv, preferred_element_type=wide)
     logits_Cv, bounded_Cv = logits_Cv.astype(jnp.float32), None
     if cap := settings.soft_cap:
         bounded_Cv = jnp.tanh(logits_Cv / cap)
         logits_Cv = cap * bounded_Cv
-    ids_v = lax.axis_index(_VOCAB) * len(w_vD) + jnp.arange(len(w_vD))
+    ids_v = lax.axis_index(_VOCAB) * w_Dv.shape[1] + jnp.arange(w_Dv.shape[1])
     if settings.vocab_size is not None:
         logits_Cv = jnp.where(ids_v < settings.vocab_size, logits_Cv, NEVER)
     hit_Cv = targets_C[:, None] == ids_v
@@ -228,10 +244,8 @@ def _forward(
     return (ce, z), _Softmax(exp_Cv, total_C1, lse_C, hit_Cv, bounded_Cv)
 
 
-def _backward(
-    settings: _Settings, w_vD: jax.Array, chunk: _Chunk, softmax: _Softmax
-) -> tuple[jax.Array, jax.Array]:
-    """Gradients of a chunk's losses: of its tokens, [C, D], and of the output layer, [v, D]."""
+def _logits_gradient(settings: _Settings, chunk: _Chunk, softmax: _Softmax) -> jax.Array:
+    """The gradient of a chunk's losses with respect to its logits, [C, v]."""
     x_CD, _, weights_C = chunk
     exp_Cv, total_C1, lse_C, hit_Cv, bounded_Cv = softmax
     # d ce = weight * (softmax - hit);  d z = weight * 2 z_loss lse * softmax
@@ -239,8 +253,4 @@ def _backward(
     dlogits_Cv = exp_Cv * scale_C1 - jnp.where(hit_Cv, weights_C[:, None], 0)
     if bounded_Cv is not None:
         dlogits_Cv *= 1 - bounded_Cv * bounded_Cv
-    dlogits_Cv = dlogits_Cv.astype(x_CD.dtype)
-    dx_CD = dlogits_Cv @ w_vD
-    wide = sharding.wide(x_CD.dtype)
-    dw_vD = jnp.matmul(sharding.transposed(dlogits_Cv), x_CD, preferred_element_type=wide)
-    return dx_CD, dw_vD.astype(jnp.float32)
+    return dlogits_Cv.astype(x_CD.dtype)

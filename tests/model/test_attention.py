@@ -390,6 +390,32 @@ def test_remat_dots_runs_splashs_forward_pass_once(on_mesh, tiny_config, remat, 
 
 
 @pytest.mark.parametrize(
+    ("length", "window", "parts"),
+    [(1024, None, 1), (1024, 300, 1), (2048, None, 2), (2048, 1100, 2), (512, 1, 1), (512, 900, 1)],
+)
+def test_splash_is_given_the_mask_that_it_would_compute_by_each_element(length, window, parts):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    base = masks.CausalMask if window is None else masks.LocalMask
+    order = np.arange(length).reshape(2 * parts, -1)
+    order = np.concatenate([np.r_[order[i], order[-1 - i]] for i in range(parts)])
+    sizes = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv")
+    sizes += ("block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
+    made = []
+    for kind in (base, vendor._by_blocks(base, window)):
+        mask = kind((length, length), *(() if window is None else ((window - 1, 0), 0)))
+        mask.q_sequence = order.astype(np.int32)
+        blocks = kernel.BlockSizes(**dict.fromkeys(sizes, 128))
+        all_heads = masks.MultiHeadMask([mask])
+        made.append(
+            kernel.make_splash_mha(all_heads, block_sizes=blocks, head_shards=1, q_seq_shards=parts)
+        )
+    for found, wanted in zip(*map(jax.tree.leaves, made), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(
     ("window", "kv_heads", "segmented", "cap", "context"),
     [
         pytest.param(None, 2, False, 1.5, 1, marks=pytest.mark.slow),

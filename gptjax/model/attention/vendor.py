@@ -4,6 +4,7 @@ Shapes: B sequences, T positions, H query heads, K key heads, C head_dim; in low
 device's share.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -76,8 +77,8 @@ def _splash_kernel(cfg: ModelConfig, t: int, heads: int, window: int | None) -> 
 
     local_heads = heads // sharding.axis_size("heads")
     parts = sharding.axis_size("seq")
-    mask = (
-        masks.CausalMask((t, t)) if window is None else masks.LocalMask((t, t), (window - 1, 0), 0)
+    mask = _by_blocks(masks.CausalMask if window is None else masks.LocalMask, window)(
+        (t, t), *(() if window is None else ((window - 1, 0), 0))
     )
     mask.q_sequence = sequence.zigzag_positions(t).astype(np.int32)
     # Blocks of 512: the default of 128 leaves the matrix unit idle between them.
@@ -98,6 +99,38 @@ def _splash_kernel(cfg: ModelConfig, t: int, heads: int, window: int | None) -> 
     mesh = abstract_mesh(**jax.sharding.get_abstract_mesh().shape)
     specs = attend.manual_sharding_spec(jax.NamedSharding(mesh, sharding.spec(None, "seq")))
     return jax.tree.map(jax.sharding.reshard, attend, specs), specs
+
+
+def _by_blocks(base: Any, window: int | None) -> Any:
+    """A mask of splash attention that computes no block of which all or nothing is seen.
+
+    The kernel asks the host for each block, and for each column: all of T^2 elements, several times
+    (70 s at 131,072 tokens).
+    """
+
+    class ByBlocks(base):  # type: ignore[misc]
+        def __getitem__(self, at: tuple[slice, slice]) -> np.ndarray:
+            queries, (first, end, _) = self.q_sequence[at[0]], at[1].indices(self.shape[1])
+            if end - first == 1:  # compared along the queries, as they lie in memory
+                seen = queries >= first
+                seen = seen if window is None else seen & (queries < first + window)
+                return np.asarray(seen[:, None])
+            shape = (len(queries), end - first)
+            least, most = int(queries.min()), int(queries.max())
+            hidden = -1 if window is None else most - window  # the last key before any window
+            seen_from = -1 if window is None else least - window
+            if end - 1 <= least and first > hidden:
+                return _constant(shape, True)
+            if first > most or end - 1 <= seen_from:
+                return _constant(shape, False)
+            return np.asarray(super().__getitem__(at))
+
+    return ByBlocks
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(shape: tuple[int, int], value: bool) -> np.ndarray:
+    return np.full(shape, value)
 
 
 def _gather_natural(a_bt: jax.Array, length: int) -> jax.Array:
