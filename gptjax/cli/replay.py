@@ -26,6 +26,8 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
             raise ConfigError([f"--step={args.step}: the run has trained steps 1 to {done}"])
         if args.step in again.left_out:
             raise ConfigError([f"--step={args.step}: the run has left this step out"])
+        for cfg in mixture.part_configs(again.cfg).values() if args.files else ():
+            documents.check_text(cfg)
         step = replay.replay(again, args.step)
         places = _places(again, step) if args.files else {}
         if distributed.first():

@@ -3,9 +3,21 @@
 from collections.abc import Callable, Collection
 
 from gptjax.config import Config
-from gptjax.data import sources
+from gptjax.data import provenance, sources
 from gptjax.data.files import Counts
 from gptjax.data.split import Split
+from gptjax.errors import DataError
+
+
+def check_text(cfg: Config) -> None:
+    """Raises DataError where a local store was made of other text than is there now, in which its
+    documents have other places."""
+    if "://" not in cfg.data.store and (changes := provenance.changes(cfg)):
+        more = f" and {len(changes) - 1} more changes" if len(changes) > 1 else ""
+        raise DataError(
+            f"{cfg.data.store}: its text is not what it was made of ({changes[0]}{more}), so the "
+            "files of its documents cannot be named; leave --files away"
+        )
 
 
 def places_of(

@@ -210,6 +210,12 @@ def test_a_step_is_taken_apart_into_its_documents_and_layers(
     assert f'<td class="">{top.shares["layer 1"]:.1%} {name}, ' in html
     assert f"{top.shares['layer 1']:7.1%}: {top.row}, {top.part} {top.document}\n" in out
     assert "as recorded, bit for bit" in html
+    more = Path(run).parent / "web" / "0new.txt"
+    more.write_text("This is new.")
+    code, _, err = command_line("replay", run, "--step", 5, "--files")
+    more.unlink()
+    assert code == 65
+    assert "its text is not what it was made of (0new.txt: is new), so the files" in err
     for wrong in (0, 8):
         code, _, err = command_line("replay", run, "--step", wrong)
         assert code == 2
