@@ -47,7 +47,7 @@ def read_rows(file: Any) -> Iterator[dict[str, Any]]:
         try:
             row = json.loads(line)
             row["step"] = int(row["step"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
         trained, evaluated = split(row)
         yield trained

@@ -75,10 +75,10 @@ def install() -> None:
 
     def slow_device(device):
         seconds = seconds_of(device)
-        if kind == "device" and process == process_at:
-            time.sleep(int(step_at))
-            return 2 * seconds
-        return seconds
+        if kind != "device":
+            return seconds
+        time.sleep(int(step_at) * (process == process_at))
+        return 2.0 if process == process_at else 1.0
 
     audited_before, audit.audited = audit.audited, audited
     seconds_of, stragglers._seconds_of = stragglers._seconds_of, slow_device
