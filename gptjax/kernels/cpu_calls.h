@@ -32,7 +32,7 @@ enum {
   MOST_EARLY = 1 << 18,    /* bytes prefetched before their product is called */
 };
 
-/* --- calls and tasks ------------------------------------------------------------------------- */
+/* --- calls and tasks -------------------------------------------------------------------------- */
 
 /* The matrices of a product, and how the product is cut into tasks. */
 typedef struct {
@@ -100,7 +100,7 @@ static Part part_of(const Product *of, int64_t task) {
   return part;
 }
 
-/* --- threads ------------------------------------------------------------------------------------ */
+/* --- threads ---------------------------------------------------------------------------------- */
 
 static void release(Call *call) {
   if (atomic_fetch_sub(&call->holders, 1) == 1) free(call);

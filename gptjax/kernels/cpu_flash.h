@@ -35,9 +35,10 @@ typedef struct {
   float *lse;
 } Flash;
 
-/* --- products ---------------------------------------------------------------------------------- */
+/* --- products --------------------------------------------------------------------------------- */
 
-/* out [m, vectors] = or += a [m, depth] b [depth, vectors]; number (r, d) of a is at r row + d step. */
+/* out [m, vectors] = or += a [m, depth] b [depth, vectors]; number (r, d) of a is at
+ * r row + d step. */
 INLINE void tile(int m, int vectors, int64_t depth, const float *a, int64_t row, int64_t step,
                  const float *b, int64_t stride, float *out, int64_t apart, int add) {
   floats s[TILE_ROWS][TILE_VECTORS];
@@ -57,7 +58,9 @@ INLINE void tile(int m, int vectors, int64_t depth, const float *a, int64_t row,
 }
 
 #define TILE(m, vectors) \
-  case (m) * 8 + (vectors): tile(m, vectors, depth, a, row, step, b, stride, out, apart, add); break;
+  case (m) * 8 + (vectors):       \
+    tile(m, vectors, depth, a, row, step, b, stride, out, apart, add); \
+    break;
 
 static void any_tile(int64_t m, int64_t vectors, int64_t depth, const float *a, int64_t row,
                      int64_t step, const float *b, int64_t stride, float *out, int64_t apart,
@@ -96,7 +99,7 @@ static void multiply(Triangle part, int64_t m, int64_t n, int64_t depth, const f
   }
 }
 
-/* --- packing ----------------------------------------------------------------------------------- */
+/* --- packing ---------------------------------------------------------------------------------- */
 
 /* Rows of `width` numbers, `apart` bytes from each other, as float32 in the order of `load`. */
 INLINE void pack_rows(int wide, const char *from, int64_t apart, int64_t rows, int64_t width,
@@ -130,7 +133,7 @@ INLINE void unpack_rows(int wide, const float *from, int64_t rows, int64_t width
            to + i * apart + j * (wide ? 4 : 2));
 }
 
-/* --- a block of queries ------------------------------------------------------------------------ */
+/* --- a block of queries ----------------------------------------------------------------------- */
 
 /* Queries `first` to `end` see keys from `from`, a multiple of SIDE; `low` is the first key of each
  * query. Their scores are [SIDE, apart], from key `from` on. */
@@ -210,9 +213,41 @@ static float softmax(float *row, const Seen *seen) {
   return top + logf(sum);
 }
 
-/* --- tasks ------------------------------------------------------------------------------------- */
+/* --- tasks ------------------------------------------------------------------------------------ */
 
 static int64_t round_up(int64_t tokens) { return (tokens + SIDE - 1) / SIDE * SIDE; }
+
+/* Where a task's rows are: of one sequence, and the query heads of one key-value head. Bytes apart
+ * are the rows of queries and of keys; `kv` is the place of its first key. */
+typedef struct {
+  int64_t first_head, heads, row, key_row, kv, sequence;
+  const int32_t *segments;
+} Place;
+
+static Place place_of(const Flash *of, int64_t task, int64_t size) {
+  const int64_t sequence = task / of->keys, key = task % of->keys, group = of->heads / of->keys;
+  const int64_t head = of->width * size, key_row = of->keys * head;
+  return (Place){
+      .first_head = key * group,
+      .heads = group,
+      .row = of->heads * head,
+      .key_row = key_row,
+      .kv = sequence * of->tokens * key_row + key * head,
+      .sequence = sequence,
+      .segments = of->segments + sequence * of->tokens,
+  };
+}
+
+/* The bytes before a token's query of a head. */
+static int64_t query_at(const Flash *of, const Place *in, int64_t token, int64_t head,
+                        int64_t size) {
+  return (in->sequence * of->tokens + token) * in->row + head * of->width * size;
+}
+
+/* The logarithms of the softmax's sums of a head. */
+static float *lse_of(const Flash *of, const Place *in, int64_t head) {
+  return of->lse + (in->sequence * of->heads + head) * of->tokens;
+}
 
 /* Floats of scratch memory that a task needs. */
 static int64_t flash_scratch(const Flash *of) {
@@ -223,31 +258,28 @@ static int64_t flash_scratch(const Flash *of) {
 
 /* Attention of one sequence and key-value head. */
 INLINE void flash_forward(int wide, const Flash *of, int64_t task, float *scratch) {
-  const int64_t size = wide ? 4 : 2, c = of->width, t = of->tokens, group = of->heads / of->keys;
-  const int64_t sequence = task / of->keys, key = task % of->keys, whole = round_up(t);
-  const int64_t row = of->heads * c * size, key_row = of->keys * c * size;
-  const int64_t kv = sequence * t * key_row + key * c * size;
+  const int64_t size = wide ? 4 : 2, c = of->width, t = of->tokens, whole = round_up(t);
+  const Place in = place_of(of, task, size);
   float *values = scratch, *keys_T = values + whole * c, *strip = keys_T + whole * c;
   float *queries = strip + SIDE * (whole + LANES), *out = queries + SIDE * c, *packed = out + SIDE * c;
-  pack_rows(wide, of->k + kv, key_row, t, c, 1, packed);
+  pack_rows(wide, of->k + in.kv, in.key_row, t, c, 1, packed);
   pack_panels(packed, t, c, keys_T);
-  pack_rows(wide, of->v + kv, key_row, t, c, 1, values);
-  const int32_t *segments = of->segments + sequence * t;
+  pack_rows(wide, of->v + in.kv, in.key_row, t, c, 1, values);
   int64_t start = 0;
   for (int64_t first = 0; first < t; first += SIDE) {
-    const Block block = next_block(of, segments, first, &start);
+    const Block block = next_block(of, in.segments, first, &start);
     const int64_t count = block.end - first, depth = block.end - block.from;
-    for (int64_t h = key * group; h < (key + 1) * group; h++) {
-      const int64_t at = (sequence * t + first) * row + h * c * size;
-      pack_rows(wide, of->q + at, row, count, c, of->scale, queries);
+    for (int64_t h = in.first_head; h < in.first_head + in.heads; h++) {
+      const int64_t at = query_at(of, &in, first, h, size);
+      pack_rows(wide, of->q + at, in.row, count, c, of->scale, queries);
       by_panels(of, &block, queries, keys_T, strip);
       for (int64_t r = 0; r < count; r++) {
         const Seen seen = seen_by(&block, r);
-        of->lse[(sequence * of->heads + h) * t + first + r] = softmax(strip + r * block.apart, &seen);
+        lse_of(of, &in, h)[first + r] = softmax(strip + r * block.apart, &seen);
       }
       multiply(DEPTH_TO_ROW, count, c, depth, strip, block.apart, 1, values + block.from * c, c, out,
                c, 0);
-      unpack_rows(wide, out, count, c, 1, of->y + at, row);
+      unpack_rows(wide, out, count, c, 1, of->y + at, in.row);
     }
   }
 }
@@ -269,29 +301,27 @@ static void softmax_gradient(float *p, float *dp, const Seen *seen, float lse, f
 
 /* The gradients of one sequence and key-value head. */
 INLINE void flash_backward(int wide, const Flash *of, int64_t task, float *scratch) {
-  const int64_t size = wide ? 4 : 2, c = of->width, t = of->tokens, group = of->heads / of->keys;
-  const int64_t sequence = task / of->keys, key = task % of->keys, whole = round_up(t);
-  const int64_t row = of->heads * c * size, key_row = of->keys * c * size;
-  const int64_t kv = sequence * t * key_row + key * c * size, all = whole * c;
+  const int64_t size = wide ? 4 : 2, c = of->width, t = of->tokens, whole = round_up(t);
+  const int64_t all = whole * c;
+  const Place in = place_of(of, task, size);
   float *keys = scratch, *keys_T = keys + all, *values_T = keys_T + all, *dk = values_T + all;
   float *dv = dk + all, *p = dv + all, *dp = p + SIDE * (whole + LANES);
   float *queries = dp + SIDE * (whole + LANES), *dy = queries + SIDE * c, *y = dy + SIDE * c;
   float *values = y + SIDE * c;
-  pack_rows(wide, of->k + kv, key_row, t, c, 1, keys);
+  pack_rows(wide, of->k + in.kv, in.key_row, t, c, 1, keys);
   pack_panels(keys, t, c, keys_T);
-  pack_rows(wide, of->v + kv, key_row, t, c, 1, values);
+  pack_rows(wide, of->v + in.kv, in.key_row, t, c, 1, values);
   pack_panels(values, t, c, values_T);
   memset(dk, 0, 2 * all * sizeof(float)); /* and dv */
-  const int32_t *segments = of->segments + sequence * t;
   int64_t start = 0;
   for (int64_t first = 0; first < t; first += SIDE) {
-    const Block block = next_block(of, segments, first, &start);
+    const Block block = next_block(of, in.segments, first, &start);
     const int64_t count = block.end - first, depth = block.end - block.from;
-    for (int64_t h = key * group; h < (key + 1) * group; h++) {
-      const int64_t at = (sequence * t + first) * row + h * c * size;
-      pack_rows(wide, of->q + at, row, count, c, of->scale, queries);
-      pack_rows(wide, of->dy + at, row, count, c, 1, dy);
-      pack_rows(wide, of->y + at, row, count, c, 1, y);
+    for (int64_t h = in.first_head; h < in.first_head + in.heads; h++) {
+      const int64_t at = query_at(of, &in, first, h, size);
+      pack_rows(wide, of->q + at, in.row, count, c, of->scale, queries);
+      pack_rows(wide, of->dy + at, in.row, count, c, 1, dy);
+      pack_rows(wide, of->y + at, in.row, count, c, 1, y);
       by_panels(of, &block, queries, keys_T, p);
       by_panels(of, &block, dy, values_T, dp);
       for (int64_t r = 0; r < count; r++) {
@@ -300,7 +330,7 @@ INLINE void flash_backward(int wide, const Flash *of, int64_t task, float *scrat
         for (int64_t j = r * c; j < (r + 1) * c; j += LANES)
           mean += *(const floats *)(y + j) * *(const floats *)(dy + j);
         softmax_gradient(p + r * block.apart, dp + r * block.apart, &seen,
-                         of->lse[(sequence * of->heads + h) * t + first + r], sum_of(mean));
+                         lse_of(of, &in, h)[first + r], sum_of(mean));
       }
       for (int64_t from = block.from; from < block.end; from += SIDE) {
         const Triangle part = from < first ? WHOLE : DEPTH_FROM_ROW;
@@ -309,9 +339,9 @@ INLINE void flash_backward(int wide, const Flash *of, int64_t task, float *scrat
         multiply(part, here, c, count, dp + strip, 1, block.apart, queries, c, dk + to, c, 1);
       }
       multiply(DEPTH_TO_ROW, count, c, depth, dp, block.apart, 1, keys + block.from * c, c, y, c, 0);
-      unpack_rows(wide, y, count, c, of->scale, of->dq + at, row);
+      unpack_rows(wide, y, count, c, of->scale, of->dq + at, in.row);
     }
   }
-  unpack_rows(wide, dk, t, c, 1, of->dk + kv, key_row);
-  unpack_rows(wide, dv, t, c, 1, of->dv + kv, key_row);
+  unpack_rows(wide, dk, t, c, 1, of->dk + in.kv, in.key_row);
+  unpack_rows(wide, dv, t, c, 1, of->dv + in.kv, in.key_row);
 }
