@@ -102,6 +102,15 @@ def test_restores_bit_equal_on_another_mesh(tmp_path, shape) -> None:
         assert isinstance(restored["opt_state"], tuple)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 1)])
+def test_an_array_larger_than_the_memory_for_saving_is_saved(tmp_path, monkeypatch, shape) -> None:
+    """Of 128 MiB and more, as the table of GPT-2 124M on one device."""
+    monkeypatch.setattr(orbax_store, "_SURGE_BYTES", 1024)
+    with enter(shape):
+        restored = saved(tmp_path, [3]).restore(3, abstract(state(3)))
+        assert fingerprints(leaves_by_path(restored)) == fingerprints(leaves_by_path(state(3)))
+
+
 def test_layers_saved_in_another_order_are_restored_in_the_requested_one(tmp_path) -> None:
     """A pipeline's checkpoint holds the layers in its own order, and records it."""
     layers = lambda numbers: {
