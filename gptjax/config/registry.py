@@ -70,6 +70,7 @@ ATTENTION_BACKENDS = Registry(
     {
         "splash": "gptjax.model.attention.vendor",
         "cudnn": "gptjax.model.attention.vendor",
+        "cudnn_ring": "gptjax.model.attention.cudnn_ring",
         "native": "gptjax.model.attention.native",
         "blockwise": "gptjax.model.attention.blockwise",
         "ring": "gptjax.model.attention.ring",

@@ -24,7 +24,7 @@ class ComputeConfig:
     """Type of activations and matrix products; parameters and optimizer state are float32."""
     attention: str = free("auto")
     """Attention backend: auto (the fastest that supports the model on this device), reference,
-    native, blockwise, ring, splash, cudnn, or a registered name (config/registry.py)."""
+    native, blockwise, ring, splash, cudnn, cudnn_ring, or a name in config/registry.py."""
     scan_layers: bool = free(True)
     """Compile one block and scan it over the layers, which compiles faster; otherwise unroll all
     layers, which may run faster."""

@@ -179,6 +179,9 @@ def step_collectives(
     return [one for one in found if one.group > 1 and one.count and one.bytes]
 
 
+RINGS = frozenset({"ring", "cudnn_ring"})
+"""Attention backends that send keys and values round the context axis, rather than gather them."""
+
 _REPLICAS = ("data", "expert", "context")  # the axes besides fsdp along which a weight is the same
 
 
@@ -255,7 +258,7 @@ def _pipeline(s: StepShape) -> Iterator[Collective]:
 
 def _context_parallel(s: StepShape) -> Iterator[Collective]:
     """Keys and values over the context axis: around a ring, or gathered for all queries."""
-    rings = s.attention.count("ring") / len(s.attention) * s.layer_runs
+    rings = sum(name in RINGS for name in s.attention) / len(s.attention) * s.layer_runs
     yield from _ring_attention(s, rings)
     keys = s.microbatch * s.sizes["context"] * s.cost.activations.keys
     keys_bytes = keys / s.sizes["tensor"] * s.itemsize
@@ -270,7 +273,8 @@ def _ring_attention(s: StepShape, layers: float) -> Iterator[Collective]:
     context = s.sizes["context"]
     elements = s.microbatch * s.cost.activations.keys / s.sizes["tensor"]
     # What a pass that is recomputed and the backward pass both send first, XLA sends once.
-    steps = layers * (3 * (context - 1) - 1 if s.recomputes else 2 * (context - 1))
+    recomputed = context - 2 if s.cfg.compute.remat == "block" else 0
+    steps = layers * (2 * (context - 1) + recomputed)
     yield _over(s, "context", PERMUTE, elements * s.itemsize, 2 * steps, "keys and values")
     ids = (s.cfg.data.documents == "mask") + (s.cfg.model.positions == "alibi")
     purpose = "documents and positions of keys"

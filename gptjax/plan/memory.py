@@ -45,7 +45,7 @@ class Tensor:
         return math.prod(self.shard_shape(sizes)) * self.itemsize
 
 
-KEPT_BY_DOTS = frozenset({"cudnn", "splash"})
+KEPT_BY_DOTS = frozenset({"cudnn", "splash", "ring", "cudnn_ring"})
 """Attention backends whose output remat=dots keeps, so that their forward pass runs once."""
 
 _GROUPS = {"params": "parameters", "opt_state": "optimizer", "ema": "moving average"}
@@ -112,7 +112,7 @@ def cudnn_workspace(s: StepShape, device: Device) -> float:
     As the graphs of cuDNN 9.23 say: float32 gradients of the queries, those of keys and values of
     every query head where heads are grouped, and a sum for each row; before the H100, more.
     """
-    if "cudnn" not in s.attention:
+    if not {"cudnn", "cudnn_ring"} & set(s.attention):
         return 0.0
     m, a = s.cfg.model, s.cost.activations
     width = 4 + 4 * (a.keys < a.queries) + 4 * (device.name.split("-")[0] not in _HOPPER)
@@ -152,7 +152,7 @@ def _layer_workspace(s: StepShape) -> float:
     activations = 3 * tokens + 2 * _split(s, a.qkv)
     activations += (2 * a.projections + 1) * _split(s, a.routed_hidden)
     keys, sequences = s.microbatch * a.keys / s.sizes["tensor"], 0.0
-    if context > 1 and set(s.attention) == {"ring"}:
+    if context > 1 and set(s.attention) <= collectives.RINGS:
         # Keys and values here and arriving; their gradients here, arriving and being summed, and
         # those of the queries.
         queries = s.microbatch * a.queries / s.sizes["tensor"]

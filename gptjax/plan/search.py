@@ -15,6 +15,7 @@ from gptjax.config.stage_validation import ramp_on
 from gptjax.config.validation import divisors
 from gptjax.errors import ConfigError
 from gptjax.plan import memory
+from gptjax.plan.collectives import RINGS
 from gptjax.plan.estimate import Plan, plan
 from gptjax.plan.machines import Machine
 
@@ -119,9 +120,21 @@ def _all(
             overrides = [f"--mesh.{axis} {size}" for axis, size in named.items()] + fixed
             overrides += [f"--compute.remat {remat}", f"--train.accumulation {accumulation}"]
             try:
-                yield Choice(plan(one, machine, state), tuple(overrides))
+                choice = Choice(plan(one, machine, state), tuple(overrides))
             except ConfigError:
                 break  # these sizes do not divide, whatever the rest
+            yield choice
+            if not choice.plan.fits and _gathers_keys(choice.plan):
+                one = replace(one, compute=replace(one.compute, attention="ring"))
+                yield Choice(plan(one, machine, state), (*overrides, "--compute.attention ring"))
+
+
+def _gathers_keys(planned: Plan) -> bool:
+    """Whether a ring would need less memory: it sends more than twice the bytes that gathered keys
+    are, and is XLA's arithmetic, so it is for what does not fit otherwise.
+    """
+    chosen_freely = planned.cfg.compute.attention == "auto"
+    return chosen_freely and planned.sizes["context"] > 1 and not RINGS & set(planned.attention)
 
 
 def _shapes(cfg: Config, machine: Machine) -> Iterator[tuple[int, int, int, int, int]]:

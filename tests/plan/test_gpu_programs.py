@@ -78,6 +78,15 @@ def test_remat_dots_runs_cudnns_forward_pass_once(more, forward) -> None:
     assert counted(program, "__cudnn$fmhaSoftmaxBackward") == 1
 
 
+def test_the_ring_of_a_context_axis_is_of_cudnns_kernels_and_keeps_their_output() -> None:
+    words = GPT2.replace("h100:1", "h100:4").replace("--model.layers 2", "--model.layers 1")
+    program = compiled(f"{words} --mesh.context 4 --data.documents mask")
+    # Each block with itself, a device's late queries with its early keys, the other devices' keys
+    # in the loop and the last of them: in each pass once.
+    forward, backward = "__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"
+    assert (counted(program, forward), counted(program, backward)) == (4, 4)
+
+
 def float_scatters(program: str) -> list[str]:
     return re.findall(r"= (?:f32|bf16)\[[^\n]* scatter\([^\n]*", program)
 

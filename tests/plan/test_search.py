@@ -8,7 +8,7 @@ import pytest
 
 from gptjax import config
 from gptjax.errors import ConfigError
-from gptjax.plan import estimate, search
+from gptjax.plan import estimate, memory, search
 from gptjax.plan.machines import parse
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -105,6 +105,21 @@ def test_search_where_nothing_fits_raises_with_advice() -> None:
     assert problem.startswith("--search: ")
     for part in (cfg.run, "v5e:2x2", "more devices", "train.batch_tokens"):
         assert part in problem
+
+
+def test_a_ring_is_tried_where_gathered_keys_do_not_fit() -> None:
+    tokens = str(2**19)
+    words = ["--model.context", tokens, "--train.seq-len", tokens, "--train.batch-tokens", tokens]
+    cfg = config.resolve("gpt2:small", words, "gptjax plan")
+    choices = list(search._all(cfg, parse("v5e:4x4"), memory.tensors(cfg), []))
+    rings = [i for i, one in enumerate(choices) if "--compute.attention ring" in one.overrides]
+    assert 0 < len(rings) < len(choices)
+    for i in rings:
+        gathered, ring = choices[i - 1].plan, choices[i].plan
+        assert (gathered.attention, ring.attention) == (("splash",), ("ring",))
+        assert not gathered.fits
+        assert choices[i].overrides[:-1] == choices[i - 1].overrides
+    assert any(choices[i].plan.fits for i in rings)
 
 
 # --- a plan that does not fit --------------------------------------------------------------------

@@ -12,7 +12,7 @@ only its late queries see the keys of a device after it, and they see all of the
 half a square of queries and keys on every device, and nothing that the causal mask hides is
 computed, except within the blocks on the diagonal. Scores exist for one block at a time.
 
-`block_pairs` and `key_owner` are the schedule; `_ring_pass` executes it; `update(query, key, acc)`
+`block_pairs` and `key_owner` are the schedule; `ring_pass` executes it; `update(query, key, acc)`
 of the forward and the backward pass adds the contribution of a block of queries and one of keys.
 
 Inside the shard_map everything is one device's share. Shapes: b sequences, t tokens, n blocks of S
@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
 from gptjax.config.registry import ATTENTION_BACKENDS
@@ -38,6 +39,7 @@ from gptjax.model import layers
 from gptjax.model.attention.backends import Backend, Inputs
 from gptjax.model.layers import NEVER
 from gptjax.parallel import sharding
+from gptjax.parallel.matmul import PRODUCT
 
 _AXIS = "context"
 _BLOCK = 512  # tokens; the divisor of half a device's tokens that is nearest to it is taken
@@ -80,7 +82,7 @@ class _Settings:
     scale: float
 
 
-class _Places(NamedTuple):
+class Places(NamedTuple):
     """The tokens' facts that masks and biases depend on, of all blocks or of one.
 
     segments_nbS and positions_nbS: None where no mask or bias needs them. start_n: the position in
@@ -92,11 +94,11 @@ class _Places(NamedTuple):
     start_n: Any
 
 
-class _Blocks(NamedTuple):
+class Blocks(NamedTuple):
     """Arrays of queries, or of keys and values, of all blocks or of one, and their places."""
 
     arrays: Any
-    places: _Places
+    places: Places
 
 
 Alibi = tuple[jax.Array, jax.Array] | None  # slopes_h, positions_bt
@@ -125,10 +127,10 @@ def _ring_fwd(
     segments_bt: jax.Array | None,
     alibi: Alibi,
 ) -> tuple[jax.Array, Any]:
-    keys = _key_blocks(k_btkC, v_btkC, segments_bt, alibi)
+    keys = key_blocks(k_btkC, v_btkC, segments_bt, alibi)
     q_nbkCQ = _query_blocks(q_bthC, keys)
 
-    def update(query: _Blocks, key: _Blocks, acc: Any) -> Any:
+    def update(query: Blocks, key: Blocks, acc: Any) -> Any:
         """One step of the online softmax (Milakov & Gimelshein 2018)."""
         (out_bkCQ, max_bkQ, sum_bkQ), _ = acc
         score_bkSQ, _ = _scores(settings, alibi, query, key)
@@ -142,9 +144,9 @@ def _ring_fwd(
     zero_nbkCQ = jnp.zeros(q_nbkCQ.shape, jnp.float32)
     zero_nbkQ = zero_nbkCQ[:, :, :, 0]
     acc = (zero_nbkCQ, zero_nbkQ + NEVER, zero_nbkQ), ()
-    (out_nbkCQ, max_nbkQ, sum_nbkQ), _ = _ring_pass(update, settings.window, q_nbkCQ, keys, acc)
-    out_bthC = _from_query_blocks(out_nbkCQ / sum_nbkQ[:, :, :, None], q_bthC)
-    lse_nbkQ = max_nbkQ + jnp.log(sum_nbkQ)
+    (out_nbkCQ, max_nbkQ, sum_nbkQ), _ = ring_pass(update, settings.window, q_nbkCQ, keys, acc)
+    out_bthC = kept(_from_query_blocks(out_nbkCQ / sum_nbkQ[:, :, :, None], q_bthC))
+    lse_nbkQ = kept(max_nbkQ + jnp.log(sum_nbkQ))
     return out_bthC, (q_bthC, k_btkC, v_btkC, segments_bt, alibi, out_bthC, lse_nbkQ)
 
 
@@ -152,11 +154,11 @@ def _ring_bwd(
     settings: _Settings, residuals: Any, do_bthC: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
     q_bthC, k_btkC, v_btkC, segments_bt, alibi, out_bthC, lse_nbkQ = residuals
-    keys = _key_blocks(k_btkC, v_btkC, segments_bt, alibi)
+    keys = key_blocks(k_btkC, v_btkC, segments_bt, alibi)
     q_nbkCQ, do_nbkCQ, out_nbkCQ = (_query_blocks(x, keys) for x in (q_bthC, do_bthC, out_bthC))
     delta_nbkQ = (do_nbkCQ.astype(jnp.float32) * out_nbkCQ.astype(jnp.float32)).sum(3)
 
-    def update(query: _Blocks, key: _Blocks, acc: Any) -> Any:
+    def update(query: Blocks, key: Blocks, acc: Any) -> Any:
         """Gradients of a block of queries and a block of keys (Dao et al. 2022)."""
         q_bkCQ, do_bkCQ, lse_bkQ, delta_bkQ = query.arrays
         k_bkSC, v_bkSC = key.arrays
@@ -173,7 +175,7 @@ def _ring_bwd(
     queries = (q_nbkCQ, do_nbkCQ, lse_nbkQ, delta_nbkQ)
     zeros = [jnp.zeros(x.shape, jnp.float32) for x in (q_nbkCQ, *keys.arrays)]
     acc = zeros[0], (zeros[1], zeros[2])
-    dq_nbkCQ, sums = _ring_pass(update, settings.window, queries, keys, acc)
+    dq_nbkCQ, sums = ring_pass(update, settings.window, queries, keys, acc)
     dk_btkC, dv_btkC = (
         x_nbkSC.transpose(1, 0, 3, 2, 4).reshape(k_btkC.shape).astype(k_btkC.dtype)
         for x_nbkSC in sums
@@ -182,6 +184,11 @@ def _ring_bwd(
 
 
 _ring.defvjp(_ring_fwd, _ring_bwd)
+
+
+def kept(x: jax.Array) -> jax.Array:
+    """Marked to be kept by remat=dots, so that it runs no second forward pass round the ring."""
+    return checkpoint_name(x, PRODUCT)
 
 
 # --- the schedule --------------------------------------------------------------------------------
@@ -219,27 +226,30 @@ def block_starts(device: Any, devices: int, blocks: int, size: int) -> Any:
     return ((chunk_21 * half + np.arange(half)) * size).reshape(-1)
 
 
-def _ring_pass(
-    update: Callable[[_Blocks, _Blocks, Any], Any],
+def ring_pass(
+    update: Callable[[Blocks, Blocks, Any], Any],
     window: int | None,
     query_arrays: Any,
-    keys: _Blocks,
-    acc: tuple[Any, Any],
+    keys: Blocks,
+    acc: tuple[Any, Any] = ((), ()),
+    diagonal: Callable[[Blocks, Blocks], tuple[Any, Any]] | None = None,
 ) -> tuple[Any, Any]:
     """One turn of the ring: accumulators by query block and by key block.
 
     `update(query, key, acc)` takes a block of each and their two accumulators, and returns these
-    with the pair's contribution. `acc` are the accumulators to begin with, those by key zeros.
+    with the pair's contribution. `acc` are the accumulators to begin with, those by key zeros; or
+    `diagonal(queries, keys)` returns those that have each block's pair with itself, where the
+    causal mask cuts through, and `update` is called for the others alone.
     """
     # Tied to the queries: a scan over layers would make the masks of all blocks beforehand, a GiB.
     _, places = lax.optimization_barrier((query_arrays, keys.places))
-    queries, keys = _Blocks(query_arrays, places), _Blocks(keys.arrays, places)
+    queries, keys = Blocks(query_arrays, places), Blocks(keys.arrays, places)
     n, _, _, size, _ = keys.arrays[0].shape
     device, devices = lax.axis_index(_AXIS), lax.axis_size(_AXIS)
     pairs = block_pairs(n)
     run = functools.partial(_run_pairs, update, window, queries)
 
-    def step(acc: tuple[Any, Any], keys: _Blocks, number: Any) -> tuple[Any, Any]:
+    def step(acc: tuple[Any, Any], keys: Blocks, number: Any) -> tuple[Any, Any]:
         # Sums by key arrive from where these keys were, while more is computed.
         by_query, by_key = acc[0], _send_on(acc[1])
         owner = key_owner(device, number, devices)
@@ -254,17 +264,20 @@ def _ring_pass(
         return (step(acc, keys, number), next_keys), None
 
     arriving = _send_on(keys._replace(places=keys.places._replace(start_n=None)))
-    acc = run(keys, jnp.asarray(pairs.own), *acc)
+    own = pairs.own
+    if diagonal is not None:
+        acc, own = diagonal(queries, keys), own[own[:, 0] != own[:, 1]]
+    acc = run(keys, jnp.asarray(own), *acc)
     (acc, keys), _ = lax.scan(step_and_send, (acc, arriving), jnp.arange(1, devices - 1))
     by_query, by_key = step(acc, keys, devices - 1)
     return by_query, _send_on(by_key)
 
 
 def _run_pairs(
-    update: Callable[[_Blocks, _Blocks, Any], Any],
+    update: Callable[[Blocks, Blocks, Any], Any],
     window: int | None,
-    queries: _Blocks,
-    keys: _Blocks,
+    queries: Blocks,
+    keys: Blocks,
     pairs: jax.Array,
     by_query: Any,
     by_key: Any,
@@ -305,21 +318,27 @@ def _put(tree: Any, index: jax.Array, new: Any) -> Any:
 # --- blocks --------------------------------------------------------------------------------------
 
 
-def _key_blocks(
-    k_btkC: jax.Array, v_btkC: jax.Array, segments_bt: jax.Array | None, alibi: Alibi
-) -> _Blocks:
-    """This device's own keys and values, each [n, b, k, S, C]."""
+def key_blocks(
+    k_btkC: jax.Array,
+    v_btkC: jax.Array,
+    segments_bt: jax.Array | None,
+    alibi: Alibi = None,
+    blocks: int = 0,
+) -> Blocks:
+    """This device's own keys and values, each [n, b, k, S, C]: blocks of about `_BLOCK` tokens, or
+    so many of them."""
     b, t = k_btkC.shape[:2]
-    size = min(divisors(t // 2), key=lambda size: abs(math.log(size / _BLOCK)))
+    near = min(divisors(t // 2), key=lambda size: abs(math.log(size / _BLOCK)))
+    size = t // blocks if blocks else near
     cut = lambda x_bt: x_bt.reshape(b, t // size, size, *x_bt.shape[2:])
     arrays = tuple(cut(x).transpose(1, 0, 3, 2, 4) for x in (k_btkC, v_btkC))
     segments = None if segments_bt is None else cut(segments_bt).swapaxes(0, 1)
     positions = None if alibi is None else cut(alibi[1]).swapaxes(0, 1)
     start_n = block_starts(lax.axis_index(_AXIS), lax.axis_size(_AXIS), t // size, size)
-    return _Blocks(arrays, _Places(segments, positions, start_n))
+    return Blocks(arrays, Places(segments, positions, start_n))
 
 
-def _query_blocks(x_bthC: jax.Array, keys: _Blocks) -> jax.Array:
+def _query_blocks(x_bthC: jax.Array, keys: Blocks) -> jax.Array:
     """[b, t, h, C] as [n, b, k, C, Q]."""
     b, _, h, c = x_bthC.shape
     n, _, k, s, _ = keys.arrays[0].shape
@@ -343,7 +362,7 @@ def _product(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _scores(
-    settings: _Settings, alibi: Alibi, query: _Blocks, key: _Blocks
+    settings: _Settings, alibi: Alibi, query: Blocks, key: Blocks
 ) -> tuple[jax.Array, jax.Array | float]:
     """Masked scores of a pair of blocks, [b, k, S, Q], and their derivative by q @ k."""
     cfg, k_bkSC = settings.cfg, key.arrays[0]

@@ -140,6 +140,9 @@ def _gather_natural(a_bt: jax.Array, length: int) -> jax.Array:
     return sequence.from_zigzag(lax.all_gather(a_bt, "context", axis=1, tiled=True))
 
 
+_BTNH = 0  # as JAX numbers cuDNN's layouts
+
+
 @ATTENTION_BACKENDS.register("cudnn")
 class Cudnn(LocalBackend):
     """cuDNN's flash attention for GPU.
@@ -199,6 +202,9 @@ def _compute_capability() -> tuple[int, ...] | None:
     return tuple(map(int, device.compute_capability.split(".")))
 
 
-def is_cudnn_forward(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A remat policy: cuDNN's output and its log-sum-exp are kept, so that it runs once."""
-    return primitive.name == "dot_product_attention_fwd_wrapper"
+def is_cudnn_forward(primitive: Any, *_: Any, layout: int = -1, **__: Any) -> bool:
+    """A remat policy: cuDNN's output and its log-sum-exp are kept, so that it runs once.
+
+    Not those of a part of the keys, which the ring asks for in another layout.
+    """
+    return primitive.name == "dot_product_attention_fwd_wrapper" and layout == _BTNH
