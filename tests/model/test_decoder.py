@@ -493,7 +493,9 @@ def test_attention_backends_are_chosen_by_exactly_the_features_that_the_model_ne
     mixed = {"pattern": ("full", "window"), "window": 4}
     assert chosen(segments=True, **mixed) == ("cudnn", "reference")
     assert chosen(positions="alibi") == ("reference",)
-    assert chosen(context=2) == ("ring",)
+    assert chosen(context=2, segments=True) == ("cudnn_ring",)
+    assert chosen(context=2, positions="alibi") == ("ring",)
+    assert chosen(context=2, **mixed) == ("cudnn_ring", "ring")
     assert chosen(dropout=0.1) == ("cudnn",)
     assert chosen(dropout=0.1, training=True) == ("reference",)
     with pytest.raises(ConfigError, match="cudnn: does not support dropout"):
