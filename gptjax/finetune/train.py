@@ -100,7 +100,7 @@ def _attention_backends(cfg: Config) -> tuple[str, ...]:
     return decoder.attention_backends(
         cfg.model,
         cfg.compute,
-        sharding.platform(),
+        sharding.target(),
         cfg.train.seq_len,
         segments=cfg.finetune.task == "answer",
         training=True,

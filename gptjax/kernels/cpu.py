@@ -183,19 +183,24 @@ def why_not() -> str | None:
         return "GPTJAX_NATIVE=0"
     if jax.process_count() > 1:
         return "several processes must run the same program, and some may have no compiler"
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc"))), None)
-    if compiler is None:
+    found = compiler()
+    if found is None:
         return "no C compiler was found (cc, gcc, or the one that CC names)"
     try:
-        library = _library(compiler)
+        library = _library(found)
         for name in _TARGETS:
             capsule = jax.ffi.pycapsule(getattr(library, name))
             jax.ffi.register_ffi_target(name, capsule, platform="cpu")
     except subprocess.CalledProcessError as error:
-        return f"{compiler} could not compile {_SOURCE}: {error.stderr.strip()[-300:]}"
+        return f"{found} could not compile {_SOURCE}: {error.stderr.strip()[-300:]}"
     except (OSError, RuntimeError, AttributeError) as error:
         return f"{_SOURCE} was compiled, but could not be stored, loaded or registered: {error}"
     return None
+
+
+def compiler() -> str | None:
+    """The C compiler of this machine: the one that CC names, cc or gcc; None without one."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc"))), None)
 
 
 def _library(compiler: str) -> ctypes.CDLL:

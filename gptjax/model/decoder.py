@@ -37,6 +37,7 @@ from gptjax.model.layers import Tokens
 from gptjax.model.moe import Routing
 from gptjax.parallel import matmul, pipeline, sequence, sharding
 from gptjax.parallel.matmul import Layout
+from gptjax.runtime.hardware import Target
 
 Params = dict[str, Any]
 Caches = tuple[Cache, ...]  # one for each place of the attention pattern
@@ -204,24 +205,19 @@ def _zigzag(a_BT: jax.Array) -> jax.Array:
 # --- the decoder ---------------------------------------------------------------------------------
 
 
-def attention_backends(
+def attention_calls(
     cfg: ModelConfig,
     compute: ComputeConfig,
-    platform: str,
     length: int,
     *,
     segments: bool,
     training: bool,
-) -> tuple[str, ...]:
-    """The attention backend of each layer of a period, for sequences of `length` tokens.
-
-    Raises ConfigError, see `backends.choose`.
-    """
+) -> list[tuple[Requirements, Sizes]]:
+    """What each layer of a period asks of its attention backend, in sequences of `length`."""
     parts = sharding.axis_size("seq")
     sizes = Sizes(compute.dtype, length // parts, cfg.head)
-    return tuple(
-        choose(
-            compute.attention,
+    return [
+        (
             Requirements(
                 segments=segments,
                 window=kind == "window",
@@ -232,10 +228,26 @@ def attention_backends(
                 context=parts > 1,
             ),
             sizes,
-            platform,
         )
         for kind in cfg.pattern
-    )
+    ]
+
+
+def attention_backends(
+    cfg: ModelConfig,
+    compute: ComputeConfig,
+    target: Target,
+    length: int,
+    *,
+    segments: bool,
+    training: bool,
+) -> tuple[str, ...]:
+    """The attention backend of each layer of a period, for sequences of `length` tokens.
+
+    Raises ConfigError, see `backends.choose`.
+    """
+    calls = attention_calls(cfg, compute, length, segments=segments, training=training)
+    return tuple(choose(compute.attention, need, sizes, target) for need, sizes in calls)
 
 
 def init(cfg: ModelConfig, key: jax.Array) -> Params:
@@ -283,7 +295,7 @@ def apply(
     backends = attention_backends(
         cfg,
         compute,
-        sharding.platform(),
+        sharding.target(),
         t,
         segments=segments_BT is not None,
         training=keys_B2 is not None,

@@ -17,6 +17,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gptjax.parallel.mesh import axes_splitting
+from gptjax.runtime import hardware
+from gptjax.runtime.hardware import Target
 
 _FSDP = axes_splitting("parameters")
 _REPLICAS = axes_splitting("sequences")  # without the stages, over which a batch is split as well
@@ -98,6 +100,20 @@ def platform() -> str:
     """The platform of the ambient mesh: "cpu", "gpu" or "tpu"; "cpu" if it has no devices."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return "cpu" if device is None else device.platform
+
+
+def target() -> Target:
+    """What programs on the ambient mesh are compiled for."""
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None or device.platform != "gpu":
+        return Target(platform())
+    if known := hardware.find(device.device_kind):
+        return known.target
+    if jax.default_backend() != "gpu":
+        return Target("gpu")
+    here: Any = jax.local_devices()[0]
+    major, minor = map(int, here.compute_capability.split("."))
+    return Target("gpu", (major, minor))
 
 
 def row_major(x: jax.Array) -> jax.Array:

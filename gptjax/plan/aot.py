@@ -25,7 +25,7 @@ from gptjax.errors import ConfigError
 from gptjax.model import decoder
 from gptjax.parallel import sharding
 from gptjax.parallel.mesh import make_mesh
-from gptjax.plan import gpu_compiler
+from gptjax.plan import cudnn_library, gpu_compiler
 from gptjax.plan.collectives import (
     ALL_GATHER,
     ALL_REDUCE,
@@ -46,8 +46,8 @@ class Compiled:
     """A compiled program's memory, communication and warnings; bytes and counts are of one device.
 
     seconds: of compilation. peak: most bytes at once, arguments included. workspace: of the peak,
-    what cuDNN asks for, by formula: its library is not asked without a GPU. out_of_memory: XLA's
-    message where the program does not fit. text: the program itself, as XLA prints it.
+    what cuDNN asks for, by formula where its library was not asked. out_of_memory: XLA's message
+    where the program does not fit. text: the program itself, as XLA prints it.
     """
 
     seconds: float
@@ -105,7 +105,9 @@ def train_step(cfg: Config, machine: Machine) -> Compiled:
         batch = objective.abstract_batch(cfg)
         found = _compile(lambda: step.compile_step(cfg, loss_fn, state, batch), mesh)
         shape = step_shape(cfg, dict(mesh.shape), objective.attention_backends(cfg))
-        workspace = cudnn_workspace(shape, machine.device)
+        workspace = 0.0
+        if machine.device.platform == "gpu" and cudnn_library.why_not():
+            workspace = cudnn_workspace(shape, machine.device)
         return replace(found, peak=found.peak + workspace, workspace=workspace)
 
 
@@ -171,6 +173,8 @@ def _compile(compile_: Callable[[], Any], mesh: jax.sharding.Mesh) -> Compiled:
         try:
             program = compile_()
         except jax.errors.JaxRuntimeError as error:
+            if "cuda_dnn.cc" in str(error):
+                raise _no_graph(str(error)) from None
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return Compiled(time.monotonic() - began, out_of_memory=str(error))
@@ -183,6 +187,15 @@ def _compile(compile_: Callable[[], Any], mesh: jax.sharding.Mesh) -> Compiled:
         collectives=program_collectives(text, dict(mesh.shape)),
         warnings=_warnings(log()),
         text=text,
+    )
+
+
+def _no_graph(message: str) -> ConfigError:
+    """The error of an attention that cuDNN refuses, from XLA's message."""
+    why = message.removeprefix("INTERNAL: ").split("\n")[0].split(" in external/")[0]
+    library = f"cuDNN {cudnn_library.version()}"
+    return ConfigError(
+        [f"compute.attention: {library} has no such attention: {why}; use reference (or ring)"]
     )
 
 

@@ -9,6 +9,7 @@ import jax
 from gptjax.config import Config
 from gptjax.errors import ConfigError
 from gptjax.model import decoder
+from gptjax.model.attention import backends
 from gptjax.model.flops import ModelCost
 from gptjax.parallel.mesh import AXES, abstract_mesh, arrange
 from gptjax.plan import memory, roofline
@@ -117,23 +118,24 @@ def check(cfg: Config, machine: Machine) -> Config:
 
 def _attention(cfg: Config, machine: Machine) -> tuple[str, ...]:
     """The attention backends that training would use there. Raises ConfigError."""
-    mesh = abstract_mesh(context=cfg.mesh.context)
-    with jax.sharding.use_abstract_mesh(mesh):
-        chosen = decoder.attention_backends(
+    target, wanted = machine.device.target, cfg.compute.attention
+    with jax.sharding.use_abstract_mesh(abstract_mesh(context=cfg.mesh.context)):
+        calls = decoder.attention_calls(
             cfg.model,
             cfg.compute,
-            machine.device.platform,
             cfg.train.seq_len,
             segments=cfg.data.documents == "mask",
             training=True,
         )
+    chosen = [backends.choose(wanted, *call, target) for call in calls]
     if "reference" in chosen:
-        part = cfg.train.seq_len // cfg.mesh.context
-        why = (
-            "needs the reference attention, which keeps every score and is not planned for: the "
-            "kernels lack ALiBi, dropout in attention and, on GPUs, float32 (of these the ring of "
-            "a context axis lacks dropout alone; compute.dtype=bfloat16 is another way); on TPUs, "
-            f"train.seq_len / mesh.context = {part} must be a multiple of 128"
+        need, sizes = calls[chosen.index("reference")]
+        why = backends.refusals(need, sizes, target)
+        raise ConfigError(
+            [
+                f"compute.attention={wanted}: {machine.name} needs the reference attention, which "
+                "keeps every score and is not planned for: "
+                + "; ".join(f"{name} {reason}" for name, reason in why.items())
+            ]
         )
-        raise ConfigError([f"compute.attention={cfg.compute.attention}: {machine.name} {why}"])
-    return chosen
+    return tuple(chosen)

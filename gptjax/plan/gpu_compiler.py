@@ -2,8 +2,9 @@
 
 The wheels of JAX's CUDA plugin (the extra `gpu-plan`) hold the compiler and descriptions of the
 GPUs that it knows; no driver and none of CUDA's libraries is needed. Memory and communication of
-its programs are real. Their times are not, as products are tuned on a device; and as cuDNN is not
-asked either, the workspace of its attention's backward pass is added by formula (plan/memory.py).
+its programs are real. Their times are not, as products are tuned on a device. With cuDNN's library
+(plan/cudnn_library.py) the graphs of its attention are built too; without it, the workspace of the
+backward pass is added by formula (plan/memory.py).
 """
 
 import mmap
@@ -13,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.errors import ConfigError
+from gptjax.plan import cudnn_library
 from gptjax.plan.machines import Machine
 
+# CUB's sort would ask a device how much memory it takes.
 _NO_CUB = "--xla_gpu_enable_cub_radix_sort=false"
+_ASK_CUDNN = "--xla_gpu_cudnn_deviceless_compilation_mode=CUDNN_DEVICELESS_COMPILATION_ALWAYS"
 _CUDNN_VERSION = 92300  # 9.23, which JAX 0.12 is built with
 
 
@@ -44,8 +48,10 @@ def devices(machine: Machine) -> list[Any]:
     from jax.experimental import topologies
 
     _answer_for_cudnn(_compute_capability(text))
-    # CUB's sort would ask a device how much memory it takes. Read when the plugin is first used.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_NO_CUB}".strip()
+    # Read when the plugin is first used.
+    flags = [os.environ.get("XLA_FLAGS", ""), _NO_CUB]
+    flags += [] if cudnn_library.why_not() else [_ASK_CUDNN]
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
     # Slices, hosts, and GPUs of a host.
     topology = f"1x{machine.slices}x{machine.per_slice}"
     found = topologies.get_topology_desc("", "cuda", target_config=text, topology=topology)

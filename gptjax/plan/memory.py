@@ -103,20 +103,27 @@ def memory_use(
     return use
 
 
-_HOPPER = ("h100", "h200", "gh200", "b200", "gb200")  # and newer
-
-
 def cudnn_workspace(s: StepShape, device: Device) -> float:
     """Bytes that cuDNN's backward pass asks for; 0 with other backends.
 
     As the graphs of cuDNN 9.23 say: float32 gradients of the queries, those of keys and values of
-    every query head where heads are grouped, and a sum for each row; before the H100, more.
+    every query head where heads are grouped, and a sum for each row; on GPUs that are neither
+    Hopper nor B200 and its kin, more. With `compute.deterministic` those ask for two bytes for
+    each score of a layer instead.
     """
     if not {"cudnn", "cudnn_ring"} & set(s.attention):
         return 0.0
-    m, a = s.cfg.model, s.cost.activations
-    width = 4 + 4 * (a.keys < a.queries) + 4 * (device.name.split("-")[0] not in _HOPPER)
-    return s.microbatch * (a.queries * width + m.heads * 4) / s.sizes["tensor"]
+    m, a, family = s.cfg.model, s.cost.activations, (device.capability or (8, 0))[0]
+    grouped = 4 * a.queries * (a.keys < a.queries)
+    queries = 4 * a.queries * (1 if family in (9, 10) else 2)
+    if family == 10 and m.head > 128:
+        grouped, queries = 3 * grouped, 0
+    elif family == 10:
+        queries *= bool(grouped) or not s.cfg.compute.deterministic
+    elif s.cfg.compute.deterministic:
+        in_ring = 1 if "cudnn" in s.attention else 2 * s.sizes["context"]
+        queries = max(queries, 2 * m.heads * s.cfg.train.seq_len // in_ring)
+    return s.microbatch * (queries + grouped + 4 * m.heads) / s.sizes["tensor"]
 
 
 def _saved_activations(s: StepShape) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 from gptjax.model.flops import ModelCost
 from gptjax.parallel.mesh import FSDP
-from gptjax.plan import roofline, search
+from gptjax.plan import cudnn_library, roofline, search
 from gptjax.plan.aot import Compiled, requested_gib
 from gptjax.plan.checkpoints import DAY, Saving
 from gptjax.plan.collectives import Collective, by_axes, pipeline_schedule
@@ -152,7 +152,12 @@ def compiled(plan: Plan, found: Compiled) -> Iterator[str]:
         f"predicted {plan.total / GIB:.2f}, ratio {ratio:.3f}"
     )
     if found.workspace:
-        yield f"  {found.workspace / GIB:.2f} GiB of both are cuDNN's workspace, by formula"
+        yield (
+            f"  {found.workspace / GIB:.2f} GiB of both are cuDNN's workspace, by formula: "
+            f"{cudnn_library.why_not()}"
+        )
+    elif "__cudnn$fmha" in found.text:
+        yield f"  with the graphs and workspaces of cuDNN {cudnn_library.version()}"
     if not found.fits(device.memory):
         yield f"  does not fit; {ways_to_fit(plan)}"
     yield from _comparison(plan.collectives, found.collectives)

@@ -6,8 +6,18 @@ a program reaches is another matter, see plan/roofline.py.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 GIB = 2**30
+
+
+class Target(NamedTuple):
+    """What a program is compiled for: the platform ("cpu", "gpu" or "tpu"), and of a GPU its
+    compute capability by CUDA, such as (9, 0); None where it is not known.
+    """
+
+    platform: str
+    capability: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +33,7 @@ class Device:
     GPUs, which a switch connects. wrap_multiple: a dimension of a multiple of this size is a ring,
     any other a line. devices_per_host, devices_per_chip: as JAX counts. largest_slice: in devices.
     sparse_core: XLA can hand collectives to the SparseCore, which runs them beside arithmetic.
+    capability: a GPU's compute capability by CUDA.
     """
 
     name: str
@@ -40,6 +51,12 @@ class Device:
     devices_per_chip: int = 1
     largest_slice: int = 0
     sparse_core: bool = False
+    capability: tuple[int, int] | None = None
+
+    @property
+    def target(self) -> Target:
+        """What programs for it are compiled for."""
+        return Target(self.platform, self.capability)
 
     @property
     def platform(self) -> str:
@@ -149,26 +166,27 @@ rest is for CUDA's context, NCCL's buffers and cuBLAS's and cuDNN's own.
 def _gpu(
     name: str,
     *kinds: str,
-    tflops: float,
-    float32: float,
+    capability: tuple[int, int],
+    tflops: tuple[float, float],
     gib: float,
     hbm: float,
     link: float,
     net: float = 5e10,
     node: int = 8,
 ) -> Device:
-    """A GPU with `gib` of memory in all, in nodes of `node`."""
+    """A GPU with `gib` of memory in all, in nodes of `node`; tflops in bfloat16 and in float32."""
     return Device(
         name=name,
         product=kinds[0],
         kinds=kinds,
-        tflops=tflops,
-        float32_tflops=float32,
+        tflops=tflops[0],
+        float32_tflops=tflops[1],
         memory=GPU_MEMORY_FRACTION * gib * GIB,
         hbm_bandwidth=hbm,
         link_bandwidth=link,
         network_bandwidth=net,
         devices_per_host=node,
+        capability=capability,
     )
 
 
@@ -181,8 +199,8 @@ _GPUS = (
     _gpu(
         "a100",
         "NVIDIA A100-SXM4-80GB",
-        tflops=312,
-        float32=19.5,
+        capability=(8, 0),
+        tflops=(312, 19.5),
         gib=79.25,
         hbm=2.039e12,
         link=3e11,
@@ -191,8 +209,8 @@ _GPUS = (
     _gpu(
         "a100-40gb",
         "NVIDIA A100-SXM4-40GB",
-        tflops=312,
-        float32=19.5,
+        capability=(8, 0),
+        tflops=(312, 19.5),
         gib=39.42,
         hbm=1.555e12,
         link=3e11,
@@ -201,8 +219,8 @@ _GPUS = (
     _gpu(
         "a100-pcie",
         "NVIDIA A100 80GB PCIe",
-        tflops=312,
-        float32=19.5,
+        capability=(8, 0),
+        tflops=(312, 19.5),
         gib=79.25,
         hbm=1.935e12,
         link=3.2e10,
@@ -211,20 +229,26 @@ _GPUS = (
     _gpu(
         "h100",
         "NVIDIA H100 80GB HBM3",
-        tflops=989.4,
-        float32=66.9,
+        capability=(9, 0),
+        tflops=(989.4, 66.9),
         gib=79.11,
         hbm=3.35e12,
         link=4.5e11,
     ),
     _gpu(
-        "h100-pcie", "NVIDIA H100 PCIe", tflops=756, float32=51.2, gib=79.11, hbm=2e12, link=6.4e10
+        "h100-pcie",
+        "NVIDIA H100 PCIe",
+        capability=(9, 0),
+        tflops=(756, 51.2),
+        gib=79.11,
+        hbm=2e12,
+        link=6.4e10,
     ),
     _gpu(
         "h100-nvl",
         "NVIDIA H100 NVL",
-        tflops=835,
-        float32=60.3,
+        capability=(9, 0),
+        tflops=(835, 60.3),
         gib=93.58,
         hbm=3.94e12,
         link=3e11,
@@ -234,8 +258,8 @@ _GPUS = (
         "h200",
         "NVIDIA H200",
         "NVIDIA H200 141GB HBM3e",
-        tflops=989.4,
-        float32=66.9,
+        capability=(9, 0),
+        tflops=(989.4, 66.9),
         gib=140.4,
         hbm=4.8e12,
         link=4.5e11,
@@ -243,20 +267,37 @@ _GPUS = (
     _gpu(
         "gh200",
         "NVIDIA GH200 480GB",
-        tflops=989.4,
-        float32=66.9,
+        capability=(9, 0),
+        tflops=(989.4, 66.9),
         gib=95.58,
         hbm=4e12,
         link=4.5e11,
         node=1,
     ),
-    _gpu("b200", "NVIDIA B200", tflops=2250, float32=80, gib=178.36, hbm=8e12, link=9e11),
-    _gpu("gb200", "NVIDIA GB200", tflops=2500, float32=80, gib=184.3, hbm=8e12, link=9e11, node=4),
+    _gpu(
+        "b200",
+        "NVIDIA B200",
+        capability=(10, 0),
+        tflops=(2250, 80),
+        gib=178.36,
+        hbm=8e12,
+        link=9e11,
+    ),
+    _gpu(
+        "gb200",
+        "NVIDIA GB200",
+        capability=(10, 0),
+        tflops=(2500, 80),
+        gib=184.3,
+        hbm=8e12,
+        link=9e11,
+        node=4,
+    ),
     _gpu(
         "l40s",
         "NVIDIA L40S",
-        tflops=362,
-        float32=91.6,
+        capability=(8, 9),
+        tflops=(362, 91.6),
         gib=44.99,
         hbm=8.64e11,
         link=3.2e10,
@@ -265,19 +306,63 @@ _GPUS = (
     _gpu(
         "rtx4090",
         "NVIDIA GeForce RTX 4090",
-        tflops=165.2,
-        float32=82.6,
+        capability=(8, 9),
+        tflops=(165.2, 82.6),
         gib=23.99,
         hbm=1.008e12,
         link=3.2e10,
         net=1.25e10,
     ),
     _gpu(
+        "b300",
+        "NVIDIA B300",
+        "NVIDIA B300 SXM6 AC",
+        capability=(10, 3),
+        tflops=(2250, 75),
+        gib=276.62,
+        hbm=8e12,
+        link=9e11,
+        net=1e11,
+    ),
+    _gpu(
+        "gb300",
+        "NVIDIA GB300",
+        capability=(10, 3),
+        tflops=(2500, 80),
+        gib=276.62,
+        hbm=8e12,
+        link=9e11,
+        net=1e11,
+        node=4,
+    ),
+    _gpu(
+        "a6000",
+        "NVIDIA RTX A6000",
+        capability=(8, 6),
+        tflops=(154.8, 38.7),
+        gib=47.53,
+        hbm=7.68e11,
+        link=3.2e10,
+        net=1.25e10,
+    ),
+    _gpu(
         "rtx5090",
         "NVIDIA GeForce RTX 5090",
-        tflops=209.5,
-        float32=104.8,
+        capability=(12, 0),
+        tflops=(209.5, 104.8),
         gib=31.84,
+        hbm=1.792e12,
+        link=6.4e10,
+        net=1.25e10,
+    ),
+    _gpu(
+        "rtxpro6000",
+        "NVIDIA RTX PRO 6000 Blackwell Workstation Edition",
+        "NVIDIA RTX PRO 6000 Blackwell Server Edition",
+        "NVIDIA RTX PRO 6000 Blackwell",
+        capability=(12, 0),
+        tflops=(503.8, 126),
+        gib=94.97,
         hbm=1.792e12,
         link=6.4e10,
         net=1.25e10,

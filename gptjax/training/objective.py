@@ -62,7 +62,7 @@ def attention_backends(cfg: Config, seq_len: int | None = None) -> tuple[str, ..
     return decoder.attention_backends(
         cfg.model,
         cfg.compute,
-        sharding.platform(),
+        sharding.target(),
         seq_len or cfg.train.seq_len,
         segments=cfg.data.documents == "mask",
         training=True,

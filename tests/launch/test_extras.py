@@ -16,7 +16,12 @@ UV = shutil.which("uv", path=str(Path(sys.executable).parent)) or shutil.which("
 @pytest.mark.skipif(UV is None, reason="no uv")
 @pytest.mark.parametrize(
     ("extra", "package"),
-    [("cuda13", "jax-cuda13-plugin"), ("cuda12", "jax-cuda12-plugin"), ("tpu", "libtpu")],
+    [
+        ("cuda13", "jax-cuda13-plugin"),
+        ("cuda12", "jax-cuda12-plugin"),
+        ("tpu", "libtpu"),
+        ("gpu-cudnn", "nvidia-cudnn-cu13"),
+    ],
 )
 def test_an_accelerators_extra_resolves(tmp_path, extra, package) -> None:
     constraints = tmp_path / "constraints.txt"
@@ -33,5 +38,5 @@ def test_an_accelerators_extra_resolves(tmp_path, extra, package) -> None:
     pins = dict(re.findall(r"^([\w-]+)==(\S+)", done.stdout, re.M))
     assert f"jax=={pins['jax']} " in f"{text} ".replace("\n", " ")
     assert package in pins
-    if extra != "tpu":
+    if package.startswith("jax-"):
         assert pins[package] == pins["jax"]

@@ -1,7 +1,6 @@
 """Every attention backend against the reference, the features of each, and the choice."""
 
 import functools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from gptjax.kernels import cpu
 from gptjax.model import blocks, layers
 from gptjax.model.attention import reference, vendor
 from gptjax.model.attention.backends import Inputs, LocalBackend, Requirements, Sizes, choose
+from gptjax.runtime.hardware import Target
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -208,6 +208,7 @@ def test_dropout_of_attention_weights_preserves_the_mean_and_depends_on_the_key(
 # --- features and the choice ---------------------------------------------------------------------
 
 BF16 = Sizes("bfloat16", 256)
+WINDOWS_OF_DOCUMENTS = "cudnn" if jax.__version_info__ >= (0, 12) else "reference"
 FEATURES = list(Requirements.__dataclass_fields__)
 
 
@@ -220,10 +221,10 @@ def test_a_named_backend_that_lacks_a_feature_is_an_error_that_names_both(name, 
     )
     platform = backend.platforms[0]
     if feature in backend.features:
-        assert choose(name, need, BF16, platform) == name
+        assert choose(name, need, BF16, Target(platform)) == name
         return
     with pytest.raises(ConfigError) as refusal:
-        choose(name, need, BF16, platform)
+        choose(name, need, BF16, Target(platform))
     (problem,) = refusal.value.problems
     assert problem.startswith(f"compute.attention={name}: ")
     assert feature in problem
@@ -231,7 +232,9 @@ def test_a_named_backend_that_lacks_a_feature_is_an_error_that_names_both(name, 
 
 def test_the_error_names_every_missing_feature():
     with pytest.raises(ConfigError, match="alibi, dropout"):
-        choose("blockwise", Requirements(window=True, alibi=True, dropout=True), BF16, "cpu")
+        choose(
+            "blockwise", Requirements(window=True, alibi=True, dropout=True), BF16, Target("cpu")
+        )
 
 
 @pytest.mark.parametrize(("name", "platform"), [("splash", "cpu"), ("cudnn", "tpu")])
@@ -239,13 +242,13 @@ def test_a_named_backend_on_another_platform_is_an_error(name, platform):
     with pytest.raises(
         ConfigError, match=f"{name}: needs a {ATTENTION_BACKENDS[name].platforms[0]}"
     ):
-        choose(name, Requirements(), BF16, platform)
+        choose(name, Requirements(), BF16, Target(platform))
 
 
 def test_ring_requires_a_context_axis():
     with pytest.raises(ConfigError, match="ring: needs mesh"):
-        choose("ring", Requirements(segments=True), BF16, "cpu")
-    assert choose("ring", Requirements(segments=True, context=True), BF16, "cpu") == "ring"
+        choose("ring", Requirements(segments=True), BF16, Target("cpu"))
+    assert choose("ring", Requirements(segments=True, context=True), BF16, Target("cpu")) == "ring"
 
 
 @pytest.mark.parametrize(
@@ -261,7 +264,7 @@ def test_ring_requires_a_context_axis():
         ("gpu", (), "cudnn"),
         ("gpu", ("window", "grouped"), "cudnn"),
         ("gpu", ("segments", "grouped"), "cudnn"),
-        ("gpu", ("segments", "window"), "reference"),
+        ("gpu", ("segments", "window"), WINDOWS_OF_DOCUMENTS),
         ("gpu", ("dropout",), "reference"),
         ("cpu", ("context",), "ring"),
         ("gpu", ("context", "segments", "alibi"), "ring"),
@@ -271,7 +274,10 @@ def test_ring_requires_a_context_axis():
     ],
 )
 def test_auto_chooses_the_fastest_backend_with_every_feature(platform, features, expected):
-    assert choose("auto", Requirements(**dict.fromkeys(features, True)), BF16, platform) == expected
+    assert (
+        choose("auto", Requirements(**dict.fromkeys(features, True)), BF16, Target(platform))
+        == expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -288,27 +294,38 @@ def test_auto_chooses_the_fastest_backend_with_every_feature(platform, features,
 def test_unsupported_dtype_or_length_is_an_error_by_name_and_skipped_by_auto(name, sizes, why):
     platform = ATTENTION_BACKENDS[name].platforms[0]
     with pytest.raises(ConfigError, match=f"compute.attention={name}: needs .*{why}"):
-        choose(name, Requirements(), sizes, platform)
+        choose(name, Requirements(), sizes, Target(platform))
     other = "blockwise" if platform == "cpu" else "reference"
-    assert choose("auto", Requirements(), sizes, platform) == other
+    assert choose("auto", Requirements(), sizes, Target(platform)) == other
 
 
 def test_without_a_compiler_attention_is_blockwise(monkeypatch):
     monkeypatch.setattr(cpu, "why_not", lambda: "no C compiler was found")
-    assert choose("auto", Requirements(), BF16, "cpu") == "blockwise"
+    assert choose("auto", Requirements(), BF16, Target("cpu")) == "blockwise"
     with pytest.raises(ConfigError, match=r"compute\.attention=native: no C compiler was found"):
-        choose("native", Requirements(), BF16, "cpu")
+        choose("native", Requirements(), BF16, Target("cpu"))
 
 
-@pytest.mark.parametrize(("capability", "chosen"), [("7.5", "reference"), ("8.0", "cudnn")])
-def test_cudnn_is_not_for_gpus_before_the_a100(monkeypatch, capability, chosen):
-    gpu = SimpleNamespace(compute_capability=capability)
-    monkeypatch.setattr(vendor.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(vendor.jax, "local_devices", lambda: [gpu])
-    assert choose("auto", Requirements(), BF16, "gpu") == chosen
-    if chosen == "reference":
-        with pytest.raises(ConfigError, match=r"compute\.attention=cudnn: needs an A100 or newer"):
-            choose("cudnn", Requirements(), BF16, "gpu")
+@pytest.mark.parametrize(
+    ("capability", "head", "why"),
+    [
+        ((7, 5), 64, "needs an A100 or newer"),
+        ((8, 0), 128, None),
+        ((8, 6), 136, "needs heads of at most 128, not 136"),
+        ((9, 0), 192, None),
+        ((9, 0), 256, None),
+        ((9, 0), 264, "needs heads of at most 256, not 264"),
+        ((10, 0), 192, "needs heads of at most 128, or of 256, not 192"),
+        ((10, 3), 256, None),
+        ((12, 0), 256, "needs heads of at most 128, not 256"),
+    ],
+)
+def test_cudnn_takes_the_heads_that_a_gpu_has_graphs_for(capability, head, why):
+    target, sizes = Target("gpu", capability), Sizes("bfloat16", 256, head)
+    assert choose("auto", Requirements(), sizes, target) == ("reference" if why else "cudnn")
+    if why:
+        with pytest.raises(ConfigError, match=f"compute.attention=cudnn: {why}"):
+            choose("cudnn", Requirements(), sizes, target)
 
 
 @pytest.fixture
@@ -326,9 +343,9 @@ def registered(monkeypatch):
 
 def test_a_backend_from_outside_is_chosen_by_name_and_runs(on_mesh, registered):
     registered("toy")
-    assert choose("toy", Requirements(), BF16, "cpu") == "toy"
+    assert choose("toy", Requirements(), BF16, Target("cpu")) == "toy"
     with pytest.raises(ConfigError, match=r"compute\.attention=toy: does not support alibi"):
-        choose("toy", Requirements(alibi=True), BF16, "cpu")
+        choose("toy", Requirements(alibi=True), BF16, Target("cpu"))
     q, k, v, do = make(8)
     out = attend_on(on_mesh(2, 1, 2), (q, k, v, do), "toy")[0]
     np.testing.assert_allclose(out, v * HEAD**-0.5, rtol=1e-6)
@@ -337,12 +354,12 @@ def test_a_backend_from_outside_is_chosen_by_name_and_runs(on_mesh, registered):
 @pytest.mark.parametrize(("rank", "chosen"), [(None, ON_CPU), (1, "toy"), (99, ON_CPU)])
 def test_auto_considers_a_backend_from_outside_by_its_rank(registered, rank, chosen):
     registered("toy", auto_rank=rank)
-    assert choose("auto", Requirements(), BF16, "cpu") == chosen
+    assert choose("auto", Requirements(), BF16, Target("cpu")) == chosen
 
 
 def test_an_unknown_backend_is_an_error_that_names_the_known_ones():
     with pytest.raises(ConfigError, match=r"compute\.attention=flash9: unknown; known: splash"):
-        choose("flash9", Requirements(), BF16, "cpu")
+        choose("flash9", Requirements(), BF16, Target("cpu"))
 
 
 # --- backends of other hardware, as far as they run here -----------------------------------------

@@ -11,6 +11,7 @@ from both_passes import assert_same, attend_on, make, segments_of
 
 from gptjax.model.attention import cudnn_ring
 from gptjax.model.attention.backends import Requirements, Sizes, choose
+from gptjax.runtime.hardware import Target
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -69,6 +70,5 @@ def test_equals_the_reference_on_one_device(on_mesh, monkeypatch, context, kv_he
     ],
 )
 def test_auto_takes_it_where_a_gpu_splits_sequences(need, sizes, chosen):
-    assert choose(
-        "auto", Requirements(context=True, **dict.fromkeys(need, True)), sizes, "gpu"
-    ) == (chosen)
+    needs = Requirements(context=True, **dict.fromkeys(need, True))
+    assert choose("auto", needs, sizes, Target("gpu")) == chosen

@@ -146,6 +146,21 @@ def test_the_losses_change_and_start_near_uniform(runs):
     assert losses[0] == pytest.approx(np.log(128), abs=0.1)
 
 
+@pytest.mark.parametrize(
+    ("kind", "platform", "target"),
+    [
+        ("NVIDIA H100 80GB HBM3", "gpu", ("gpu", (9, 0))),
+        ("NVIDIA Unheard Of", "gpu", ("gpu", None)),
+        ("TPU v5p", "tpu", ("tpu", None)),
+    ],
+)
+def test_the_target_is_that_of_the_meshs_devices(kind, platform, target):
+    device = jax.sharding.AbstractDevice(kind, None, platform)
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert sharding.target() == target
+
+
 def test_two_dimensions_on_one_mesh_axis_are_an_error():
     with pytest.raises(ValueError, match="two dimensions on one mesh axis"):
         spec("heads", "mlp")

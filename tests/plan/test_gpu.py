@@ -3,6 +3,7 @@
 Each compiles in a process of its own: half a minute each. A model's layers are one loop.
 """
 
+import ctypes
 import json
 import os
 import subprocess
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from gptjax.errors import ConfigError
-from gptjax.plan import gpu_compiler, machines
+from gptjax.kernels import cpu
+from gptjax.plan import aot, cudnn_library, gpu_compiler, machines
 
 REPO = Path(__file__).resolve().parents[2]
 TOLERANCE = 0.1
@@ -47,6 +49,51 @@ def test_descriptions_are_read_from_a_library(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(gpu_compiler, "_plugin", lambda: library)
     with pytest.raises(ConfigError, match="no description of NVIDIA B200"):
         gpu_compiler.devices(machines.parse("b200:8"))
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """Sets the version of cuDNN that is installed, None for none; gives the reason not to ask."""
+
+    def why_not(version: str | None) -> str | None:
+        monkeypatch.setattr(cudnn_library, "version", lambda: version)
+        cudnn_library.why_not.cache_clear()
+        return cudnn_library.why_not()
+
+    yield why_not
+    cudnn_library.why_not.cache_clear()
+
+
+def test_cudnn_is_asked_only_in_versions_that_answer(cudnn, tmp_path, monkeypatch) -> None:
+    assert "pip install 'gptjax[gpu-cudnn]'" in cudnn(None)
+    monkeypatch.setattr(cudnn_library, "_folder", lambda path: tmp_path)
+    assert cudnn("9.28") == "cuDNN 9.28 is installed, of which the compiler can ask 9.23 to 9.26"
+    monkeypatch.setattr(cudnn_library, "_loads", lambda name: True)
+    assert "cuDNN 9.24 could not be loaded" in cudnn("9.24")
+
+
+@pytest.mark.skipif(cpu.compiler() is None, reason="no C compiler")
+def test_stand_ins_for_absent_libraries_return_an_error(tmp_path) -> None:
+    text = b"\x7fELF\0cuThing\0cuThingSize\0accuThing\0cu_other\0cuStreams go\0"
+    (tmp_path / "libcudnn_one.so.9").write_bytes(text)
+    names = cudnn_library._names(tmp_path, rb"cu[A-Z]")
+    assert names == {"cuThing", "cuThingSize"}
+    known = {"cuThingSize": "int cuThingSize(void) { return 3; }"}
+    cudnn_library._load_stub("libgptjax_test.so.1", names, known, 100)
+    library = ctypes.CDLL("libgptjax_test.so.1")  # is loaded: found by its name alone
+    assert (library.cuThing(), library.cuThingSize()) == (100, 3)
+
+
+def test_an_attention_that_cudnn_refuses_is_told_in_its_words(monkeypatch) -> None:
+    monkeypatch.setattr(cudnn_library, "version", lambda: "9.23")
+    message = (
+        "INTERNAL: Num hidden_dim should be less in external/xla+/xla/stream_executor/cuda/"
+        "cuda_dnn.cc(6979): 'graph_.validate()'\n\tSuspected Python Code Location:"
+    )
+    assert str(aot._no_graph(message)) == (
+        "compute.attention: cuDNN 9.23 has no such attention: Num hidden_dim should be less; "
+        "use reference (or ring)"
+    )
 
 
 def plan(*words: str) -> dict:

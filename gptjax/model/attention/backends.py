@@ -28,6 +28,7 @@ from gptjax.config.registry import ATTENTION_BACKENDS
 from gptjax.errors import ConfigError
 from gptjax.model.layers import Tokens
 from gptjax.parallel import sharding
+from gptjax.runtime.hardware import Target
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,6 @@ class Backend(ABC):
     """Divides a device's part of a sequence."""
     head_multiple: ClassVar[int] = 1
     """Divides the width of a head."""
-    max_head: ClassVar[int] = 2**31
-    """Its widest head."""
     requires_context: ClassVar[bool] = False
     """Whether it is only for sequences that are split over devices."""
     auto_rank: ClassVar[int | None] = None
@@ -99,10 +98,10 @@ class Backend(ABC):
     def attend(self, cfg: ModelConfig, inputs: Inputs) -> jax.Array:
         """Causal attention, [B, T, H, C]."""
 
-    def refusal(self, need: Requirements, sizes: Sizes, platform: str) -> str | None:
+    def refusal(self, need: Requirements, sizes: Sizes, target: Target) -> str | None:
         """The reason why it cannot serve a call, or None if it can."""
         missing = [feature for feature in need.names() if feature not in self.features]
-        if platform not in self.platforms:
+        if target.platform not in self.platforms:
             return f"needs a {'/'.join(self.platforms)}"
         if missing:
             return f"does not support {', '.join(missing)}"
@@ -114,8 +113,6 @@ class Backend(ABC):
             return f"needs sequences of a multiple of {self.length_multiple}, not {sizes.length}"
         if sizes.head % self.head_multiple:
             return f"needs heads of a multiple of {self.head_multiple}, not {sizes.head}"
-        if sizes.head > self.max_head:
-            return f"needs heads of at most {self.max_head}, not {sizes.head}"
         return None
 
 
@@ -153,19 +150,34 @@ class LocalBackend(Backend):
         )(inputs.q_BTHC, inputs.k_BTKC, inputs.v_BTKC, segments_BT)
 
 
-def choose(wanted: str, need: Requirements, sizes: Sizes, platform: str) -> str:
-    """The name of the backend to use on a platform ("cpu", "gpu", "tpu").
+def choose(wanted: str, need: Requirements, sizes: Sizes, target: Target) -> str:
+    """The name of the backend to use in a program for this target.
 
     `wanted` is compute.attention; "auto" takes the first by `auto_rank` that can serve the call.
     Raises ConfigError where a named backend is unknown or cannot serve it.
     """
     if wanted != "auto":
-        if why := backend(wanted).refusal(need, sizes, platform):
+        if why := backend(wanted).refusal(need, sizes, target):
             raise ConfigError([f"compute.attention={wanted}: {why}; use auto or reference"])
         return wanted
+    return next(name for name in _ranked() if not backend(name).refusal(need, sizes, target))
+
+
+def refusals(need: Requirements, sizes: Sizes, target: Target) -> dict[str, str]:
+    """Why a call is not served by the backends that compute.attention=auto tries on a platform."""
+    tried = ((name, backend(name)) for name in _ranked())
+    return {
+        name: why
+        for name, one in tried
+        if target.platform in one.platforms and (need.context or not one.requires_context)
+        if (why := one.refusal(need, sizes, target))
+    }
+
+
+def _ranked() -> list[str]:
+    """Names of the backends that compute.attention=auto tries, in this order."""
     ranks = {name: backend(name).auto_rank for name in ATTENTION_BACKENDS.names()}
-    ranked = sorted((rank, name) for name, rank in ranks.items() if rank is not None)
-    return next(name for _, name in ranked if not backend(name).refusal(need, sizes, platform))
+    return [name for _, name in sorted((rank, name) for name, rank in ranks.items() if rank)]
 
 
 def backend(name: str) -> Backend:

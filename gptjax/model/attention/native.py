@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from gptjax.config.registry import ATTENTION_BACKENDS
 from gptjax.kernels import cpu
 from gptjax.model.attention.backends import LocalBackend, Requirements, Sizes
+from gptjax.runtime.hardware import Target
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -50,9 +51,9 @@ class Native(LocalBackend):
     head_multiple = cpu.WIDTH
     auto_rank = 25
 
-    def refusal(self, need: Requirements, sizes: Sizes, platform: str) -> str | None:
+    def refusal(self, need: Requirements, sizes: Sizes, target: Target) -> str | None:
         """As `Backend.refusal`, or why the kernels could not be compiled."""
-        return super().refusal(need, sizes, platform) or cpu.why_not()
+        return super().refusal(need, sizes, target) or cpu.why_not()
 
     def attend_local(
         self,

@@ -17,6 +17,7 @@ from gptjax.model.attention.backends import Backend, Inputs, LocalBackend, Requi
 from gptjax.parallel import sequence, sharding
 from gptjax.parallel.matmul import PRODUCT
 from gptjax.parallel.mesh import abstract_mesh
+from gptjax.runtime.hardware import Target
 
 
 @ATTENTION_BACKENDS.register("splash")
@@ -148,8 +149,9 @@ class Cudnn(LocalBackend):
     """cuDNN's flash attention for GPU.
 
     Packed documents are masked by a bias of [b, 1, T, T], which takes memory in place of the scores
-    of every head, and skips nothing. The sizes are those that cuDNN 9.23 has graphs for on A100,
-    H100 and B200.
+    of every head, and skips nothing. The sizes are those that cuDNN 9.23 and 9.26 have graphs for:
+    heads of up to 128 from the A100 on, on Hopper of up to 256, on the B200 and its kin of 256 too
+    (tests/plan/test_cudnn_graphs.py asks).
     """
 
     platforms = ("gpu",)
@@ -157,17 +159,21 @@ class Cudnn(LocalBackend):
     dtypes = ("bfloat16",)
     length_multiple = 2
     head_multiple = 8
-    max_head = 128
     auto_rank = 20
 
-    def refusal(self, need: Requirements, sizes: Sizes, platform: str) -> str | None:
-        mixed = need.segments and need.window
-        if why := super().refusal(need, sizes, platform):
+    def refusal(self, need: Requirements, sizes: Sizes, target: Target) -> str | None:
+        if why := super().refusal(need, sizes, target):
             return why
-        if mixed:
-            return "does not support segments in a window"
-        capability = _compute_capability()
-        return "needs an A100 or newer" if capability and capability < (8, 0) else None
+        if need.segments and need.window and jax.__version_info__ < (0, 12):
+            return "does not support segments in a window before JAX 0.12"
+        capability, head = target.capability or (8, 0), sizes.head
+        if capability < (8, 0):
+            return "needs an A100 or newer"
+        wide = {9: range(136, 257, 8), 10: (256,)}.get(capability[0], ())
+        if head > 128 and head not in wide:
+            also = {9: "256", 10: "128, or of 256"}.get(capability[0], "128")
+            return f"needs heads of at most {also}, not {head}"
+        return None
 
     def attend_local(
         self,
@@ -192,14 +198,6 @@ class Cudnn(LocalBackend):
             local_window_size=None if window is None else (window - 1, 0),
             implementation="cudnn",
         )
-
-
-def _compute_capability() -> tuple[int, ...] | None:
-    """Of this machine's GPU; None where there is none, and a program is compiled for another."""
-    if jax.default_backend() != "gpu":
-        return None
-    device: Any = jax.local_devices()[0]
-    return tuple(map(int, device.compute_capability.split(".")))
 
 
 def is_cudnn_forward(primitive: Any, *_: Any, layout: int = -1, **__: Any) -> bool:
