@@ -1,21 +1,30 @@
 """`python -m gptjax` and the `gptjax` command."""
 
+import atexit
 import os
 import sys
-import threading
 
 from gptjax.cli.main import main
 
 
 def run() -> None:
     """Runs the command line, and ends the process with its exit code."""
-    code = main()
-    # A compilation that nobody waits for any more must not end the process in its own way.
-    if any(thread.name == "compile ahead" for thread in threading.enumerate()):
+    codes: list[int] = []
+    atexit.register(_end, codes)  # the first, so the last to be called
+    codes.append(main())
+    sys.exit(codes[0])
+
+
+def _end(codes: list[int]) -> None:
+    """Ends the process before the interpreter ends its daemon threads.
+
+    It does so wherever they are: in C++ code, as of a compilation that nobody waits for any more,
+    that ends the process by SIGABRT.
+    """
+    if codes:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+        os._exit(codes[0])
 
 
 if __name__ == "__main__":

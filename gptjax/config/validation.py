@@ -32,7 +32,7 @@ _AT_LEAST_1 = (
     *("train.seq_len", "train.accumulation", "train.nonfinite_limit", "eval.batch"),
     *("finetune.epochs", "checkpoint.every", "checkpoint.keep", "log.every", "log.profile_steps"),
     *("checkpoint.local_every", "checkpoint.local_keep", "spike.window"),
-    *("data.prefetch", "data.max_document_bytes", "tokenizer.sample_bytes"),
+    *("data.prefetch", "data.max_document_bytes", "tokenizer.sample_bytes", "eval.sample_tokens"),
     "tokenizer.vocab_size",
 )
 _AT_LEAST_0 = (

@@ -228,6 +228,7 @@ def test_from_dict_reports_all_problems_at_once() -> None:
         (Config(optim=OptimConfig(lr_schedule="inverse_sqrt")), ["optim.warmup_tokens=0"]),
         (Config(optim=OptimConfig(lr_schedule="wsd", decay_tokens=10**12)), ["decay_tokens"]),
         (Config(eval=EvalConfig(sample_tokens=1024)), ["eval.sample_tokens", "model.context"]),
+        (Config(eval=EvalConfig(sample_tokens=0)), ["eval.sample_tokens=0", "at least 1"]),
         (Config(eval=EvalConfig(tasks=("arc",))), ["eval.tasks=arc", "KIND:FILE"]),
         (Config(eval=EvalConfig(tasks=("mmlu:x",))), ["eval.tasks=mmlu:x", "'mmlu'", "hellaswag"]),
         (Config(eval=EvalConfig(tasks=("arc:x", "arc:x"))), ["eval.tasks=arc:x", "twice"]),
