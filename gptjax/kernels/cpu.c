@@ -77,7 +77,11 @@ static void sequence_task(Call *call, int64_t task) {
   else if (call->wide)
     of->dy ? flash_backward(1, of, task, scratch) : flash_forward(1, of, task, scratch);
   else
+#ifdef __AVX512BF16__
+    of->dy ? flash_backward_bf16(of, task, scratch) : flash_forward_bf16(of, task, scratch);
+#else
     of->dy ? flash_backward(0, of, task, scratch) : flash_forward(0, of, task, scratch);
+#endif
   free(scratch);
 }
 

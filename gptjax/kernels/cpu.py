@@ -36,7 +36,7 @@ WIDTH = 32
 WEIGHTS = 4
 """Most weight matrices of one call: MOST_WEIGHTS in cpu.c."""
 _SOURCE = Path(__file__).with_suffix(".c")
-_HEADERS = ("cpu_calls.h", "cpu_flash.h", "cpu_kernels.h")
+_HEADERS = ("cpu_calls.h", "cpu_flash.h", "cpu_flash_bf16.h", "cpu_kernels.h")
 _SOURCES = (_SOURCE, *(_SOURCE.with_name(name) for name in _HEADERS))
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
 _FLASH = ("gptjax_flash_forward", "gptjax_flash_backward")

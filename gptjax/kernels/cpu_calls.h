@@ -10,6 +10,7 @@
 #include <stdlib.h>
 
 #include "cpu_flash.h"
+#include "cpu_flash_bf16.h"
 #include "cpu_kernels.h"
 #include "xla/ffi/api/c_api.h"
 

@@ -11,6 +11,9 @@
 #pragma once
 
 #include <stdlib.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #include "cpu_kernels.h"
 
@@ -37,10 +40,20 @@ typedef struct {
 
 /* --- products --------------------------------------------------------------------------------- */
 
+/* s + x w; of pairs of bfloat16, the sum of both products. */
+INLINE floats add_product(int pairs, floats s, float x, floats w) {
+#ifdef __AVX512BF16__
+  if (pairs)
+    return (floats)_mm512_dpbf16_ps((__m512)s, (__m512bh)_mm512_set1_ps(x), (__m512bh)(__m512)w);
+#endif
+  return s + x * w;
+}
+
 /* out [m, vectors] = or += a [m, depth] b [depth, vectors]; number (r, d) of a is at
- * r row + d step. */
-INLINE void tile(int m, int vectors, int64_t depth, const float *a, int64_t row, int64_t step,
-                 const float *b, int64_t stride, float *out, int64_t apart, int add) {
+ * r row + d step. With `pairs`, what a and b have of 32 bits is a pair of bfloat16, which are
+ * neighbours along the depth. */
+INLINE void tile(int pairs, int m, int vectors, int64_t depth, const float *a, int64_t row,
+                 int64_t step, const float *b, int64_t stride, float *out, int64_t apart, int add) {
   floats s[TILE_ROWS][TILE_VECTORS];
   for (int r = 0; r < m; r++)
     for (int i = 0; i < vectors; i++)
@@ -50,7 +63,7 @@ INLINE void tile(int m, int vectors, int64_t depth, const float *a, int64_t row,
     for (int i = 0; i < vectors; i++) w[i] = *(const floats *)(b + d * stride + i * LANES);
     for (int r = 0; r < m; r++) {
       const float x = a[r * row + d * step];
-      for (int i = 0; i < vectors; i++) s[r][i] += x * w[i];
+      for (int i = 0; i < vectors; i++) s[r][i] = add_product(pairs, s[r][i], x, w[i]);
     }
   }
   for (int r = 0; r < m; r++)
@@ -59,12 +72,12 @@ INLINE void tile(int m, int vectors, int64_t depth, const float *a, int64_t row,
 
 #define TILE(m, vectors) \
   case (m) * 8 + (vectors):       \
-    tile(m, vectors, depth, a, row, step, b, stride, out, apart, add); \
+    tile(pairs, m, vectors, depth, a, row, step, b, stride, out, apart, add); \
     break;
 
-static void any_tile(int64_t m, int64_t vectors, int64_t depth, const float *a, int64_t row,
-                     int64_t step, const float *b, int64_t stride, float *out, int64_t apart,
-                     int add) {
+INLINE void any_tile(int pairs, int64_t m, int64_t vectors, int64_t depth, const float *a,
+                     int64_t row, int64_t step, const float *b, int64_t stride, float *out,
+                     int64_t apart, int add) {
   switch (m * 8 + vectors) {
     TILE(1, 1) TILE(2, 1) TILE(3, 1) TILE(4, 1) TILE(5, 1) TILE(6, 1)
 #ifdef __AVX512F__
@@ -83,20 +96,29 @@ typedef enum {
   DEPTH_FROM_ROW, /* row r of a from number r on */
 } Triangle;
 
-/* out [m, n] = or += a [m, depth] b [depth, n], n a multiple of LANES. */
-static void multiply(Triangle part, int64_t m, int64_t n, int64_t depth, const float *a, int64_t row,
-                     int64_t step, const float *b, int64_t stride, float *out, int64_t apart,
-                     int add) {
+/* out [m, n] = or += a [m, depth] b [depth, n], n a multiple of LANES; with `pairs` as in `tile`,
+ * depth in pairs. */
+INLINE void multiply_any(int pairs, Triangle part, int64_t m, int64_t n, int64_t depth,
+                         const float *a, int64_t row, int64_t step, const float *b, int64_t stride,
+                         float *out, int64_t apart, int add) {
+  const int64_t each = pairs ? 2 : 1;
   for (int64_t r = 0; r < m; r += TILE_ROWS) {
     const int64_t rows = MIN(TILE_ROWS, m - r), end = r + rows;
     const int64_t columns = part == COLUMNS_TO_ROW ? MIN(n, (end + LANES - 1) / LANES * LANES) : n;
-    const int64_t first = part == DEPTH_FROM_ROW ? r : 0;
-    const int64_t last = part == DEPTH_TO_ROW ? depth - m + end : depth;
+    const int64_t first = part == DEPTH_FROM_ROW ? r / each : 0;
+    const int64_t last =
+        part == DEPTH_TO_ROW ? (depth * each - m + end + each - 1) / each : depth;
     for (int64_t j = 0; j < columns; j += TILE_VECTORS * LANES)
-      any_tile(rows, MIN(TILE_VECTORS, (columns - j) / LANES), last - first,
+      any_tile(pairs, rows, MIN(TILE_VECTORS, (columns - j) / LANES), last - first,
                a + r * row + first * step, row, step, b + first * stride + j, stride,
                out + r * apart + j, apart, add);
   }
+}
+
+static void multiply(Triangle part, int64_t m, int64_t n, int64_t depth, const float *a, int64_t row,
+                     int64_t step, const float *b, int64_t stride, float *out, int64_t apart,
+                     int add) {
+  multiply_any(0, part, m, n, depth, a, row, step, b, stride, out, apart, add);
 }
 
 /* --- packing ---------------------------------------------------------------------------------- */
@@ -113,13 +135,13 @@ INLINE void pack_rows(int wide, const char *from, int64_t apart, int64_t rows, i
     }
 }
 
-/* Packed rows as panels of SIDE of them, transposed; missing rows of the last are zero. */
-static void pack_panels(const float *rows, int64_t count, int64_t width, float *to) {
+/* Rows as panels of SIDE of them, transposed; missing rows of the last are zero. */
+static void pack_panels(const float *rows, int64_t apart, int64_t count, int64_t width, float *to) {
   for (int64_t first = 0; first < count; first += SIDE, to += SIDE * width) {
     const int64_t here = MIN(SIDE, count - first);
     if (here < SIDE) memset(to, 0, SIDE * width * sizeof(float));
     for (int64_t j = 0; j < width; j++)
-      for (int64_t i = 0; i < here; i++) to[j * SIDE + i] = rows[(first + i) * width + j];
+      for (int64_t i = 0; i < here; i++) to[j * SIDE + i] = rows[(first + i) * apart + j];
   }
 }
 
@@ -191,6 +213,13 @@ static void clear_around(float *row, const Seen *seen) {
   memset(row + seen->last + LANES, 0, (seen->end - seen->last - LANES) * sizeof(float));
 }
 
+/* The largest number. */
+static float largest(floats v) {
+  float top = v[0];
+  for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
+  return top;
+}
+
 /* Softmax of a row of scores in place; returns the logarithm of the sum. */
 static float softmax(float *row, const Seen *seen) {
   floats most = (floats){0} - INFINITY, total = {0};
@@ -200,8 +229,7 @@ static float softmax(float *row, const Seen *seen) {
     const words larger = (words)(v > most);
     most = (floats)(((words)v & larger) | ((words)most & ~larger));
   }
-  float top = most[0];
-  for (int i = 1; i < LANES; i++) top = most[i] > top ? most[i] : top;
+  const float top = largest(most);
   for (int64_t j = seen->first; j <= seen->last; j += LANES) {
     const floats e = exp_of(*(const floats *)(row + j) - top);
     *(floats *)(row + j) = e;
@@ -253,7 +281,7 @@ static float *lse_of(const Flash *of, const Place *in, int64_t head) {
 static int64_t flash_scratch(const Flash *of) {
   const int64_t whole = round_up(of->tokens), all = whole * of->width;
   const int64_t strip = SIDE * (whole + LANES), block = SIDE * of->width;
-  return of->dy ? 6 * all + 2 * strip + 3 * block : 3 * all + strip + 2 * block;
+  return of->dy ? 6 * all + 4 * strip + 3 * block : 3 * all + 2 * strip + 2 * block;
 }
 
 /* Attention of one sequence and key-value head. */
@@ -263,7 +291,7 @@ INLINE void flash_forward(int wide, const Flash *of, int64_t task, float *scratc
   float *values = scratch, *keys_T = values + whole * c, *strip = keys_T + whole * c;
   float *queries = strip + SIDE * (whole + LANES), *out = queries + SIDE * c, *packed = out + SIDE * c;
   pack_rows(wide, of->k + in.kv, in.key_row, t, c, 1, packed);
-  pack_panels(packed, t, c, keys_T);
+  pack_panels(packed, c, t, c, keys_T);
   pack_rows(wide, of->v + in.kv, in.key_row, t, c, 1, values);
   int64_t start = 0;
   for (int64_t first = 0; first < t; first += SIDE) {
@@ -284,17 +312,21 @@ INLINE void flash_forward(int wide, const Flash *of, int64_t task, float *scratc
   }
 }
 
-/* Probabilities from scores and the logarithm of their sum, and the gradient of the scores:
- * p (dp - sum of p dp), in place. */
+/* Probabilities from scores, of which the vector at j is given, and the logarithm of their sum; and the
+ * gradient of the scores: p (dp - sum of p dp). */
+INLINE void softmax_gradient_at(int64_t j, const Seen *seen, floats scores, float lse, float mean,
+                                floats *p, floats *dp) {
+  typedef int32_t ints __attribute__((vector_size(64), may_alias));
+  const floats v = scores - lse;
+  const ints above = v > 0; /* by rounding */
+  *p = masked(exp_of((floats)((ints)v & ~above)), j, seen, 0);
+  *dp = *p * masked(*dp - mean, j, seen, 0);
+}
+
 static void softmax_gradient(float *p, float *dp, const Seen *seen, float lse, float mean) {
-  for (int64_t j = seen->first; j <= seen->last; j += LANES) {
-    floats v = *(const floats *)(p + j) - lse;
-    typedef int32_t ints __attribute__((vector_size(64), may_alias));
-    const ints above = v > 0; /* by rounding */
-    const floats e = masked(exp_of((floats)((ints)v & ~above)), j, seen, 0);
-    *(floats *)(p + j) = e;
-    *(floats *)(dp + j) = e * masked(*(const floats *)(dp + j) - mean, j, seen, 0);
-  }
+  for (int64_t j = seen->first; j <= seen->last; j += LANES)
+    softmax_gradient_at(j, seen, *(const floats *)(p + j), lse, mean, (floats *)(p + j),
+                        (floats *)(dp + j));
   clear_around(p, seen);
   clear_around(dp, seen);
 }
@@ -309,9 +341,9 @@ INLINE void flash_backward(int wide, const Flash *of, int64_t task, float *scrat
   float *queries = dp + SIDE * (whole + LANES), *dy = queries + SIDE * c, *y = dy + SIDE * c;
   float *values = y + SIDE * c;
   pack_rows(wide, of->k + in.kv, in.key_row, t, c, 1, keys);
-  pack_panels(keys, t, c, keys_T);
+  pack_panels(keys, c, t, c, keys_T);
   pack_rows(wide, of->v + in.kv, in.key_row, t, c, 1, values);
-  pack_panels(values, t, c, values_T);
+  pack_panels(values, c, t, c, values_T);
   memset(dk, 0, 2 * all * sizeof(float)); /* and dv */
   int64_t start = 0;
   for (int64_t first = 0; first < t; first += SIDE) {

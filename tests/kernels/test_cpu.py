@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -275,3 +276,34 @@ def test_missing_home_directory_is_a_reason(tmp_path, monkeypatch):
 def test_invalid_arguments_are_refused(call, problem):
     with pytest.raises(ValueError, match=problem):
         call()
+
+
+FLASH = """
+import jax, jax.numpy as jnp, numpy as np
+assert cpu.ready(), cpu.why_not()
+shapes = ((2, 77, 4, 32), (2, 77, 2, 32), (2, 77, 2, 32), (2, 77, 4, 32))
+keys = jax.random.split(jax.random.key(0), 4)
+q, k, v, dy = (jax.random.normal(a, s, jnp.bfloat16) for a, s in zip(keys, shapes))
+inputs = (q, k, v, jnp.arange(154).reshape(2, 77) // 50)
+results = cpu.flash(*inputs, 40, 0.2)
+found = (*results, *cpu.flash_gradients(inputs, results, dy, 40, 0.2))
+np.savez(target, *(np.float32(x) for x in found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of another processor")
+@pytest.mark.parametrize("flag", ["-mno-avx512bf16", "-mno-avx512f"])
+def test_attention_in_bfloat16_is_the_same_on_processors_with_less(tmp_path, flag):
+    """Pairs of bfloat16 are multiplied where the processor can: as near as their rounding."""
+    compiler = tmp_path / "cc"
+    compiler.write_text(f'#!/bin/sh\nexec {cpu.compiler()} "$@" {flag}\n')
+    compiler.chmod(0o755)
+    here, less = tmp_path / "here.npz", tmp_path / "less.npz"
+    exec(FLASH, {"cpu": cpu, "target": here})
+    in_a_process(tmp_path / "cache", f"target = {str(less)!r}\n{FLASH}", CC=str(compiler))
+    with np.load(here) as one, np.load(less) as other:
+        found = [[arrays[name] for name in one.files] for arrays in (one, other)]
+    for one, other in zip(*found, strict=True):
+        size = np.sqrt(np.mean(np.square(other)))
+        assert np.sqrt(np.mean(np.square(one - other))) < 2**-8 * size
