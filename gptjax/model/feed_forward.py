@@ -9,14 +9,14 @@ import jax
 from flax import linen as nn
 
 from gptjax.config import ModelConfig
-from gptjax.model.layers import add_bias, gelu_tanh, vector, weight
+from gptjax.model.layers import add_bias, gelu, gelu_tanh, silu, vector, weight
 from gptjax.parallel.matmul import Layout, column_parallel, row_parallel
 
 UNGATED: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": gelu_tanh,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": gelu,
 }
-GATED: dict[str, Callable[[jax.Array], jax.Array]] = {"swiglu": jax.nn.silu}
+GATED: dict[str, Callable[[jax.Array], jax.Array]] = {"swiglu": silu}
 
 
 def input_projections(activation: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ H heads, C head_dim.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -102,20 +102,45 @@ def normalize(
 _GELU_A, _GELU_B = 0.7978845608028654, 0.044715  # sqrt(2/pi), and the cubic's coefficient
 
 
-@jax.custom_vjp
-def gelu_tanh(x: jax.Array) -> jax.Array:
-    """The tanh approximation of GELU (Hendrycks & Gimpel 2016), as GPT-2 has it."""
-    return jax.nn.gelu(x, approximate=True)
+def _in_float32(
+    function: Callable[[jax.Array], jax.Array], slope: Callable[[jax.Array], jax.Array]
+) -> Callable[[jax.Array], jax.Array]:
+    """An activation computed in float32 and rounded once, which keeps its input for its gradient.
+
+    As PyTorch does. In bfloat16, each of its operations would be rounded.
+    """
+
+    @jax.custom_vjp
+    def activation(x: jax.Array) -> jax.Array:
+        return function(x.astype(jnp.float32)).astype(x.dtype)
+
+    def backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+        return ((dy.astype(jnp.float32) * slope(x.astype(jnp.float32))).astype(x.dtype),)
+
+    activation.defvjp(lambda x: (activation(x), x), backward)
+    return activation
 
 
-def _gelu_tanh_bwd(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
-    x32 = x.astype(jnp.float32)
-    t = jnp.tanh(_GELU_A * (x32 + _GELU_B * x32**3))
-    slope = 0.5 * (1 + t) + 0.5 * x32 * (1 - t * t) * _GELU_A * (1 + 3 * _GELU_B * x32 * x32)
-    return ((dy.astype(jnp.float32) * slope).astype(x.dtype),)
+def _gelu_tanh_slope(x: jax.Array) -> jax.Array:
+    t = jnp.tanh(_GELU_A * (x + _GELU_B * x**3))
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * _GELU_A * (1 + 3 * _GELU_B * x * x)
 
 
-gelu_tanh.defvjp(lambda x: (gelu_tanh(x), x), _gelu_tanh_bwd)
+def _gelu_slope(x: jax.Array) -> jax.Array:
+    return 0.5 * (1 + lax.erf(x * 0.5**0.5)) + x * jnp.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5
+
+
+def _silu_slope(x: jax.Array) -> jax.Array:
+    s = jax.nn.sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
+gelu_tanh = _in_float32(jax.nn.gelu, _gelu_tanh_slope)
+"""The tanh approximation of GELU (Hendrycks & Gimpel 2016), as GPT-2 has it."""
+gelu = _in_float32(functools.partial(jax.nn.gelu, approximate=False), _gelu_slope)
+"""GELU (Hendrycks & Gimpel 2016): x times the normal distribution's cumulative function."""
+silu = _in_float32(jax.nn.silu, _silu_slope)
+"""x times its sigmoid (Elfwing et al. 2018)."""
 
 
 def add_bias(y_NF: jax.Array, bias_F: jax.Array | None) -> jax.Array:
