@@ -1,5 +1,5 @@
 /* CPU kernels for decoding: products of a few tokens with matrices, and attention of one token to
- * a KV cache; and attention of whole sequences for training (cpu_flash.h).
+ * a KV cache; and for training, attention of whole sequences (cpu_flash.h) and the loss (cpu_loss.h).
  *
  * Those for decoding are bound by memory bandwidth. XLA:CPU reads a float32 matrix at half of the
  * bandwidth for one token, and has no bfloat16 product for one token (docs/lab_log.md). Here all
@@ -83,6 +83,11 @@ static void sequence_task(Call *call, int64_t task) {
     of->dy ? flash_backward(0, of, task, scratch) : flash_forward(0, of, task, scratch);
 #endif
   free(scratch);
+}
+
+/* A task of the loss: one token. */
+static void token_task(Call *call, int64_t task) {
+  call->wide ? token_loss(1, &call->loss, task) : token_loss(0, &call->loss, task);
 }
 
 /* Reads x [n, k] as float32. If `split`, rows are in the order of `load`, and their last k % PAIR
@@ -210,6 +215,7 @@ static XLA_FFI_Error *flash(XLA_FFI_CallFrame *frame, int backward) {
     of->dk = rets[1]->data;
     of->dv = rets[2]->data;
   }
+  call->training = 1;
   call->task = sequence_task;
   call->tasks = q->dims[0] * of->keys;
   call->wide = q->dtype == XLA_FFI_DataType_F32;
@@ -217,6 +223,34 @@ static XLA_FFI_Error *flash(XLA_FFI_CallFrame *frame, int backward) {
   const int failed = atomic_load(&call->failed);
   release(call);
   return failed ? no_memory(frame) : NULL;
+}
+
+/* Cross-entropy. Arguments: logits [c, v], targets [c], weights [c]; results: the gradients of the
+ * logits [c, v], the logarithms of the softmax's sums and the targets' logits [c]. */
+static XLA_FFI_Error *loss(XLA_FFI_CallFrame *frame) {
+  const XLA_FFI_Buffer *const *args = (const XLA_FFI_Buffer *const *)frame->args.args;
+  const XLA_FFI_Buffer *const *rets = (const XLA_FFI_Buffer *const *)frame->rets.rets;
+  const int64_t threads = threads_of(frame);
+  Call *call = new_call(0, 0, 0, 0);
+  if (!call) return no_memory(frame);
+  call->loss = (Loss){
+      .vocab = args[0]->dims[1],
+      .valid = *(const int64_t *)attribute(frame, "valid"),
+      .z_loss = *(const float *)attribute(frame, "z_loss"),
+      .logits = args[0]->data,
+      .targets = args[1]->data,
+      .weights = args[2]->data,
+      .gradients = rets[0]->data,
+      .lse = rets[1]->data,
+      .target_logits = rets[2]->data,
+  };
+  call->training = 1;
+  call->task = token_task;
+  call->tasks = args[0]->dims[0];
+  call->wide = rets[0]->dtype == XLA_FFI_DataType_F32;
+  work(frame, call, threads);
+  release(call);
+  return NULL;
 }
 
 /* --- handlers -------------------------------------------------------------------------------- */
@@ -249,4 +283,8 @@ XLA_FFI_Error *gptjax_flash_forward(XLA_FFI_CallFrame *frame) {
 
 XLA_FFI_Error *gptjax_flash_backward(XLA_FFI_CallFrame *frame) {
   return is_version_query(frame) ? NULL : flash(frame, 1);
+}
+
+XLA_FFI_Error *gptjax_loss(XLA_FFI_CallFrame *frame) {
+  return is_version_query(frame) ? NULL : loss(frame);
 }

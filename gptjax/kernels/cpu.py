@@ -36,11 +36,11 @@ WIDTH = 32
 WEIGHTS = 4
 """Most weight matrices of one call: MOST_WEIGHTS in cpu.c."""
 _SOURCE = Path(__file__).with_suffix(".c")
-_HEADERS = ("cpu_calls.h", "cpu_flash.h", "cpu_flash_bf16.h", "cpu_kernels.h")
+_HEADERS = ("cpu_calls.h", "cpu_flash.h", "cpu_flash_bf16.h", "cpu_kernels.h", "cpu_loss.h")
 _SOURCES = (_SOURCE, *(_SOURCE.with_name(name) for name in _HEADERS))
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
 _FLASH = ("gptjax_flash_forward", "gptjax_flash_backward")
-_TARGETS = ("gptjax_columns", "gptjax_table", "gptjax_attention", *_FLASH)
+_TARGETS = ("gptjax_columns", "gptjax_table", "gptjax_attention", *_FLASH, "gptjax_loss")
 
 
 def columns(x_NK: jax.Array, weights_KF: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -160,6 +160,33 @@ def _check_flash(
     if not fit or window == 0 or c % WIDTH:
         shapes = (q_BTHC.shape, k_BTKC.shape, v_BTKC.shape)
         raise ValueError(f"{shapes}, segments {segments_BT.shape}, {window=}")
+
+
+def cross_entropy(
+    logits_CV: jax.Array,
+    targets_C: jax.Array,
+    weights_C: jax.Array,
+    dtype: jnp.dtype,
+    *,
+    valid: int,
+    z_loss: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradient, in a dtype, of the sum over tokens of weight * (lse - logit of the target) and
+    weight * z_loss * lse**2 with respect to logits in float32 [C, V]; the logarithm of each
+    softmax's sum, and the targets' logits, float32 [C].
+
+    Logits from `valid` on are not predicted. The logits' memory is used again where the dtype is
+    float32.
+    """
+    c, v = logits_CV.shape
+    numbers = jax.ShapeDtypeStruct((c,), jnp.float32)
+    outs = (jax.ShapeDtypeStruct((c, v), dtype), numbers, numbers)
+    same = {0: 0} if dtype == jnp.float32 else {}
+    call = jax.ffi.ffi_call("gptjax_loss", outs, input_output_aliases=same)
+    targets_C, weights_C = targets_C.astype(jnp.int32), weights_C.astype(jnp.float32)
+    options = {"valid": np.int64(valid), "z_loss": np.float32(z_loss)}
+    gradients_CV, lse_C, target_C = call(logits_CV, targets_C, weights_C, **options)
+    return gradients_CV, lse_C, target_C
 
 
 def _check(x: jax.Array, *others: jax.Array, most: int | None = None) -> None:

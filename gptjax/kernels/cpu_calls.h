@@ -12,6 +12,7 @@
 #include "cpu_flash.h"
 #include "cpu_flash_bf16.h"
 #include "cpu_kernels.h"
+#include "cpu_loss.h"
 #include "xla/ffi/api/c_api.h"
 
 #if defined(__x86_64__)
@@ -67,6 +68,8 @@ struct Call {
   Product product;
   Attention attention;
   Flash flash;
+  Loss loss;
+  int training; /* the next call is far away */
   atomic_int failed; /* a task had no memory */
   char *y[MOST_WEIGHTS];
   float *x, *sums;   /* x in float32, and the sums of each task */
@@ -204,7 +207,7 @@ static void help(void *data) {
   int64_t mine = 0;
   while (call) {
     mine = do_tasks(call, 1, mine);
-    const int training = call->flash.tokens > 0; /* the next call is far away */
+    const int training = call->training;
     release(call);
     if (training) return;
     call = NULL;

@@ -11,9 +11,6 @@
 #pragma once
 
 #include <stdlib.h>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 #include "cpu_kernels.h"
 
@@ -213,21 +210,13 @@ static void clear_around(float *row, const Seen *seen) {
   memset(row + seen->last + LANES, 0, (seen->end - seen->last - LANES) * sizeof(float));
 }
 
-/* The largest number. */
-static float largest(floats v) {
-  float top = v[0];
-  for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
-  return top;
-}
-
 /* Softmax of a row of scores in place; returns the logarithm of the sum. */
 static float softmax(float *row, const Seen *seen) {
   floats most = (floats){0} - INFINITY, total = {0};
   for (int64_t j = seen->first; j <= seen->last; j += LANES) {
     const floats v = masked(*(const floats *)(row + j), j, seen, -INFINITY);
     *(floats *)(row + j) = v;
-    const words larger = (words)(v > most);
-    most = (floats)(((words)v & larger) | ((words)most & ~larger));
+    most = larger(v, most);
   }
   const float top = largest(most);
   for (int64_t j = seen->first; j <= seen->last; j += LANES) {

@@ -17,12 +17,8 @@ static void multiply_pairs(Triangle part, int64_t m, int64_t n, int64_t depth, c
   multiply_any(1, part, m, n, depth, a, row, step, b, stride, out, apart, add);
 }
 
-typedef uint16_t shorts __attribute__((vector_size(32), aligned(2), may_alias));
-
-INLINE shorts rounded_bf16(floats v) { return (shorts)_mm512_cvtneps_pbh((__m512)v); }
-
 /* Numbers of two rows as pairs. */
-INLINE words pairs_of(shorts low, shorts high) {
+INLINE words pairs_of(halves low, halves high) {
   return __builtin_convertvector(low, words) | __builtin_convertvector(high, words) << 16;
 }
 
@@ -30,9 +26,9 @@ INLINE words pairs_of(shorts low, shorts high) {
  * number of rows comes a row of zeros. */
 static void pack_pairs(const char *from, int64_t apart, int64_t rows, int64_t width, float *to) {
   for (int64_t i = 0; i < rows; i += 2, from += 2 * apart)
-    for (int64_t j = 0; j < width * HALF; j += sizeof(shorts), to += LANES) {
-      const shorts next = i + 1 < rows ? *(const shorts *)(from + apart + j) : (shorts){0};
-      *(words *)to = pairs_of(*(const shorts *)(from + j), next);
+    for (int64_t j = 0; j < width * HALF; j += sizeof(halves), to += LANES) {
+      const halves next = i + 1 < rows ? *(const halves *)(from + apart + j) : (halves){0};
+      *(words *)to = pairs_of(*(const halves *)(from + j), next);
     }
 }
 
@@ -41,8 +37,8 @@ static void narrow_rows(const float *from, int64_t rows, int64_t width, float fa
                         const float *factors, char *to, int64_t apart) {
   for (int64_t i = 0; i < rows; i++, from += width)
     for (int64_t j = 0; j < width; j += LANES)
-      *(shorts *)(to + i * apart + j * HALF) =
-          rounded_bf16(*(const floats *)(from + j) * (factors ? factors[i] : factor));
+      *(halves *)(to + i * apart + j * HALF) =
+          narrowed(*(const floats *)(from + j) * (factors ? factors[i] : factor));
 }
 
 /* The product of two rows of bfloat16. */
@@ -70,15 +66,14 @@ static float exponentials(const float *row, float factor, const Seen *seen, uint
   floats large = (floats){0} - INFINITY, total = {0};
   for (int64_t j = seen->first; j <= seen->last; j += LANES) {
     const floats v = masked(*(const floats *)(row + j) * factor, j, seen, -INFINITY);
-    const words larger = (words)(v > large);
-    large = (floats)(((words)v & larger) | ((words)large & ~larger));
+    large = larger(v, large);
   }
   *most = largest(large);
   memset(to, 0, seen->end * HALF);
   for (int64_t j = seen->first; j <= seen->last; j += LANES) {
     const floats v = masked(*(const floats *)(row + j) * factor, j, seen, -INFINITY);
     const floats e = exp_of(v - *most);
-    *(shorts *)(to + j) = rounded_bf16(e);
+    *(halves *)(to + j) = narrowed(e);
     total += e;
   }
   return sum_of(total);
@@ -132,14 +127,14 @@ static void gradient_of_rows(const Block *block, int64_t r, const float *p, cons
   memset(row, 0, seen.end * HALF);
   memset(row + apart, 0, seen.end * HALF);
   for (int64_t j = seen.first; j <= next.last; j += LANES) {
-    shorts narrow_p[2] = {0}, narrow_dp[2] = {0};
+    halves narrow_p[2] = {0}, narrow_dp[2] = {0};
     for (int i = 0; i <= both; i++) {
       const int64_t at = (r + i) * apart + j;
       floats one = *(const floats *)(p + at) * factor, gradient = *(const floats *)(dp + at);
       softmax_gradient_at(j, i ? &next : &seen, one, lse[r + i], means[r + i], &one, &gradient);
-      narrow_p[i] = rounded_bf16(one);
-      narrow_dp[i] = rounded_bf16(gradient);
-      *(shorts *)(row + i * apart + j) = narrow_dp[i];
+      narrow_p[i] = narrowed(one);
+      narrow_dp[i] = narrowed(gradient);
+      *(halves *)(row + i * apart + j) = narrow_dp[i];
     }
     *(words *)(to.p_pairs + r / 2 * apart + j) = pairs_of(narrow_p[0], narrow_p[1]);
     *(words *)(to.dp_pairs + r / 2 * apart + j) = pairs_of(narrow_dp[0], narrow_dp[1]);

@@ -2,6 +2,9 @@
 
 #pragma once
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -11,6 +14,7 @@
 
 typedef float floats __attribute__((vector_size(64), aligned(2), may_alias));
 typedef uint32_t words __attribute__((vector_size(64), aligned(2), may_alias));
+typedef uint16_t halves __attribute__((vector_size(32), aligned(2), may_alias));
 
 enum {
   LANES = 16,
@@ -38,6 +42,15 @@ INLINE words rounded(words w) {
   const words nan = (words)((w & 0x7fffffffu) > 0x7f800000u);
   const words near = w + 0x7fffu + (w >> 16 & 1);
   return (nan & (w | 0x400000u)) | (~nan & near);
+}
+
+/* A vector of bfloat16, in order. */
+INLINE halves narrowed(floats v) {
+#ifdef __AVX512BF16__
+  return (halves)_mm512_cvtneps_pbh((__m512)v);
+#else
+  return __builtin_convertvector(rounded((words)v) >> 16, halves);
+#endif
 }
 
 /* Loads PAIR numbers as two vectors: float32 in order, bfloat16 as even and odd numbers. */
@@ -79,6 +92,19 @@ INLINE float sum_of(floats v) {
   const four *quarters = (const four *)&h;
   const four q = quarters[0] + quarters[1];
   return q[0] + q[1] + (q[2] + q[3]);
+}
+
+/* The larger of each pair of numbers. */
+INLINE floats larger(floats a, floats b) {
+  const words which = (words)(a > b);
+  return (floats)(((words)a & which) | ((words)b & ~which));
+}
+
+/* The largest number. */
+INLINE float largest(floats v) {
+  float top = v[0];
+  for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
+  return top;
 }
 
 /* e^v for v <= 0, to 2 units in the last place: 2^n times a polynomial of the remainder (Cody and

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from gptjax.kernels import cpu
 from gptjax.model.layers import NEVER
 from gptjax.parallel import matmul, sharding
 
@@ -38,6 +39,8 @@ class _Settings:
     """Logical axis of the tokens."""
     copies: tuple[str, ...]
     """Mesh axes that hold the same output layer, see `matmul.weight_copies`."""
+    kernel: bool
+    """Whether softmax and gradient are the kernel's for CPUs, which takes whole vocabularies."""
 
 
 class _Chunk(NamedTuple):
@@ -140,6 +143,12 @@ def _settings(
         soft_cap,
         matmul.layout_of(x_ND).axis,
         matmul.weight_copies(),
+        kernel=(
+            sharding.platform() == "cpu"
+            and sharding.axis_size("vocab") == 1
+            and not soft_cap
+            and cpu.ready()
+        ),
     )
 
 
@@ -186,13 +195,15 @@ def _local_loss_and_gradients(
     columns, turned = _columns(w_vD), sharding.copies_transposed(w_vD.dtype)
 
     def loss_and_gradients(dw: jax.Array, chunk: _Chunk) -> tuple[jax.Array, Any]:
-        losses, softmax = _forward(settings, columns(), chunk)
-        dlogits_Cv = _logits_gradient(settings, chunk, softmax)
+        if settings.kernel:
+            losses, dlogits_Cv = _by_kernel(settings, columns(), chunk)
+        else:
+            losses, softmax = _forward(settings, columns(), chunk)
+            dlogits_Cv = _logits_gradient(settings, chunk, softmax)
         # Of the two forms of this product, that which transposes the smaller array.
         a, b = (chunk.x_CD, dlogits_Cv) if turned else (dlogits_Cv, chunk.x_CD)
-        wide = sharding.wide(a.dtype)
-        dw_chunk = jnp.matmul(sharding.transposed(a), b, preferred_element_type=wide)
-        return dw + dw_chunk.astype(jnp.float32), (*losses, dlogits_Cv @ w_vD)
+        dw_chunk = jnp.matmul(sharding.transposed(a), b, preferred_element_type=jnp.float32)
+        return dw + dw_chunk, (*losses, dlogits_Cv @ w_vD)
 
     zero = jnp.zeros(w_vD.shape[::-1] if turned else w_vD.shape, jnp.float32)
     tokens = _Chunk(x_nD, targets_n, weights_n)
@@ -223,10 +234,8 @@ def _forward(
     settings: _Settings, w_Dv: jax.Array, chunk: _Chunk
 ) -> tuple[tuple[jax.Array, jax.Array], _Softmax]:
     """Cross-entropy and z-loss of a chunk, and its softmax."""
-    x_CD, targets_C, weights_C = chunk
-    wide = sharding.wide(x_CD.dtype)
-    logits_Cv = jnp.matmul(x_CD, w_Dv, preferred_element_type=wide)
-    logits_Cv, bounded_Cv = logits_Cv.astype(jnp.float32), None
+    _, targets_C, weights_C = chunk
+    logits_Cv, bounded_Cv = _logits(w_Dv, chunk), None
     if cap := settings.soft_cap:
         bounded_Cv = jnp.tanh(logits_Cv / cap)
         logits_Cv = cap * bounded_Cv
@@ -239,9 +248,38 @@ def _forward(
     total_C1 = lax.psum(exp_Cv.sum(-1, keepdims=True), _VOCAB)
     target_C = lax.psum(jnp.where(hit_Cv, logits_Cv, 0).sum(-1), _VOCAB)
     lse_C = (jnp.log(total_C1) + top_C1)[:, 0]
+    losses = _losses(settings, weights_C, lse_C, target_C)
+    return losses, _Softmax(exp_Cv, total_C1, lse_C, hit_Cv, bounded_Cv)
+
+
+def _by_kernel(
+    settings: _Settings, w_DV: jax.Array, chunk: _Chunk
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """Cross-entropy and z-loss of a chunk, and the gradient of its logits [C, V].
+
+    The kernel reads the logits from memory once, where XLA does so in each of its passes.
+    """
+    x_CD, targets_C, weights_C = chunk
+    valid = settings.vocab_size or w_DV.shape[1]
+    dlogits_CV, lse_C, target_C = cpu.cross_entropy(
+        *(_logits(w_DV, chunk), targets_C, weights_C),
+        x_CD.dtype,
+        valid=valid,
+        z_loss=settings.z_loss,
+    )
+    return _losses(settings, weights_C, lse_C, target_C), dlogits_CV
+
+
+def _logits(w_Dv: jax.Array, chunk: _Chunk) -> jax.Array:
+    return jnp.matmul(chunk.x_CD, w_Dv, preferred_element_type=jnp.float32)
+
+
+def _losses(
+    settings: _Settings, weights_C: jax.Array, lse_C: jax.Array, target_C: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy and z-loss, summed over a chunk's tokens."""
     ce = (weights_C * (lse_C - target_C)).sum()
-    z = settings.z_loss * (weights_C * lse_C * lse_C).sum()
-    return (ce, z), _Softmax(exp_Cv, total_C1, lse_C, hit_Cv, bounded_Cv)
+    return ce, settings.z_loss * (weights_C * lse_C * lse_C).sum()
 
 
 def _logits_gradient(settings: _Settings, chunk: _Chunk, softmax: _Softmax) -> jax.Array:
