@@ -132,6 +132,38 @@ def test_nan_and_inf_stay_in_their_columns(dtype):
     assert np.isfinite(np.delete(found, [40, 50], 1)).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("vocab", "valid"), [(64, 64), (50, 50), (50, 41), (5, 3), (1000, 990)])
+def test_cross_entropy_and_its_gradient_equal_the_formula(dtype, vocab, valid):
+    logits = 4 * normal(0, (6, vocab), "float32")
+    targets = np.array([0, valid - 1, 1, vocab, -1, 2], np.int32)  # two that are not predicted
+    weights = np.array([1.0, 0.5, 0.0, 1.0, 1.0, 2.0], np.float32)
+    call = jax.jit(lambda *a: cpu.cross_entropy(*a, jnp.dtype(dtype), valid=valid, z_loss=1e-2))
+    found, lse, picked = call(logits, targets, weights)
+    (exact_logits,) = exact(logits)
+    wanted_lse = np.log(np.exp(exact_logits[:, :valid]).sum(1))
+    wanted = np.exp(exact_logits - wanted_lse[:, None])
+    wanted *= (weights * (1 + 2e-2 * wanted_lse))[:, None]
+    wanted[:, valid:] = 0
+    known = [0, 1, 2, 5]
+    wanted[known, targets[known]] -= weights[known]
+    np.testing.assert_allclose(lse, wanted_lse, rtol=1e-6)
+    np.testing.assert_array_equal(picked, np.where(np.isin(range(6), known), picked, 0))
+    np.testing.assert_array_equal(picked[jnp.array(known)], logits[known, targets[known]])
+    assert found.dtype == dtype
+    close(found, wanted, vocab)
+
+
+def test_a_token_with_nan_among_its_logits_has_no_other_loss():
+    logits = normal(0, (3, 40), "float32").at[1, 7].set(jnp.nan)
+    arrays = (logits, jnp.zeros(3, jnp.int32), jnp.ones(3))
+    found, lse, _ = cpu.cross_entropy(*arrays, jnp.dtype("float32"), valid=40, z_loss=0.0)
+    assert np.isnan(lse[1])
+    assert np.isnan(found[1]).all()
+    assert np.isfinite(lse[jnp.array([0, 2])]).all()
+    assert np.isfinite(found[jnp.array([0, 2])]).all()
+
+
 def test_concurrent_calls_have_the_bits_of_one():
     """Calls from several devices and threads share the helper threads."""
     x, w = normal(0, (1, 576), "bfloat16"), normal(1, (576, 1536), "bfloat16")
