@@ -208,7 +208,7 @@ def _cpu_scores(x_ND: jax.Array, w_VD: jax.Array, layout: Layout) -> jax.Array:
 def gather_weight(w: jax.Array, dtype: Any, dimension: int) -> jax.Array:
     """A weight gathered over fsdp along its dimension of that number, ring by ring."""
     w = w.astype(dtype)
-    for axis in reversed(several(FSDP)):
+    for axis in reversed(_several(FSDP)):
         w = lax.all_gather(w, axis, axis=dimension, tiled=True)
     return w
 
@@ -218,12 +218,12 @@ def scatter_weight(dw: jax.Array, dimension: int, copies: tuple[str, ...]) -> ja
 
     `copies` are the axes that hold the same weight, see `weight_copies`.
     """
-    for axis in several(FSDP):
+    for axis in _several(FSDP):
         dw = lax.psum_scatter(dw, axis, scatter_dimension=dimension, tiled=True)
-    return lax.psum(dw, several(copies)).astype(jnp.float32)
+    return lax.psum(dw, _several(copies)).astype(jnp.float32)
 
 
-def several(axes: tuple[str, ...]) -> tuple[str, ...]:
+def _several(axes: tuple[str, ...]) -> tuple[str, ...]:
     """Those of the mesh axes that have several devices, in a shard_map.
 
     XLA:CPU copies the array of a collective over one device, and lays it out anew.
@@ -240,7 +240,7 @@ def sum_tokens(y_nD: jax.Array, axis: str) -> jax.Array:
     """The sum over the tensor axis, tokens scattered over it if their logical axis lies on it."""
     if axis == "residual":
         return lax.psum_scatter(y_nD, _TENSOR, scatter_dimension=0, tiled=True)
-    return lax.psum(y_nD, several((_TENSOR,)))
+    return lax.psum(y_nD, _TENSOR)
 
 
 def weight_copies() -> tuple[str, ...]:
