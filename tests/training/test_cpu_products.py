@@ -23,6 +23,8 @@ def test_operands_of_bfloat16_products_are_in_row_major_order(on_mesh, tiny_conf
         loss = objective.training_loss(cfg, 0)
         step = compile_step(cfg, loss, state, objective.abstract_batch(cfg))
     products = [found for line in step.as_text().splitlines() if (found := PRODUCT.search(line))]
-    forms = {found.groups() for found in products}
     assert len(products) >= 15
-    assert forms == {("bf16", "1", "0")}
+    assert {found.groups()[1:] for found in products} == {("1", "0")}
+    results = [found[1] for found in products]
+    assert set(results) == {"bf16", "f32"}
+    assert results.count("f32") == 2  # the logits, and the gradient of the output layer
