@@ -30,7 +30,7 @@ from gptjax.parallel import sharding
 from gptjax.runtime import distributed
 from gptjax.runtime.progress import Progress
 from gptjax.runtime.watchdog import Watchdog
-from gptjax.training import callbacks, metrics, objective, param_groups, standard
+from gptjax.training import callbacks, metrics, param_groups, standard
 from gptjax.training.trainer import Trainer
 
 REPORT = "classification.json"
@@ -65,8 +65,7 @@ def finetune(
             f"train.batch_tokens={cfg.train.batch_tokens}"
         )
     backends = _attention_backends(cfg)
-    for line in (f"attention: {', '.join(dict.fromkeys(backends))}", *objective.advice(cfg)):
-        progress.say(line)
+    progress.say(f"attention: {', '.join(dict.fromkeys(backends))}")
     progress.say(f"trains {trainable:,} of {total:,} parameters, {trainable / total:.2%}")
     checkpointer = _checkpointer(task, backends, progress)
     writers = metrics.metric_writers(cfg)

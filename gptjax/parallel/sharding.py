@@ -140,6 +140,15 @@ def copies_transposed(dtype: Any) -> bool:
     return bool(dtype == jnp.bfloat16) and platform() == "cpu"
 
 
+def kept_form(y: jax.Array) -> jax.Array:
+    """A product of bfloat16 with a float32 result, which XLA:CPU does not turn around.
+
+    It has that product for operands in row-major order alone. A transpose of the result would be
+    taken into the product, which then fails when it runs.
+    """
+    return with_layout_constraint(y, Layout(tuple(range(y.ndim))))
+
+
 def wide(dtype: Any) -> Any:
     """The `preferred_element_type` of a matrix product whose result is to be float32.
 

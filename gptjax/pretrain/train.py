@@ -105,8 +105,7 @@ def pretrain(
     lengths = {phase.seq_len for phase in found}
     backends = {length: objective.attention_backends(cfg, length) for length in lengths}
     chosen = [name for length in sorted(lengths) for name in backends[length]]
-    for line in (f"attention: {', '.join(dict.fromkeys(chosen))}", *objective.advice(cfg)):
-        progress.say(line)
+    progress.say(f"attention: {', '.join(dict.fromkeys(chosen))}")
     checkpointer = Checkpointer(
         bucket.path_of(cfg.run) / run_dir.CHECKPOINTS,
         cfg.checkpoint,

@@ -203,12 +203,12 @@ def _local_loss_and_gradients(
         # Of the two forms of this product, that which transposes the smaller array.
         a, b = (chunk.x_CD, dlogits_Cv) if turned else (dlogits_Cv, chunk.x_CD)
         dw_chunk = jnp.matmul(sharding.transposed(a), b, preferred_element_type=jnp.float32)
-        return dw + dw_chunk, (*losses, dlogits_Cv @ w_vD)
+        return dw + dw_chunk, (*losses, matmul.product("cv,vd->cd", dlogits_Cv, w_vD))
 
     zero = jnp.zeros(w_vD.shape[::-1] if turned else w_vD.shape, jnp.float32)
     tokens = _Chunk(x_nD, targets_n, weights_n)
     dw, (ce, z, dx) = _over_chunks(settings, loss_and_gradients, zero, tokens)
-    dw_vD = dw.T if turned else dw
+    dw_vD = sharding.kept_form(dw).T if turned else dw
     ce, z = lax.psum((ce.sum(), z.sum()), sharding.RULES["tokens"])
     dx_nD = matmul.sum_tokens(dx.reshape(x_nD.shape), settings.axis)
     return ce, z, dx_nD, matmul.scatter_weight(dw_vD, 1, settings.copies)

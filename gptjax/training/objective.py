@@ -69,17 +69,6 @@ def attention_backends(cfg: Config, seq_len: int | None = None) -> tuple[str, ..
     )
 
 
-def advice(cfg: Config) -> list[str]:
-    """What would train faster on the ambient mesh than this configuration with this JAX."""
-    old = jax.__version_info__ < (0, 12) and sharding.platform() == "cpu"
-    if not old or cfg.compute.dtype != "bfloat16":
-        return []
-    return [
-        f"compute.dtype=bfloat16 is no faster than float32 on CPUs with JAX {jax.__version__}: "
-        "with JAX 0.12, for Python 3.12 or newer, a step takes about half of the time"
-    ]
-
-
 def next_token_loss(
     params: Params,
     cfg: Config,

@@ -264,7 +264,10 @@ def test_compile_without_the_compiler_for_gpus_says_what_to_install(run, monkeyp
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (("--machine", "h100:8", "--compute.dtype", "float32"), "cudnn needs compute.dtype=bfloat16"),
+        (
+            ("--machine", "h100:8", "--compute.dtype", "float32"),
+            "cudnn needs compute.dtype=bfloat16",
+        ),
         (("--machine", "v5e:4x4", "--compute.attention", "cudnn"), "needs a gpu"),
         (("--machine", "v5e:4x4", "--model.dropout", "0.1"), "dropout"),
     ],

@@ -151,12 +151,16 @@ def test_large_logits_give_a_finite_loss(on_mesh):
     assert np.isfinite(dw).all()
 
 
-def test_gradients_of_bfloat16_activations_are_bfloat16_and_of_weights_float32(on_mesh, inputs):
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_gradients_of_bfloat16_activations_are_bfloat16_and_of_weights_float32(
+    on_mesh, inputs, tensor, chunks
+):
     x, w, targets, weights = inputs
     _, want = scaled_sum(lambda *a: plain(*a, 0.0))(*map(jnp.asarray, inputs))
-    with on_mesh(2, 2, 2):
+    with on_mesh(2, 2, tensor):
         args = sharded(x.astype(jnp.bfloat16), w, targets, weights)
-        _, (dx, dw) = jax.jit(scaled_sum(lambda *a: cross_entropy(*a, 0.0, 2)))(*args)
+        _, (dx, dw) = jax.jit(scaled_sum(lambda *a: cross_entropy(*a, 0.0, chunks)))(*args)
     assert (dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(dx.astype(jnp.float32), want[0], atol=0.1, rtol=0.1)
     np.testing.assert_allclose(dw, want[1], atol=0.1, rtol=0.1)
