@@ -36,6 +36,9 @@ def library(name: str, dtype: str) -> tuple[Callable[[int, int], Any], Callable[
 
         kind = getattr(torch, dtype)
         return lambda m, n: torch.randn(m, n).to(kind), torch.mm
+    from gptjax.runtime import malloc
+
+    malloc.keep_memory()  # as in training: else pages of a result over 32 MiB are zeroed anew
     import jax
     import jax.numpy as jnp
     import numpy as np
