@@ -111,9 +111,10 @@ def test_the_native_kernel_equals_the_reference(
 
 
 @native
-def test_the_native_kernel_in_bfloat16_is_nearer_to_float32_than_blockwise(on_mesh):
-    features = {"segments": segments_of(200), "window": 90}
-    exact = make(200, heads=4, kv_heads=2, head=64, dtype=jnp.bfloat16)
+@pytest.mark.parametrize("length", [200, 77])  # an even and an odd number of rows in the last block
+def test_the_native_kernel_in_bfloat16_is_nearer_to_float32_than_blockwise(on_mesh, length):
+    features = {"segments": segments_of(length), "window": 90}
+    exact = make(length, heads=4, kv_heads=2, head=64, dtype=jnp.bfloat16)
     want = attend_on(on_mesh(), [np.float32(a) for a in exact], "reference", **features)
     got, other = (attend_on(on_mesh(), exact, one, **features) for one in ("native", "blockwise"))
     for mine, its, w in zip(got, other, want, strict=True):
