@@ -10,7 +10,7 @@ from gptjax.cli.main import main
 def run() -> None:
     """Runs the command line, and ends the process with its exit code."""
     codes: list[int] = []
-    atexit.register(_end, codes)  # the first, so the last to be called
+    atexit.register(_end, codes)  # before all that a command registers, so called after them
     codes.append(main())
     sys.exit(codes[0])
 
@@ -18,13 +18,17 @@ def run() -> None:
 def _end(codes: list[int]) -> None:
     """Ends the process before the interpreter ends its daemon threads.
 
-    It does so wherever they are: in C++ code, as of a compilation that nobody waits for any more,
-    that ends the process by SIGABRT.
+    A thread that is then in C++ code, such as a compilation that nobody waits for any more, would
+    end the process by SIGABRT.
     """
-    if codes:
+    if not codes:
+        return
+    try:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(codes[0])
+    except OSError:  # nobody reads it, or the disk is full
+        os._exit(codes[0] or 1)
+    os._exit(codes[0])
 
 
 if __name__ == "__main__":

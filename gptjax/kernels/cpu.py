@@ -1,9 +1,10 @@
 """CPU kernels, written in C in `cpu.c`: for decoding, products of few tokens and attention to a
-cache; for training, attention of whole sequences and its gradients.
+cache; for training, attention of whole sequences and the loss, with their gradients.
 
 A decode step reads all weights and the KV cache for one or a few tokens, so memory bandwidth bounds
 its speed; XLA:CPU reaches a third to a half of that bound (docs/lab_log.md). In training, XLA's
-small products of attention take three times as long as the kernel. The C file is compiled for this
+small products of attention take three times as long as the kernel, and its loss reads the logits
+from memory in each of its passes. The C file is compiled for this
 machine's processor at first use, in a few seconds, and kept in the user's cache folder. If that
 fails, XLA's own products are used, and `why_not` gives the reason. GPTJAX_NATIVE=0 in the
 environment disables the kernels.
@@ -34,7 +35,7 @@ ROWS = 8
 WIDTH = 32
 """head_dim must be a multiple of this: PAIR in cpu_kernels.h."""
 WEIGHTS = 4
-"""Most weight matrices of one call: MOST_WEIGHTS in cpu.c."""
+"""Most weight matrices of one call: MOST_WEIGHTS in cpu_calls.h."""
 _SOURCE = Path(__file__).with_suffix(".c")
 _HEADERS = ("cpu_calls.h", "cpu_flash.h", "cpu_flash_bf16.h", "cpu_kernels.h", "cpu_loss.h")
 _SOURCES = (_SOURCE, *(_SOURCE.with_name(name) for name in _HEADERS))
@@ -176,9 +177,14 @@ def cross_entropy(
     softmax's sum, and the targets' logits, float32 [C].
 
     Logits from `valid` on are not predicted. The logits' memory is used again where the dtype is
-    float32.
+    float32. Raises ValueError for other dtypes, or sizes that do not fit.
     """
     c, v = logits_CV.shape
+    fit = targets_C.shape == weights_C.shape == (c,) and 1 <= valid <= v
+    known = logits_CV.dtype == jnp.float32 and dtype in (jnp.float32, jnp.bfloat16)
+    if not fit or not known:
+        shapes = (logits_CV.shape, targets_C.shape, weights_C.shape)
+        raise ValueError(f"{shapes}, {valid=}, dtypes {logits_CV.dtype} and {dtype}")
     numbers = jax.ShapeDtypeStruct((c,), jnp.float32)
     outs = (jax.ShapeDtypeStruct((c, v), dtype), numbers, numbers)
     same = {0: 0} if dtype == jnp.float32 else {}

@@ -1,7 +1,7 @@
 /* Attention as in cpu_flash.h, for processors that multiply pairs of bfloat16 (AVX512-BF16), at twice
  * the rate of float32. Probabilities and the gradients of scores are rounded to bfloat16 for their
- * products, as on GPUs (Dao et al. 2022); all sums are float32. What a product reads by rows along
- * its depth is read where it lies; the other operand is packed as pairs along the depth. */
+ * products, as on GPUs (Dao et al. 2022); all sums are float32. The left operand of a product is read
+ * where it lies, the right one is packed as pairs along the depth. */
 
 #pragma once
 
@@ -32,7 +32,7 @@ static void pack_pairs(const char *from, int64_t apart, int64_t rows, int64_t wi
     }
 }
 
-/* Rows times a factor, or times one for each, as bfloat16. */
+/* Rows times a factor, or times one for each row, as bfloat16. */
 static void narrow_rows(const float *from, int64_t rows, int64_t width, float factor,
                         const float *factors, char *to, int64_t apart) {
   for (int64_t i = 0; i < rows; i++, from += width)
@@ -59,8 +59,8 @@ static void pairs_by_panels(const Flash *of, const Block *block, const char *row
                    1, panels + key * depth, SIDE, out + key - block->from, block->apart, 0);
 }
 
-/* Exponentials of a row of scores times a factor, less the largest; `most` is the largest, and the
- * result their sum. */
+/* Writes the exponentials of a row of scores times a factor, less the largest, as bfloat16, and zeros
+ * where the query does not see; `most` is the largest. Returns their sum. */
 static float exponentials(const float *row, float factor, const Seen *seen, uint16_t *to,
                           float *most) {
   floats large = (floats){0} - INFINITY, total = {0};

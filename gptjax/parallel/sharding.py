@@ -8,6 +8,7 @@ Logical axes are named beside each parameter and activation; `RULES` maps them t
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -112,8 +113,8 @@ def target() -> Target:
     if jax.default_backend() != "gpu":
         return Target("gpu")
     here: Any = jax.local_devices()[0]
-    major, minor = map(int, here.compute_capability.split("."))
-    return Target("gpu", (major, minor))
+    numbers = re.fullmatch(r"(\d+)\.(\d+)", str(here.compute_capability))  # of NVIDIA's alone
+    return Target("gpu", (int(numbers[1]), int(numbers[2])) if numbers else None)
 
 
 def row_major(x: jax.Array) -> jax.Array:
@@ -141,10 +142,10 @@ def copies_transposed(dtype: Any) -> bool:
 
 
 def kept_form(y: jax.Array) -> jax.Array:
-    """A product of bfloat16 with a float32 result, which XLA:CPU does not turn around.
+    """The same product of bfloat16 with a float32 result, which XLA:CPU then does not turn around.
 
-    It has that product for operands in row-major order alone. A transpose of the result would be
-    taken into the product, which then fails when it runs.
+    It has that product for operands in row-major order alone. It would take a transpose of the
+    result into the product, which then fails when it runs.
     """
     return with_layout_constraint(y, Layout(tuple(range(y.ndim))))
 

@@ -46,7 +46,7 @@ class Compiled:
     """A compiled program's memory, communication and warnings; bytes and counts are of one device.
 
     seconds: of compilation. peak: most bytes at once, arguments included. workspace: of the peak,
-    what cuDNN asks for, by formula where its library was not asked. out_of_memory: XLA's message
+    cuDNN's by formula; 0 where its library was asked, as the program then has it. out_of_memory: XLA's message
     where the program does not fit. text: the program itself, as XLA prints it.
     """
 
@@ -195,7 +195,9 @@ def _no_graph(message: str) -> ConfigError:
     why = message.removeprefix("INTERNAL: ").split("\n")[0].split(" in external/")[0]
     library = f"cuDNN {cudnn_library.version()}"
     return ConfigError(
-        [f"compute.attention: {library} has no such attention: {why}; use reference (or ring)"]
+        [
+            f"compute.attention: {library} has no such attention: {why}; plan for compute.attention=ring, or train with reference"
+        ]
     )
 
 

@@ -48,8 +48,11 @@ def why_not() -> str | None:
             if not _loads(name):
                 _load_stub(name, _names(folder, prefix), functions, status)
         ctypes.CDLL(str(folder / "libcudnn.so.9"), mode=ctypes.RTLD_GLOBAL)
-    except (OSError, subprocess.CalledProcessError) as error:
+    except OSError as error:
         return f"cuDNN {found} could not be loaded: {error}"
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip()[-300:]
+        return f"cuDNN {found} could not be loaded: {error.cmd[0]} could not compile: {said}"
     return None
 
 

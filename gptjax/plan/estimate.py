@@ -130,12 +130,16 @@ def _attention(cfg: Config, machine: Machine) -> tuple[str, ...]:
     chosen = [backends.choose(wanted, *call, target) for call in calls]
     if "reference" in chosen:
         need, sizes = calls[chosen.index("reference")]
-        why = backends.refusals(need, sizes, target)
+        refusals = backends.refusals(need, sizes, target)
+        why = "; ".join(f"{name} {reason}" for name, reason in refusals.items())
+        if wanted == "reference":
+            why = "choose auto" + (f" where it has another ({why})" if why else "")
+        else:
+            why = f"of the others, {why}"
         raise ConfigError(
             [
-                f"compute.attention={wanted}: {machine.name} needs the reference attention, which "
-                "keeps every score and is not planned for: "
-                + "; ".join(f"{name} {reason}" for name, reason in why.items())
+                f"compute.attention={wanted}: on {machine.name} that is the reference attention, "
+                f"which keeps every score and is not planned for; {why}"
             ]
         )
     return tuple(chosen)

@@ -107,9 +107,10 @@ def cudnn_workspace(s: StepShape, device: Device) -> float:
     """Bytes that cuDNN's backward pass asks for; 0 with other backends.
 
     As the graphs of cuDNN 9.23 say: float32 gradients of the queries, those of keys and values of
-    every query head where heads are grouped, and a sum for each row; on GPUs that are neither
-    Hopper nor B200 and its kin, more. With `compute.deterministic` those ask for two bytes for
-    each score of a layer instead.
+    every query head where heads are grouped, and a sum for each row. On GPUs that are neither
+    Hopper nor B200 and its kin, more. With `compute.deterministic`, two bytes for each score of a
+    layer in place of the queries' gradients, but on B200 and its kin nothing for them unless heads
+    are grouped; nor have wide heads there, which ask for three times as much where grouped.
     """
     if not {"cudnn", "cudnn_ring"} & set(s.attention):
         return 0.0

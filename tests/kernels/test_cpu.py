@@ -35,6 +35,11 @@ def attend(q_BHC, keys, size, width, window=None):
     return cpu.attention(q_BHC, new, new, cache, cache, jnp.zeros(1, "int32"), 0, window)
 
 
+def lose(logits_CV, tokens=2, valid=4, dtype="float32"):
+    targets, weights = jnp.zeros(tokens, jnp.int32), jnp.ones(tokens)
+    return cpu.cross_entropy(logits_CV, targets, weights, jnp.dtype(dtype), valid=valid, z_loss=0.0)
+
+
 def exact(*arrays: jax.Array) -> list[np.ndarray]:
     return [np.asarray(a).astype(np.float64) for a in arrays]
 
@@ -303,6 +308,11 @@ def test_missing_home_directory_is_a_reason(tmp_path, monkeypatch):
             "5 weight matrices; at most 4",
         ),
         (lambda: cpu.table(jnp.ones((1, 4), "float16"), jnp.ones((4, 4))), "dtypes"),
+        (lambda: lose(jnp.ones((2, 4)), tokens=3), r"\(\(2, 4\), \(3,\), \(3,\)\)"),
+        (lambda: lose(jnp.ones((2, 4)), valid=5), "valid=5"),
+        (lambda: lose(jnp.ones((2, 4)), valid=0), "valid=0"),
+        (lambda: lose(jnp.ones((2, 4), "bfloat16")), "dtypes bfloat16 and float32"),
+        (lambda: lose(jnp.ones((2, 4)), dtype="float16"), "dtypes float32 and float16"),
     ],
 )
 def test_invalid_arguments_are_refused(call, problem):

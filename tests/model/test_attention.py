@@ -353,7 +353,7 @@ def test_a_backend_from_outside_is_chosen_by_name_and_runs(on_mesh, registered):
     np.testing.assert_allclose(out, v * HEAD**-0.5, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("rank", "chosen"), [(None, ON_CPU), (1, "toy"), (99, ON_CPU)])
+@pytest.mark.parametrize(("rank", "chosen"), [(None, ON_CPU), (0, "toy"), (1, "toy"), (99, ON_CPU)])
 def test_auto_considers_a_backend_from_outside_by_its_rank(registered, rank, chosen):
     registered("toy", auto_rank=rank)
     assert choose("auto", Requirements(), BF16, Target("cpu")) == chosen

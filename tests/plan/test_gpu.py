@@ -92,7 +92,7 @@ def test_an_attention_that_cudnn_refuses_is_told_in_its_words(monkeypatch) -> No
     )
     assert str(aot._no_graph(message)) == (
         "compute.attention: cuDNN 9.23 has no such attention: Num hidden_dim should be less; "
-        "use reference (or ring)"
+        "plan for compute.attention=ring, or train with reference"
     )
 
 

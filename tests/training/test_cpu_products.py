@@ -25,6 +25,7 @@ def test_operands_of_bfloat16_products_are_in_row_major_order(on_mesh, tiny_conf
     products = [found for line in step.as_text().splitlines() if (found := PRODUCT.search(line))]
     assert len(products) >= 15
     assert {found.groups()[1:] for found in products} == {("1", "0")}
-    results = [found[1] for found in products]
-    assert set(results) == {"bf16", "f32"}
-    assert results.count("f32") == 2  # the logits, and the gradient of the output layer
+    if jax.__version_info__ >= (0, 12):  # before, every product has a float32 result
+        results = [found[1] for found in products]
+        assert set(results) == {"bf16", "f32"}
+        assert results.count("f32") == 2  # the logits, and the gradient of the output layer

@@ -152,7 +152,7 @@ def test_large_logits_give_a_finite_loss(on_mesh):
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("chunks", [1, 2, TOKENS])  # the last: one token in each
 def test_gradients_of_bfloat16_activations_are_bfloat16_and_of_weights_float32(
     on_mesh, inputs, tensor, chunks
 ):

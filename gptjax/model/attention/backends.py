@@ -177,7 +177,8 @@ def refusals(need: Requirements, sizes: Sizes, target: Target) -> dict[str, str]
 def _ranked() -> list[str]:
     """Names of the backends that compute.attention=auto tries, in this order."""
     ranks = {name: backend(name).auto_rank for name in ATTENTION_BACKENDS.names()}
-    return [name for _, name in sorted((rank, name) for name, rank in ranks.items() if rank)]
+    tried = sorted((rank, name) for name, rank in ranks.items() if rank is not None)
+    return [name for _, name in tried]
 
 
 def backend(name: str) -> Backend:
