@@ -46,8 +46,8 @@ class Compiled:
     """A compiled program's memory, communication and warnings; bytes and counts are of one device.
 
     seconds: of compilation. peak: most bytes at once, arguments included. workspace: of the peak,
-    cuDNN's by formula; 0 where its library was asked, as the program then has it. out_of_memory: XLA's message
-    where the program does not fit. text: the program itself, as XLA prints it.
+    cuDNN's by formula; 0 where its library was asked, as the program then has it. out_of_memory:
+    XLA's message where the program does not fit. text: the program itself, as XLA prints it.
     """
 
     seconds: float
@@ -196,7 +196,8 @@ def _no_graph(message: str) -> ConfigError:
     library = f"cuDNN {cudnn_library.version()}"
     return ConfigError(
         [
-            f"compute.attention: {library} has no such attention: {why}; plan for compute.attention=ring, or train with reference"
+            f"compute.attention: {library} has no such attention: {why}; plan for "
+            "compute.attention=ring, or train with reference"
         ]
     )
 

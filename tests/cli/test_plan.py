@@ -269,6 +269,7 @@ def test_compile_without_the_compiler_for_gpus_says_what_to_install(run, monkeyp
             "cudnn needs compute.dtype=bfloat16",
         ),
         (("--machine", "v5e:4x4", "--compute.attention", "cudnn"), "needs a gpu"),
+        (("--machine", "v5e:4x4", "--compute.attention", "reference"), "planned for; choose auto"),
         (("--machine", "v5e:4x4", "--model.dropout", "0.1"), "dropout"),
     ],
 )
