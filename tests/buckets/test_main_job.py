@@ -46,6 +46,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
             }
             env = bucket.environment | (job if processes > 1 else {})
             env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+            env["GPTJAX_NATIVE"] = "0"  # kernels are for one process: others' bits differ
             errors = tmp_path / f"{number}.{index}.err"
             started.append(
                 Forked([*words, *more], tmp_path, Path(os.devnull), errors, nothing, **env)
