@@ -50,6 +50,8 @@ def _child(
     words: Sequence[str], cwd: Path, outputs: tuple[Path, Path], environment: Mapping[str, str],
     prepare: Any,
 ) -> None:  # fmt: skip
+    # The server may have begun within a test that had another bucket.
+    os.environ.pop("TENSORSTORE_GCS_HTTP_URL", None)
     os.environ.update(environment)
     os.chdir(cwd)
     for number, path in zip((1, 2), outputs, strict=True):
