@@ -1,10 +1,11 @@
-"""The compiled step on a CPU: bfloat16 products in the only form that XLA:CPU is fast in."""
+"""The compiled step on a CPU: what XLA:CPU is fast in, and nothing over one device."""
 
 import re
 
 import jax
 import pytest
 
+from gptjax.kernels import cpu
 from gptjax.model import decoder
 from gptjax.training import objective
 from gptjax.training.step import compile_step, create_state
@@ -13,7 +14,9 @@ PRODUCT = re.compile(r"= (\w+)\[[\d,]+\]\S* dot\(.*lhs_contracting_dims=\{(\d+)\
 
 
 @pytest.mark.parametrize("axes", [(1, 1, 1), (2, 2, 2)])
-def test_operands_of_bfloat16_products_are_in_row_major_order(on_mesh, tiny_config, axes) -> None:
+def test_a_step_in_bfloat16_has_fast_products_the_loss_kernel_and_no_idle_collectives(
+    on_mesh, tiny_config, axes
+) -> None:
     cfg = tiny_config(
         model={"vocab_size": 512, "embed": 64, "heads": 2},
         compute={"dtype": "bfloat16", "loss_chunks": 2},
@@ -22,7 +25,10 @@ def test_operands_of_bfloat16_products_are_in_row_major_order(on_mesh, tiny_conf
         state = jax.eval_shape(lambda: create_state(cfg, lambda k: decoder.init(cfg.model, k)))
         loss = objective.training_loss(cfg, 0)
         step = compile_step(cfg, loss, state, objective.abstract_batch(cfg))
-    products = [found for line in step.as_text().splitlines() if (found := PRODUCT.search(line))]
+    program = step.as_text()
+    assert ("gptjax_loss" in program) == (cpu.ready() and axes[-1] == 1)
+    assert bool(re.search(r" (all-gather|reduce-scatter)\(", program)) == (axes != (1, 1, 1))
+    products = [found for line in program.splitlines() if (found := PRODUCT.search(line))]
     assert len(products) >= 15
     assert {found.groups()[1:] for found in products} == {("1", "0")}
     if jax.__version_info__ >= (0, 12):  # before, every product has a float32 result
