@@ -87,7 +87,13 @@ static void sequence_task(Call *call, int64_t task) {
 
 /* A task of the loss: one token. */
 static void token_task(Call *call, int64_t task) {
-  call->wide ? token_loss(1, &call->loss, task) : token_loss(0, &call->loss, task);
+  const int64_t vectors = (call->loss.vocab + LANES - 1) / LANES;
+  float *exps = aligned_alloc(64, vectors * sizeof(floats));
+  if (!exps)
+    atomic_store(&call->failed, 1);
+  else
+    call->wide ? token_loss(1, &call->loss, task, exps) : token_loss(0, &call->loss, task, exps);
+  free(exps);
 }
 
 /* Reads x [n, k] as float32. If `split`, rows are in the order of `load`, and their last k % PAIR
@@ -249,8 +255,9 @@ static XLA_FFI_Error *loss(XLA_FFI_CallFrame *frame) {
   call->tasks = args[0]->dims[0];
   call->wide = rets[0]->dtype == XLA_FFI_DataType_F32;
   work(frame, call, threads);
+  const int failed = atomic_load(&call->failed);
   release(call);
-  return NULL;
+  return failed ? no_memory(frame) : NULL;
 }
 
 /* --- handlers -------------------------------------------------------------------------------- */

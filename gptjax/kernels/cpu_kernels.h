@@ -2,7 +2,7 @@
 
 #pragma once
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 #include <math.h>
@@ -107,12 +107,9 @@ INLINE float largest(floats v) {
   return top;
 }
 
-/* e^v for v <= 0, to 2 units in the last place: 2^n times a polynomial of the remainder (Cody and
- * Waite 1980). */
+/* e^v for v <= 0, to 2 units in the last place, and 0 below -87: 2^n times a polynomial of the
+ * remainder (Cody and Waite 1980). */
 INLINE floats exp_of(floats v) {
-  typedef int32_t ints __attribute__((vector_size(64), may_alias));
-  const ints small = v < -87.0f;
-  v = (floats)((ints)v & ~small);
   const floats magic = (floats){0} + 12582912.0f; /* 1.5 x 2^23: adding it rounds to an integer */
   const floats n = (v * 1.44269504f + magic) - magic;
   const floats r = v - n * 0.693359375f + n * 2.12194440e-4f;
@@ -123,8 +120,15 @@ INLINE floats exp_of(floats v) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const ints scale = (__builtin_convertvector(n, ints) + 127) << 23;
-  return (floats)((ints)(p * (floats)scale) & ~small);
+#ifdef __AVX512F__
+  const __mmask16 large = _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
+  return (floats)_mm512_maskz_scalef_ps(large, (__m512)p, (__m512)n);
+#else
+  typedef int32_t ints __attribute__((vector_size(64), may_alias));
+  const ints large = ~(v < -87.0f);
+  const ints scale = (__builtin_convertvector((floats)((ints)n & large), ints) + 127) << 23;
+  return (floats)((ints)(p * (floats)scale) & large);
+#endif
 }
 
 INLINE void put(int wide, char *to, int64_t i, float value) {

@@ -37,22 +37,26 @@ INLINE void put_gradients(int wide, const Loss *of, char *row, int64_t j, floats
     *(halves *)(row + j * 2) = narrow;
 }
 
-/* One token. Its gradient is weight (1 + 2 z_loss lse) softmax, less weight at the target. */
-INLINE void token_loss(int wide, const Loss *of, int64_t token) {
+/* One token. Its gradient is weight (1 + 2 z_loss lse) softmax, less weight at the target. `exps` has
+ * space for a row of vectors. */
+INLINE void token_loss(int wide, const Loss *of, int64_t token, float *exps) {
   const float *row = of->logits + token * of->vocab;
   const int64_t target = of->targets[token];
   const int predicted = 0 <= target && target < of->valid;
   floats most = (floats){0} - INFINITY, total = {0};
   for (int64_t j = 0; j < of->valid; j += LANES) most = larger(logits_at(of, row, j), most);
   const float top = largest(most), weight = of->weights[token];
-  for (int64_t j = 0; j < of->valid; j += LANES) total += exp_of(logits_at(of, row, j) - top);
+  for (int64_t j = 0; j < of->vocab; j += LANES) {
+    const floats e = exp_of(logits_at(of, row, j) - top);
+    *(floats *)(exps + j) = e;
+    total += e;
+  }
   const float sum = sum_of(total), lse = top + logf(sum);
   of->lse[token] = lse;
   of->target_logits[token] = predicted ? row[target] : 0;
   const float scale = weight * (1 + 2 * of->z_loss * lse) / sum;
-  const float at_target = predicted ? expf(row[target] - top) * scale - weight : 0;
   char *to = of->gradients + token * of->vocab * (wide ? 4 : 2); /* may be the logits' memory */
   for (int64_t j = 0; j < of->vocab; j += LANES)
-    put_gradients(wide, of, to, j, exp_of(logits_at(of, row, j) - top) * scale);
-  if (predicted) put(wide, to, target, at_target);
+    put_gradients(wide, of, to, j, *(const floats *)(exps + j) * scale);
+  if (predicted) put(wide, to, target, exps[target] * scale - weight);
 }
