@@ -141,7 +141,7 @@ def _whole_bwd(
     x_ND, w_DF = residuals
     multiply = lambda a, b, like: product("ij,jk->ik", a, b, jax.typeof(like).sharding.spec)
     dx_ND = multiply(dy_NF, sharding.transposed(w_DF.astype(dy_NF.dtype)), x_ND)
-    dw_DF = multiply(sharding.transposed(x_ND), dy_NF, w_DF)
+    dw_DF = multiply(sharding.transposed(x_ND, left=True), dy_NF, w_DF)
     return dx_ND, dw_DF.astype(w_DF.dtype)
 
 
@@ -301,7 +301,7 @@ def _column_bwd(layout: Layout, residuals: Any, dys_NF: tuple[jax.Array, ...]) -
             dy_nf @ sharding.transposed(gather_weight(w_df, x_nD.dtype, 0))
             for w_df, dy_nf in zip(weights_df, dys_nf, strict=True)
         )
-        x_Dn = sharding.transposed(x_nD)
+        x_Dn = sharding.transposed(x_nD, left=True)
         dws_df = tuple(scatter_weight(x_Dn @ dy_nf, 0, copies) for dy_nf in dys_nf)
         return sum_tokens(dx_nD, layout.axis), dws_df
 
@@ -335,7 +335,7 @@ def _row_bwd(layout: Layout, residuals: Any, dy_ND: jax.Array) -> Any:
 
     def local(h_nf: jax.Array, w_fd: jax.Array, dy_nD: jax.Array) -> tuple[jax.Array, jax.Array]:
         dy_nD = gather_tokens(dy_nD, layout.axis)
-        dw_fd = scatter_weight(sharding.transposed(h_nf) @ dy_nD, dimension, copies)
+        dw_fd = scatter_weight(sharding.transposed(h_nf, left=True) @ dy_nD, dimension, copies)
         w_fD = gather_weight(w_fd, h_nf.dtype, dimension)
         return dy_nD @ sharding.transposed(w_fD), dw_fd
 

@@ -127,18 +127,21 @@ def row_major(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
-def transposed(x: jax.Array) -> jax.Array:
-    """x.T, as an operand of a matrix product."""
-    return with_layout_constraint(x.T, Layout((0, 1))) if copies_transposed(x.dtype) else x.T
+def transposed(x: jax.Array, *, left: bool = False) -> jax.Array:
+    """x.T, as the left or the right operand of a matrix product."""
+    if not copies_transposed(x.dtype, left=left):
+        return x.T
+    return with_layout_constraint(x.T, Layout((0, 1)))
 
 
-def copies_transposed(dtype: Any) -> bool:
+def copies_transposed(dtype: Any, *, left: bool = False) -> bool:
     """Whether `transposed` copies arrays of a dtype.
 
-    XLA:CPU has a fast bfloat16 product for operands in row-major order alone, and takes a plain
-    transpose into the product.
+    XLA:CPU takes a plain transpose into the product, which is slower then: in bfloat16 for either
+    operand, in float32 for the left one, from JAX 0.12 on.
     """
-    return bool(dtype == jnp.bfloat16) and platform() == "cpu"
+    slower = bool(dtype == jnp.bfloat16) or (left and jax.__version_info__ >= (0, 12))
+    return platform() == "cpu" and slower
 
 
 def kept_form(y: jax.Array) -> jax.Array:

@@ -192,7 +192,7 @@ def _local_loss_and_gradients(
     x_nD = matmul.gather_tokens(x_nD, settings.axis)
     w_vD = matmul.gather_weight(w_vd, x_nD.dtype, 1)
 
-    columns, turned = _columns(w_vD), sharding.copies_transposed(w_vD.dtype)
+    columns, turned = _columns(w_vD), sharding.platform() == "cpu"
 
     def loss_and_gradients(dw: jax.Array, chunk: _Chunk) -> tuple[jax.Array, Any]:
         if settings.kernel:
@@ -202,7 +202,9 @@ def _local_loss_and_gradients(
             dlogits_Cv = _logits_gradient(settings, chunk, softmax)
         # Of the two forms of this product, that which transposes the smaller array.
         a, b = (chunk.x_CD, dlogits_Cv) if turned else (dlogits_Cv, chunk.x_CD)
-        dw_chunk = jnp.matmul(sharding.transposed(a), b, preferred_element_type=jnp.float32)
+        dw_chunk = jnp.matmul(
+            sharding.transposed(a, left=True), b, preferred_element_type=jnp.float32
+        )
         return dw + dw_chunk, (*losses, matmul.product("cv,vd->cd", dlogits_Cv, w_vD))
 
     zero = jnp.zeros(w_vD.shape[::-1] if turned else w_vD.shape, jnp.float32)
