@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -220,14 +221,53 @@ def gather_weight(w: jax.Array, dtype: Any, dimension: int) -> jax.Array:
     return w
 
 
-def scatter_weight(dw: jax.Array, dimension: int, copies: tuple[str, ...]) -> jax.Array:
+def scatter_weight(
+    dw: jax.Array, dimension: int, copies: tuple[str, ...], rings: int = 0
+) -> jax.Array:
     """This device's part of a weight's gradient from every device's summand, in float32.
 
-    `copies` are the axes that hold the same weight, see `weight_copies`.
+    `copies` are the axes that hold the same weight, see `weight_copies`. `rings`: of the fsdp axes,
+    the number of the first that it is scattered over already.
     """
-    for axis in _several(FSDP):
+    for axis in _several(FSDP[rings:]):
         dw = lax.psum_scatter(dw, axis, scatter_dimension=dimension, tiled=True)
     return lax.psum(dw, _several(copies)).astype(jnp.float32)
+
+
+def weight_gradient(
+    x_nK: jax.Array, dy_nM: jax.Array, dimension: int, copies: tuple[str, ...]
+) -> jax.Array:
+    """x.T @ dy over the tokens of all devices: this device's part, split as in `scatter_weight`."""
+    ring, least = FSDP[0], sharding.ring_tokens()
+    if lax.axis_size(ring) == 1 or not 0 < least <= len(x_nK):
+        return scatter_weight(sharding.transposed(x_nK, left=True) @ dy_nM, dimension, copies)
+    return scatter_weight(_scattered_product(x_nK, dy_nM, dimension, ring), dimension, copies, 1)
+
+
+def _scattered_product(x_nK: jax.Array, dy_nM: jax.Array, dimension: int, axis: str) -> jax.Array:
+    """x.T @ dy scattered over a mesh axis, part by part, each sent on while the next is computed.
+
+    A part goes once round the devices, and each adds its own product. The round goes out over the
+    even devices and back over the odd ones, so that neighbours in it are at most two apart: a v5e's
+    compiler has no permute beside arithmetic that goes round a ring of the torus.
+    """
+    devices = lax.axis_size(axis)
+    order = [*range(0, devices, 2), *reversed(range(1, devices, 2))]
+    place = jnp.asarray(np.argsort(order))[lax.axis_index(axis)]
+    pairs = [(order[i - 1], order[i]) for i in range(devices)]
+
+    def product(step: int | jax.Array) -> jax.Array:
+        part = jnp.asarray(order)[(place - 1 - step) % devices]
+        arrays = [x_nK, dy_nM]
+        width = arrays[dimension].shape[1] // devices
+        arrays[dimension] = lax.dynamic_slice_in_dim(arrays[dimension], part * width, width, 1)
+        # Else XLA makes the sum a part of the product, which then waits for what comes in.
+        return lax.optimization_barrier(arrays[0].T @ arrays[1])
+
+    def pass_on(step: jax.Array, total: jax.Array) -> jax.Array:
+        return lax.ppermute(total, axis, pairs) + product(step)
+
+    return lax.fori_loop(1, devices, pass_on, product(0))
 
 
 def _several(axes: tuple[str, ...]) -> tuple[str, ...]:
@@ -301,8 +341,7 @@ def _column_bwd(layout: Layout, residuals: Any, dys_NF: tuple[jax.Array, ...]) -
             dy_nf @ sharding.transposed(gather_weight(w_df, x_nD.dtype, 0))
             for w_df, dy_nf in zip(weights_df, dys_nf, strict=True)
         )
-        x_Dn = sharding.transposed(x_nD, left=True)
-        dws_df = tuple(scatter_weight(x_Dn @ dy_nf, 0, copies) for dy_nf in dys_nf)
+        dws_df = tuple(weight_gradient(x_nD, dy_nf, 0, copies) for dy_nf in dys_nf)
         return sum_tokens(dx_nD, layout.axis), dws_df
 
     specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, (x_ND, weights_DF))
@@ -335,7 +374,7 @@ def _row_bwd(layout: Layout, residuals: Any, dy_ND: jax.Array) -> Any:
 
     def local(h_nf: jax.Array, w_fd: jax.Array, dy_nD: jax.Array) -> tuple[jax.Array, jax.Array]:
         dy_nD = gather_tokens(dy_nD, layout.axis)
-        dw_fd = scatter_weight(sharding.transposed(h_nf, left=True) @ dy_nD, dimension, copies)
+        dw_fd = weight_gradient(h_nf, dy_nD, dimension, copies)
         w_fD = gather_weight(w_fd, h_nf.dtype, dimension)
         return dy_nD @ sharding.transposed(w_fD), dw_fd
 

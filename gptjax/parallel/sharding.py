@@ -117,6 +117,13 @@ def target() -> Target:
     return Target("gpu", (int(numbers[1]), int(numbers[2])) if numbers else None)
 
 
+def ring_tokens() -> int:
+    """`hardware.Device.ring_tokens` of the ambient mesh's devices."""
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    known = None if device is None else hardware.find(device.device_kind)
+    return known.ring_tokens if known else 0
+
+
 def row_major(x: jax.Array) -> jax.Array:
     """The same array; on GPUs, it and its gradient lie in memory in the order of their dimensions.
 

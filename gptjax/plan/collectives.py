@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from gptjax.config import Config
 from gptjax.model.flops import ModelCost
 from gptjax.parallel import mesh, sharding
+from gptjax.runtime.hardware import Device
 
 ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = "all-gather", "reduce-scatter", "all-reduce"
 ALL_TO_ALL, PERMUTE = "all-to-all", "collective-permute"
@@ -103,7 +104,8 @@ class StepShape:
     sizes: of the mesh by axis. attention: the backends of the layers of a period. itemsize: bytes
     of the compute dtype. tokens: of a device, before the tensor axis splits them. microbatch: those
     of a pipeline's microbatch; without a pipeline, all. split: whether the tensor axis splits
-    tokens between the products (sequence parallelism).
+    tokens between the products (sequence parallelism). ring: whether permutes scatter the gradients
+    of weights over the first fsdp axis.
     """
 
     cfg: Config
@@ -113,6 +115,7 @@ class StepShape:
     tokens: float
     microbatch: float
     split: bool
+    ring: bool
     schedule: PipelineSchedule
     cost: ModelCost
 
@@ -136,34 +139,43 @@ class StepShape:
 
 
 def step_shape(
-    cfg: Config, sizes: Mapping[str, int], attention: Sequence[str] = ("splash",)
+    cfg: Config,
+    sizes: Mapping[str, int],
+    attention: Sequence[str] = ("splash",),
+    device: Device | None = None,
 ) -> StepShape:
     """The shape of a configuration's step on a mesh of these sizes by axis."""
     schedule = pipeline_schedule(cfg)
     groups = math.prod(sizes[axis] for axis in sharding.mesh_axes("tokens"))
     tokens = cfg.train.batch_tokens / cfg.train.accumulation / groups
+    # Outside the layers the batch is split over the stages too, within them it is not.
+    microbatch = tokens * sizes["stage"] / schedule.microbatches
+    ring_tokens = device.ring_tokens if device else 0
     return StepShape(
         cfg,
         sizes,
         attention,
         itemsize=2 if cfg.compute.dtype == "bfloat16" else 4,
         tokens=tokens,
-        # Outside the layers the batch is split over the stages too, within them it is not.
-        microbatch=tokens * sizes["stage"] / schedule.microbatches,
+        microbatch=microbatch,
         split=sizes["tensor"] > 1 and tokens % sizes["tensor"] == 0,
+        ring=sizes[mesh.FSDP[0]] > 1 and 0 < ring_tokens <= microbatch,
         schedule=schedule,
         cost=ModelCost(cfg.model),
     )
 
 
 def step_collectives(
-    cfg: Config, sizes: Mapping[str, int], attention: Sequence[str] = ("splash",)
+    cfg: Config,
+    sizes: Mapping[str, int],
+    attention: Sequence[str] = ("splash",),
+    device: Device | None = None,
 ) -> list[Collective]:
     """The collectives of one optimizer step on a mesh of these sizes by axis.
 
     `attention` are the backends of the layers of a period.
     """
-    shape = step_shape(cfg, sizes, attention)
+    shape = step_shape(cfg, sizes, attention, device)
     parts = (
         _layer_weights,
         _tensor_parallel,
@@ -196,7 +208,16 @@ def _layer_weights(s: StepShape) -> Iterator[Collective]:
         gathers = 1 if experts and not s.recomputes else 2
         replicas = ("data", "context") if experts else _REPLICAS
         yield from _all_gathers(s, size, gathers * s.layer_runs, weight.name)
-        yield from _reduce_scatters(s, size, s.layer_runs, replicas, weight.name)
+        scatters = _reduce_scatters(s, size, s.layer_runs, replicas, weight.name)
+        yield from scatters if experts or not s.ring else map(_around_ring, scatters)
+
+
+def _around_ring(scatter: Collective) -> Collective:
+    """The permutes in place of a scatter over the first fsdp axis; any other as it is."""
+    n = scatter.group
+    if scatter.axes != mesh.FSDP[:1]:
+        return scatter
+    return replace(scatter, kind=PERMUTE, bytes=scatter.bytes / n, count=scatter.count * (n - 1))
 
 
 def _tensor_parallel(s: StepShape) -> Iterator[Collective]:

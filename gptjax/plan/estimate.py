@@ -75,19 +75,20 @@ def plan(cfg: Config, machine: Machine, state: list[memory.Tensor] | None = None
     state = memory.tensors(cfg) if state is None else state
     devices = arrange(cfg.mesh, abstract_devices(machine))
     sizes = dict(zip(AXES, devices.shape, strict=True))
-    use = memory.memory_use(cfg, sizes, state, attention)
-    shape = step_shape(cfg, sizes, attention)
-    if workspace := memory.cudnn_workspace(shape, machine.device):
+    device = machine.device
+    use = memory.memory_use(cfg, sizes, state, attention, device)
+    shape = step_shape(cfg, sizes, attention, device)
+    if workspace := memory.cudnn_workspace(shape, device):
         use["cuDNN's workspace"] = workspace
     links = roofline.links(machine, devices)
     collectives = [
-        roofline.as_compiled(one, links) for one in step_collectives(cfg, sizes, attention)
+        roofline.as_compiled(one, links) for one in step_collectives(cfg, sizes, attention, device)
     ]
     times = roofline.times(
         cfg, machine, sizes, links, collectives, use["parameters"] / 4, attention
     )
     needed = ModelCost(cfg.model).flops_per_token(cfg.train.seq_len) * cfg.train.batch_tokens
-    peak = machine.devices * machine.device.peak(cfg.compute.dtype)
+    peak = machine.devices * device.peak(cfg.compute.dtype)
     return Plan(
         cfg=cfg,
         machine=machine,

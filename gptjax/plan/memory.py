@@ -76,6 +76,7 @@ def memory_use(
     sizes: Mapping[str, int],
     state: list[Tensor],
     attention: Sequence[str] = ("splash",),
+    device: Device | None = None,
 ) -> dict[str, float]:
     """Bytes of one device by category, at the step's peak.
 
@@ -84,7 +85,7 @@ def memory_use(
     use: dict[str, float] = {}
     for tensor in state:
         use[tensor.group] = use.get(tensor.group, 0.0) + tensor.bytes(sizes)
-    shape = collectives.step_shape(cfg, sizes, attention)
+    shape = collectives.step_shape(cfg, sizes, attention, device)
     parameters = use["parameters"] / 4  # in float32
     layer, loss = _layer_workspace(shape), _loss_workspace(shape)
     # XLA casts the layers' weights once for all layers, and keeps that for both passes.
@@ -158,7 +159,9 @@ def _layer_workspace(s: StepShape) -> float:
     a, context = s.cost.activations, s.sizes["context"]
     tokens = s.hidden_state(s.microbatch)
     activations = 3 * tokens + 2 * _split(s, a.qkv)
-    activations += (2 * a.projections + 1) * _split(s, a.routed_hidden)
+    # Where permutes scatter gradients, their products read from memory what others compute as they
+    # need it: the gradients of the projections.
+    activations += ((3 if s.ring else 2) * a.projections + 1) * _split(s, a.routed_hidden)
     keys, sequences = s.microbatch * a.keys / s.sizes["tensor"], 0.0
     if context > 1 and set(s.attention) <= collectives.RINGS:
         # Keys and values here and arriving; their gradients here, arriving and being summed, and

@@ -56,6 +56,21 @@ def overlapped_kinds(device: Device) -> tuple[str, ...]:
     return ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE, ALL_TO_ALL, PERMUTE
 
 
+def _overlaps(one: Collective, device: Device) -> bool:
+    """Whether a collective runs beside arithmetic; on a v5e those permutes that scatter gradients
+    do, which do not go round a ring of the torus (docs/lab_log.md).
+    """
+    if one.kind == PERMUTE and device.ring_tokens:
+        return one.axes == mesh.FSDP[:1]
+    return one.overlapped and one.kind in overlapped_kinds(device)
+
+
+def _seconds(one: Collective, link: "Link") -> float:
+    """Seconds of a collective along a mesh axis; permutes go one way round a ring, others both."""
+    ways = 2 if one.kind == PERMUTE and link.kind == "ring" else 1
+    return one.wire_bytes / link.bandwidth * ways
+
+
 @dataclass(frozen=True)
 class Link:
     """The connection along a mesh axis: a ring, a line, a node's switch, or the network.
@@ -196,11 +211,10 @@ def times(
     on_links: dict[str, float] = {}
     exposed = 0.0
     for one in collectives:
-        seconds = {axis: one.wire_bytes / links[axis].bandwidth for axis in one.axes}
+        seconds = {axis: _seconds(one, links[axis]) for axis in one.axes}
         axis = max(seconds, key=seconds.__getitem__)
         on_links[axis] = on_links.get(axis, 0.0) + seconds[axis]
-        overlaps = one.overlapped and one.kind in overlapped_kinds(device)
-        if not overlaps or links[axis].kind == "network":
+        if not _overlaps(one, device) or links[axis].kind == "network":
             exposed += seconds[axis]
     memory, update_seconds = passes / device.hbm_bandwidth, update / device.hbm_bandwidth
     overlapped = sum(on_links.values()) - exposed

@@ -33,6 +33,8 @@ class Device:
     GPUs, which a switch connects. wrap_multiple: a dimension of a multiple of this size is a ring,
     any other a line. devices_per_host, devices_per_chip: as JAX counts. largest_slice: in devices.
     sparse_core: XLA can hand collectives to the SparseCore, which runs them beside arithmetic.
+    ring_tokens: a device's tokens from which gradients of weights are scattered by permutes, which
+    run beside arithmetic where a reduce-scatter does not; 0 for never.
     capability: a GPU's compute capability by CUDA.
     """
 
@@ -51,6 +53,7 @@ class Device:
     devices_per_chip: int = 1
     largest_slice: int = 0
     sparse_core: bool = False
+    ring_tokens: int = 0
     capability: tuple[int, int] | None = None
 
     @property
@@ -103,6 +106,9 @@ _TPUS = (
         wrap_multiple=16,
         devices_per_host=4,
         largest_slice=256,
+        # A permute sends one way what a scatter sends both ways: here the product of so many tokens
+        # takes half as long as its result takes one way.
+        ring_tokens=2048,
     ),
     Device(
         name="v5p",

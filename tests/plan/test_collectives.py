@@ -6,6 +6,7 @@ that of one that is all-reduced.
 """
 
 import math
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ from gptjax.plan.collectives import (
     REDUCE_SCATTER,
     Collective,
 )
+from gptjax.runtime import hardware
 from gptjax.training import objective
 from gptjax.training.step import compile_step, create_state
 
@@ -107,6 +109,21 @@ def test_fsdp_gathers_weights_twice_and_scatters_gradients_once(by_hand) -> None
             (ALL_REDUCE, ("fsdp",)): 2 * share * LAYERS * 2 * EMBED * 2,
         }
     )
+
+
+@pytest.mark.parametrize(("ring_tokens", "ring"), [(TOKENS // 4, True), (TOKENS // 4 + 1, False)])
+def test_permutes_scatter_gradients_of_layers_from_enough_tokens(
+    by_hand, ring_tokens, ring
+) -> None:
+    cfg, sizes = by_hand(), sizes_of(fsdp=4)
+    device = replace(hardware.find("TPU v5e"), ring_tokens=ring_tokens)
+    found = collectives.by_axes(collectives.step_collectives(cfg, sizes, device=device))
+    matrices, layers, tables = 7 * LAYERS, 3 / 4 * LAYERS * LAYER * 2, 3 / 4 * 2 * TABLE * 4
+    # A matrix's gradient takes three permutes of a quarter.
+    permutes = (3 * matrices, pytest.approx(layers)) if ring else None
+    scatters = (2, tables) if ring else (matrices + 2, tables + layers)
+    assert found.get((PERMUTE, ("fsdp",))) == permutes
+    assert found[REDUCE_SCATTER, ("fsdp",)] == pytest.approx(scatters)
 
 
 def test_float32_doubles_all_but_gradients_of_tables(by_hand) -> None:

@@ -1,5 +1,7 @@
 """Memory use: tensors of the state against the real state, and all else by how it scales."""
 
+from dataclasses import replace
+
 import jax
 import pytest
 
@@ -10,6 +12,7 @@ from gptjax.model import decoder
 from gptjax.parallel import sharding
 from gptjax.parallel.mesh import AXES
 from gptjax.plan import collectives, estimate, machines, memory
+from gptjax.runtime import hardware
 from gptjax.training import step
 
 MESHES = {
@@ -286,3 +289,13 @@ def test_cudnns_workspace_is_what_its_graphs_ask_for(tiny_config, device, b, t, 
     found = memory.cudnn_workspace(shape, machines.DEVICES[device])
     assert found == pytest.approx(ASKED[device, b, t, heads, kv, c], abs=256)
     assert memory.cudnn_workspace(collectives.step_shape(cfg, sizes_of()), None) == 0
+
+
+def test_gradients_that_permutes_scatter_are_counted(big) -> None:
+    cfg = big({"mlp": 4096, "activation": "swiglu"}, compute={"remat": "block"})
+    state, sizes = memory.tensors(cfg), sizes_of(fsdp=4)
+    tokens = cfg.train.batch_tokens // cfg.train.accumulation // 4
+    device = replace(hardware.find("TPU v5e"), ring_tokens=tokens)
+    use = lambda device: memory.memory_use(cfg, sizes, state, device=device)["layer workspace"]
+    itemsize = 2 if cfg.compute.dtype == "bfloat16" else 4
+    assert use(device) - use(None) == 2 * tokens * 4096 * itemsize  # of gate and up

@@ -10,7 +10,7 @@ from gptjax.config.registry import OPTIMIZERS
 from gptjax.model.flops import ModelCost
 from gptjax.parallel.mesh import AXES, arrange
 from gptjax.plan import estimate, machines, report, roofline
-from gptjax.plan.collectives import ALL_GATHER, Collective
+from gptjax.plan.collectives import ALL_GATHER, PERMUTE, Collective
 from gptjax.plan.machines import Machine, abstract_devices, parse
 from gptjax.runtime.hardware import DEVICES
 
@@ -242,6 +242,19 @@ def test_exposed_communication_adds_to_step_time(cfg_of) -> None:
     # The compiler hides nothing that crosses the network.
     for hidden in (True, False):
         assert times("data", hidden).exposed == pytest.approx(1 / 2 * 1e6 / 3.125e9)
+
+
+@pytest.mark.parametrize(("axis", "exposed"), [("fsdp", False), ("context", True)])
+def test_permutes_on_a_v5e_overlap_where_they_scatter_gradients(cfg_of, axis, exposed) -> None:
+    machine = parse("v5e:16x16")
+    arranged = arrange(MeshConfig(data=1, fsdp=16, context=16), abstract_devices(machine))
+    over = roofline.links(machine, arranged)
+    sizes = dict(zip(AXES, arranged.shape, strict=True))
+    one = Collective(PERMUTE, (axis,), 16, 1e6, 15, "")
+    times = roofline.times(cfg_of(), machine, sizes, over, [one], parameters=1000)
+    one_way = 15 * 1e6 / V5E
+    assert times.links == pytest.approx({axis: one_way})
+    assert times.exposed == pytest.approx(one_way if exposed else 0)
 
 
 def test_collective_takes_the_time_of_its_slowest_axis(cfg_of) -> None:
