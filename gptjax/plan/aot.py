@@ -284,8 +284,9 @@ def program_collectives(text: str, shape: Mapping[str, int]) -> list[Collective]
             elif named := _collective(line, shape, computation):
                 key, one = named
                 overlaps, at = overlapped or one.overlapped, where
-                if _OF_GPU in line:
+                if _OF_GPU in line or one.kind == PERMUTE:
                     overlaps = one.overlapped and _works_meanwhile(lines[i + 1 :], key[1])
+                if _OF_GPU in line:
                     # The loop of the backward pass has its first or last turn outside.
                     at = "layers" if "while/body" in one.purpose else where
                 found.setdefault(key, replace(one, count=runs, where=at, overlapped=overlaps))

@@ -197,6 +197,14 @@ LOOP = """\
 """
 
 
+@pytest.mark.parametrize("work_before_the_end", [True, False])
+def test_a_permute_overlaps_with_what_is_computed_before_its_end(work_before_the_end) -> None:
+    start = "%c = (f32[8], f32[8]) collective-permute-start(%p), source_target_pairs={{0,1},{1,0}}"
+    rest = ["%f = f32[8] fusion(%q), kind=kOutput", "%d = f32[8] collective-permute-done(%c)"]
+    text = program(start, *(rest if work_before_the_end else reversed(rest)))
+    assert only(text).overlapped == work_before_the_end
+
+
 def test_trip_counts_of_nested_loops_multiply() -> None:
     inner = LOOP.format(turns=3, body=GATHERS)
     outer = LOOP.replace("%again", "%again2").replace("%work", "%work2")
