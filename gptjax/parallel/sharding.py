@@ -152,10 +152,10 @@ def copies_transposed(dtype: Any, *, left: bool = False) -> bool:
 
 
 def kept_form(y: jax.Array) -> jax.Array:
-    """The same product of bfloat16 with a float32 result, which XLA:CPU then does not turn around.
+    """The same product, which XLA:CPU then does not turn around.
 
-    It has that product for operands in row-major order alone. It would take a transpose of the
-    result into the product, which then fails when it runs.
+    It would take a transpose of the result into the product. Of bfloat16 with a float32 result it
+    has the product for operands in row-major order alone; turned around, it fails when it runs.
     """
     return with_layout_constraint(y, Layout(tuple(range(y.ndim))))
 
