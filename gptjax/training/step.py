@@ -154,25 +154,21 @@ def train_step(
     )
     grads = where_trainable(grads, jax.tree.map(jnp.zeros_like, grads))
     grad_norm = optimizer.global_norm(grads)
+    means = {name: total / sums["targets"] for name, total in sums.items() if name != "targets"}
+    finite = jnp.isfinite(means["loss"]) & jnp.isfinite(grad_norm)
     rule = optimizer.make_optimizer(cfg, lr_multipliers)
-    updates, opt_state = rule.update(grads, state.opt_state, trainable)
-    params = where_trainable(optax.apply_updates(trainable, updates), trainable)
+    params, opt_state = _update(rule, grads, state.opt_state, trainable, finite, lr_multipliers)
     ema = state.ema
     if ema is not None:
         decay = cfg.train.ema_decay
         average = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
-        ema = where_trainable(average, ema)
+        ema = _if(finite, where_trainable(average, ema), ema)
 
-    means = {name: total / sums["targets"] for name, total in sums.items() if name != "targets"}
-    finite = jnp.isfinite(means["loss"]) & jnp.isfinite(grad_norm)
-    if_finite = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-    params = if_finite(params, trainable)
     new = TrainState(
         step=state.step + 1,
         params=param_groups.combine(frozen, params),
-        # The schedule advances with the step, whether or not the step changed any parameter.
-        opt_state=if_finite(opt_state, state.opt_state) | {"rate": opt_state["rate"]},
-        ema=if_finite(ema, state.ema),
+        opt_state=opt_state,
+        ema=ema,
         nonfinite=jnp.where(finite, 0, state.nonfinite + 1),
     )
     metrics = {
@@ -182,6 +178,33 @@ def train_step(
         "nonfinite": new.nonfinite,
     }
     return new, metrics | _scalars(means)
+
+
+def _update(
+    rule: optax.GradientTransformation,
+    grads: Tree,
+    opt_state: Any,
+    params: Tree,
+    finite: jax.Array,
+    lr_multipliers: LrMultipliers | None,
+) -> tuple[Tree, Any]:
+    """The parameters and the optimizer's state after a step; as they were where it is not finite.
+
+    On a CPU the state follows the parameters: XLA:CPU would read the old state for both at a time,
+    and so first copy all of it. What the rule computes twice for that, the compiler drops.
+    """
+    updates, new_state = rule.update(grads, opt_state, params)
+    new = param_groups.where_trainable(optax.apply_updates(params, updates), params, lr_multipliers)
+    new = _if(finite, new, params)
+    if sharding.platform() == "cpu":
+        new, opt_state = lax.optimization_barrier((new, opt_state))
+        _, new_state = rule.update(grads, opt_state, params)
+    # The schedule advances with the step, whether or not the step changed any parameter.
+    return new, _if(finite, new_state, opt_state) | {"rate": new_state["rate"]}
+
+
+def _if(condition: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
 
 def _scalars(means: dict[str, jax.Array]) -> dict[str, jax.Array]:

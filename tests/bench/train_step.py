@@ -119,7 +119,7 @@ def build_gptjax_step(shape: Shape, dtype: str, without: str = "") -> tuple[Step
             dtype=dtype,
             scan_layers=without == "scan",
             attention="reference" if without == "reference" else "auto",
-            loss_chunks=8 if shape.vocab > 4096 else 1,
+            loss_chunks=max(tokens // 1024, 1) if shape.vocab > 4096 else 1,
         ),
         optim=OptimConfig(lr=3e-4, lr_schedule="constant"),
         train=TrainConfig(seq_len=shape.context, batch_tokens=tokens, tokens=tokens * 1000),
