@@ -190,8 +190,9 @@ def _update(
 ) -> tuple[Tree, Any]:
     """The parameters and the optimizer's state after a step; as they were where it is not finite.
 
-    On a CPU the state follows the parameters: XLA:CPU would read the old state for both at a time,
-    and so first copy all of it. What the rule computes twice for that, the compiler drops.
+    On a CPU the new state is computed after the parameters. Else XLA:CPU, which computes both from
+    the old state in any order, first copies it (before JAX 0.12 it does so all the same). What the
+    rule computes twice for that, the compiler drops.
     """
     updates, new_state = rule.update(grads, opt_state, params)
     new = param_groups.where_trainable(optax.apply_updates(params, updates), params, lr_multipliers)

@@ -16,6 +16,7 @@ A step is forward, backward, clipping the gradient's norm to 1.0 and an AdamW up
 betas 0.9 and 0.95, weight decay 0.1 on matrices), without biases or dropout, always on the same
 random batch, up to having the loss as a Python float. All arms see the same tokens and take the
 same number of steps, so their losses should stay near each other (their random weights differ).
+gptjax computes the loss of a large vocabulary in chunks of 1024 tokens, nanoGPT in one piece.
 With bfloat16 the nanoGPT arms keep float32 weights and use autocast. nanogpt-compile needs a C++
 compiler. Threads are left at each library's default.
 
