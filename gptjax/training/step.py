@@ -190,16 +190,14 @@ def _update(
 ) -> tuple[Tree, Any]:
     """The parameters and the optimizer's state after a step; as they were where it is not finite.
 
-    On a CPU the new state is computed after the parameters. Else XLA:CPU, which computes both from
-    the old state in any order, first copies it (before JAX 0.12 it does so all the same). What the
-    rule computes twice for that, the compiler drops.
+    On a CPU the new state waits for the parameters. Else XLA:CPU, which computes both from the old
+    state in any order, first copies it (before JAX 0.12 it does so all the same).
     """
     updates, new_state = rule.update(grads, opt_state, params)
     new = param_groups.where_trainable(optax.apply_updates(params, updates), params, lr_multipliers)
     new = _if(finite, new, params)
     if sharding.platform() == "cpu":
         new, opt_state = lax.optimization_barrier((new, opt_state))
-        _, new_state = rule.update(grads, opt_state, params)
     # The schedule advances with the step, whether or not the step changed any parameter.
     return new, _if(finite, new_state, opt_state) | {"rate": new_state["rate"]}
 
