@@ -190,14 +190,16 @@ def _update(
 ) -> tuple[Tree, Any]:
     """The parameters and the optimizer's state after a step; as they were where it is not finite.
 
-    On a CPU the new state waits for the parameters. Else XLA:CPU, which computes both from the old
-    state in any order, first copies it (before JAX 0.12 it does so all the same).
+    On a CPU the state is computed after the parameters, and the update once more for it: else
+    XLA:CPU copies the old state, or keeps the new one in an array of its own until then (before
+    JAX 0.12 it copies all the same).
     """
     updates, new_state = rule.update(grads, opt_state, params)
     new = param_groups.where_trainable(optax.apply_updates(params, updates), params, lr_multipliers)
     new = _if(finite, new, params)
     if sharding.platform() == "cpu":
         new, opt_state = lax.optimization_barrier((new, opt_state))
+        _, new_state = rule.update(grads, opt_state, params)
     # The schedule advances with the step, whether or not the step changed any parameter.
     return new, _if(finite, new_state, opt_state) | {"rate": new_state["rate"]}
 

@@ -49,3 +49,5 @@ def test_a_step_writes_the_optimizers_state_in_place(on_mesh, tiny_config, name)
     state = rf"s_opt_state__{name}\w*"
     assert len(set(re.findall(rf"%({state})[\w.]* = f32\[\d[\d,]*\]", program))) >= 8
     assert not re.findall(rf"= f32\[\d[\d,]*\]\S* copy\(%{state}", program)
+    # The table is computed from the old state itself, not from a new one in an array of its own.
+    assert re.search(rf" fusion\(%s_params__embed[^)]*%{state}__embed", program)
